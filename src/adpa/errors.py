@@ -1,0 +1,44 @@
+"""What adpa raises when something is wrong with what it was given.
+
+Every message says where and what was found, what was expected, and what to do about it. The classes
+pickle (their arguments are the two strings), so that they cross process boundaries.
+"""
+
+
+class AdpaError(ValueError):
+    """Something the user can put right.
+
+    Args:
+        problem: where it is, what was found and what was expected.
+        fix: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(problem, fix)
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in self.args if part)
+
+
+class OptionError(AdpaError):
+    """An option, or a combination of options, that cannot be used."""
+
+
+class DataError(AdpaError):
+    """Preference data that cannot be read or turned into tokens."""
+
+
+class ModelError(AdpaError):
+    """A checkpoint or tokenizer that cannot be used, alone or with the others."""
+
+
+class CacheError(AdpaError):
+    """A cache that does not hold what is asked of it."""
+
+
+class DamagedFileError(CacheError):
+    """A cache file whose bytes are not those that were written."""
+
+    exit_code = 1
