@@ -8,3 +8,8 @@ The rooms of the house, in the order in which data flows through them:
     adpa.cli        the command line
     adpa.lab        a laboratory with a programmatic preference; the demo
 """
+
+from adpa.pipeline.distill import DistillReport, distill
+from adpa.pipeline.precompute import PrecomputeReport, precompute
+
+__all__ = ["DistillReport", "PrecomputeReport", "distill", "precompute"]

@@ -1,0 +1,138 @@
+"""The command line: parses, calls one function of ``adpa.pipeline`` for each command, and prints.
+
+A command's options are the parameters of its function; their help is the ``Doc`` beside the type.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import transformers
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from adpa.errors import AdpaError, OptionError
+from adpa.pipeline.distill import distill
+from adpa.pipeline.precompute import precompute
+
+app = typer.Typer(
+    help="Advantage-guided distillation: align a small language model from the signals of a large one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The entry point of the ``adpa`` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    app(prog_name="adpa")
+
+
+def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
+    """The command of a stage: its parameters as options, and what every command has beside them."""
+    parameters = [
+        inspect.Parameter(
+            parameter.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=parameter.default,
+            annotation=Annotated[get_args(parameter.annotation)[0], typer.Option(help=_documentation(parameter))],
+        )
+        for parameter in inspect.signature(stage).parameters.values()
+    ]
+
+    def command(
+        *,
+        config: Annotated[
+            Path | None,
+            typer.Option(
+                help="YAML file of options; the command line outranks it.", callback=_read_config, is_eager=True
+            ),
+        ] = None,
+        report: Annotated[Path | None, typer.Option(help="File for the summary as JSON.")] = None,
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        **options: Any,
+    ) -> None:
+        try:
+            _check_report(report)
+            summary = dataclasses.asdict(stage(**options))
+            if report is not None:
+                report.write_text(json.dumps(summary, indent=2) + "\n")
+        except AdpaError as error:
+            _fail(error, debug, error.exit_code)
+        except torch.OutOfMemoryError as error:
+            _fail(error, debug, 1, "out of memory; lower --batch-tokens or --micro-batch-size")
+        except (OSError, RuntimeError) as error:
+            _fail(error, debug, 1)
+        _print_summary(stage.__name__, summary)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *own]}
+    command.__doc__ = (inspect.getdoc(stage) or "").partition("\n\nRaises:")[0].partition("\n\nArgs:")[0]
+    return command
+
+
+def _documentation(parameter: inspect.Parameter) -> str:
+    documentation: str = get_args(parameter.annotation)[1].documentation
+    return documentation
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        options = yaml.safe_load(path.read_text())
+        if not isinstance(options, dict):
+            raise OptionError(f"--config {path}: expected a mapping of options to values")
+        options = {str(key).replace("-", "_"): value for key, value in options.items()}
+        unknown = sorted(options.keys() - {parameter.name for parameter in context.command.params})
+        if unknown:
+            raise OptionError(f"--config {path}: {context.info_name} has no option {unknown[0]!r}")
+    except (OSError, yaml.YAMLError, OptionError) as error:
+        message = str(error) if isinstance(error, AdpaError) else f"--config {path}: {error}"
+        _fail(OptionError(" ".join(message.split())), debug=False, exit_code=2)
+    context.default_map = options
+    return path
+
+
+def _check_report(path: Path | None) -> None:
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
+        raise OptionError(f"--report {path}: cannot be written there", "name a file in an existing directory")
+
+
+def _fail(error: Exception, debug: bool, exit_code: int, message: str = "") -> None:
+    if debug:
+        raise error
+    text = message or " ".join(str(error).split()) or type(error).__name__
+    print(f"adpa: {text}", file=sys.stderr)
+    raise typer.Exit(exit_code)
+
+
+def _print_summary(title: str, summary: dict[str, Any]) -> None:
+    table = Table(title=f"adpa {title}", show_header=False)
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{key} {entry}" for key, entry in value.items())
+        elif isinstance(value, float):
+            value = f"{value:,.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table)
+
+
+for _stage in (precompute, distill):
+    app.command(_stage.__name__)(as_command(_stage))

@@ -1,0 +1,145 @@
+"""From joined rows to the tensors of a step.
+
+An example is a preference pair as training sees it: one token sequence for each response set that the objective
+uses, with its signal row where a term needs one. A response set's place in the list of parts is its role.
+
+Shapes: B sequences, L tokens of the longest, N response tokens of the batch, K ids.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adpa.data.encoding import TokenSequence
+from adpa.data.responses import ResponseSet
+from adpa.data.signals import SignalRow, SignalTable
+
+
+@dataclass(frozen=True)
+class PaddedSequences:
+    """Token sequences side by side, padded on the right.
+
+    Attributes:
+        input_ids: int64 [B, L].
+        attention_mask: int64 [B, L], 1 on tokens and 0 on padding.
+        predicts: bool [B, L], true where the next token is a response token; N of them.
+        labels: int64 [N], those response tokens, sequence by sequence.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    predicts: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "PaddedSequences":
+        """The same on another device."""
+        tensors = (self.input_ids, self.attention_mask, self.predicts, self.labels)
+        return PaddedSequences(*(tensor.to(device) for tensor in tensors))
+
+
+def pad_sequences(sequences: Sequence[TokenSequence]) -> PaddedSequences:
+    """Pads a batch of sequences; every prompt has at least one token."""
+    input_ids_BL = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
+    mask_BL = np.zeros_like(input_ids_BL)
+    predicts_BL = np.zeros(input_ids_BL.shape, dtype=bool)
+    for row, sequence in enumerate(sequences):
+        prompt, whole = len(sequence.prompt_ids), len(sequence)
+        input_ids_BL[row, :prompt] = sequence.prompt_ids
+        input_ids_BL[row, prompt:whole] = sequence.response_ids
+        mask_BL[row, :whole] = 1
+        predicts_BL[row, prompt - 1 : whole - 1] = True
+    labels_N = np.concatenate([sequence.response_ids for sequence in sequences]).astype(np.int64)
+    return PaddedSequences(*map(torch.from_numpy, (input_ids_BL, mask_BL, predicts_BL, labels_N)))
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """A response set in training, with the signals of its rows if a term needs them."""
+
+    responses: ResponseSet
+    signals: SignalTable | None
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One response of an example; ``role`` is the number of the part it comes from."""
+
+    role: int
+    tokens: TokenSequence
+    signals: SignalRow | None
+
+
+class TrainingExamples(Dataset[list[TrainingSequence]]):
+    """The examples that all parts have, each read from the memory-mapped cache when it is asked for."""
+
+    def __init__(self, parts: Sequence[TrainingPart]) -> None:
+        self._sequences = [part.responses.sequences() for part in parts]
+        self._signals = [part.signals for part in parts]
+        self._signal_rows = [
+            None if part.signals is None else part.signals.locate(part.responses.table["key"]) for part in parts
+        ]
+        for rows in self._signal_rows:
+            assert rows is None or (rows >= 0).all(), "a response without its signal row"
+        places: dict[str, list[tuple[int, int]]] = {}
+        for role, part in enumerate(parts):
+            for row, example_id in enumerate(part.responses.table["example_id"].to_pylist()):
+                places.setdefault(example_id, []).append((role, row))
+        self._places = list(places.values())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> list[TrainingSequence]:
+        return [self._read(role, row) for role, row in self._places[index]]
+
+    def _read(self, role: int, row: int) -> TrainingSequence:
+        signals, rows = self._signals[role], self._signal_rows[role]
+        signal_row = None if signals is None or rows is None else signals.row(int(rows[row]))
+        return TrainingSequence(role, self._sequences[role][row], signal_row)
+
+
+def make_collator(top_k: int) -> Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]:
+    """The function that turns examples into the tensors of a batch.
+
+    It gives the tensors of ``PaddedSequences`` and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32
+    [N, K], −1 in rows without signals; ``teacher_logprobs`` float32 [N, K]; ``tail_logprob`` float32 [N];
+    ``advantages`` float32 [N, K], 0 in rows without a reference.
+    """
+
+    def collate(examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
+        sequences = [sequence for example in examples for sequence in example]
+        padded = pad_sequences([sequence.tokens for sequence in sequences])
+        tokens = len(padded.labels)
+        role_N = np.empty(tokens, dtype=np.int64)
+        topk_ids_NK = np.full((tokens, top_k), -1, dtype=np.int32)
+        logprobs_NK = np.full((tokens, top_k), -np.inf, dtype=np.float32)
+        tail_N = np.full(tokens, -np.inf, dtype=np.float32)
+        advantages_NK = np.zeros((tokens, top_k), dtype=np.float32)
+        start = 0
+        for sequence in sequences:
+            rows = slice(start, start + len(sequence.tokens.response_ids))
+            role_N[rows] = sequence.role
+            if sequence.signals is not None:
+                topk_ids_NK[rows] = sequence.signals.topk_ids
+                logprobs_NK[rows] = sequence.signals.topk_logprobs
+                tail_N[rows] = sequence.signals.tail_logprob
+                if sequence.signals.topk_advantages is not None:
+                    advantages_NK[rows] = sequence.signals.topk_advantages
+            start = rows.stop
+        return {
+            "input_ids": padded.input_ids,
+            "attention_mask": padded.attention_mask,
+            "predicts": padded.predicts,
+            "labels": padded.labels,
+            "role": torch.from_numpy(role_N),
+            "topk_ids": torch.from_numpy(topk_ids_NK),
+            "teacher_logprobs": torch.from_numpy(logprobs_NK),
+            "tail_logprob": torch.from_numpy(tail_N),
+            "advantages": torch.from_numpy(advantages_NK),
+        }
+
+    return collate

@@ -1,0 +1,168 @@
+"""From preference pairs to token sequences, by the teacher's tokenizer and chat template.
+
+A prompt's tokens are the rendered conversation up to where the assistant speaks; a response's tokens are what the
+rendered whole adds, up to and including the end-of-turn token. The first must be a prefix of the second.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from adpa.data.preferences import Message, PreferencePair, parse_pair
+from adpa.data.vocabulary import TurnEnd, render
+from adpa.errors import DataError, OptionError
+
+TokenIds = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt and one response to it, as token ids.
+
+    Attributes:
+        key: ``sequence_key`` of the two, 16 bytes.
+        prompt_ids: int32 [P].
+        response_ids: int32 [T], with the end-of-turn token unless it was cut off.
+    """
+
+    key: bytes
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A preference pair as token ids, all int32 and one-dimensional."""
+
+    example_id: str
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+
+
+@dataclass
+class EncodingCounts:
+    """Prompts cut to the limit, and pairs left out."""
+
+    truncated_prompts: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows of preference data into token ids.
+
+    Attributes:
+        tokenizer: the teacher's, with its chat template.
+        turn_end: ``find_turn_end(tokenizer)``.
+        max_prompt_length: tokens of a prompt that are kept, from its end.
+        max_length: tokens of prompt and response together; a response is cut to what the prompt leaves.
+        drop_invalid: leave out a pair that cannot be used, and count it, instead of raising.
+        counts: filled while encoding.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    turn_end: TurnEnd
+    max_prompt_length: int
+    max_length: int
+    drop_invalid: bool = False
+    counts: EncodingCounts = field(default_factory=EncodingCounts)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise OptionError(
+                f"--max-prompt-length {self.max_prompt_length} with --max-length {self.max_length}; "
+                "expected 0 < max-prompt-length < max-length",
+                "leave room for the response",
+            )
+
+    def encode(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[EncodedPair]:
+        """Yields every (where, row) as token ids; a pair met again has its occurrence appended to its example id.
+
+        Raises:
+            DataError: a row is malformed, or the template does not keep the prompt as a prefix of the whole.
+        """
+        seen: dict[str, int] = {}
+        pairs = self._parse(rows)
+        while batch := list(islice(pairs, 256)):
+            for pair, encoded in self._tokenize(batch):
+                occurrence = seen[pair.example_id] = seen.get(pair.example_id, 0) + 1
+                example_id = pair.example_id if occurrence == 1 else f"{pair.example_id}:{occurrence}"
+                yield EncodedPair(example_id, *encoded)
+
+    def _parse(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[PreferencePair, list[str]]]:
+        for where, row in rows:
+            try:
+                pair = parse_pair(where, row)
+                yield pair, self._render(pair)
+            except DataError:
+                if not self.drop_invalid:
+                    raise
+                self.counts.dropped += 1
+
+    def _render(self, pair: PreferencePair) -> list[str]:
+        """The conversation up to the response, with the chosen and with the rejected one."""
+        chosen: Message = {"role": "assistant", "content": pair.chosen}
+        rejected: Message = {"role": "assistant", "content": pair.rejected}
+        try:
+            return [
+                render(self.tokenizer, pair.prompt, add_generation_prompt=True),
+                render(self.tokenizer, [*pair.prompt, chosen]),
+                render(self.tokenizer, [*pair.prompt, rejected]),
+            ]
+        except TemplateError as error:
+            raise DataError(f"{pair.where}: the teacher's chat template refuses the conversation: {error}") from error
+
+    def _tokenize(
+        self, batch: Sequence[tuple[PreferencePair, list[str]]]
+    ) -> Iterator[tuple[PreferencePair, tuple[TokenIds, TokenIds, TokenIds]]]:
+        texts = [text for _, rendered in batch for text in rendered]
+        token_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for row, (pair, _) in enumerate(batch):
+            prompt, chosen, rejected = (np.array(ids, dtype=np.int32) for ids in token_ids[3 * row : 3 * row + 3])
+            try:
+                chosen_ids = self._response(pair, "chosen", prompt, chosen)
+                rejected_ids = self._response(pair, "rejected", prompt, rejected)
+            except DataError:
+                if not self.drop_invalid:
+                    raise
+                self.counts.dropped += 1
+                continue
+            self.counts.truncated_prompts += len(prompt) > self.max_prompt_length
+            prompt = prompt[-self.max_prompt_length :]
+            room = self.max_length - len(prompt)
+            yield pair, (prompt, chosen_ids[:room], rejected_ids[:room])
+
+    def _response(self, pair: PreferencePair, column: str, prompt_ids: TokenIds, whole_ids: TokenIds) -> TokenIds:
+        if not np.array_equal(whole_ids[: len(prompt_ids)], prompt_ids):
+            raise DataError(
+                f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: "
+                "the chat template or the tokenizer changes the prompt when the response follows",
+                "use a template that only appends, or pass --drop-invalid",
+            )
+        response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - self.turn_end.trailing]
+        if len(response_ids) == 0 or response_ids[-1] != self.turn_end.token_id:
+            raise DataError(
+                f"{pair.where}: the tokens of `{column}` do not end with the end-of-turn token "
+                f"{self.tokenizer.convert_ids_to_tokens(self.turn_end.token_id)!r}",
+                "use a template that ends every assistant's turn alike, or pass --drop-invalid",
+            )
+        return response_ids
+
+
+def sequence_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
+    """The 16-byte digest that a sequence's signals are kept under: of its ids and of where the response starts."""
+    digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=16)
+    digest.update(prompt_ids.astype("<i4").tobytes())
+    digest.update(response_ids.astype("<i4").tobytes())
+    return digest.digest()

@@ -1,0 +1,187 @@
+"""Response sets: what was said, by whom, and how it was turned into tokens.
+
+A set is one Arrow file, ``CACHE/responses/<name>-<id>.arrow``. Its id is the digest of its rows and of how it was
+made, so that the same responses to the same prompts are the same file, in whatever order the data came.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import pyarrow as pa
+
+from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
+from adpa.data.ragged import list_column, list_row
+from adpa.data.shards import map_file, serialize, write_file
+from adpa.errors import DamagedFileError
+
+ResponseName = Literal["chosen", "rejected", "sampled"]
+RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
+
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("key", pa.binary(16)),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses were sampled: ``student`` is the digest of the weights, ``turn_end`` the token that stops."""
+
+    student: str
+    turn_end: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    samples_per_prompt: int
+    seed: int
+    dtype: str
+    engine: str
+
+
+@dataclass(frozen=True)
+class ResponseSetInfo:
+    """How a response set was made.
+
+    Attributes:
+        name: ``chosen``, ``rejected`` or ``sampled``.
+        tokenizer: digest of the tokenizer, under which ``CACHE/tokenizers`` holds it.
+        vocabulary: digest of its vocabulary.
+        chat_template: digest of its chat template.
+        turn_end: id of the end-of-turn token.
+        max_prompt_length: tokens kept of a prompt.
+        max_length: tokens kept of prompt and response.
+        truncated_prompts: prompts that were cut.
+        truncated_responses: responses that lack their end-of-turn token.
+        dropped: pairs of the data that are not in the set.
+        examples: digest of the example ids; equal in the sets of one data set.
+        sampling: for sampled responses, how.
+    """
+
+    name: ResponseName
+    tokenizer: str
+    vocabulary: str
+    chat_template: str
+    turn_end: int
+    max_prompt_length: int
+    max_length: int
+    truncated_prompts: int
+    dropped: int
+    truncated_responses: int = 0
+    examples: str = ""
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True)
+class ResponseSet:
+    """A response set: its origin, and a table with the columns of ``SCHEMA``."""
+
+    info: ResponseSetInfo
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @cached_property
+    def id(self) -> str:
+        """16 hexadecimal digits: the digest of the rows and of ``info``."""
+        digest = hashlib.blake2b(_canonical(self.info), digest_size=8)
+        for column in ("example_id", "key"):
+            for value in self.table[column].to_pylist():
+                digest.update(value.encode() if isinstance(value, str) else value)
+        return digest.hexdigest()
+
+    def file_name(self) -> str:
+        """The set's name in the cache."""
+        return f"{self.info.name}-{self.id}.arrow"
+
+    def sequences(self) -> list[TokenSequence]:
+        """The rows as token sequences."""
+        prompts, responses = self.table["prompt_ids"], self.table["response_ids"]
+        return [
+            TokenSequence(key, list_row(prompts, row), list_row(responses, row))
+            for row, key in enumerate(self.table["key"].to_pylist())
+        ]
+
+    def describe(self) -> str:
+        """One line for people who must choose among sets."""
+        sampling = self.info.sampling
+        text = f"{self.info.name}-{self.id}: {len(self)} responses"
+        if sampling is not None:
+            text += (
+                f" of the student {sampling.student[:8]}, temperature {sampling.temperature:g}, seed {sampling.seed}"
+            )
+        return text
+
+
+def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds, TokenIds]]) -> ResponseSet:
+    """Makes a set of (example id, prompt ids, response ids); rows of one example keep their order."""
+    ordered = sorted(rows, key=lambda row: row[0])
+    example_ids = [example_id for example_id, _, _ in ordered]
+    prompts = [prompt for _, prompt, _ in ordered]
+    responses = [response for _, _, response in ordered]
+    keys = [sequence_key(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    info = replace(
+        info,
+        truncated_responses=sum(int(response[-1]) != info.turn_end for response in responses),
+        examples=hashlib.blake2b("\n".join(sorted(set(example_ids))).encode(), digest_size=8).hexdigest(),
+    )
+    columns = [
+        pa.array(example_ids, pa.string()),
+        pa.array(keys, pa.binary(16)),
+        list_column(prompts, SCHEMA.field("prompt_ids").type),
+        list_column(responses, SCHEMA.field("response_ids").type),
+    ]
+    schema = SCHEMA.with_metadata({"adpa": _canonical(info)})
+    return ResponseSet(info, pa.Table.from_arrays(columns, schema=schema))
+
+
+def write_response_set(cache: Path, responses: ResponseSet) -> None:
+    """Adds a set to a cache; a set that is already there is left as it is."""
+    path = cache / "responses" / responses.file_name()
+    if not path.exists():
+        write_file(path, serialize(responses.table))
+
+
+def read_response_sets(cache: Path) -> Iterator[ResponseSet]:
+    """Reads every response set of a cache.
+
+    Raises:
+        DamagedFileError: a file's content does not give the id in its name.
+    """
+    for path in sorted((cache / "responses").glob("*.arrow")):
+        yield _read_response_set(path)
+
+
+def _read_response_set(path: Path) -> ResponseSet:
+    damaged = DamagedFileError(
+        f"{path}: damaged: its content does not give the digest in its name",
+        "delete the file and run the same adpa precompute again",
+    )
+    try:
+        table = pa.ipc.open_file(map_file(path)).read_all()
+        made = json.loads(table.schema.metadata[b"adpa"])
+        sampling = made.pop("sampling")
+        info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
+        responses = ResponseSet(info, table)
+        whole = responses.file_name() == path.name and all(
+            sequence_key(sequence.prompt_ids, sequence.response_ids) == sequence.key
+            for sequence in responses.sequences()
+        )
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise damaged from error
+    if not whole:
+        raise damaged
+    return responses
+
+
+def _canonical(info: ResponseSetInfo) -> bytes:
+    return json.dumps(asdict(info), sort_keys=True).encode()

@@ -1,0 +1,156 @@
+"""Which response sets and which scoring of a cache a training run reads."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from adpa.data.batches import TrainingPart
+from adpa.data.responses import ResponseName, ResponseSet, read_response_sets
+from adpa.data.signals import Scoring, SignalTable, read_scorings, read_signals
+from adpa.errors import CacheError
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run needs of a response set beside its tokens: signals, and advantages among them."""
+
+    signals: bool
+    advantages: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a run reads: response sets by name, and the scoring that has all the rows it needs of them."""
+
+    sets: dict[ResponseName, ResponseSet]
+    scoring: Scoring | None
+    signals: SignalTable | None
+
+    def parts(self, needs: Mapping[ResponseName, Need]) -> list[TrainingPart]:
+        """The parts of training, in the order of ``needs``."""
+        return [TrainingPart(self.sets[name], self.signals if need.signals else None) for name, need in needs.items()]
+
+
+def select(
+    cache: Path,
+    needs: Mapping[ResponseName, Need],
+    student: str,
+    scoring: str | None = None,
+    response_sets: Sequence[str] = (),
+) -> Selection:
+    """Finds the one combination of response sets and scoring that has everything.
+
+    Args:
+        cache: the cache's directory.
+        needs: what is needed of each response set.
+        student: digest of the student's weights; sampled responses must be its own.
+        scoring: the beginning of a scoring's id, to choose among several.
+        response_sets: beginnings of ids of response sets, to choose among several.
+
+    Raises:
+        CacheError: nothing fits, or more than one combination does.
+        DamagedFileError: a file of the cache is damaged.
+    """
+    if not (cache / "responses").is_dir():
+        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check --cache")
+    groups = _complete_groups(cache, needs, student, response_sets)
+    if not any(need.signals for need in needs.values()):
+        return _only([Selection(group, None, None) for group in groups])
+    scorings = [found for found in read_scorings(cache) if found.id.startswith(scoring or "")]
+    if not scorings:
+        wanted = "scorings" if scoring is None else f"scoring {scoring}"
+        raise CacheError(f"{cache}: found no {wanted}", "make one with adpa precompute")
+    tables = {found.id: read_signals(cache, found) for found in scorings}
+    fitting = [
+        Selection(group, found, tables[found.id])
+        for group in groups
+        for found in scorings
+        if not _lacks(group, found, tables[found.id], needs)
+    ]
+    if not fitting:
+        reasons = [
+            f"scoring {found.id} {_lacks(group, found, tables[found.id], needs)}"
+            for group in groups
+            for found in scorings
+        ]
+        raise CacheError(
+            f"{cache}: no scoring has the signals that are needed: {'; '.join(reasons)}",
+            "run adpa precompute with these responses, and with --reference for advantages",
+        )
+    return _only(fitting)
+
+
+def _complete_groups(
+    cache: Path, needs: Mapping[ResponseName, Need], student: str, chosen_ids: Sequence[str]
+) -> list[dict[ResponseName, ResponseSet]]:
+    """Every way to take one set of each needed name, all made from the same examples in the same way."""
+    present = [found for found in read_response_sets(cache) if found.info.name in needs]
+    for beginning in chosen_ids:
+        matching = [found for found in present if found.id.startswith(beginning)]
+        if not matching:
+            listing = "; ".join(found.describe() for found in present)
+            raise CacheError(f"--response-set {beginning}: the cache has none; found {listing or 'no response sets'}")
+        named = {found.info.name for found in matching}
+        present = [found for found in present if found.info.name not in named or found in matching]
+    usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
+    by_origin: dict[tuple[object, ...], dict[ResponseName, list[ResponseSet]]] = defaultdict(lambda: defaultdict(list))
+    for found in usable:
+        info = found.info
+        origin = (info.examples, info.tokenizer, info.chat_template, info.max_prompt_length, info.max_length)
+        by_origin[origin][info.name].append(found)
+    groups = [
+        dict(zip(needs, combination, strict=True))
+        for sets in by_origin.values()
+        if sets.keys() >= needs.keys()
+        for combination in product(*(sets[name] for name in needs))
+    ]
+    if groups:
+        return groups
+    for name in needs:
+        if not any(found.info.name == name for found in usable):
+            others = [found.describe() for found in present if found.info.name == name]
+            whose = f" of this student ({student[:8]})" if name == "sampled" else ""
+            found_text = f"; found {'; '.join(others)}" if others else ""
+            fix = (
+                "run adpa precompute with --student" if name == "sampled" else f"run adpa precompute --responses {name}"
+            )
+            raise CacheError(f"{cache}: the cache has no {name} responses{whose}{found_text}", fix)
+    listing = "; ".join(found.describe() for found in usable)
+    raise CacheError(
+        f"{cache}: the cache has no {' and '.join(needs)} responses made from the same data with the same tokenizer "
+        f"and limits; found {listing}",
+        "run adpa precompute on one data set with one set of options",
+    )
+
+
+def _lacks(
+    group: Mapping[ResponseName, ResponseSet], scoring: Scoring, table: SignalTable, needs: Mapping[ResponseName, Need]
+) -> str:
+    """What a scoring lacks, as the end of a sentence; empty if nothing."""
+    for name, need in needs.items():
+        if not need.signals:
+            continue
+        if group[name].info.vocabulary != scoring.vocabulary:
+            return "has another vocabulary"
+        if need.advantages and scoring.reference is None:
+            return "has no reference, hence no advantages"
+        found = table.locate(group[name].table["key"]) >= 0
+        if not found.all():
+            return f"has {found.sum()} of {len(found)} {name} responses"
+    return ""
+
+
+def _only(fitting: Sequence[Selection]) -> Selection:
+    if len(fitting) == 1:
+        return fitting[0]
+    listing = "; ".join(
+        ", ".join(found.describe() for found in selection.sets.values())
+        + (f" with scoring {selection.scoring.describe()}" if selection.scoring else "")
+        for selection in fitting
+    )
+    raise CacheError(
+        f"{len(fitting)} combinations of responses and scoring fit: {listing}",
+        "choose with --response-set ID and --scoring ID",
+    )

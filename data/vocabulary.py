@@ -1,0 +1,147 @@
+"""Tokenizers as far as token ids go: digests, the end of a turn, and whether two vocabularies agree."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from adpa.errors import DamagedFileError, ModelError
+
+
+@dataclass(frozen=True)
+class TokenizerDigests:
+    """What identifies a tokenizer: its ids, its template, and all of it together."""
+
+    tokenizer: str
+    vocabulary: str
+    chat_template: str
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How the chat template ends an assistant's turn: the end-of-turn token, then ``trailing`` further tokens."""
+
+    token_id: int
+    trailing: int
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a checkpoint directory.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})",
+            "save one there with tokenizer.save_pretrained",
+        ) from error
+
+
+def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerDigests:
+    """Digests of what a tokenizer does to text, independent of where it was loaded from."""
+    vocabulary = _digest(sorted(tokenizer.get_vocab().items()))
+    chat_template = _digest([tokenizer.chat_template, sorted(map(repr, tokenizer.special_tokens_map.items()))])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else type(tokenizer).__name__
+    if isinstance(rules, dict):
+        rules |= {"truncation": None, "padding": None}  # left behind by whoever called the tokenizer last
+    return TokenizerDigests(_digest([rules, vocabulary, chat_template]), vocabulary, chat_template)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """A conversation as text, by the tokenizer's chat template; with the beginning of the assistant's turn if asked."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str), "one conversation renders to one text"
+    return text
+
+
+def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+    """Finds the token with which the chat template ends an assistant's turn.
+
+    Raises:
+        ModelError: there is no chat template, or it ends the turn with no special token.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template",
+            "set tokenizer.chat_template and save it beside the teacher",
+        )
+    marker = "adpa"
+    conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": marker}]
+    text = render(tokenizer, conversation)
+    suffix_ids = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
+    special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids.update(tokenizer.all_special_ids)
+    for position, token_id in enumerate(suffix_ids):
+        if token_id in special_ids:
+            return TurnEnd(token_id, len(suffix_ids) - position - 1)
+    raise ModelError(
+        f"{tokenizer.name_or_path}: the chat template ends the assistant's turn with no special token",
+        "end it with eos_token in the template",
+    )
+
+
+def check_same_vocabulary(
+    teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, teacher_name: str, other_name: str
+) -> None:
+    """Checks that every token of the teacher's has the same id in another tokenizer; it may have more.
+
+    Raises:
+        ModelError: naming the first token that differs.
+    """
+    other_vocabulary = other.get_vocab()
+    for token, index in sorted(teacher.get_vocab().items(), key=lambda item: item[1]):
+        found = other_vocabulary.get(token)
+        if found != index:
+            raise ModelError(
+                f"{teacher_name} and {other_name} have different vocabularies: the token {token!r} has the id "
+                f"{index} in the first and {'no id' if found is None else found} in the second",
+                "use models that share one tokenizer",
+            )
+
+
+def _digest(value: object) -> str:
+    canonical = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def write_tokenizer(cache: Path, tokenizer: PreTrainedTokenizerBase, digest: str) -> None:
+    """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``."""
+    path = cache / "tokenizers" / digest
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))
+    tokenizer.save_pretrained(temporary)
+    temporary.chmod(0o755)
+    try:
+        temporary.rename(path)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
+        if not path.exists():
+            raise
+
+
+def read_tokenizer(cache: Path, digest: str) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer from a cache.
+
+    Raises:
+        DamagedFileError: it is not there, or not the one that was written.
+    """
+    path = cache / "tokenizers" / digest
+    if not path.is_dir() or digest_tokenizer(tokenizer := load_tokenizer(path)).tokenizer != digest:
+        raise DamagedFileError(
+            f"{path}: damaged: not the tokenizer that was written",
+            "delete the directory and run the same adpa precompute again",
+        )
+    return tokenizer

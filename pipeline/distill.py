@@ -1,0 +1,279 @@
+"""Stage two: trains a student from the signals in a cache."""
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from typing_extensions import Doc
+
+from adpa.data.batches import TrainingExamples, make_collator
+from adpa.data.responses import ResponseName
+from adpa.data.selection import Need, Selection, select
+from adpa.data.shards import write_file
+from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
+from adpa.errors import ModelError, OptionError
+from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
+from adpa.pipeline.objectives import ObjectiveName, TermWeights, objective_terms
+from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.trainer import DistillTrainer
+
+SchedulerName = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+]
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What ``distill`` did.
+
+    Attributes:
+        objective: the objective.
+        output: the directory of the trained student.
+        scoring: id of the scoring it learned from, if any.
+        responses: id of each response set it read.
+        examples: preference pairs.
+        steps: optimizer steps in all.
+        first_loss: loss at the first log.
+        last_loss: loss at the last log.
+        seconds: wall-clock time.
+    """
+
+    objective: ObjectiveName
+    output: str
+    scoring: str | None
+    responses: dict[str, str]
+    examples: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+def distill(
+    objective: Annotated[ObjectiveName, Doc("What to minimise: sft, kd, dckd or adpa.")],
+    student: Annotated[str, Doc("The small model to train: a directory, or org/name[@revision] of the Hub.")],
+    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    output: Annotated[Path, Doc("Directory for the trained student; it must be empty.")],
+    on: Annotated[ResponseName, Doc("Responses that get the advantage term of adpa.")] = "sampled",
+    kl_weight: Annotated[float, Doc("α, the weight of the KL terms of kd and dckd.")] = 1.0,
+    advantage_weight: Annotated[float, Doc("γ, the weight of the advantage term of adpa.")] = 0.5,
+    plausibility: Annotated[
+        float, Doc("Keep a positive advantage only where the teacher's probability is at least this; 0 keeps all.")
+    ] = 0.0,
+    scoring: Annotated[str | None, Doc("Scoring to learn from (the beginning of its id), if several fit.")] = None,
+    response_set: Annotated[
+        list[str] | None, Doc("Response set to train on (the beginning of its id), if several fit; repeatable.")
+    ] = None,
+    learning_rate: Annotated[float, Doc("Peak learning rate.")] = 2e-5,
+    num_train_epochs: Annotated[float, Doc("Passes over the examples.")] = 1.0,
+    max_steps: Annotated[int, Doc("Optimizer steps; outranks the epochs unless −1.")] = -1,
+    batch_size: Annotated[int, Doc("Examples of an optimizer step, over all ranks.")] = 32,
+    micro_batch_size: Annotated[
+        int | None, Doc("Examples that fit in memory at a time; 4 unless given, or what divides the batch.")
+    ] = None,
+    lr_scheduler_type: Annotated[SchedulerName, Doc("Course of the learning rate.")] = "cosine",
+    warmup_steps: Annotated[float, Doc("Steps of warm-up; below 1, a share of all steps.")] = 0.1,
+    weight_decay: Annotated[float, Doc("Weight decay of AdamW.")] = 0.0,
+    max_grad_norm: Annotated[float, Doc("The gradient's norm is clipped to this.")] = 1.0,
+    gradient_checkpointing: Annotated[bool, Doc("Recompute activations in the backward pass to save memory.")] = False,
+    bf16: Annotated[bool, Doc("Compute in bfloat16, with weights in --dtype.")] = False,
+    dtype: Annotated[DtypeName, Doc("Dtype of the weights in training; auto is the checkpoint's own.")] = "float32",
+    device: Annotated[str, Doc("cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    seed: Annotated[int, Doc("Seed of the order of the examples, and of dropout.")] = 0,
+    logging_steps: Annotated[int, Doc("Steps between two logs.")] = 10,
+    save_steps: Annotated[int, Doc("Steps between two checkpoints; 0 saves only the trained student.")] = 0,
+    resume_from_checkpoint: Annotated[
+        str | None, Doc("A checkpoint directory to go on from, or last for the newest one in --output.")
+    ] = None,
+    report_to: Annotated[str, Doc("Experiment tracker: none, wandb, tensorboard, …")] = "none",
+    set: Annotated[list[str] | None, Doc("key=value of any transformers.TrainingArguments field; repeatable.")] = None,
+) -> DistillReport:
+    """Train a student from the signals in a cache.
+
+    The trained student is an ordinary checkpoint, with the teacher's tokenizer and chat template, and with
+    adpa.json, which says how it was made.
+
+    Raises:
+        AdpaError: something about the arguments, the cache or the student that the caller can put right.
+    """
+    started = time.perf_counter()
+    terms = objective_terms(objective, on, kl_weight, advantage_weight)
+    if not 0 <= plausibility < 1:
+        raise OptionError(f"--plausibility {plausibility:g}; expected at least 0 and less than 1")
+    _check_output(output, resume_from_checkpoint)
+    checkpoint = open_checkpoint(student)
+    arguments = _training_arguments(
+        set or [],
+        device,
+        output_dir=str(output),
+        learning_rate=learning_rate,
+        num_train_epochs=num_train_epochs,
+        max_steps=max_steps,
+        **_batch_arguments(batch_size, micro_batch_size),
+        lr_scheduler_type=lr_scheduler_type,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        seed=seed,
+        logging_steps=logging_steps,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        report_to=report_to,
+    )
+    needs = {name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in terms.items()}
+    selection = select(cache, needs, checkpoint.identity.digest, scoring, response_set or ())
+    tokenizer = _check_student(checkpoint, cache, selection)
+
+    set_seed(seed)
+    model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
+    _check_ids(checkpoint, model, selection)
+    attach_distill_head(model)
+    turn_end = next(iter(selection.sets.values())).info.turn_end
+    model.generation_config.eos_token_id = turn_end
+    examples = TrainingExamples(selection.parts(needs))
+    trainer = DistillTrainer(
+        terms=list(terms.items()),
+        plausibility=plausibility,
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=make_collator(selection.scoring.top_k if selection.scoring else 0),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=True if resume_from_checkpoint == "last" else resume_from_checkpoint)
+    trainer.save_model(str(output))
+
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    report = DistillReport(
+        objective=objective,
+        output=str(output),
+        scoring=selection.scoring.id if selection.scoring else None,
+        responses={name: found.id for name, found in selection.sets.items()},
+        examples=len(examples),
+        steps=trainer.state.global_step,
+        first_loss=logs[0]["loss"] if logs else math.nan,
+        last_loss=logs[-1]["loss"] if logs else math.nan,
+        seconds=time.perf_counter() - started,
+    )
+    if trainer.is_world_process_zero():
+        _write_record(output, report, checkpoint, terms, plausibility, arguments, logs)
+    return report
+
+
+def _check_output(output: Path, resume_from_checkpoint: str | None) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        contents = sorted(path.name for path in output.iterdir())
+    except OSError as error:
+        raise OptionError(f"--output {output}: {error.strerror}", "name a directory that can be written") from error
+    if not os.access(output, os.W_OK):
+        raise OptionError(f"--output {output}: cannot be written", "name a directory that can be written")
+    if contents and resume_from_checkpoint is None:
+        raise OptionError(
+            f"--output {output}: not empty, found {contents[0]}",
+            "name another directory, or go on with --resume-from-checkpoint last",
+        )
+    if resume_from_checkpoint == "last" and not any(name.startswith("checkpoint-") for name in contents):
+        raise OptionError(f"--resume-from-checkpoint last: found no checkpoint in {output}", "start without it")
+
+
+def _batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, int]:
+    """Trainer's names for examples per optimizer step over all ranks, and examples at a time."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    per_rank, rest = divmod(batch_size, ranks)
+    if batch_size < 1 or rest:
+        raise OptionError(f"--batch-size {batch_size} on {ranks} ranks; expected a multiple of {ranks}")
+    micro = micro_batch_size or max(size for size in (1, 2, 3, 4) if per_rank % size == 0)
+    if micro < 1 or per_rank % micro:
+        raise OptionError(
+            f"--micro-batch-size {micro} does not divide the {per_rank} examples of a step and rank",
+            "choose one that does",
+        )
+    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": per_rank // micro}
+
+
+def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any) -> TrainingArguments:
+    known = {field.name for field in fields(TrainingArguments)}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key not in known:
+            raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
+        arguments[key] = yaml.safe_load(value)
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
+    use_cpu = resolve_device(device).type == "cpu"
+    try:
+        made = TrainingArguments(
+            **arguments, use_cpu=use_cpu, remove_unused_columns=False, disable_tqdm=not sys.stderr.isatty()
+        )
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error
+    made._n_gpu = min(made.n_gpu, 1)  # one process drives one GPU: no DataParallel
+    return made
+
+
+def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, after checking that the student's agrees with it."""
+    info = next(iter(selection.sets.values())).info
+    tokenizer = read_tokenizer(cache, info.tokenizer)
+    check_same_vocabulary(tokenizer, checkpoint.tokenizer, "the cache's teacher", checkpoint.name)
+    longest = max(len(sequence) for found in selection.sets.values() for sequence in found.sequences())
+    checkpoint.check_positions(longest)
+    return tokenizer
+
+
+def _check_ids(checkpoint: Checkpoint, model: PreTrainedModel, selection: Selection) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(
+        int(sequence.response_ids.max()) if len(sequence.response_ids) else 0
+        for found in selection.sets.values()
+        for sequence in found.sequences()
+    )
+    if largest >= rows:
+        raise ModelError(f"{checkpoint.name}: the data has the token id {largest}; the model has {rows} embeddings")
+
+
+def _write_record(
+    output: Path,
+    report: DistillReport,
+    student: Checkpoint,
+    terms: dict[ResponseName, TermWeights],
+    plausibility: float,
+    arguments: TrainingArguments,
+    logs: list[dict[str, float]],
+) -> None:
+    record = {
+        "objective": report.objective,
+        "terms": {name: term._asdict() for name, term in terms.items()},
+        "plausibility": plausibility,
+        "student": vars(student.identity),
+        "scoring": report.scoring,
+        "responses": report.responses,
+        "examples": report.examples,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "training": {
+            "learning_rate": arguments.learning_rate,
+            "lr_scheduler_type": str(arguments.lr_scheduler_type),
+            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            "seed": arguments.seed,
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("adpa", "torch", "transformers")},
+        "losses": logs,
+    }
+    write_file(output / "adpa.json", json.dumps(record, indent=2, default=str).encode() + b"\n")

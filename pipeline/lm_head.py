@@ -1,0 +1,81 @@
+"""A causal language model in two parts: the decoder that gives hidden states, and the head that gives logits.
+
+Everything adpa computes needs the head on some rows only, so the two are run apart. What heads do beside the matrix
+product (bias, softcap, scale) is read from the model, and the parts are compared with the model's own logits before
+they are trusted: a head that does anything else is refused.
+
+Shapes: B sequences, L tokens, d hidden width, V vocabulary rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adpa.errors import ModelError
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """logits = softcap · tanh(z / softcap), or z where there is no softcap, with z = scale · (hidden · weightᵀ + bias).
+
+    Attributes:
+        weight: [V, d].
+        bias: [V] or None.
+        softcap: as in Gemma 2, or None.
+        logit_scale: as in Cohere; Granite's divisor is turned around.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., d] to logits [..., V], in their dtype."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The decoder's output after its final norm, [B, L, d]."""
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def read_head(model: PreTrainedModel) -> LmHead:
+    """The model's head; its tensors are the model's own parameters."""
+    config = model.config.get_text_config(decoder=True)
+    linear = model.get_output_embeddings()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LmHead(linear.weight, getattr(linear, "bias", None), softcap, scale)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compares the parts with the whole on a few tokens.
+
+    Raises:
+        ModelError: they differ, so that the head does something that adpa does not know.
+    """
+    refusal = ModelError(
+        f"{type(model).__name__}: its head does something that adpa does not support; known are a linear head with "
+        "bias, final_logit_softcapping, logit_scale and logits_scaling"
+    )
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise refusal
+    training = model.training
+    model.eval()
+    input_ids = torch.arange(1, 9, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    mask = torch.ones_like(input_ids)
+    whole = model(input_ids=input_ids, attention_mask=mask).logits.float()
+    parts = read_head(model).logits(hidden_states(model, input_ids, mask)).float()
+    model.train(training)
+    tolerance = 32 * torch.finfo(model.dtype).eps * whole.abs().amax().clamp(min=1.0)
+    if whole.shape != parts.shape or bool(((whole - parts).abs() > tolerance).any()):
+        raise refusal

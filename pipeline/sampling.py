@@ -1,0 +1,160 @@
+"""The student's own responses ŷ, sampled with transformers.
+
+Every response has its own stream of uniform numbers, derived from the seed, the prompt and its index, and is drawn
+by inverting the cumulative distribution: what is sampled does not depend on the batch it is sampled in.
+
+Shapes: B sequences of a batch, V vocabulary rows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from adpa.data.encoding import TokenIds, sequence_key
+from adpa.data.ragged import list_column, list_row
+from adpa.data.responses import Sampling
+from adpa.data.shards import read_shards, write_shard
+from adpa.errors import ModelError
+from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.progress import progress
+from adpa.pipeline.scoring import batches_by_length
+
+SHARD_PREFIX = "samples"
+SCHEMA = pa.schema([("key", pa.binary(16)), ("response_ids", pa.list_(pa.int32()))])
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response to sample: to which prompt, and which of the several to that prompt."""
+
+    prompt_ids: TokenIds
+    index: int
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes, the same for the same prompt and index."""
+        return sequence_key(self.prompt_ids, np.array([self.index], dtype=np.int32))
+
+
+def read_samples(cache: Path, sampling: Sampling) -> dict[bytes, TokenIds]:
+    """The responses that a cache already has for these settings: int32 [T] by the request's key."""
+    samples: dict[bytes, TokenIds] = {}
+    for table in read_shards(_folder(cache, sampling), SHARD_PREFIX):
+        for row, key in enumerate(table["key"].to_pylist()):
+            samples.setdefault(key, list_row(table["response_ids"], row))
+    return samples
+
+
+def missing_requests(cache: Path, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+    """The distinct requests that the cache has no response to."""
+    present = read_samples(cache, sampling)
+    return list({request.key: request for request in requests if request.key not in present}.values())
+
+
+def sample_responses(
+    cache: Path,
+    sampling: Sampling,
+    requests: Sequence[SampleRequest],
+    student: Checkpoint,
+    device: torch.device,
+    batch_tokens: int,
+) -> None:
+    """Samples a response to each request and adds it to the cache, batch by batch, so that a killed run goes on.
+
+    Args:
+        cache: the cache's directory.
+        sampling: how to sample.
+        requests: what ``missing_requests`` gave.
+        student: the model that speaks.
+        device: where to run it.
+        batch_tokens: tokens of a batch, prompts and the longest possible responses together.
+    """
+    if not requests:
+        return
+    model = student.load(sampling.dtype, device).eval()
+    lengths = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
+    with progress("sampling: responses", total=len(requests)) as advance:
+        for indices in batches_by_length(lengths, batch_tokens):
+            batch = [requests[index] for index in indices]
+            columns = [
+                pa.array([request.key for request in batch], SCHEMA.field("key").type),
+                list_column(sample(model, sampling, batch), SCHEMA.field("response_ids").type),
+            ]
+            write_shard(_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+            advance(len(batch))
+
+
+@torch.inference_mode()
+def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[TokenIds]:
+    """Samples a batch: int32 [T] for each request, with the end-of-turn token unless ``max_new_tokens`` cut it off."""
+    turn_end = sampling.turn_end
+    prompt_length = max(len(request.prompt_ids) for request in requests)
+    input_ids = torch.full((len(requests), prompt_length), turn_end)
+    mask = torch.zeros_like(input_ids)
+    for row, request in enumerate(requests):
+        input_ids[row, prompt_length - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.copy())
+        mask[row, prompt_length - len(request.prompt_ids) :] = 1
+    # generate() fills what a configuration leaves open from the model's own, which may hold penalties.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=turn_end, pad_token_id=turn_end
+    )
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        uniforms = np.stack([_uniforms(sampling, request) for request in requests])
+        processors.append(_InverseCdf(torch.from_numpy(uniforms), sampling.temperature, sampling.top_p, prompt_length))
+    output = model.generate(  # type: ignore[operator]  # from GenerationMixin, beside PreTrainedModel
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        logits_processor=processors,
+    )
+    generated = output[:, prompt_length:].cpu().numpy().astype(np.int32)
+    return [_until(row, turn_end) for row in generated]
+
+
+class _InverseCdf(LogitsProcessor):
+    """Leaves possible only the token that a row's next uniform number picks from its top-p distribution."""
+
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_length: int) -> None:
+        self._uniforms = uniforms
+        self._temperature = temperature
+        self._top_p = top_p
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(torch.isnan(scores).any()):
+            raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
+        scores_BV, order_BV = (scores.double() / self._temperature).sort(dim=1, descending=True, stable=True)
+        probs_BV = scores_BV.softmax(dim=1)
+        cdf_BV = probs_BV.cumsum(dim=1)
+        kept_B1 = (cdf_BV - probs_BV < self._top_p).sum(dim=1, keepdim=True)
+        mass_B1 = cdf_BV.gather(1, kept_B1 - 1)
+        uniform_B1 = self._uniforms[:, input_ids.shape[1] - self._prompt_length, None].to(scores.device)
+        picked_B1 = torch.searchsorted(cdf_BV, uniform_B1 * mass_B1, right=True).minimum(kept_B1 - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, order_BV.gather(1, picked_B1), 0.0)
+
+
+def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]:
+    """The uniform numbers of one response, float64 [max_new_tokens]."""
+    stream = hashlib.blake2b(sampling.seed.to_bytes(8, "little", signed=True) + request.key, digest_size=16)
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(stream.digest(), "little")))
+    return generator.random(sampling.max_new_tokens)
+
+
+def _until(token_ids: TokenIds, turn_end: int) -> TokenIds:
+    ends = np.flatnonzero(token_ids == turn_end)
+    return token_ids[: ends[0] + 1] if len(ends) else token_ids
+
+
+def _folder(cache: Path, sampling: Sampling) -> Path:
+    settings = asdict(sampling)
+    del settings["samples_per_prompt"]  # asking for more keeps those that are there
+    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
+    return cache / "samples" / digest.hexdigest()

@@ -1,0 +1,95 @@
+"""The training step: transformers' Trainer with the loss of adpa, normalised over the whole optimizer step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from adpa.errors import ModelError
+from adpa.pipeline.objectives import TermWeights, plausible_advantages
+
+
+class DistillTrainer(Trainer):
+    """Trains a student that ``attach_distill_head`` prepared.
+
+    Each term is a mean over the response tokens of its own response set in the whole optimizer step: the loss and
+    the gradient do not depend on how the step is cut into micro-batches or spread over ranks.
+
+    Args:
+        terms: name and term weights of each role, in the order of the roles.
+        plausibility: see ``plausible_advantages``.
+        arguments: of ``Trainer``.
+    """
+
+    def __init__(self, *, terms: Sequence[tuple[str, TermWeights]], plausibility: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.loss_is_scaled_for_ga = True
+        self._plausibility = plausibility
+        self._names = [name for name, _ in terms]
+        self._weights_R3 = torch.tensor([weights for _, weights in terms])
+        self._term_sums_R3 = torch.zeros_like(self._weights_R3)
+        self._steps_summed = 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """Takes the micro-batches of a step and puts the step's token counts into each of them."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        roles = len(self._names)
+        counts_R = torch.stack([batch["role"].bincount(minlength=roles) for batch in batches]).sum(0).to(device)
+        counts_R = self.accelerator.reduce(counts_R, reduction="sum")
+        for batch in batches:
+            batch["step_tokens"] = counts_R
+        self._steps_summed += 1
+        return batches, counts_R.sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss."""
+        batch = dict(inputs)
+        role_N = batch.pop("role")
+        per_token_R1 = 1 / batch.pop("step_tokens").clamp(min=1)[:, None]
+        weights_N3 = (self._weights_R3.to(role_N.device) * per_token_R1)[role_N]
+        batch["advantages"] = plausible_advantages(batch["advantages"], batch["teacher_logprobs"], self._plausibility)
+        nll, kl, advantage = weights_N3.unbind(1)
+        loss, parts = model(**batch, nll_weight=nll, kl_weight=kl, advantage_weight=advantage)
+        self._term_sums_R3 = self._term_sums_R3.to(role_N.device)
+        self._term_sums_R3.index_add_(0, role_N, torch.stack(parts, dim=1) * per_token_R1[role_N])
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
+        return (loss, parts) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs the mean of every term since the last time beside what Trainer logs.
+
+        Raises:
+            ModelError: the loss is not finite.
+        """
+        if "loss" in logs:
+            if not torch.isfinite(torch.tensor(logs["loss"])):
+                raise ModelError(
+                    f"step {self.state.global_step}: the loss is {logs['loss']}",
+                    "lower --learning-rate or the weights of the terms, or check the student",
+                )
+            logs |= self._take_terms()
+        super().log(logs, start_time)
+
+    def _take_terms(self) -> dict[str, float]:
+        means_R3 = self.accelerator.reduce(self._term_sums_R3, reduction="sum") / max(self._steps_summed, 1)
+        means = {
+            f"{term}/{name}": means_R3[role, column].item()
+            for role, name in enumerate(self._names)
+            for column, term in enumerate(TermWeights._fields)
+            if self._weights_R3[role, column] != 0
+        }
+        self._term_sums_R3.zero_()
+        self._steps_summed = 0
+        return means
