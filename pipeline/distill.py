@@ -237,7 +237,7 @@ def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) ->
 
 
 def _check_ids(checkpoint: Checkpoint, model: PreTrainedModel, selection: Selection) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     largest = max(
         int(sequence.response_ids.max()) if len(sequence.response_ids) else 0
         for found in selection.sets.values()

@@ -1,0 +1,191 @@
+"""One loss head for every objective: the student's losses and their gradients without the [N, V] logits.
+
+Source of the losses: Gao, Wan, Guo, Quan, Wang, "Advantage-Guided Distillation for Preference Alignment in
+Small Language Models", ICLR 2025 (arXiv 2502.17927). `adpa.kernels.reference` defines them in a few lines of
+dense float64; this module computes the same.
+
+One row has logits z [V], the student's q = softmax(z), a label y, and from the teacher K token ids S with
+probabilities p_k and advantages A_k, and the probability p_T of all other tokens. Write q_T = Σ_{j∉S} q_j,
+P = Σ_S p_k + p_T (float16 leaves it near 1, not at 1) and Ā = Σ_S q_k A_k. Then
+
+    term       value                                                  ∂/∂z_j, j in S     ∂/∂z_j, j not in S
+    NLL        −log q_y                                               q_j − 1[j=y]       q_j − 1[j=y]
+    KL         Σ_S p_k(log p_k − log q_k) + p_T(log p_T − log q_T)    P·q_j − p_j        P·q_j − p_T·q_j/q_T
+    advantage  −Σ_S q_k A_k                                           q_j(Ā − A_j)       q_j·Ā
+
+Let T be one more outcome with A_T = 0. A gradient by its logit has the form of the middle column, and a token
+outside S receives of it the share q_j/q_T: beside the label's −1, a row's gradient is K+1 numbers and one
+multiple of the softmax over the tail. So a chunk of logits is turned into its gradient in place: take out the
+K logits and leave −inf, exponentiate, sum (that gives log q_T with all its digits, where 1 − Σ_S q_k has none
+left at q_T ~ 1e-7), multiply by one number a row, put the K numbers back.
+
+The loss is linear in the upstream gradient, so all gradients are computed in the forward pass.
+
+Shapes: N rows, d hidden size, V vocabulary, K teacher ids, 3 terms.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adpa.errors import OptionError
+from adpa.kernels.torch_head import Targets, losses_and_gradients, select_targets
+
+
+class HeadLosses(NamedTuple):
+    """The terms of each row, [N] each, before their weights and detached; 0 where a term's weight is 0."""
+
+    nll: Tensor
+    kl: Tensor
+    advantage: Tensor
+
+
+def distill_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    topk_ids: Tensor,
+    teacher_logprobs: Tensor,
+    tail_logprob: Tensor,
+    advantages: Tensor,
+    nll_weight: Tensor,
+    kl_weight: Tensor,
+    advantage_weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: Literal["auto", "torch", "triton"] = "auto",
+    chunk_rows: int = 512,
+) -> tuple[Tensor, HeadLosses]:
+    """Σ_n nll_weight·NLL + kl_weight·KL + advantage_weight·advantage, differentiable.
+
+    The logits are `logit_scale * (hidden @ weight.T + bias)`, and with a softcap
+    `softcap * tanh(logits / softcap)` of these. All but hidden, weight and bias are constants.
+
+    What counts:
+        - A row whose weights are all 0 is left out before the matrix product: nothing in it, NaN included,
+          reaches the result. Where one weight is 0, no input of that term does.
+        - A label outside [0, V), such as −100, makes the row's NLL weight 0.
+        - A negative id is padding: neither it nor its probability is there. An id ≥ V, or one that stood in
+          the row before, is not in S either, but its probability is added to the tail's.
+        - The probabilities are taken as they are, never renormalised; 0·log 0 = 0.
+        - If S is the whole vocabulary, no outcome is left for the tail, and its term is left out.
+        - An advantage that is not finite counts as 0: nothing can be learned from a token one model excludes.
+
+    Args:
+        hidden: [N, d] float32, bfloat16, float16 or float64. Matrix products run in this dtype, also under
+            autocast; losses and sums over rows in float32 (float64 for float64).
+        weight: [V, d], the dtype of hidden.
+        labels: [N] int32 or int64.
+        topk_ids: [N, K] int32 or int64; K may be 0, or exceed V through padding.
+        teacher_logprobs: [N, K] log p_k, natural logarithm; −inf allowed.
+        tail_logprob: [N] log p_T; −inf for an empty tail.
+        advantages: [N, K] A_k, the teacher's log-probability minus the reference's.
+        nll_weight: [N], as are kl_weight and advantage_weight; 0 = the row has no such term.
+        bias: [V] or None.
+        softcap: bound of the logits (Gemma); None or 0 = none.
+        logit_scale: factor of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        backend: "torch" runs anywhere; "auto" takes the fastest that is available.
+        chunk_rows: rows whose logits are held at a time, as `chunk_rows · V` float32 numbers; half as much
+            again for bfloat16 and float16, and twice as much for a softcap.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64), and the losses of each row in the same dtype.
+
+    Raises:
+        OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
+    """
+    if backend == "triton":
+        raise OptionError("backend 'triton' is not in this version of adpa", "use backend='auto' or 'torch'")
+    if backend not in ("auto", "torch"):
+        raise OptionError(f"backend is {backend!r}", "use 'auto' or 'torch'")
+    if chunk_rows < 1:
+        raise OptionError(f"chunk_rows is {chunk_rows}, a chunk has at least 1 row")
+    _check_shape("hidden", hidden, None, None)
+    _check_shape("weight", weight, None, hidden.shape[1])
+    _check_shape("bias", bias, len(weight))
+    _check_shape("topk_ids", topk_ids, len(hidden), None)
+    for name, column in (
+        ("labels", labels),
+        ("tail_logprob", tail_logprob),
+        ("nll_weight", nll_weight),
+        ("kl_weight", kl_weight),
+        ("advantage_weight", advantage_weight),
+    ):
+        _check_shape(name, column, len(hidden))
+    _check_shape("teacher_logprobs", teacher_logprobs, *topk_ids.shape)
+    _check_shape("advantages", advantages, *topk_ids.shape)
+    _check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    _check_dtype("weight", weight, hidden.dtype)
+    _check_dtype("bias", bias, hidden.dtype)
+    _check_dtype("labels", labels, torch.int32, torch.int64)
+    _check_dtype("topk_ids", topk_ids, torch.int32, torch.int64)
+
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.no_grad():
+        weights_N3 = torch.stack([w.to(dtype) for w in (nll_weight, kl_weight, advantage_weight)], dim=1)
+        rows_M, targets = select_targets(
+            len(weight), labels, topk_ids, teacher_logprobs, tail_logprob, advantages, weights_N3
+        )
+    wanted = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, losses_N3 = _Head.apply(hidden, weight, bias, rows_M, targets, softcap, logit_scale, chunk_rows, wanted)
+    return loss, HeadLosses(*losses_N3.unbind(dim=1))
+
+
+class _Head(torch.autograd.Function):
+    """Computes the gradients with the losses; its backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_Nd: Tensor,
+        weight_Vd: Tensor,
+        bias_V: Tensor | None,
+        rows_M: Tensor,
+        targets: Targets,
+        softcap: float | None,
+        logit_scale: float,
+        chunk_rows: int,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor]:
+        losses_N3, gradients = losses_and_gradients(
+            hidden_Nd,
+            weight_Vd,
+            bias_V,
+            rows_M,
+            targets,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            chunk_rows=chunk_rows,
+            wanted=wanted,
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(losses_N3)
+        return (targets.weights * losses_N3[rows_M]).sum(), losses_N3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors]
+        return (*scaled, None, None, None, None, None, None)
+
+
+def _check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:
+    """OptionError unless the tensor, if there is one, has the expected sizes; None stands for any size."""
+    if tensor is None:
+        return
+    found = list(tensor.shape)
+    if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise OptionError(f"{name} has shape {found}, expected [{wanted}]")
+
+
+def _check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> None:
+    """OptionError unless the tensor, if there is one, has one of the expected dtypes."""
+    if tensor is not None and tensor.dtype not in expected:
+        raise OptionError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, expected))}")

