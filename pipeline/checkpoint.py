@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -69,7 +70,7 @@ class Checkpoint:
         """
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.directory, dtype=getattr(torch, dtype))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model

@@ -141,8 +141,6 @@ def distill(
     model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
     _check_ids(checkpoint, model, selection)
     attach_distill_head(model)
-    turn_end = next(iter(selection.sets.values())).info.turn_end
-    model.generation_config.eos_token_id = turn_end
     examples = TrainingExamples(selection.parts(needs))
     trainer = DistillTrainer(
         terms=list(terms.items()),
@@ -155,6 +153,8 @@ def distill(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=True if resume_from_checkpoint == "last" else resume_from_checkpoint)
+    # Trainer has set the end of a text to the tokenizer's; a student's answer ends with its turn.
+    model.generation_config.eos_token_id = next(iter(selection.sets.values())).info.turn_end
     trainer.save_model(str(output))
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -218,7 +218,11 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
     use_cpu = resolve_device(device).type == "cpu"
     try:
         made = TrainingArguments(
-            **arguments, use_cpu=use_cpu, remove_unused_columns=False, disable_tqdm=not sys.stderr.isatty()
+            **arguments,
+            use_cpu=use_cpu,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+            disable_tqdm=not sys.stderr.isatty(),
         )
     except (ValueError, TypeError) as error:
         raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error

@@ -65,11 +65,24 @@ def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.Temp
             "dtype": "float32",
         }
         directory = tmp_path_factory.mktemp(f"model-{seed}")
-        LlamaForCausalLM(LlamaConfig(**(settings | config))).save_pretrained(directory)
+        settings |= config
+        model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype=getattr(torch, str(settings["dtype"])))
+        model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return directory
 
     return make
+
+
+def swap_two_tokens(directory: Path) -> str:
+    """Makes the tokenizer of a checkpoint another one: two tokens change places. Returns the first that differs."""
+    path = directory / "tokenizer.json"
+    description = json.loads(path.read_text())
+    vocabulary = description["model"]["vocab"]
+    first, second = (token for token, index in vocabulary.items() if index in (1000, 1001))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(description))
+    return str(first)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""A precompute run that is killed at any moment goes on where it stopped, and leaves no damage."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from adpa import precompute
+from adpa.data.responses import read_response_sets
+from adpa.data.shards import list_shards, read_shard
+from adpa.data.signals import read_scorings, read_signals
+from tests.conftest import Models, Row
+
+# The real command, noting on disk every sequence that a model is asked about, before it is asked.
+SCRIPT = """
+import sys
+from adpa.cli import main
+from adpa.pipeline.scorer_hf import HfScorer
+
+def noting(method, name):
+    def noted(self, sequences, *rest):
+        with open("asked", "a") as log:
+            log.write("".join(f"{name} {sequence.key.hex()}\\n" for sequence in sequences))
+        return method(self, sequences, *rest)
+    return noted
+
+HfScorer.top_k = noting(HfScorer.top_k, "teacher")
+HfScorer.logprobs_at = noting(HfScorer.logprobs_at, "reference")
+main()
+"""
+KILLS = 20
+BATCH = 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_damage_nothing_and_cost_one_batch_each(
+    models: Models, preference_rows: list[Row], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "prompt": [{"role": "user", "content": f"{row['prompt'][0]['content']} {repetition}"}]}
+        for row in preference_rows
+        for repetition in range(15)
+    ]
+    data, cache = tmp_path / "prefs.jsonl", tmp_path / "cache"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "--teacher": models.teacher,
+        "--reference": models.reference,
+        "--data": data,
+        "--cache": cache,
+        "--batch-tokens": 60 * BATCH,
+    }
+    command = [sys.executable, "-c", SCRIPT, "precompute", *(str(part) for pair in options.items() for part in pair)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    generator = random.Random(0)
+
+    killed = 0
+    while killed < KILLS:
+        noted = lines(tmp_path / "asked")
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and lines(tmp_path / "asked") == noted:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.4))
+        process.kill()
+        if process.wait() == 0:
+            break
+        killed += 1
+    assert killed == KILLS, "the data is too small to be interrupted so often"
+
+    last = precompute(
+        teacher=str(models.teacher), reference=str(models.reference), data=str(data), cache=cache, batch_tokens=240
+    )
+    assert last.scored > 0, "the last run had nothing left to do"
+    (scoring,) = read_scorings(cache)
+    signals = read_signals(cache, scoring)
+    wanted = {sequence.key for found in read_response_sets(cache) for sequence in found.sequences()}
+    assert signals.keys() == wanted
+
+    asked = Counter((tmp_path / "asked").read_text().split("\n"))
+    again = sum(count - 1 for line, count in asked.items() if line)
+    assert again <= KILLS * BATCH * 2
+    in_cache = [key for table in shards(cache) for key in table]
+    assert len(in_cache) == len(set(in_cache)), "a row was written twice"
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def shards(cache: Path) -> list[list[bytes]]:
+    (folder,) = (cache / "scorings").iterdir()
+    return [read_shard(path)["key"].to_pylist() for path in list_shards(folder, "signals")]

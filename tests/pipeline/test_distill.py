@@ -1,0 +1,208 @@
+"""Stage two as its users see it: a trained student that loads anywhere, its record, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
+from tests.pipeline.conftest import Filled
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adpa import distill, precompute
+from adpa.data.signals import read_scorings
+from adpa.errors import AdpaError, CacheError, DamagedFileError, ModelError, OptionError
+from adpa.pipeline.checkpoint import open_checkpoint
+
+BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 12, "learning_rate": 3e-3, "logging_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("sft", {}),
+        ("kd", {}),
+        ("dckd", {}),
+        ("adpa", {}),
+        ("adpa", {"on": "chosen"}),
+        ("adpa", {"on": "rejected", "plausibility": 0.01}),
+    ],
+)
+def test_the_loss_of_every_objective_falls(objective: Any, options: Any, filled: Filled, tmp_path: Path) -> None:
+    report = distill(objective, str(filled.models.student), filled.cache, tmp_path, **BRIEF, **options)
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "adpa.json").read_text())["losses"]]
+    assert report.steps == len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert (losses[0], losses[-1]) == (report.first_loss, report.last_loss)
+
+
+@pytest.fixture(scope="module")
+def trained(filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    distill("dckd", str(filled.models.student), filled.cache, output, **BRIEF)
+    return output
+
+
+def test_the_output_is_an_ordinary_checkpoint_that_answers(trained: Path, filled: Filled) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    teacher_tokenizer = AutoTokenizer.from_pretrained(filled.models.teacher)
+    assert tokenizer.chat_template == teacher_tokenizer.chat_template
+    assert tokenizer.get_vocab() == teacher_tokenizer.get_vocab()
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say hello."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=3)
+    assert answer.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_the_student_has_moved_towards_the_teacher(trained: Path, filled: Filled) -> None:
+    before = AutoModelForCausalLM.from_pretrained(filled.models.student)
+    after = AutoModelForCausalLM.from_pretrained(trained)
+    moved = [not torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_the_record_says_how_the_student_was_made(trained: Path, filled: Filled) -> None:
+    record = json.loads((trained / "adpa.json").read_text())
+    (scoring,) = read_scorings(filled.cache)
+    assert record["objective"] == "dckd"
+    assert record["terms"] == {
+        "chosen": {"nll": 1.0, "kl": 1.0, "advantage": 0.0},
+        "rejected": {"nll": 0.0, "kl": 1.0, "advantage": 0.0},
+    }
+    assert record["student"]["digest"] == open_checkpoint(str(filled.models.student)).identity.digest
+    assert record["scoring"] == scoring.id
+    assert record["responses"].keys() == {"chosen", "rejected"}
+    assert record["training"]["batch_size"] == 4
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["losses"][0].keys() >= {"loss", "nll/chosen", "kl/chosen", "kl/rejected", "learning_rate", "step"}
+
+
+def test_the_four_commands_make_adpa_plus(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    cache, data = tmp_path / "cache", str(write_rows(preference_rows[:6]))
+    pair = {"teacher": str(models.teacher), "reference": str(models.reference)}
+    precompute(pair["teacher"], data, cache)
+    distill("dckd", str(models.student), cache, tmp_path / "dckd", **BRIEF)
+    precompute(**pair, student=str(tmp_path / "dckd"), data=data, cache=cache, max_new_tokens=6)
+    report = distill("adpa", str(tmp_path / "dckd"), cache, tmp_path / "adpa-plus", **BRIEF)
+    assert report.examples == 6
+    with pytest.raises(CacheError, match="no sampled responses of this student"):
+        distill("adpa", str(models.student), cache, tmp_path / "other", **BRIEF)
+
+
+def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInfo[AdpaError]:
+    arguments: dict[str, Any] = {
+        "objective": "dckd",
+        "student": str(filled.models.student),
+        "cache": filled.cache,
+        "output": output,
+    }
+    with pytest.raises(AdpaError) as caught:
+        distill(**(arguments | BRIEF | options))
+    return caught
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "dpo"}, r"objective 'dpo'; expected one of sft, kd, dckd, adpa"),
+        ({"on": "praised"}, r"--on 'praised'; expected one of chosen, rejected, sampled"),
+        ({"plausibility": 1.5}, r"--plausibility 1.5"),
+        ({"batch_size": 0}, r"--batch-size 0"),
+        ({"batch_size": 4, "micro_batch_size": 3}, r"--micro-batch-size 3 does not divide the 4 examples"),
+        ({"set": ["nonsense=1"]}, r"--set nonsense=1; expected key=value"),
+        ({"set": ["optim"]}, r"--set optim; expected key=value"),
+        ({"set": ["optim=nonsense"]}, r"TrainingArguments refuses"),
+        ({"device": "cuda:1"}, r"--device cuda:1"),
+        ({"resume_from_checkpoint": "last"}, r"found no checkpoint"),
+        ({"student": "./nowhere"}, r"\./nowhere: no such directory"),
+        ({"cache": Path("/nowhere")}, r"/nowhere: no cache there"),
+        ({"scoring": "ffff"}, r"found no scoring ffff"),
+        ({"response_set": ["ffff"]}, r"--response-set ffff: the cache has none"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(
+    options: dict[str, Any], message: str, filled: Filled, tmp_path: Path
+) -> None:
+    refused(filled, tmp_path / "out", **options).match(message)
+
+
+def test_an_output_that_is_not_empty_is_refused(filled: Filled, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(filled, tmp_path).match("not empty, found notes.txt")
+
+
+def test_an_output_that_cannot_be_written_is_refused(filled: Filled, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(filled, tmp_path / "file" / "out").match("--output .*: Not a directory")
+
+
+def test_a_cache_without_the_sets_that_an_objective_needs_is_refused(filled: Filled, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    precompute(str(filled.models.teacher), str(filled.data), cache, responses="chosen")
+    refused(filled, tmp_path / "out", cache=cache).match("no rejected responses.*--responses rejected")
+
+
+def test_adpa_on_a_scoring_without_a_reference_is_refused(filled: Filled, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    precompute(str(filled.models.teacher), str(filled.data), cache)
+    caught = refused(filled, tmp_path / "out", cache=cache, objective="adpa", on="chosen")
+    caught.match("has no reference, hence no advantages.*--reference")
+
+
+def test_several_scorings_that_fit_are_listed_and_one_is_chosen(filled: Filled, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    few = precompute(str(filled.models.teacher), str(filled.data), cache, top_k=5)
+    many = precompute(str(filled.models.teacher), str(filled.data), cache, top_k=20)
+    refused(filled, tmp_path / "out", cache=cache).match(
+        f"(?s)2 combinations.*({few.scoring}|{many.scoring}).*--scoring"
+    )
+    report = distill("dckd", str(filled.models.student), cache, tmp_path / "chosen", scoring=few.scoring[:6], **BRIEF)
+    assert report.scoring == few.scoring
+
+
+def test_a_student_of_another_vocabulary_is_refused_by_the_token(
+    make_model: MakeModel, filled: Filled, tmp_path: Path
+) -> None:
+    other = make_model(32)
+    swap_two_tokens(other)
+    refused(filled, tmp_path, student=str(other)).match("the cache's teacher and .* have different vocabularies")
+
+
+def test_a_student_with_a_padded_vocabulary_is_not_another_one(
+    make_model: MakeModel, filled: Filled, tmp_path: Path
+) -> None:
+    padded = make_model(33, layers=1, vocab_size=49216)
+    distill("dckd", str(padded), filled.cache, tmp_path, batch_size=8, max_steps=1)
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight) == 49216
+
+
+def test_a_student_with_too_few_embeddings_is_refused(make_model: MakeModel, filled: Filled, tmp_path: Path) -> None:
+    caught = refused(filled, tmp_path, student=str(make_model(34, vocab_size=100)))
+    assert isinstance(caught.value, ModelError)
+    caught.match("the model has 100 embeddings")
+
+
+def test_damaged_files_of_the_cache_are_refused_by_name(filled: Filled, tmp_path: Path) -> None:
+    for number, pattern in enumerate(("scorings/*/signals-*.arrow", "responses/chosen-*.arrow")):
+        cache = tmp_path / f"cache-{number}"
+        shutil.copytree(filled.cache, cache)
+        damaged = sorted(cache.glob(pattern))[0]
+        payload = bytearray(damaged.read_bytes())
+        payload[len(payload) // 2] ^= 16
+        damaged.write_bytes(payload)
+        caught = refused(filled, tmp_path / f"out-{number}", cache=cache)
+        assert isinstance(caught.value, DamagedFileError)
+        caught.match(f"{damaged.name}: damaged")
+
+
+def test_nothing_is_written_when_the_cache_does_not_fit(filled: Filled, tmp_path: Path) -> None:
+    refused(filled, tmp_path / "out", scoring="ffff")
+    with pytest.raises(OptionError):
+        distill("dckd", str(filled.models.student), filled.cache, tmp_path / "out2", set=["bad"])
+    assert not any((tmp_path / "out").glob("*"))

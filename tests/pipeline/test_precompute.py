@@ -1,0 +1,238 @@
+"""Stage one as its users see it: what is scored, what is reused, what is refused."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
+from tests.pipeline.conftest import Filled
+from transformers import AutoTokenizer
+
+from adpa import precompute
+from adpa.data.responses import read_response_sets
+from adpa.data.signals import read_scorings, read_signals
+from adpa.errors import AdpaError, DamagedFileError, DataError, ModelError, OptionError
+
+
+def files(cache: Path) -> set[str]:
+    return {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_scores_nothing_and_writes_nothing(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"teacher": str(models.teacher), "data": str(write_rows(preference_rows[:5]))}
+    cache = tmp_path / "cache"
+    first = precompute(**options, cache=cache, top_k=7)
+    written = files(cache)
+    second = precompute(**options, cache=cache, top_k=7)
+    assert (first.scored, first.reused) == (10, 0)
+    assert (second.scored, second.reused, second.tokens) == (0, 10, 0)
+    assert second.responses == first.responses
+    assert files(cache) == written
+
+
+def test_ten_new_pairs_cost_exactly_their_twenty_responses(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    cache, teacher = tmp_path / "cache", str(models.teacher)
+    precompute(teacher, str(write_rows(preference_rows[:10], "ten.jsonl")), cache)
+    grown = precompute(teacher, str(write_rows(preference_rows, "twenty.jsonl")), cache)
+    assert (grown.scored, grown.reused) == (20, 20)
+
+
+def test_a_second_student_costs_only_its_own_samples(filled: Filled, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled.cache, cache)
+    common = {"teacher": str(filled.models.teacher), "reference": str(filled.models.reference)}
+    report = precompute(
+        **common,
+        data=str(filled.data),
+        cache=cache,
+        top_k=10,
+        student=str(filled.models.other_student),
+        responses="chosen,rejected,sampled",
+        max_new_tokens=6,
+    )
+    assert (report.sampled, report.scored, report.reused) == (8, 8, 16)
+
+
+def test_the_cache_does_not_depend_on_the_order_of_the_data_or_on_the_batch(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    shuffled = preference_rows[:6]
+    random.Random(0).shuffle(shuffled)
+    runs = [(preference_rows[:6], 8192), (shuffled, 100)]
+    caches = []
+    for number, (rows, batch_tokens) in enumerate(runs):
+        cache = tmp_path / f"cache-{number}"
+        precompute(
+            teacher=str(models.teacher),
+            reference=str(models.reference),
+            student=str(models.student),
+            data=str(write_rows(rows, f"{number}.jsonl")),
+            cache=cache,
+            responses="chosen,rejected,sampled",
+            max_new_tokens=6,
+            batch_tokens=batch_tokens,
+        )
+        caches.append(cache)
+    one, two = caches
+    assert {p.name: p.read_bytes() for p in (one / "responses").iterdir()} == {
+        p.name: p.read_bytes() for p in (two / "responses").iterdir()
+    }
+    (scoring,) = read_scorings(one)
+    assert [scoring] == list(read_scorings(two))
+    signals_one, signals_two = read_signals(one, scoring), read_signals(two, scoring)
+    assert signals_one.keys() == signals_two.keys()
+    keys = pa.array(sorted(signals_one.keys()), pa.binary(16))
+    for first, second in zip(signals_one.locate(keys), signals_two.locate(keys), strict=True):
+        row, other = signals_one.row(int(first)), signals_two.row(int(second))
+        np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
+        np.testing.assert_allclose(row.token_logprobs, other.token_logprobs, atol=1e-5)
+
+
+def test_sampled_responses_are_stored_with_the_chosen_ones_beside_them(filled: Filled) -> None:
+    sets = {found.info.name: found for found in read_response_sets(filled.cache)}
+    assert sets.keys() == {"chosen", "rejected", "sampled"}
+    assert len(sets["sampled"]) == 2 * len(sets["chosen"]) == 16
+    assert sets["sampled"].info.examples == sets["chosen"].info.examples
+    sampling = sets["sampled"].info.sampling
+    assert sampling is not None
+    assert (sampling.max_new_tokens, sampling.samples_per_prompt, sampling.temperature) == (6, 2, 1.0)
+
+
+def test_the_responses_are_the_texts_of_the_data(filled: Filled) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(filled.models.teacher)
+    chosen = next(found for found in read_response_sets(filled.cache) if found.info.name == "chosen")
+    said = {tokenizer.decode(sequence.response_ids) for sequence in chosen.sequences()}
+    rows = [json.loads(line) for line in filled.data.read_text().splitlines()]
+    assert said == {row["chosen"][0]["content"] + "<|im_end|>" for row in rows}
+
+
+def test_what_is_cut_is_counted(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    report = precompute(
+        str(models.teacher), str(write_rows(preference_rows[:5])), tmp_path, max_prompt_length=20, max_length=24
+    )
+    assert report.truncated_prompts == 5
+    assert report.truncated_responses > 0
+    assert report.tokens <= 10 * 4
+
+
+def test_pairs_that_cannot_be_used_are_dropped_and_counted_when_asked(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = [*preference_rows[:3], {**preference_rows[3], "chosen": ""}]
+    data = str(write_rows(rows))
+    with pytest.raises(DataError, match=r"line 4: `chosen` is an empty response"):
+        precompute(str(models.teacher), data, tmp_path / "cache")
+    report = precompute(str(models.teacher), data, tmp_path / "cache", drop_invalid=True)
+    assert (report.dropped, report.scored) == (1, 6)
+    with pytest.raises(DataError, match="all of its 1 pairs were dropped"):
+        precompute(str(models.teacher), str(write_rows(rows[3:], "bad.jsonl")), tmp_path / "cache", drop_invalid=True)
+
+
+def test_a_dry_run_predicts_what_a_run_does_and_loads_no_model(
+    filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": tmp_path / "c"}
+    with monkeypatch.context() as patch:
+        patch.setattr("adpa.pipeline.checkpoint.Checkpoint.load", lambda *_: pytest.fail("a model was loaded"))
+        predicted = precompute(**options, dry_run=True)
+        assert not (tmp_path / "c").exists()
+    done = precompute(**options)
+    assert replace(predicted, seconds=0, dry_run=False) == replace(done, seconds=0)
+    size = sum(path.stat().st_size for path in (tmp_path / "c" / "scorings").rglob("*.arrow"))
+    assert done.bytes < size < done.bytes + 8192
+
+
+def test_a_dry_run_with_a_student_counts_at_most(filled: Filled, tmp_path: Path) -> None:
+    report = precompute(
+        str(filled.models.teacher),
+        str(filled.data),
+        tmp_path,
+        student=str(filled.models.student),
+        samples_per_prompt=3,
+        max_new_tokens=11,
+        dry_run=True,
+    )
+    assert (report.sampled, report.scored, report.tokens) == (24, 24, 24 * 11)
+
+
+def test_a_flipped_byte_and_a_truncated_shard_are_refused_by_name(filled: Filled, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": cache}
+    precompute(**options)
+    (shard,) = cache.glob("scorings/*/signals-*.arrow")
+    whole = shard.read_bytes()
+    for damaged in (whole[:-100], whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:], b""):
+        shard.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=f"{shard.name}: damaged") as caught:
+            precompute(**options)
+        assert caught.value.exit_code == 1
+    shard.unlink()
+    assert precompute(**options).scored == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 50000}, r"--top-k 50000: .* has 49152 tokens"),
+        ({"top_k": 0}, r"--top-k 0; expected at least 1"),
+        ({"temperature": -1.0}, r"--temperature -1; expected 0 or more"),
+        ({"top_p": 0.0}, r"--top-p 0; expected more than 0"),
+        ({"engine": "vllm"}, r"--engine vllm is not in this version"),
+        ({"responses": "chosen,loved"}, r"found 'loved'; expected chosen, rejected, sampled"),
+        ({"responses": "sampled"}, r"--responses sampled without --student"),
+        ({"max_prompt_length": 64, "max_length": 64}, r"0 < max-prompt-length < max-length"),
+        ({"max_prompt_length": 1024, "max_length": 4096, "student": "student", "max_new_tokens": 2048}, "positions"),
+        ({"teacher": "./nowhere"}, r"\./nowhere: no such directory"),
+        ({"data": "./nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+        ({"device": "cuda:9"}, r"--device cuda:9"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_before_anything_is_written(
+    options: dict[str, Any], message: str, filled: Filled, tmp_path: Path
+) -> None:
+    if "student" in options:
+        options = options | {"student": str(filled.models.student)}
+    common: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data)}
+    with pytest.raises(AdpaError, match=message):
+        precompute(**(common | options), cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("role", ["reference", "student"])
+def test_a_model_of_another_vocabulary_is_refused_by_the_token(
+    role: str, make_model: MakeModel, filled: Filled, tmp_path: Path
+) -> None:
+    other = make_model(30)
+    swap_two_tokens(other)
+    with pytest.raises(ModelError, match=r"different vocabularies: the token '.*' has the id 100[01]"):
+        precompute(str(filled.models.teacher), str(filled.data), tmp_path, **{role: str(other)})
+
+
+def test_a_teacher_without_a_chat_template_is_refused(make_model: MakeModel, filled: Filled, tmp_path: Path) -> None:
+    teacher = make_model(31)
+    (teacher / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="has no chat template"):
+        precompute(str(teacher), str(filled.data), tmp_path)
+
+
+def test_a_student_is_refused_where_no_response_is_sampled(filled: Filled, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--responses chosen with --student"):
+        precompute(
+            str(filled.models.teacher),
+            str(filled.data),
+            tmp_path,
+            student=str(filled.models.student),
+            responses="chosen",
+        )

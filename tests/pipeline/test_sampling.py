@@ -1,0 +1,134 @@
+"""The student's responses: reproducible from the seed whatever the batch, and truly its distribution."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import MakeModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adpa.data.responses import Sampling
+from adpa.errors import ModelError
+from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.sampling import SampleRequest, missing_requests, read_samples, sample, sample_responses
+
+END = 2
+SAMPLING = Sampling(
+    student="s",
+    turn_end=END,
+    temperature=1.0,
+    top_p=1.0,
+    max_new_tokens=12,
+    samples_per_prompt=1,
+    seed=0,
+    dtype="float32",
+    engine="hf",
+)
+
+
+@pytest.fixture(scope="module")
+def student(make_model: MakeModel) -> Path:
+    return make_model(20, layers=1, vocab_size=24, initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(student: Path) -> PreTrainedModel:
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student).eval()
+    return loaded
+
+
+def requests(count: int, length: int = 4) -> list[SampleRequest]:
+    generator = np.random.default_rng(1)
+    return [
+        SampleRequest(generator.integers(3, 24, generator.integers(1, length + 1)).astype(np.int32), 0)
+        for _ in range(count)
+    ]
+
+
+def as_lists(responses: list[np.ndarray]) -> list[list[int]]:  # type: ignore[type-arg]
+    return [response.tolist() for response in responses]
+
+
+def test_a_response_does_not_depend_on_its_batch(model: PreTrainedModel) -> None:
+    wanted = requests(30, length=20)
+    together = as_lists(sample(model, SAMPLING, wanted))
+    alone = [sample(model, SAMPLING, [request])[0].tolist() for request in wanted]
+    backwards = as_lists(sample(model, SAMPLING, wanted[::-1]))[::-1]
+    assert together == alone == backwards
+
+
+def test_seed_prompt_and_index_each_give_another_response(model: PreTrainedModel) -> None:
+    prompt = np.array([5, 6], dtype=np.int32)
+    first = as_lists(sample(model, SAMPLING, [SampleRequest(prompt, index) for index in range(8)]))
+    other_seed = as_lists(sample(model, replace(SAMPLING, seed=1), [SampleRequest(prompt, i) for i in range(8)]))
+    assert len({tuple(response) for response in first}) == 8
+    assert not {tuple(response) for response in first} & {tuple(response) for response in other_seed}
+
+
+def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(model: PreTrainedModel) -> None:
+    responses = sample(model, SAMPLING, requests(60))
+    ended = [response for response in responses if response[-1] == END]
+    assert 0 < len(ended) < 60
+    assert all((response[:-1] != END).all() for response in ended)
+    assert all(len(response) == 12 for response in responses if response[-1] != END)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_tokens_follow_the_students_distribution(model: PreTrainedModel, temperature: float, top_p: float) -> None:
+    settings = replace(SAMPLING, max_new_tokens=1, temperature=temperature, top_p=top_p)
+    prompt, draws = np.array([7, 3], dtype=np.int32), 4000
+    drawn = np.concatenate(sample(model, settings, [SampleRequest(prompt, index) for index in range(draws)]))
+    with torch.inference_mode():
+        logits = model(input_ids=torch.from_numpy(prompt).long()[None]).logits[0, -1].double()
+    probabilities = (logits / temperature).softmax(0).numpy()
+    order = np.argsort(-probabilities)
+    outside = order[np.cumsum(probabilities[order]) - probabilities[order] >= top_p]
+    probabilities[outside] = 0
+    probabilities /= probabilities.sum()
+    counts = np.bincount(drawn, minlength=24)
+    assert counts[outside].sum() == 0
+    deviation = np.abs(counts - draws * probabilities)
+    assert (deviation <= 5 * np.sqrt(draws * probabilities * (1 - probabilities)) + 1e-9).all()
+
+
+def test_temperature_zero_is_greedy_and_ignores_the_checkpoints_own_generation_settings(student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(student).eval()
+    wanted = requests(10)
+    expected = []
+    for request in wanted:
+        tokens = request.prompt_ids.tolist()
+        while len(tokens) - len(request.prompt_ids) < 12 and (
+            tokens[-1] != END or tokens == request.prompt_ids.tolist()
+        ):
+            with torch.inference_mode():
+                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        expected.append(tokens[len(request.prompt_ids) :])
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    assert as_lists(sample(model, replace(SAMPLING, temperature=0.0), wanted)) == expected
+
+
+def test_only_missing_responses_are_sampled_and_more_of_them_keep_the_first(student: Path, tmp_path: Path) -> None:
+    checkpoint, cpu = open_checkpoint(str(student)), torch.device("cpu")
+    wanted = [SampleRequest(request.prompt_ids, index) for request in requests(6) for index in (0, 1)]
+    first = [request for request in wanted if request.index == 0]
+    sample_responses(tmp_path, SAMPLING, missing_requests(tmp_path, SAMPLING, first), checkpoint, cpu, 64)
+    before = read_samples(tmp_path, SAMPLING)
+    more = replace(SAMPLING, samples_per_prompt=2)
+    missing = missing_requests(tmp_path, more, wanted)
+    assert {request.key for request in missing} == {request.key for request in wanted if request.index == 1}
+    sample_responses(tmp_path, more, missing, checkpoint, cpu, 64)
+    after = read_samples(tmp_path, more)
+    assert missing_requests(tmp_path, more, wanted) == []
+    assert {key: after[key].tolist() for key in before} == {key: before[key].tolist() for key in before}
+    assert len(missing_requests(tmp_path, replace(SAMPLING, seed=5), first)) == len({r.key for r in first})
+
+
+def test_logits_that_are_not_finite_are_refused(student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(student).eval()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        sample(model, SAMPLING, requests(2))

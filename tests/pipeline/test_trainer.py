@@ -1,0 +1,198 @@
+"""The training step against a dense float64 oracle, and its independence from how a step is cut up.
+
+With plain gradient descent the difference between a student before and after one step is its gradient: the whole
+command is tested, from the cache on disk to the weights on disk.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.pipeline.conftest import Filled
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adpa import distill
+from adpa.data.responses import read_response_sets
+from adpa.data.signals import read_scorings, read_signals
+from adpa.errors import ModelError
+from adpa.pipeline.distill import DistillReport
+
+RATE = 1000.0
+GRADIENT_DESCENT = [
+    "optim=sgd",
+    "max_grad_norm=0",
+]
+
+
+def one_step(filled: Filled, output: Path, **options: Any) -> tuple[DistillReport, dict[str, Tensor]]:
+    """Runs one optimizer step over all eight examples; returns the report and the gradient of every parameter."""
+    student = options.pop("student", filled.models.student)
+    report = distill(
+        student=str(student),
+        cache=filled.cache,
+        output=output,
+        batch_size=8,
+        max_steps=1,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        logging_steps=1,
+        set=[*GRADIENT_DESCENT, *options.pop("set", [])],
+        **options,
+    )
+    before, after = load_file(student / "model.safetensors"), load_file(output / "model.safetensors")
+    return report, {name: (before[name].double() - after[name].double()) / RATE for name in before}
+
+
+def dense_loss(filled: Filled, model: PreTrainedModel, terms: Mapping[str, tuple[float, float, float]]) -> Tensor:
+    """The definition, in float64: one sequence at a time, the whole vocabulary, the signals as they are stored."""
+    (scoring,) = read_scorings(filled.cache)
+    signals = read_signals(filled.cache, scoring)
+    total = torch.zeros((), dtype=torch.float64)
+    for responses in read_response_sets(filled.cache):
+        nll_weight, kl_weight, advantage_weight = terms.get(responses.info.name, (0.0, 0.0, 0.0))
+        if nll_weight == kl_weight == advantage_weight == 0:
+            continue
+        nll = kl = advantage = torch.zeros((), dtype=torch.float64)
+        tokens = 0
+        keys = pa.array(responses.table["key"].to_pylist(), pa.binary(16))
+        for sequence, number in zip(responses.sequences(), signals.locate(keys), strict=True):
+            row = signals.row(int(number))
+            whole = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
+            logq = model(input_ids=whole[None]).logits[0, len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
+            ids = torch.from_numpy(row.topk_ids.astype(np.int64))
+            logp = torch.from_numpy(row.topk_logprobs.astype(np.float64))
+            tail = torch.from_numpy(row.tail_logprob.astype(np.float64))
+            assert row.topk_advantages is not None
+            gain = torch.from_numpy(row.topk_advantages.astype(np.float64))
+            logq_topk = logq.gather(1, ids)
+            logq_tail = logq.scatter(1, ids, -torch.inf).logsumexp(1)
+            nll = nll - logq.gather(1, torch.from_numpy(sequence.response_ids.astype(np.int64))[:, None]).sum()
+            kl = kl + (logp.exp() * (logp - logq_topk)).sum() + (tail.exp() * (tail - logq_tail)).sum()
+            advantage = advantage - (logq_topk.exp() * gain).sum()
+            tokens += len(ids)
+        total = total + (nll_weight * nll + kl_weight * kl + advantage_weight * advantage) / tokens
+    return total
+
+
+OBJECTIVES = {
+    "sft": ({}, {"chosen": (1.0, 0.0, 0.0)}),
+    "kd": ({"kl_weight": 0.7}, {"chosen": (1.0, 0.7, 0.0)}),
+    "dckd": ({"kl_weight": 0.7}, {"chosen": (1.0, 0.7, 0.0), "rejected": (0.0, 0.7, 0.0)}),
+    "adpa": ({"advantage_weight": 0.4}, {"chosen": (1.0, 0.0, 0.0), "sampled": (0.0, 0.0, 0.4)}),
+}
+
+
+def relative_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    difference = sum((found[name] - expected[name]).square().sum() for name in found)
+    return float((difference / sum(tensor.square().sum() for tensor in expected.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradient_of_a_step_are_the_definitions(objective: Any, filled: Filled, tmp_path: Path) -> None:
+    options, terms = OBJECTIVES[objective]
+    report, gradient = one_step(filled, tmp_path / "out", objective=objective, **options)
+    model = AutoModelForCausalLM.from_pretrained(filled.models.student, dtype=torch.float64)
+    loss = dense_loss(filled, model, terms)
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if name in gradient}
+    assert report.first_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_error(gradient, expected) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["dckd", "adpa"])
+def test_the_gradient_does_not_depend_on_how_the_step_is_cut(objective: Any, filled: Filled, tmp_path: Path) -> None:
+    report, whole = one_step(filled, tmp_path / "whole", objective=objective, micro_batch_size=8)
+    for micro_batch_size in (1, 2, 4):
+        cut_report, cut = one_step(
+            filled, tmp_path / f"cut-{micro_batch_size}", objective=objective, micro_batch_size=micro_batch_size
+        )
+        assert relative_error(cut, whole) < 1e-5
+        assert cut_report.first_loss == pytest.approx(report.first_loss, rel=1e-5)
+
+
+def test_the_gradient_does_not_depend_on_the_order_of_the_examples(filled: Filled, tmp_path: Path) -> None:
+    _, one = one_step(filled, tmp_path / "one", objective="dckd", micro_batch_size=2, seed=1)
+    _, two = one_step(filled, tmp_path / "two", objective="dckd", micro_batch_size=2, seed=2)
+    assert relative_error(one, two) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(filled: Filled, tmp_path: Path) -> None:
+    _, plain = one_step(filled, tmp_path / "plain", objective="dckd")
+    _, checkpointed = one_step(filled, tmp_path / "checkpointed", objective="dckd", gradient_checkpointing=True)
+    assert relative_error(checkpointed, plain) < 1e-5
+
+
+def test_bfloat16_gives_nearly_the_same_gradient(filled: Filled, tmp_path: Path) -> None:
+    _, plain = one_step(filled, tmp_path / "plain", objective="dckd")
+    _, bf16 = one_step(filled, tmp_path / "bf16", objective="dckd", bf16=True)
+    assert 1e-6 < relative_error(bf16, plain) < 0.05
+
+
+def test_the_logged_terms_add_up_to_the_loss(filled: Filled, tmp_path: Path) -> None:
+
+    one_step(filled, tmp_path, objective="adpa", advantage_weight=0.4, micro_batch_size=2)
+    (log,) = json.loads((tmp_path / "adpa.json").read_text())["losses"]
+    assert log["loss"] == pytest.approx(log["nll/chosen"] + 0.4 * log["advantage/sampled"], rel=1e-5)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(filled: Filled, tmp_path: Path) -> None:
+    def train(output: Path, resume: str | None = None, **options: Any) -> dict[str, Tensor]:
+        distill(
+            objective="dckd",
+            student=str(filled.models.student),
+            cache=filled.cache,
+            output=output,
+            batch_size=4,
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-3,
+            resume_from_checkpoint=resume,
+            **options,
+        )
+        return load_file(output / "model.safetensors")
+
+    whole = train(tmp_path / "whole")
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(interrupted / "checkpoint-2")
+    resumed = train(interrupted, resume="last")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(filled: Filled, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(filled.models.student)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = torch.nan
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    for file in filled.models.student.glob("*token*"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match="the loss is nan"):
+        one_step(filled, tmp_path / "out", objective="kd", student=broken)
+
+
+def test_frozen_parameters_stay(filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adpa.pipeline import distill as stage
+
+    attach = stage.attach_distill_head
+
+    def freeze_embeddings_and_attach(model: PreTrainedModel) -> None:
+        model.get_input_embeddings().weight.requires_grad_(False)
+        attach(model)
+
+    _, plain = one_step(filled, tmp_path / "plain", objective="dckd")
+    monkeypatch.setattr(stage, "attach_distill_head", freeze_embeddings_and_attach)
+    _, frozen = one_step(filled, tmp_path / "frozen", objective="dckd")
+    embedding = "model.embed_tokens.weight"
+    assert (frozen.pop(embedding) == 0).all()
+    del plain[embedding]
+    assert relative_error(frozen, plain) < 1e-5

@@ -1,0 +1,158 @@
+"""The command line: its help is part of the interface, its errors are one line, its options are the functions'."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from tests.conftest import Models, Row, WriteRows
+from typer.testing import CliRunner
+
+from adpa import cli, distill, precompute
+
+COMMANDS = {"precompute": precompute, "distill": distill}
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+def test_the_programme_names_its_commands(runner: CliRunner) -> None:
+    output = runner.invoke(cli.app, ["--help"]).output
+    assert all(name in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_parameter_is_an_option_with_help(name: str) -> None:
+    group = typer.main.get_command(cli.app)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    options = {parameter.name: parameter for parameter in command.params}
+    assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
+    assert all(option.help for option in options.values())
+    assert command.help.startswith(inspect.getdoc(COMMANDS[name]).splitlines()[0])  # type: ignore[union-attr]
+    assert "Raises" not in command.help
+
+
+def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
+    output = runner.invoke(cli.app, ["precompute", "--help"]).output
+    for option in ("--teacher", "--reference", "--student", "--data", "--cache", "--responses", "--top-k", "--dry-run"):
+        assert option in output
+    output = runner.invoke(cli.app, ["distill", "--help"]).output
+    for option in ("--objective", "--on", "--plausibility", "--batch-size", "--micro-batch-size", "--set", "--output"):
+        assert option in output
+
+
+def adpa(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "adpa", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, models: Models) -> None:
+    done = adpa("precompute", "--teacher", models.teacher, "--data", "no.jsonl", "--cache", "c", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "adpa: no.jsonl: no such file or directory; check --data\n"
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, models: Models) -> None:
+    done = adpa(
+        "precompute", "--teacher", models.teacher, "--data", "no.jsonl", "--cache", "c", "--debug", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "DataError" in done.stderr
+
+
+def test_a_run_reports_on_the_terminal_and_in_a_file(
+    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows
+) -> None:
+    data = write_rows(preference_rows[:3])
+    options = ("--teacher", models.teacher, "--data", data, "--cache", "cache", "--report", "report.json")
+    done = adpa("precompute", *options, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.keys() >= {
+        "scored", "reused", "tokens", "truncated_prompts", "truncated_responses", "dropped", "scoring", "responses",
+        "seconds",
+    }  # fmt: skip
+    assert report["scored"] == 6
+    assert report["scoring"] in done.stdout
+    assert "truncated responses" in done.stdout
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The arguments that the command line passes to the stage."""
+    seen: dict[str, object] = {}
+
+    @cli.dataclasses.dataclass
+    class Nothing:
+        done: bool = True
+
+    def record(*arguments: object, **options: object) -> Nothing:
+        seen.update(options)
+        return Nothing()
+
+    app = typer.Typer()
+    record.__signature__ = inspect.signature(precompute)  # type: ignore[attr-defined]
+    app.command("precompute")(cli.as_command(record))
+    app.command("other")(lambda: None)
+    monkeypatch.setattr(cli, "app", app)
+    return seen
+
+
+def test_a_config_file_holds_options_and_the_command_line_outranks_it(
+    recorded: dict[str, object], runner: CliRunner, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("teacher: T\ndata: d.jsonl\ncache: C\ntop-k: 7\nmax_length: 99\n")
+    done = runner.invoke(cli.app, ["precompute", "--config", str(config), "--max-length", "77"])
+    assert done.exit_code == 0, done.output
+    assert recorded["teacher"] == "T"
+    assert recorded["cache"] == Path("C")
+    assert (recorded["top_k"], recorded["max_length"]) == (7, 77)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("tap-k: 7", "has no option 'tap_k'"), ("- 1", "expected a mapping"), ("a: [", "--config"), (None, "--config")],
+)
+def test_a_config_file_that_cannot_be_used_is_refused(
+    text: str | None, message: str, runner: CliRunner, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    if text is not None:
+        config.write_text(text)
+    done = runner.invoke(cli.app, ["precompute", "--config", str(config)])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    recorded: dict[str, object], runner: CliRunner
+) -> None:
+    options = ["--teacher", "T", "--data", "d", "--cache", "c", "--report", "/nowhere/report.json"]
+    done = runner.invoke(cli.app, ["precompute", *options])
+    assert done.exit_code == 2
+    assert "--report /nowhere/report.json: cannot be written there" in done.stderr
+    assert not recorded
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("broken\nmachine")])
+def test_a_failure_of_the_machine_is_one_line_and_exit_code_1(
+    error: Exception, runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        """Fail."""
+        raise error
+
+    app = typer.Typer()
+    app.command("fail")(cli.as_command(fail))
+    done = runner.invoke(app, [])
+    assert done.exit_code == 1
+    assert done.stderr == f"adpa: {' '.join(str(error).split())}\n"

@@ -1,0 +1,23 @@
+"""Errors cross process boundaries and say what to do."""
+
+import pickle
+
+import pytest
+
+from adpa import errors
+
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ValueError)]
+
+
+@pytest.mark.parametrize("error_class", CLASSES)
+def test_an_error_survives_pickling(error_class: type[errors.AdpaError]) -> None:
+    error = error_class("f.jsonl line 3: found x; expected y", "mend the file")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is error_class
+    assert str(copy) == str(error) == "f.jsonl line 3: found x; expected y; mend the file"
+
+
+def test_the_users_mistakes_exit_with_2_and_the_machines_with_1() -> None:
+    codes = {error_class.__name__: error_class.exit_code for error_class in CLASSES}
+    assert codes.pop("DamagedFileError") == 1
+    assert set(codes.values()) == {2}
