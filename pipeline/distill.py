@@ -241,14 +241,17 @@ def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) ->
 
 
 def _check_ids(checkpoint: Checkpoint, model: PreTrainedModel, selection: Selection) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
     largest = max(
         int(sequence.response_ids.max()) if len(sequence.response_ids) else 0
         for found in selection.sets.values()
         for sequence in found.sequences()
     )
-    if largest >= rows:
-        raise ModelError(f"{checkpoint.name}: the data has the token id {largest}; the model has {rows} embeddings")
+    if largest >= len(embeddings):
+        raise ModelError(
+            f"{checkpoint.name}: the data has the token id {largest}; the model has {len(embeddings)} embeddings"
+        )
 
 
 def _write_record(

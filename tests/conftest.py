@@ -30,7 +30,7 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
             gguf = next(source.glob("*.gguf")).name
             model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
             del model.config.quantization_config  # the weights are dequantized
-            model.hf_quantizer = None
+            model.hf_quantizer = None  # type: ignore[assignment]
             temporary = folder / "unfinished"
             AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(temporary)
             model.save_pretrained(temporary)
@@ -53,7 +53,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.Temp
 
     def make(seed: int, layers: int = 2, width: int = 32, **config: Any) -> Path:
         torch.manual_seed(seed)
-        settings = {
+        settings: dict[str, Any] = {
             "vocab_size": 49152,
             "hidden_size": width,
             "intermediate_size": 2 * width,
@@ -66,8 +66,8 @@ def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.Temp
         }
         directory = tmp_path_factory.mktemp(f"model-{seed}")
         settings |= config
-        model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype=getattr(torch, str(settings["dtype"])))
-        model.save_pretrained(directory)
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        torch.nn.Module.to(model, getattr(torch, settings["dtype"])).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return directory
 

@@ -4,7 +4,10 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -13,7 +16,7 @@ from typer.testing import CliRunner
 
 from adpa import cli, distill, precompute
 
-COMMANDS = {"precompute": precompute, "distill": distill}
+COMMANDS: dict[str, Callable[..., Any]] = {"precompute": precompute, "distill": distill}
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """The arguments that the command line passes to the stage."""
     seen: dict[str, object] = {}
 
-    @cli.dataclasses.dataclass
+    @dataclass
     class Nothing:
         done: bool = True
 

@@ -6,7 +6,7 @@ import pytest
 
 from adpa import errors
 
-CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ValueError)]
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.AdpaError)]
 
 
 @pytest.mark.parametrize("error_class", CLASSES)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Models, Row
@@ -25,7 +26,12 @@ def filled(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("filled")
     data, cache = folder / "prefs.jsonl", folder / "cache"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows[:8]))
-    common = {"teacher": str(models.teacher), "reference": str(models.reference), "data": str(data), "cache": cache}
+    common: dict[str, Any] = {
+        "teacher": str(models.teacher),
+        "reference": str(models.reference),
+        "data": str(data),
+        "cache": cache,
+    }
     precompute(**common, top_k=10)
     precompute(**common, top_k=10, student=str(models.student), samples_per_prompt=2, max_new_tokens=6)
     return Filled(cache, data, models)

@@ -10,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.conftest import Models, Row
 
 from adpa import precompute
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import list_shards, read_shard
 from adpa.data.signals import read_scorings, read_signals
-from tests.conftest import Models, Row
 
 # The real command, noting on disk every sequence that a model is asked about, before it is asked.
 SCRIPT = """

@@ -1,5 +1,7 @@
 """Decoder and head run apart give the model's own logits, for every kind of head that is supported."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -19,7 +21,7 @@ from transformers import (
 from adpa.errors import ModelError
 from adpa.pipeline.lm_head import check_head, hidden_states, read_head
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,

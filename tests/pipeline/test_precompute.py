@@ -50,7 +50,7 @@ def test_ten_new_pairs_cost_exactly_their_twenty_responses(
 def test_a_second_student_costs_only_its_own_samples(filled: Filled, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(filled.cache, cache)
-    common = {"teacher": str(filled.models.teacher), "reference": str(filled.models.reference)}
+    common: dict[str, Any] = {"teacher": str(filled.models.teacher), "reference": str(filled.models.reference)}
     report = precompute(
         **common,
         data=str(filled.data),
@@ -217,7 +217,7 @@ def test_a_model_of_another_vocabulary_is_refused_by_the_token(
     other = make_model(30)
     swap_two_tokens(other)
     with pytest.raises(ModelError, match=r"different vocabularies: the token '.*' has the id 100[01]"):
-        precompute(str(filled.models.teacher), str(filled.data), tmp_path, **{role: str(other)})
+        precompute(str(filled.models.teacher), str(filled.data), tmp_path, **{role: str(other)})  # type: ignore[arg-type]
 
 
 def test_a_teacher_without_a_chat_template_is_refused(make_model: MakeModel, filled: Filled, tmp_path: Path) -> None:

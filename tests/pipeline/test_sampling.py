@@ -47,7 +47,7 @@ def requests(count: int, length: int = 4) -> list[SampleRequest]:
     ]
 
 
-def as_lists(responses: list[np.ndarray]) -> list[list[int]]:  # type: ignore[type-arg]
+def as_lists(responses: list[np.ndarray]) -> list[list[int]]:
     return [response.tolist() for response in responses]
 
 

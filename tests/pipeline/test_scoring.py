@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from tests.conftest import MakeModel
 from tests.pipeline.conftest import Filled
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adpa import precompute
@@ -34,11 +35,10 @@ def dense_logprobs(model: Path, sequence: TokenSequence) -> NDArray[np.float32]:
     whole = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()[None]
     with torch.inference_mode():
         logprobs = loaded(input_ids=whole).logits.log_softmax(-1)
-    rows: NDArray[np.float32] = logprobs[0, len(sequence.prompt_ids) - 1 : -1].numpy()
-    return rows
+    return np.asarray(logprobs[0, len(sequence.prompt_ids) - 1 : -1], dtype=np.float32)
 
 
-def synthetic(prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:
+def synthetic(prompt: ArrayLike, response: ArrayLike) -> TokenSequence:
     prompt_ids, response_ids = np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32)
     return TokenSequence(sequence_key(prompt_ids, response_ids), prompt_ids, response_ids)
 
@@ -118,8 +118,13 @@ def test_prompt_rows_are_never_projected_to_the_vocabulary(
     scorer = HfScorer(open_checkpoint(str(make_model(8, vocab_size=64))), "float32", CPU)
     projected: list[int] = []
     logits = LmHead.logits
-    monkeypatch.setattr(LmHead, "logits", lambda head, hidden: projected.append(len(hidden)) or logits(head, hidden))
-    sequences = [synthetic(range(50), range(3)), synthetic(range(20), range(7))]
+
+    def counting(head: LmHead, hidden: Tensor) -> Tensor:
+        projected.append(len(hidden))
+        return logits(head, hidden)
+
+    monkeypatch.setattr(LmHead, "logits", counting)
+    sequences = [synthetic(np.arange(50), np.arange(3)), synthetic(np.arange(20), np.arange(7))]
     rows = scorer.top_k(sequences, 4)
     scorer.logprobs_at(sequences, [row.topk_ids for row in rows])
     assert sum(projected) == 2 * (3 + 7)
