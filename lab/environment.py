@@ -1,0 +1,195 @@
+"""A language task small enough for one core, with a preference that a formula states.
+
+A prompt asks for an operation on five digits and sets a tone: `reverse casual 3 1 4 1 5`. A good response
+greets in that tone, gives the digits, and closes, without fillers: `hey 5 1 4 1 3 cheers`. Since `reward`
+scores any response exactly, alignment can be measured without a judge.
+
+Whatever is drawn is a function of a seed and of the name of what is drawn.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+
+OPERATIONS = ("ascending", "descending", "reverse", "copy", "rotate")
+GREETINGS = {"formal": "greetings", "casual": "hey", "warm": "welcome"}
+TONES = tuple(GREETINGS)
+CLOSINGS = ("regards", "cheers")
+FILLERS = ("well", "so", "like", "um", "basically")
+DIGITS = tuple("0123456789")
+WORDS = (*DIGITS, *OPERATIONS, *TONES, *GREETINGS.values(), *CLOSINGS, *FILLERS)
+
+DIGITS_PER_PROMPT = 5
+CANDIDATES_PER_PAIR = 4
+FLIPPED_SHARE = 0.05
+
+Digits = tuple[int, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    operation: str
+    tone: str
+    digits: Digits
+
+    @property
+    def text(self) -> str:
+        return " ".join((self.operation, self.tone, *map(str, self.digits)))
+
+    @property
+    def answer(self) -> Digits:
+        return _apply(self.operation, self.digits)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the prompt is kept for evaluation: a tenth of all prompts, never drawn for training."""
+        return sum(self.digits) % 10 == 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+
+def training_prompts(count: int, seed: int, purpose: str) -> list[Prompt]:
+    return list(islice(_random_prompts(_generator(seed, purpose), held_out=False), count))
+
+
+def evaluation_prompts(count: int, seed: int) -> list[Prompt]:
+    return list(islice(_random_prompts(_generator(seed, "evaluation"), held_out=True), count))
+
+
+def corpus(count: int, seed: int) -> list[tuple[Prompt, str]]:
+    """Prompts with responses of mixed quality: what the base models are pretrained on."""
+    generator = _generator(seed, "corpus responses")
+    prompts = training_prompts(count, seed, "corpus")
+    return [(prompt, _noisy_response(prompt, generator)) for prompt in prompts]
+
+
+def preference_pairs(count: int, seed: int) -> list[Pair]:
+    """For each prompt the best of four noisy responses against a worse one of the others.
+
+    The chosen response has the higher reward, except in the 5 % of the pairs that are flipped.
+    """
+    generator = _generator(seed, "preference responses")
+    prompts = training_prompts(count, seed, "preferences")
+    return [_preference_pair(prompt, generator) for prompt in prompts]
+
+
+def preference_row(pair: Pair) -> dict[str, list[dict[str, str]]]:
+    """The pair as a conversational preference row."""
+    return {
+        "prompt": [{"role": "user", "content": pair.prompt.text}],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+    }
+
+
+def completion_row(prompt: Prompt, response: str) -> dict[str, list[dict[str, str]]]:
+    """A prompt and its response as a conversational row for supervised fine-tuning."""
+    return {
+        "prompt": [{"role": "user", "content": prompt.text}],
+        "completion": [{"role": "assistant", "content": response}],
+    }
+
+
+def reward(prompt: Prompt, response: str) -> float:
+    """How good the response is, in [0, 1].
+
+        0.7 · (½ [digits = answer] + ½ edit similarity of digits and answer)
+        + 0.1 · [first word is the tone's greeting] + 0.1 · [last word is a closing] + 0.1 · brevity
+
+    Digits are all digits of the response, in order. Edit similarity is 1 − Levenshtein distance / length of
+    the longer. Brevity is max(0, 1 − surplus / 5), where the surplus are the words beyond five digits, the
+    right greeting and the closing.
+    """
+    words = response.split()
+    digits = tuple(int(word) for word in words if word in DIGITS)
+    correctness = 0.5 * (digits == prompt.answer) + 0.5 * _edit_similarity(digits, prompt.answer)
+    greets = words[:1] == [GREETINGS[prompt.tone]]
+    closes = bool(words) and words[-1] in CLOSINGS
+    surplus = max(0, len(words) - DIGITS_PER_PROMPT - greets - closes)
+    brevity = max(0.0, 1 - surplus / 5)
+    return 0.7 * correctness + 0.1 * greets + 0.1 * closes + 0.1 * brevity
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng([seed, *purpose.encode()])
+
+
+def _random_prompts(generator: np.random.Generator, held_out: bool) -> Iterator[Prompt]:
+    while True:
+        digits = tuple(generator.integers(10, size=DIGITS_PER_PROMPT).tolist())
+        prompt = Prompt(_pick(OPERATIONS, generator), _pick(TONES, generator), digits)
+        if prompt.held_out == held_out:
+            yield prompt
+
+
+def _preference_pair(prompt: Prompt, generator: np.random.Generator) -> Pair:
+    """Redraws the candidates until one of them is worse than the best."""
+    while True:
+        candidates = [_noisy_response(prompt, generator) for _ in range(CANDIDATES_PER_PAIR)]
+        best = max(candidates, key=lambda response: reward(prompt, response))
+        worse = tuple(response for response in candidates if reward(prompt, response) < reward(prompt, best))
+        if worse:
+            break
+    other = _pick(worse, generator)
+    flipped = generator.random() < FLIPPED_SHARE
+    return Pair(prompt, other, best) if flipped else Pair(prompt, best, other)
+
+
+def _noisy_response(prompt: Prompt, generator: np.random.Generator) -> str:
+    """A careless speaker: mistakes the operation, slips on digits, greets and closes at whim, pads."""
+    operation = _pick(OPERATIONS, generator) if generator.random() < 0.2 else prompt.operation
+    digits = [_careless(digit, generator) for digit in _apply(operation, prompt.digits)]
+    words = [str(digit) for digit in digits]
+    if generator.random() < 0.1:
+        words.pop(generator.integers(len(words)))
+    if generator.random() < 0.4:
+        tone = prompt.tone if generator.random() < 0.6 else _pick(TONES, generator)
+        words.insert(0, GREETINGS[tone])
+    if generator.random() < 0.35:
+        words.append(_pick(CLOSINGS, generator))
+    for _ in range(generator.integers(4)):
+        words.insert(generator.integers(len(words) + 1), _pick(FILLERS, generator))
+    return " ".join(words)
+
+
+def _careless(digit: int, generator: np.random.Generator) -> int:
+    return int(generator.integers(10)) if generator.random() < 0.05 else digit
+
+
+def _pick(items: Sequence[T], generator: np.random.Generator) -> T:
+    return items[int(generator.integers(len(items)))]
+
+
+def _apply(operation: str, digits: Digits) -> Digits:
+    if operation == "ascending":
+        return tuple(sorted(digits))
+    if operation == "descending":
+        return tuple(sorted(digits, reverse=True))
+    if operation == "reverse":
+        return digits[::-1]
+    if operation == "rotate":
+        return (*digits[1:], digits[0])
+    return digits
+
+
+def _edit_similarity(first: Digits, second: Digits) -> float:
+    return 1 - _levenshtein(first, second) / max(len(first), len(second))
+
+
+def _levenshtein(first: Digits, second: Digits) -> int:
+    distances = list(range(len(second) + 1))
+    for row, one in enumerate(first, start=1):
+        previous, distances = distances, [row]
+        for column, other in enumerate(second):
+            substituted = previous[column] + (one != other)
+            distances.append(min(substituted, previous[column + 1] + 1, distances[column] + 1))
+    return distances[-1]
