@@ -14,6 +14,9 @@ test: $(INSTALLED)  ## the fast tests
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/pytest -n 2 -m slow
 
+bench: $(INSTALLED)  ## what reading the cache costs beside a training step
+	$(BIN)/python -m adpa.lab.benchmark
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -48,7 +48,7 @@ def run(data: Path, output: Path, pairs: int = PAIRS, steps: int = 10) -> None:
     adpa("precompute", "--teacher", teacher, "--data", others, "--cache", side_cache, "--responses", "chosen", *LIMITS)
     adpa(
         *("distill", "--objective", "sft", "--student", teacher, "--cache", side_cache, "--output", reference),
-        *("--batch-size", 4, "--max-steps", 2, "--learning-rate", 1e-5, "--logging-steps", 1),
+        *("--batch-size", 4, "--max-steps", 4, "--learning-rate", 5e-5, "--logging-steps", 1),
     )
 
     dckd, adpa_plus = output / "dckd", output / "adpa-plus"
@@ -79,11 +79,11 @@ def save_smollm2(directory: Path) -> None:
 
 
 def drop_layers(source: Path, layers: int, directory: Path) -> None:
-    """Saves a copy of a Llama checkpoint that keeps so many of its layers, evenly spread, the last among them."""
+    """Saves a copy of a Llama checkpoint that keeps so many of its layers, evenly spread from the first to the last."""
     model = AutoModelForCausalLM.from_pretrained(source)
     decoder = model.get_decoder()
     count = len(decoder.layers)
-    kept = [count - 1 - round(place * (count - 1) / (layers - 1)) for place in reversed(range(layers))]
+    kept = [round(place * (count - 1) / (layers - 1)) for place in range(layers)]
     decoder.layers = torch.nn.ModuleList(decoder.layers[place] for place in kept)
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
