@@ -60,9 +60,12 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Mapp
     else:
         rows = _number_rows(source, _read_hub(source, split))
     empty = True
-    for where, row in rows:
-        empty = False
-        yield where, row
+    try:
+        for where, row in rows:
+            empty = False
+            yield where, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: expected UTF-8 text; {error.reason}", "check --data") from error
     if empty:
         raise DataError(f"{source}: found no rows; expected at least one preference pair", "check --data")
 
@@ -89,7 +92,13 @@ def parse_pair(where: str, row: Mapping[str, Any]) -> PreferencePair:
         _check_response(where, column, conversation[len(shared) :])
     chosen_text, rejected_text = chosen[-1]["content"], rejected[-1]["content"]
     identity = json.dumps([prompt, chosen_text, rejected_text], ensure_ascii=False, sort_keys=True)
-    example_id = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    try:
+        example_id = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: the text has half of a surrogate pair, {identity[error.start]!r}, which is no character",
+            "mend the row, or pass --drop-invalid",
+        ) from error
     return PreferencePair(where, example_id, tuple(prompt), chosen_text, rejected_text)
 
 
@@ -101,24 +110,25 @@ def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise DataError(f"{path}: expected a Parquet file; {_first_line(error)}", "check --data") from error
         yield from _number_rows(str(path), Dataset(table))
     elif path.suffix == ".json" and _is_json_list(path):
-        for number, row in enumerate(_parse_json(str(path), path.read_text(encoding="utf-8")), start=1):
+        for number, row in enumerate(_parse_json(path, path.read_text(encoding="utf-8-sig")), start=1):
             yield f"{path} row {number}", row
     else:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path} line {number}", _parse_json(f"{path} line {number}", line)
+                    yield f"{path} line {number}", _parse_json(path, line.rstrip(), number)
 
 
 def _is_json_list(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         return file.read(4096).lstrip().startswith("[")
 
 
-def _parse_json(where: str, text: str) -> Any:
+def _parse_json(path: Path, text: str, first_line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        where = f"{path} line {first_line + error.lineno - 1}"
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}", "mend the file") from error
 
 
@@ -130,9 +140,10 @@ def _number_rows(source: str, dataset: Dataset) -> Iterator[tuple[str, Mapping[s
 def _read_directory(path: Path, split: str | None) -> Dataset:
     try:
         return _pick_split(str(path), load_from_disk(str(path)), split)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IndexError, pa.ArrowException) as error:  # IndexError: it was saved without a row
         raise DataError(
-            f"{path}: expected a directory saved by datasets.save_to_disk", "or give --data one file"
+            f"{path}: expected a directory saved by datasets.save_to_disk, with at least one row",
+            "or give --data one file",
         ) from error
 
 

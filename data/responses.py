@@ -1,7 +1,8 @@
 """Response sets: what was said, by whom, and how it was turned into tokens.
 
-A set is one Arrow file, ``CACHE/responses/<name>-<id>.arrow``. Its id is the digest of its rows and of how it was
-made, so that the same responses to the same prompts are the same file, in whatever order the data came.
+A set is one shard, ``CACHE/responses/<name>-<id>-<digest of the file's bytes>.arrow``. Its id is the digest of its
+rows and of how it was made, so that the same responses to the same prompts are the same set, in whatever order the
+data came.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import map_file, serialize, write_file
+from adpa.data.shards import list_shards, read_shard, write_shard
 from adpa.errors import DamagedFileError
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
@@ -99,9 +100,9 @@ class ResponseSet:
                 digest.update(value.encode() if isinstance(value, str) else value)
         return digest.hexdigest()
 
-    def file_name(self) -> str:
-        """The set's name in the cache."""
-        return f"{self.info.name}-{self.id}.arrow"
+    def shard_prefix(self) -> str:
+        """The beginning of the set's file name in the cache."""
+        return f"{self.info.name}-{self.id}"
 
     def sequences(self) -> list[TokenSequence]:
         """The rows as token sequences."""
@@ -146,16 +147,16 @@ def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds,
 
 def write_response_set(cache: Path, responses: ResponseSet) -> None:
     """Adds a set to a cache; a set that is already there is left as it is."""
-    path = cache / "responses" / responses.file_name()
-    if not path.exists():
-        write_file(path, serialize(responses.table))
+    folder, prefix = cache / "responses", responses.shard_prefix()
+    if not list_shards(folder, prefix):
+        write_shard(folder, prefix, responses.table)
 
 
 def read_response_sets(cache: Path) -> Iterator[ResponseSet]:
     """Reads every response set of a cache.
 
     Raises:
-        DamagedFileError: a file's content does not give the id in its name.
+        DamagedFileError: a file's bytes or its content do not give the digests in its name.
     """
     for path in sorted((cache / "responses").glob("*.arrow")):
         yield _read_response_set(path)
@@ -163,20 +164,20 @@ def read_response_sets(cache: Path) -> Iterator[ResponseSet]:
 
 def _read_response_set(path: Path) -> ResponseSet:
     damaged = DamagedFileError(
-        f"{path}: damaged: its content does not give the digest in its name",
+        f"{path}: damaged: its content does not give the id in its name",
         "delete the file and run the same adpa precompute again",
     )
+    table = read_shard(path)
     try:
-        table = pa.ipc.open_file(map_file(path)).read_all()
         made = json.loads(table.schema.metadata[b"adpa"])
         sampling = made.pop("sampling")
         info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
         responses = ResponseSet(info, table)
-        whole = responses.file_name() == path.name and all(
+        whole = path.name.startswith(f"{responses.shard_prefix()}-") and all(
             sequence_key(sequence.prompt_ids, sequence.response_ids) == sequence.key
             for sequence in responses.sequences()
         )
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise damaged from error
     if not whole:
         raise damaged

@@ -182,7 +182,7 @@ def read_scorings(cache: Path) -> Iterator[Scoring]:
                 **fields,
             )
             found = scoring.id
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise DamagedFileError(f"{path}: damaged: {error}", "delete it and run adpa precompute again") from error
         if found != path.parent.name:
             raise DamagedFileError(f"{path}: damaged: describes {found}", "delete it and run adpa precompute again")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adpa.errors import DamagedFileError, ModelError
@@ -38,7 +39,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
         raise ModelError(
             f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})",
             "save one there with tokenizer.save_pretrained",
@@ -69,7 +70,7 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     """Finds the token with which the chat template ends an assistant's turn.
 
     Raises:
-        ModelError: there is no chat template, or it ends the turn with no special token.
+        ModelError: there is no chat template, it cannot render an answer, or it ends the turn with no special token.
     """
     if not tokenizer.chat_template:
         raise ModelError(
@@ -78,8 +79,14 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
         )
     marker = "adpa"
     conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": marker}]
-    text = render(tokenizer, conversation)
-    suffix_ids = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
+    try:
+        _, found, suffix = render(tokenizer, conversation).rpartition(marker)
+        problem = "" if found else "changes the assistant's text"
+    except TemplateError as error:
+        problem = f"refuses a question and its answer: {error}"
+    if problem:
+        raise ModelError(f"{tokenizer.name_or_path}: the chat template {problem}", "mend the teacher's chat template")
+    suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
     special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special_ids.update(tokenizer.all_special_ids)
     for position, token_id in enumerate(suffix_ids):
@@ -139,9 +146,16 @@ def read_tokenizer(cache: Path, digest: str) -> PreTrainedTokenizerBase:
         DamagedFileError: it is not there, or not the one that was written.
     """
     path = cache / "tokenizers" / digest
-    if not path.is_dir() or digest_tokenizer(tokenizer := load_tokenizer(path)).tokenizer != digest:
-        raise DamagedFileError(
-            f"{path}: damaged: not the tokenizer that was written",
-            "delete the directory and run the same adpa precompute again",
-        )
+    damaged = DamagedFileError(
+        f"{path}: damaged: not the tokenizer that was written",
+        "delete the directory and run the same adpa precompute again",
+    )
+    if not path.is_dir():
+        raise damaged
+    try:
+        tokenizer = load_tokenizer(path)
+    except ModelError as error:
+        raise damaged from error
+    if digest_tokenizer(tokenizer).tokenizer != digest:
+        raise damaged
     return tokenizer

@@ -1,0 +1,180 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_rows, token_ids
+
+from adpa.data.batches import TrainingExamples, TrainingPart, make_collator, pad_sequences
+from adpa.data.encoding import TokenSequence, sequence_key
+from adpa.data.responses import ResponseSet, make_response_set
+from adpa.data.signals import SignalRow, SignalTable, read_signals, write_signals
+
+EXAMPLES = [f"example-{letter}" for letter in "abcdef"]
+IDS = st.lists(st.integers(0, 49151), min_size=1, max_size=6)
+
+
+def sequence(prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:
+    ids = token_ids(*prompt), token_ids(*response)
+    return TokenSequence(sequence_key(*ids), *ids)
+
+
+def test_sequences_are_padded_on_the_right() -> None:
+    padded = pad_sequences([sequence([1, 2, 3], [4, 2]), sequence([5], [2]), sequence([6], [7, 8, 9, 2])])
+    assert padded.input_ids.tolist() == [[1, 2, 3, 4, 2], [5, 2, 0, 0, 0], [6, 7, 8, 9, 2]]
+    assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert padded.predicts.tolist() == [
+        [False, False, True, True, False],
+        [True, False, False, False, False],
+        [True, True, True, True, False],
+    ]
+    assert padded.labels.tolist() == [4, 2, 2, 7, 8, 9, 2]
+    assert (padded.input_ids.dtype, padded.labels.dtype, padded.predicts.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.bool,
+    )
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6))
+def test_exactly_the_positions_before_response_tokens_predict(pairs: list[tuple[list[int], list[int]]]) -> None:
+    padded = pad_sequences([sequence(prompt, response) for prompt, response in pairs])
+    labels = []
+    for row, (prompt, response) in enumerate(pairs):
+        whole = prompt + response
+        for position in range(padded.input_ids.shape[1]):
+            inside = position < len(whole)
+            next_is_response = len(prompt) <= position + 1 < len(whole)
+            assert padded.attention_mask[row, position] == inside
+            assert padded.predicts[row, position] == next_is_response
+            if inside:
+                assert padded.input_ids[row, position] == whole[position]
+            if next_is_response:
+                labels.append(whole[position + 1])
+    assert padded.labels.tolist() == labels
+    assert padded.input_ids.roll(-1, dims=1)[padded.predicts].tolist() == labels
+
+
+def test_padded_sequences_move_to_a_device_together() -> None:
+    moved = pad_sequences([sequence([1], [2])]).to(torch.device("meta"))
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+def response_set(name: Any, seed: int, examples: Sequence[str] = EXAMPLES) -> ResponseSet:
+    sampling = SAMPLING if name == "sampled" else None
+    return make_response_set(replace(INFO, name=name, sampling=sampling), response_rows(seed, examples))
+
+
+def write_shuffled(cache: Path, rows: Sequence[SignalRow], seed: int, scoring: Any = SCORING) -> SignalTable:
+    """Writes rows to a cache in another order, over three shards."""
+    shuffled = [rows[number] for number in np.random.default_rng(seed).permutation(len(rows))]
+    for start in range(3):
+        write_signals(cache, scoring, shuffled[start::3])
+    return read_signals(cache, scoring)
+
+
+ROLES = ("chosen", "rejected", "sampled")
+
+
+@pytest.mark.parametrize(
+    "roles_with_signals",
+    [(), ("chosen",), ("chosen", "rejected"), ("sampled",), ROLES],
+    ids=lambda roles: "+".join(roles) or "none",
+)
+@pytest.mark.parametrize("reference", [True, False], ids=["with advantages", "without advantages"])
+def test_every_token_has_its_own_signals_in_its_row(
+    roles_with_signals: tuple[str, ...], reference: bool, tmp_path: Path
+) -> None:
+    sets = {
+        "chosen": response_set("chosen", 0),
+        "rejected": response_set("rejected", 1, EXAMPLES[::-1]),
+        "sampled": response_set("sampled", 2, [*EXAMPLES, *EXAMPLES[::2]]),
+    }
+    rows = [row for number, name in enumerate(ROLES) for row in signal_rows(sets[name], 100 * number, reference)]
+    signals = write_shuffled(tmp_path, rows, seed=3)
+    parts = [TrainingPart(sets[name], signals if name in roles_with_signals else None) for name in ROLES]
+    examples = TrainingExamples(parts)
+    assert len(examples) == len(EXAMPLES)
+    batch = make_collator(K)([examples[index] for index in (4, 0, 3)])
+
+    by_key = {row.key: row for row in rows}
+    expected = []
+    for example_id in (EXAMPLES[4], EXAMPLES[0], EXAMPLES[3]):
+        for role, name in enumerate(ROLES):
+            for row in sets[name].table.to_pylist():
+                if row["example_id"] == example_id:
+                    for position, token in enumerate(row["response_ids"]):
+                        expected.append((role, name, by_key[row["key"]], position, token))
+    assert len(batch["labels"]) == len(expected) == int(batch["predicts"].sum())
+    for number, (role, name, row, position, token) in enumerate(expected):
+        assert batch["labels"][number] == token
+        assert batch["role"][number] == role
+        if name in roles_with_signals:
+            assert batch["topk_ids"][number].tolist() == row.topk_ids[position].tolist()
+            assert batch["teacher_logprobs"][number].tolist() == row.topk_logprobs[position].tolist()
+            assert batch["tail_logprob"][number].item() == row.tail_logprob[position]
+        else:
+            assert batch["topk_ids"][number].tolist() == [-1] * K
+            assert batch["teacher_logprobs"][number].tolist() == [-np.inf] * K
+            assert batch["tail_logprob"][number].item() == -np.inf
+        advantages = row.topk_advantages if name in roles_with_signals else None
+        assert batch["advantages"][number].tolist() == (
+            [0] * K if advantages is None else advantages[position].tolist()
+        )
+    assert {name: batch[name].dtype for name in ("role", "topk_ids", "teacher_logprobs", "tail_logprob")} == {
+        "role": torch.int64,
+        "topk_ids": torch.int32,
+        "teacher_logprobs": torch.float32,
+        "tail_logprob": torch.float32,
+    }
+
+
+def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
+    examples = TrainingExamples([TrainingPart(response_set(name, seed), None) for seed, name in enumerate(ROLES)])
+    chosen = [examples[5], examples[1]]
+    batch = make_collator(K)(chosen)
+    padded = pad_sequences([item.tokens for example in chosen for item in example])
+    for name in ("input_ids", "attention_mask", "predicts", "labels"):
+        assert torch.equal(batch[name], getattr(padded, name))
+
+
+def test_an_example_with_several_sampled_responses_has_them_all_in_their_order(tmp_path: Path) -> None:
+    prompt = token_ids(1)
+    sampled = make_response_set(
+        replace(INFO, name="sampled", sampling=SAMPLING),
+        [("b", prompt, token_ids(40, 2))] + [("a", prompt, token_ids(number, 2)) for number in (30, 10, 20)],
+    )
+    chosen = make_response_set(INFO, [(name, prompt, token_ids(5, 2)) for name in "ab"])
+    signals = write_shuffled(tmp_path, signal_rows(sampled, seed=0), seed=1)
+    examples = TrainingExamples([TrainingPart(chosen, None), TrainingPart(sampled, signals)])
+    assert [[(item.role, item.tokens.response_ids[0]) for item in examples[index]] for index in range(2)] == [
+        [(0, 5), (1, 30), (1, 10), (1, 20)],
+        [(0, 5), (1, 40)],
+    ]
+
+
+def test_equal_responses_of_several_examples_share_one_signal_row(tmp_path: Path) -> None:
+    """A key is of tokens alone, and so is what the teacher thinks of them."""
+    responses = make_response_set(INFO, [(name, token_ids(1), token_ids(5, 2)) for name in "abc"])
+    (row, *_) = signal_rows(responses, seed=0)
+    write_signals(tmp_path, SCORING, [row])
+    examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
+    batch = make_collator(K)([examples[index] for index in range(3)])
+    assert batch["topk_ids"].tolist() == row.topk_ids.tolist() * 3
+
+
+def test_signals_are_not_copied_before_they_are_batched(tmp_path: Path) -> None:
+    responses = response_set("chosen", 0)
+    signals = write_shuffled(tmp_path, signal_rows(responses, seed=0), seed=1)
+    item = TrainingExamples([TrainingPart(responses, signals)])[0][0]
+    again = TrainingExamples([TrainingPart(responses, signals)])[0][0]
+    assert item.signals is not None
+    assert again.signals is not None
+    assert np.shares_memory(item.signals.topk_ids, again.signals.topk_ids)
+    assert np.shares_memory(item.tokens.response_ids, again.tokens.response_ids) or len(item.tokens.response_ids) == 0

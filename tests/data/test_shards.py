@@ -1,0 +1,152 @@
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from datasets import load_dataset
+
+from adpa.data.shards import list_shards, read_shard, read_shards, write_file, write_shard
+from adpa.errors import DamagedFileError
+
+TABLE = pa.table({"key": pa.array([b"a" * 16, b"b" * 16], pa.binary(16)), "ids": [[1, 2, 3], []]})
+OTHER_TABLE = pa.table({"key": pa.array([b"c" * 16], pa.binary(16)), "ids": [[4]]})
+
+
+def test_a_shard_is_named_by_the_digest_of_its_bytes(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "new" / "folder", "signals", TABLE)
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    assert path == tmp_path / "new" / "folder" / f"signals-{digest}.arrow"
+
+
+def test_a_shard_comes_back(tmp_path: Path) -> None:
+    assert read_shard(write_shard(tmp_path, "signals", TABLE)).equals(TABLE, check_metadata=True)
+
+
+def test_a_shard_without_rows_comes_back(tmp_path: Path) -> None:
+    assert read_shard(write_shard(tmp_path, "signals", TABLE.slice(0, 0))).equals(TABLE.slice(0, 0))
+
+
+def test_a_table_in_pieces_is_the_same_shard(tmp_path: Path) -> None:
+    pieces = pa.concat_tables([TABLE.slice(0, 1), TABLE.slice(1)])
+    assert write_shard(tmp_path, "signals", pieces) == write_shard(tmp_path, "signals", TABLE)
+
+
+def test_a_folder_is_read_whole_and_without_what_is_not_a_shard(tmp_path: Path) -> None:
+    paths = [write_shard(tmp_path, "signals", table) for table in (TABLE, OTHER_TABLE)]
+    write_shard(tmp_path, "others", TABLE)
+    (tmp_path / "scoring.json").write_text("{}")
+    (tmp_path / ".signals-0.arrow.unfinished").write_text("half")
+    assert list_shards(tmp_path, "signals") == sorted(paths)
+    assert sorted(table.num_rows for table in read_shards(tmp_path, "signals")) == [1, 2]
+
+
+def test_a_folder_that_is_not_there_has_no_shards(tmp_path: Path) -> None:
+    assert list_shards(tmp_path / "nowhere", "signals") == []
+
+
+def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
+    path = write_shard(tmp_path, "signals", TABLE)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError):
+            read_shard(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 100, -1])
+def test_a_truncated_file_is_found(kept: int, tmp_path: Path) -> None:
+    path = write_shard(tmp_path, "signals", TABLE)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DamagedFileError) as caught:
+        read_shard(path)
+    assert str(caught.value).startswith(f"{path}: damaged: ")
+    assert caught.value.exit_code == 1
+
+
+def test_a_shard_under_another_name_is_found(tmp_path: Path) -> None:
+    path = write_shard(tmp_path, "signals", TABLE)
+    other = write_shard(tmp_path, "signals", OTHER_TABLE)
+    with pytest.raises(DamagedFileError):
+        read_shard(path.replace(other))
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.rename"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_nothing_behind(
+    step: str, failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(type(failure)):
+        write_shard(tmp_path, "signals", TABLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def start_python(program: str, folder: Path) -> "subprocess.Popen[str]":
+    """Starts a process that runs ``program`` with ``folder`` and ``table`` at hand."""
+    beginning = f"""
+from pathlib import Path
+import pyarrow as pa
+from adpa.data.shards import write_shard
+folder, table = Path({str(folder)!r}), pa.table({{"ids": [[1, 2, 3], []]}})
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    return subprocess.Popen(
+        [sys.executable, "-c", beginning + program], env=environment, text=True, stderr=subprocess.PIPE
+    )
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = start_python(
+        """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file may grow beyond 100 bytes
+write_shard(folder, "signals", table)
+""",
+        tmp_path,
+    )
+    assert "OSError: [Errno 27] File too large" in process.communicate()[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "scoring.json", b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_file(tmp_path / "scoring.json", b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_shard_opens_with_plain_pyarrow(tmp_path: Path) -> None:
+    with pa.memory_map(str(write_shard(tmp_path, "signals", TABLE))) as file:
+        assert pa.ipc.open_file(file).read_all().equals(TABLE)
+
+
+def test_shards_open_with_datasets(tmp_path: Path) -> None:
+    for table in (TABLE, OTHER_TABLE):
+        write_shard(tmp_path / "shards", "signals", table)
+    files = [str(path) for path in list_shards(tmp_path / "shards", "signals")]
+    dataset = load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "datasets"))
+    rows = TABLE.to_pylist() + OTHER_TABLE.to_pylist()
+    assert sorted(dataset, key=lambda row: row["key"]) == rows
+
+
+def test_two_processes_that_write_the_same_rows_make_one_file(tmp_path: Path) -> None:
+    program = "for _ in range(50): write_shard(folder, 'signals', table)"
+    processes = [start_python(program, tmp_path) for _ in range(2)]
+    assert [process.communicate()[1] for process in processes] == ["", ""]
+    (path,) = tmp_path.iterdir()
+    assert read_shard(path).to_pydict() == {"ids": [[1, 2, 3], []]}

@@ -1,0 +1,247 @@
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.data.makers import SCORING, K, signal_row
+
+from adpa.data.shards import list_shards, write_shard
+from adpa.data.signals import (
+    ModelIdentity,
+    SignalRow,
+    SignalTable,
+    read_scorings,
+    read_signals,
+    signal_bytes,
+    signals_schema,
+    signals_table,
+    write_scoring,
+    write_signals,
+)
+from adpa.errors import DamagedFileError
+
+KEYS = [bytes([number]) * 16 for number in range(8)]
+ARRAYS = [field.name for field in fields(SignalRow) if field.name != "key"]
+ADVANTAGES = ["token_advantages", "topk_advantages"]
+
+
+def as_keys(keys: list[bytes]) -> pa.Array:
+    return pa.array(keys, pa.binary(16))
+
+
+def assert_same_row(read: SignalRow, expected: SignalRow) -> None:
+    assert read.key == expected.key
+    for name in ARRAYS:
+        found, wanted = getattr(read, name), getattr(expected, name)
+        if wanted is None:
+            assert found is None
+        else:
+            assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+            assert found.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("top_k", [1, 50])
+def test_a_shard_has_the_columns_of_the_design(top_k: int) -> None:
+    per_id = f"list<item: fixed_size_list<item: halffloat>[{top_k}]>"
+    assert {field.name: str(field.type) for field in signals_schema(top_k)} == {
+        "key": "fixed_size_binary[16]",
+        "token_logprobs": "list<item: float>",
+        "token_advantages": "list<item: float>",
+        "topk_ids": f"list<item: fixed_size_list<item: int32>[{top_k}]>",
+        "topk_logprobs": per_id,
+        "topk_advantages": per_id,
+        "tail_logprob": "list<item: float>",
+    }
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["with a reference", "without a reference"])
+def test_rows_come_back_from_the_cache_bit_for_bit(reference: bool, tmp_path: Path) -> None:
+    rows = [signal_row(key, length, seed=length, reference=reference) for length, key in enumerate(KEYS)]
+    write_signals(tmp_path, SCORING, rows)
+    table = read_signals(tmp_path, SCORING)
+    for number, row in zip(table.locate(as_keys(KEYS)), rows, strict=True):
+        assert_same_row(table.row(int(number)), row)
+
+
+def test_extreme_numbers_come_back(tmp_path: Path) -> None:
+    """A tail of nothing is −inf; a half's range is what log-probabilities and advantages must live in."""
+    row = SignalRow(
+        key=KEYS[0],
+        token_logprobs=np.array([-0.0, -1e30], np.float32),
+        topk_ids=np.array([[0, 1, 2**31 - 1]] * 2, np.int32),
+        topk_logprobs=np.array([[0, -6e-8, -65504], [-0.0, -1, -np.inf]], np.float16),
+        tail_logprob=np.array([-np.inf, -1e-45], np.float32),
+        token_advantages=np.array([1e30, -1e30], np.float32),
+        topk_advantages=np.array([[65504, -65504, 6e-8]] * 2, np.float16),
+    )
+    write_signals(tmp_path, SCORING, [row])
+    assert_same_row(read_signals(tmp_path, SCORING).row(0), row)
+
+
+def test_log_probabilities_are_kept_in_float16_unless_told_otherwise() -> None:
+    row = replace(signal_row(KEYS[0], 1, 0), topk_logprobs=np.array([[-1 / 3, -2 / 3, -3]], np.float32))
+    half, single = (
+        SignalTable([signals_table([row], schema)]).row(0)
+        for schema in (signals_schema(K), signals_schema(K, pa.float32()))
+    )
+    assert half.topk_logprobs.tolist() == row.topk_logprobs.astype(np.float16).tolist()
+    assert single.topk_logprobs.tolist() == row.topk_logprobs.tolist()
+
+
+def test_without_a_reference_the_advantages_are_null() -> None:
+    rows = [signal_row(key, 2, seed=0, reference=False) for key in KEYS]
+    table = signals_table(rows, signals_schema(K))
+    assert {name: table[name].null_count for name in table.column_names if table[name].null_count} == dict.fromkeys(
+        ADVANTAGES, len(rows)
+    )
+
+
+def test_rows_are_read_only_views(tmp_path: Path) -> None:
+    write_signals(tmp_path, SCORING, [signal_row(KEYS[0], 4, seed=0)])
+    row = read_signals(tmp_path, SCORING).row(0)
+    assert not any(getattr(row, name).flags.writeable for name in ARRAYS)
+
+
+def test_rows_of_several_shards_are_found_by_key(tmp_path: Path) -> None:
+    rows = {key: signal_row(key, length=number, seed=number) for number, key in enumerate(KEYS[:7])}
+    for shard in (KEYS[4:7], KEYS[:1], KEYS[1:4]):
+        write_signals(tmp_path, SCORING, [rows[key] for key in shard])
+    assert len(list_shards(SCORING.folder(tmp_path), "signals")) == 3
+    table = read_signals(tmp_path, SCORING)
+    missing = KEYS[7]
+    asked = [KEYS[3], missing, KEYS[0], KEYS[6], KEYS[3], missing]
+    numbers = table.locate(as_keys(asked))
+    assert numbers.dtype == np.int64
+    assert (numbers < 0).tolist() == [False, True, False, False, False, True]
+    for key, number in zip(asked, numbers, strict=True):
+        if key != missing:
+            assert_same_row(table.row(int(number)), rows[key])
+    assert table.keys() == set(KEYS[:7])
+
+
+def test_keys_may_come_in_pieces(tmp_path: Path) -> None:
+    write_signals(tmp_path, SCORING, [signal_row(key, 1, seed=0) for key in KEYS[:3]])
+    pieces = pa.chunked_array([as_keys([KEYS[2], KEYS[7]]), as_keys([]), as_keys([KEYS[0]])])
+    assert read_signals(tmp_path, SCORING).locate(pieces).tolist() == [2, -1, 0]
+
+
+def test_a_key_that_two_writers_scored_is_found_once(tmp_path: Path) -> None:
+    rows = [signal_row(KEYS[0], 2, seed=seed) for seed in (0, 1)]
+    for row in rows:
+        write_signals(tmp_path, SCORING, [row])
+    table = read_signals(tmp_path, SCORING)
+    (number,) = table.locate(as_keys(KEYS[:1]))
+    assert table.row(int(number)).token_logprobs.tolist() in [row.token_logprobs.tolist() for row in rows]
+    assert table.keys() == {KEYS[0]}
+
+
+def test_a_scoring_without_rows_has_none_of_the_keys(tmp_path: Path) -> None:
+    table = read_signals(tmp_path, SCORING)
+    assert table.locate(as_keys(KEYS)).tolist() == [-1] * len(KEYS)
+    assert table.keys() == set()
+
+
+def test_no_keys_have_no_places(tmp_path: Path) -> None:
+    write_signals(tmp_path, SCORING, [signal_row(KEYS[0], 1, seed=0)])
+    assert read_signals(tmp_path, SCORING).locate(as_keys([])).tolist() == []
+
+
+def test_a_damaged_shard_is_refused_by_its_name(tmp_path: Path) -> None:
+    write_signals(tmp_path, SCORING, [signal_row(KEYS[0], 1, seed=0)])
+    (path,) = list_shards(SCORING.folder(tmp_path), "signals")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(DamagedFileError) as caught:
+        read_signals(tmp_path, SCORING)
+    assert str(caught.value).startswith(f"{path}: damaged: ")
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("top_k", [1, 8, 50])
+def test_the_size_of_a_shard_is_foretold_to_a_few_per_cent(reference: bool, top_k: int, tmp_path: Path) -> None:
+    tokens = 20_000
+    rows = [signal_row(KEYS[0], tokens, seed=0, top_k=top_k, reference=reference)]
+    path = write_shard(tmp_path, "signals", signals_table(rows, signals_schema(top_k)))
+    assert path.stat().st_size == pytest.approx(tokens * signal_bytes(top_k, reference), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": replace(SCORING.teacher, digest="other")},
+        {"reference": ModelIdentity("org/reference", None, "other")},
+        {"reference": None},
+        {"teacher": replace(SCORING.teacher, digest="reference-digest"), "reference": SCORING.teacher},
+        {"vocabulary": "other"},
+        {"top_k": K + 1},
+        {"dtype": "float32"},
+        {"engine": "hf"},
+    ],
+    ids=["teacher", "reference", "no reference", "exchanged", "vocabulary", "K", "dtype", "engine"],
+)
+def test_the_id_depends_on_who_judged_and_how(change: dict[str, Any]) -> None:
+    assert replace(SCORING, **change).id != SCORING.id
+
+
+@pytest.mark.parametrize("model", ["teacher", "reference"])
+@pytest.mark.parametrize("change", [{"name": "/models/moved"}, {"revision": "v2"}])
+def test_the_id_does_not_depend_on_names_and_revisions(model: str, change: dict[str, str]) -> None:
+    moved = replace(SCORING, **{model: replace(getattr(SCORING, model), **change)})
+    assert moved.id == SCORING.id
+
+
+def test_the_id_stays_the_same_from_version_to_version() -> None:
+    """A cache outlives the program that wrote it."""
+    assert SCORING.id == "636afaa1f4f050dc"
+
+
+def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
+    without = replace(SCORING, reference=None)
+    for scoring in (SCORING, without):
+        write_scoring(tmp_path, scoring)
+    assert sorted(read_scorings(tmp_path), key=lambda found: found.id) == sorted(
+        [SCORING, without], key=lambda found: found.id
+    )
+
+
+def test_a_cache_without_scorings_has_none(tmp_path: Path) -> None:
+    assert list(read_scorings(tmp_path)) == []
+
+
+def test_the_name_that_a_scoring_was_first_written_with_stays(tmp_path: Path) -> None:
+    write_scoring(tmp_path, SCORING)
+    write_scoring(tmp_path, replace(SCORING, teacher=replace(SCORING.teacher, name="/models/moved")))
+    assert list(read_scorings(tmp_path)) == [SCORING]
+
+
+@pytest.mark.parametrize(
+    "tampered",
+    [
+        json.dumps(asdict(replace(SCORING, top_k=K + 1))),
+        json.dumps(asdict(replace(SCORING, reference=None))),
+        json.dumps(asdict(SCORING) | {"temperature": 1.0}),
+        json.dumps({"teacher": asdict(SCORING.teacher)}),
+        json.dumps(asdict(SCORING))[:-5],
+        "[]",
+        "7",
+        "",
+        b"\xff\xfe",
+    ],
+    ids=["another K", "no reference", "unknown field", "missing fields", "cut off", "list", "number", "empty", "bytes"],
+)
+def test_a_tampered_scoring_is_refused_by_its_file(tampered: str | bytes, tmp_path: Path) -> None:
+    write_scoring(tmp_path, SCORING)
+    path = SCORING.folder(tmp_path) / "scoring.json"
+    path.write_bytes(tampered.encode() if isinstance(tampered, str) else tampered)
+    with pytest.raises(DamagedFileError) as caught:
+        list(read_scorings(tmp_path))
+    assert str(caught.value).startswith(f"{path}: damaged: ")
+
+
+def test_a_scoring_is_described_by_its_models_and_its_settings() -> None:
+    assert SCORING.describe() == (
+        f"{SCORING.id}: teacher org/teacher, reference org/reference, K = {K}, bfloat16, vllm"
+    )
+    assert "no reference" in replace(SCORING, reference=None).describe()
