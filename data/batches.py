@@ -74,7 +74,10 @@ class TrainingSequence:
 
 
 class TrainingExamples(Dataset[list[TrainingSequence]]):
-    """The examples that all parts have, each read from the memory-mapped cache when it is asked for."""
+    """The examples of a run, each read from the memory-mapped cache when it is asked for.
+
+    Every part has every example, some several times (several samples of one prompt).
+    """
 
     def __init__(self, parts: Sequence[TrainingPart]) -> None:
         self._sequences = [part.responses.sequences() for part in parts]
@@ -84,6 +87,8 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
         ]
         for rows in self._signal_rows:
             assert rows is None or (rows >= 0).all(), "a response without its signal row"
+        examples = [set(part.responses.table["example_id"].to_pylist()) for part in parts]
+        assert all(ids == examples[0] for ids in examples), "parts of different examples"
         places: dict[str, list[tuple[int, int]]] = {}
         for role, part in enumerate(parts):
             for row, example_id in enumerate(part.responses.table["example_id"].to_pylist()):

@@ -68,7 +68,7 @@ class Encoder:
         max_prompt_length: tokens of a prompt that are kept, from its end.
         max_length: tokens of prompt and response together; a response is cut to what the prompt leaves.
         drop_invalid: leave out a pair that cannot be used, and count it, instead of raising.
-        counts: filled while encoding.
+        counts: added to while encoding.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -146,9 +146,10 @@ class Encoder:
     def _response(self, pair: PreferencePair, column: str, prompt_ids: TokenIds, whole_ids: TokenIds) -> TokenIds:
         if not np.array_equal(whole_ids[: len(prompt_ids)], prompt_ids):
             raise DataError(
-                f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: "
-                "the chat template or the tokenizer changes the prompt when the response follows",
-                "use a template that only appends, or pass --drop-invalid",
+                f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: the chat "
+                "template changes the prompt when the response follows, or the tokenizer merges the end of the prompt "
+                "with the beginning of the response (white space, most often)",
+                "use a template that only appends, strip the response, or pass --drop-invalid",
             )
         response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - self.turn_end.trailing]
         if len(response_ids) == 0 or response_ids[-1] != self.turn_end.token_id:

@@ -52,6 +52,8 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Mapp
     """
     path = Path(source)
     if path.is_file():
+        if split is not None:
+            raise DataError(f"{source}: found --split {split}; a file has no splits", "leave --split out")
         rows = _read_file(path)
     elif path.is_dir():
         rows = _number_rows(source, _read_directory(path, split))
@@ -150,14 +152,16 @@ def _read_directory(path: Path, split: str | None) -> Dataset:
 def _read_hub(name: str, split: str | None) -> Dataset:
     try:
         return _pick_split(name, load_dataset(name), split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"{name}: no such file, directory or Hub dataset ({_first_line(error)})", "check --data"
+            f"{name}: no such file or directory, and the Hub does not give it ({_first_line(error)})", "check --data"
         ) from error
 
 
 def _pick_split(source: str, dataset: Dataset | DatasetDict, split: str | None) -> Dataset:
     if isinstance(dataset, Dataset):
+        if split is not None:
+            raise DataError(f"{source}: found --split {split}; this data set has no splits", "leave --split out")
         return dataset
     names = list(dataset)
     if split is None and len(names) == 1:

@@ -19,6 +19,7 @@ def list_column(rows: Sequence[NDArray[Any]], type: pa.ListType) -> pa.ListArray
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     inner = type.value_type
     nested = pa.types.is_fixed_size_list(inner)
+    assert all(row.shape[1:] == ((inner.list_size,) if nested else ()) for row in rows), f"rows do not fit {type}"
     element = (inner.value_type if nested else inner).to_pandas_dtype()
     flat = np.concatenate([np.asarray(row, dtype=element).ravel() for row in rows] or [np.empty(0, element)])
     values = pa.array(flat)

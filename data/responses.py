@@ -124,7 +124,10 @@ class ResponseSet:
 
 
 def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds, TokenIds]]) -> ResponseSet:
-    """Makes a set of (example id, prompt ids, response ids); rows of one example keep their order."""
+    """Makes a set of (example id, prompt ids, response ids), none of them empty; rows of one example keep their order.
+
+    What ``info`` says of the rows, ``truncated_responses`` and ``examples``, is filled in here.
+    """
     ordered = sorted(rows, key=lambda row: row[0])
     example_ids = [example_id for example_id, _, _ in ordered]
     prompts = [prompt for _, prompt, _ in ordered]
@@ -173,10 +176,7 @@ def _read_response_set(path: Path) -> ResponseSet:
         sampling = made.pop("sampling")
         info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
         responses = ResponseSet(info, table)
-        whole = path.name.startswith(f"{responses.shard_prefix()}-") and all(
-            sequence_key(sequence.prompt_ids, sequence.response_ids) == sequence.key
-            for sequence in responses.sequences()
-        )
+        whole = path.name.startswith(f"{responses.shard_prefix()}-") and table.schema.equals(SCHEMA)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise damaged from error
     if not whole:

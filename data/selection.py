@@ -55,7 +55,12 @@ def select(
     """
     if not (cache / "responses").is_dir():
         raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check --cache")
-    groups = _complete_groups(cache, needs, student, response_sets)
+    present = _narrow([found for found in read_response_sets(cache) if found.info.name in needs], response_sets)
+    usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
+    groups = _complete_groups(usable, list(needs))
+    if not groups:
+        problem, fix = _missing_sets(present, usable, list(needs), student)
+        raise CacheError(f"{cache}: {problem}", fix)
     if not any(need.signals for need in needs.values()):
         return _only([Selection(group, None, None) for group in groups])
     scorings = [found for found in read_scorings(cache) if found.id.startswith(scoring or "")]
@@ -63,64 +68,63 @@ def select(
         wanted = "scorings" if scoring is None else f"scoring {scoring}"
         raise CacheError(f"{cache}: found no {wanted}", "make one with adpa precompute")
     tables = {found.id: read_signals(cache, found) for found in scorings}
+    pairs = [(group, found) for group in groups for found in scorings]
+    lacks = [_lacks(group, found, tables[found.id], needs) for group, found in pairs]
     fitting = [
-        Selection(group, found, tables[found.id])
-        for group in groups
-        for found in scorings
-        if not _lacks(group, found, tables[found.id], needs)
+        Selection(group, found, tables[found.id]) for (group, found), lack in zip(pairs, lacks, strict=True) if not lack
     ]
     if not fitting:
-        reasons = [
-            f"scoring {found.id} {_lacks(group, found, tables[found.id], needs)}"
-            for group in groups
-            for found in scorings
-        ]
+        reasons = "; ".join(f"scoring {found.id} {lack}" for (_, found), lack in zip(pairs, lacks, strict=True))
         raise CacheError(
-            f"{cache}: no scoring has the signals that are needed: {'; '.join(reasons)}",
+            f"{cache}: no scoring has the signals that are needed: {reasons}",
             "run adpa precompute with these responses, and with --reference for advantages",
         )
     return _only(fitting)
 
 
-def _complete_groups(
-    cache: Path, needs: Mapping[ResponseName, Need], student: str, chosen_ids: Sequence[str]
-) -> list[dict[ResponseName, ResponseSet]]:
-    """Every way to take one set of each needed name, all made from the same examples in the same way."""
-    present = [found for found in read_response_sets(cache) if found.info.name in needs]
-    for beginning in chosen_ids:
+def _narrow(present: list[ResponseSet], beginnings: Sequence[str]) -> list[ResponseSet]:
+    """Leaves of each named kind only the sets whose ids begin as the user asked."""
+    for beginning in beginnings:
         matching = [found for found in present if found.id.startswith(beginning)]
         if not matching:
-            listing = "; ".join(found.describe() for found in present)
-            raise CacheError(f"--response-set {beginning}: the cache has none; found {listing or 'no response sets'}")
-        named = {found.info.name for found in matching}
-        present = [found for found in present if found.info.name not in named or found in matching]
-    usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
+            listing = "; ".join(found.describe() for found in present) or "no response sets"
+            raise CacheError(f"--response-set {beginning}: the cache has none; found {listing}")
+        names = {found.info.name for found in matching}
+        present = [found for found in present if found.info.name not in names or found in matching]
+    return present
+
+
+def _complete_groups(
+    usable: Sequence[ResponseSet], names: Sequence[ResponseName]
+) -> list[dict[ResponseName, ResponseSet]]:
+    """Every way to take one set of each name, all made from the same examples in the same way."""
     by_origin: dict[tuple[object, ...], dict[ResponseName, list[ResponseSet]]] = defaultdict(lambda: defaultdict(list))
     for found in usable:
         info = found.info
         origin = (info.examples, info.tokenizer, info.chat_template, info.max_prompt_length, info.max_length)
         by_origin[origin][info.name].append(found)
-    groups = [
-        dict(zip(needs, combination, strict=True))
+    return [
+        dict(zip(names, combination, strict=True))
         for sets in by_origin.values()
-        if sets.keys() >= needs.keys()
-        for combination in product(*(sets[name] for name in needs))
+        if sets.keys() >= set(names)
+        for combination in product(*(sets[name] for name in names))
     ]
-    if groups:
-        return groups
-    for name in needs:
+
+
+def _missing_sets(
+    present: Sequence[ResponseSet], usable: Sequence[ResponseSet], names: Sequence[ResponseName], student: str
+) -> tuple[str, str]:
+    """Why there is no complete group, and what to do."""
+    for name in names:
         if not any(found.info.name == name for found in usable):
-            others = [found.describe() for found in present if found.info.name == name]
+            others = "; ".join(found.describe() for found in present if found.info.name == name)
             whose = f" of this student ({student[:8]})" if name == "sampled" else ""
-            found_text = f"; found {'; '.join(others)}" if others else ""
-            fix = (
-                "run adpa precompute with --student" if name == "sampled" else f"run adpa precompute --responses {name}"
-            )
-            raise CacheError(f"{cache}: the cache has no {name} responses{whose}{found_text}", fix)
+            problem = f"the cache has no {name} responses{whose}" + (f"; found {others}" if others else "")
+            return problem, "run adpa precompute " + ("with --student" if name == "sampled" else f"--responses {name}")
     listing = "; ".join(found.describe() for found in usable)
-    raise CacheError(
-        f"{cache}: the cache has no {' and '.join(needs)} responses made from the same data with the same tokenizer "
-        f"and limits; found {listing}",
+    return (
+        f"the cache has no {' and '.join(names)} responses made from the same data with the same tokenizer and limits; "
+        f"found {listing}",
         "run adpa precompute on one data set with one set of options",
     )
 

@@ -1,4 +1,4 @@
-"""Tokenizers as far as token ids go: digests, the end of a turn, and whether two vocabularies agree."""
+"""Tokenizers: rendering by their chat template, digests, the end of a turn, whether two vocabularies agree."""
 
 import hashlib
 import json
@@ -117,11 +117,6 @@ def check_same_vocabulary(
             )
 
 
-def _digest(value: object) -> str:
-    canonical = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
 def write_tokenizer(cache: Path, tokenizer: PreTrainedTokenizerBase, digest: str) -> None:
     """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``."""
     path = cache / "tokenizers" / digest
@@ -159,3 +154,8 @@ def read_tokenizer(cache: Path, digest: str) -> PreTrainedTokenizerBase:
     if digest_tokenizer(tokenizer).tokenizer != digest:
         raise damaged
     return tokenizer
+
+
+def _digest(value: object) -> str:
+    canonical = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -209,6 +209,14 @@ def test_the_split_that_is_named_is_read(tmp_path: Path) -> None:
     assert pair.prompt == (SYSTEM, QUESTION)
 
 
+def test_a_split_of_data_that_has_none_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl([explicit([QUESTION])], tmp_path / "prefs")
+    Dataset.from_list([explicit([QUESTION])]).save_to_disk(tmp_path / "saved")
+    for source in (file, tmp_path / "saved"):
+        with pytest.raises(DataError, match=r"found --split train; .* has no splits"):
+            read_pairs(source, "train")
+
+
 @pytest.mark.parametrize(("split", "found"), [(None, "no --split"), ("test", "--split test")])
 def test_a_split_that_is_missing_is_refused_with_the_names_there_are(
     split: str | None, found: str, tmp_path: Path
@@ -391,4 +399,6 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_by_name(tmp_path: Path)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(source)}
     finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     last_line = finished.stderr.strip().splitlines()[-1]
-    assert last_line.startswith(f"adpa.errors.DataError: {name}: no such file, directory or Hub dataset")
+    assert last_line.startswith(
+        f"adpa.errors.DataError: {name}: no such file or directory, and the Hub does not give it"
+    )
