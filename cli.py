@@ -25,11 +25,12 @@ from adpa.pipeline.precompute import precompute
 
 app = typer.Typer(
     help="Advantage-guided distillation: align a small language model from the signals of a large one.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
 
 
 def main() -> None:
@@ -38,7 +39,16 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    app(prog_name="adpa")
+    try:
+        exit_code = app(prog_name="adpa", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "adpa"
+        _print_error(f"{error.format_message()} See {command} --help")
+        exit_code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _print_error("interrupted")
+        exit_code = 130
+    sys.exit(exit_code)
 
 
 def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
@@ -117,8 +127,12 @@ def _fail(error: Exception, debug: bool, exit_code: int, message: str = "") -> N
     if debug:
         raise error
     text = message or " ".join(str(error).split()) or type(error).__name__
-    print(f"adpa: {text}", file=sys.stderr)
+    _print_error(text)
     raise typer.Exit(exit_code)
+
+
+def _print_error(text: str) -> None:
+    print(f"adpa: {text}", file=sys.stderr)
 
 
 def _print_summary(title: str, summary: dict[str, Any]) -> None:

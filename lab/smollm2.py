@@ -25,7 +25,7 @@ TRAINING = ("--batch-size", 8, "--learning-rate", 5e-4, "--logging-steps", 1)
 
 
 def main() -> None:
-    """Makes the models, runs the four commands, prints how the losses fell."""
+    """Makes the models, runs the commands, prints how the losses fell."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.smollm2")
     parser.add_argument("--data", type=Path, required=True, help="preference pairs as JSONL")
     parser.add_argument("--output", type=Path, required=True, help="directory for models, cache and runs")
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run(data: Path, output: Path, pairs: int = PAIRS, steps: int = 10) -> None:
-    """Runs the workflow on the first ``pairs`` pairs; the pairs after them make the reference."""
+    """Runs the workflow, with SFT and KD beside it, on the first pairs; the pairs after them make the reference."""
     lines = data.read_text().splitlines(keepends=True)
     output.mkdir(parents=True)
     preferences, others = output / "preferences.jsonl", output / "others.jsonl"
@@ -51,17 +51,20 @@ def run(data: Path, output: Path, pairs: int = PAIRS, steps: int = 10) -> None:
         *("--batch-size", 4, "--max-steps", 4, "--learning-rate", 5e-5, "--logging-steps", 1),
     )
 
-    dckd, adpa_plus = output / "dckd", output / "adpa-plus"
+    runs = {name: output / name for name in ("sft", "kd", "dckd", "adpa-plus")}
     data_options = ("--data", preferences, "--cache", cache, *LIMITS)
     training = (*TRAINING, "--max-steps", steps)
     adpa("precompute", "--teacher", teacher, *data_options)
-    adpa("distill", "--objective", "dckd", "--student", student, "--cache", cache, "--output", dckd, *training)
+    for objective in ("sft", "kd", "dckd"):
+        common = ("--objective", objective, "--student", student, "--cache", cache)
+        adpa("distill", *common, "--output", runs[objective], *training)
     adpa(
-        *("precompute", "--teacher", teacher, "--reference", reference, "--student", dckd),
+        *("precompute", "--teacher", teacher, "--reference", reference, "--student", runs["dckd"]),
         *(*data_options, "--max-new-tokens", 64),
     )
-    adpa("distill", "--objective", "adpa", "--student", dckd, "--cache", cache, "--output", adpa_plus, *training)
-    print_losses({"DCKD": dckd, "ADPA+": adpa_plus})
+    common = ("--objective", "adpa", "--student", runs["dckd"], "--cache", cache)
+    adpa("distill", *common, "--output", runs["adpa-plus"], *training)
+    print_losses(runs)
 
 
 def save_smollm2(directory: Path) -> None:

@@ -61,6 +61,34 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, models: Mod
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing command. See adpa --help"),
+        (("train",), "No such command 'train'. See adpa --help"),
+        (("distill", "--objective", "dpo"), "'dpo' is not one of 'sft', 'kd', 'dckd', 'adpa'. See adpa distill --help"),
+        (("precompute",), "Missing option '--teacher'. See adpa precompute --help"),
+    ],
+)
+def test_a_command_that_cannot_be_parsed_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = adpa(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("adpa: ")
+    assert done.stderr.endswith(f"{message}\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
+    program = (
+        "from unittest import mock; from adpa import cli\n"
+        "with mock.patch.object(cli, 'app', side_effect=KeyboardInterrupt): cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, models: Models) -> None:
     done = adpa(
         "precompute", "--teacher", models.teacher, "--data", "no.jsonl", "--cache", "c", "--debug", cwd=tmp_path
