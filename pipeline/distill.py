@@ -24,6 +24,7 @@ from adpa.data.shards import write_file
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
+from adpa.pipeline.directories import check_writable
 from adpa.pipeline.objectives import ObjectiveName, TermWeights, objective_terms
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
@@ -175,13 +176,8 @@ def distill(
 
 
 def _check_output(output: Path, resume_from_checkpoint: str | None) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        contents = sorted(path.name for path in output.iterdir())
-    except OSError as error:
-        raise OptionError(f"--output {output}: {error.strerror}", "name a directory that can be written") from error
-    if not os.access(output, os.W_OK):
-        raise OptionError(f"--output {output}: cannot be written", "name a directory that can be written")
+    check_writable("--output", output)
+    contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if contents and resume_from_checkpoint is None:
         raise OptionError(
             f"--output {output}: not empty, found {contents[0]}",

@@ -25,6 +25,7 @@ from adpa.data.signals import ModelIdentity, Scoring, signal_bytes
 from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
+from adpa.pipeline.directories import check_writable
 from adpa.pipeline.sampling import SampleRequest, missing_requests, read_samples, sample_responses
 from adpa.pipeline.scorer_hf import HfScorer
 from adpa.pipeline.scoring import Scorer, missing_sequences, score
@@ -105,6 +106,7 @@ def precompute(
     started = time.perf_counter()
     names = _response_names(responses, student)
     _check_options(engine, top_k, samples_per_prompt, temperature, top_p, max_new_tokens, batch_tokens)
+    check_writable("--cache", cache)
     torch_device = resolve_device(device)
     models = _open_models(teacher, reference, student, top_k)
 

@@ -1,0 +1,19 @@
+"""Directories that a stage will write to, checked before its long work begins and without making them."""
+
+import os
+from pathlib import Path
+
+from adpa.errors import OptionError
+
+
+def check_writable(option: str, directory: Path) -> None:
+    """Checks that a directory can be written, or made where it is not there yet.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")
+    if not os.access(nearest, os.W_OK):
+        raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")

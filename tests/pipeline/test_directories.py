@@ -1,0 +1,36 @@
+"""What cannot be written is refused before the work, by option and place, and nothing is made on the way."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from adpa.errors import OptionError
+from adpa.pipeline.directories import check_writable
+
+
+def test_a_directory_that_is_there_or_can_be_made_is_good(tmp_path: Path) -> None:
+    check_writable("--output", tmp_path)
+    check_writable("--output", tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_relative_directory_is_looked_for_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    check_writable("--output", Path("runs/dckd"))
+    with pytest.raises(OptionError, match=r"--output file/out: .*file is not a directory"):
+        check_writable("--output", Path("file/out"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_the_way_is_refused_by_name(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match=f"--cache .*{place}: .*/file is not a directory"):
+        check_writable("--cache", tmp_path / place)
+
+
+def test_a_directory_without_permission_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    with pytest.raises(OptionError, match="cannot be written; name another directory"):
+        check_writable("--output", tmp_path / "out")
