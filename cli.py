@@ -86,6 +86,8 @@ def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
             _fail(error, debug, 1, "out of memory; lower --batch-tokens or --micro-batch-size")
         except (OSError, RuntimeError) as error:
             _fail(error, debug, 1)
+        except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
+            _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
         _print_summary(stage.__name__, summary)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from adpa.errors import DamagedFileError
 
+SMALL_FILE = 1 << 16
+
 
 def write_file(path: Path, payload: bytes | pa.Buffer) -> None:
     """Writes a whole file at once: after a crash it is there complete, or it is not there."""
@@ -79,9 +81,9 @@ def read_shards(folder: Path, prefix: str) -> Iterator[pa.Table]:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """A file's bytes, mapped into memory."""
-    if path.stat().st_size == 0:
-        return pa.py_buffer(b"")  # an empty file cannot be mapped
+    """A file's bytes: mapped into memory, or read where that is cheaper (a process may map some 65,000 files)."""
+    if path.stat().st_size < SMALL_FILE:
+        return pa.py_buffer(path.read_bytes())
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
 

@@ -134,29 +134,31 @@ class SignalTable:
     """Signal rows of any number of shards, found by key and read from the memory map one row at a time."""
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
-        parts = list(tables)
-        self._table = pa.concat_tables(parts) if parts else None
+        self._tables = [table for table in tables if len(table)]
+        self._ends = np.cumsum([len(table) for table in self._tables])
+        self._keys = pa.chunked_array([chunk for table in self._tables for chunk in table["key"].chunks], pa.binary(16))
 
     def locate(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """The row number of each key, −1 where there is none; int64 [len(keys)]."""
-        if self._table is None:
-            return np.full(len(keys), -1)
-        found = pc.index_in(keys, value_set=self._table["key"])
+        found = pc.index_in(keys, value_set=self._keys)
         return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
     def keys(self) -> set[bytes]:
         """The keys of all rows."""
-        return set() if self._table is None else set(self._table["key"].to_pylist())
+        return set(self._keys.to_pylist())
 
     def row(self, number: int) -> SignalRow:
         """The row of a number that ``locate`` gave; its arrays are read-only views."""
-        assert self._table is not None, "no rows to read"
+        assert 0 <= number < len(self._keys), "a sequence without its row"
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        table = self._tables[shard]
+        place = number - (int(self._ends[shard]) - len(table))
         read: dict[str, Any] = {
-            name: list_row(column, number) if column[number].is_valid else None
-            for name, column in zip(self._table.column_names, self._table.columns, strict=True)
+            name: list_row(column, place) if column[place].is_valid else None
+            for name, column in zip(table.column_names, table.columns, strict=True)
             if name != "key"
         }
-        return SignalRow(self._table["key"][number].as_py(), **read)
+        return SignalRow(table["key"][place].as_py(), **read)
 
 
 def write_scoring(cache: Path, scoring: Scoring) -> None:

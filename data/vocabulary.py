@@ -1,5 +1,6 @@
 """Tokenizers: rendering by their chat template, digests, the end of a turn, whether two vocabularies agree."""
 
+import datetime
 import hashlib
 import json
 import shutil
@@ -12,6 +13,8 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adpa.errors import DamagedFileError, ModelError
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # what Llama's templates fall back to
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,17 @@ def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerDigests:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    """A conversation as text, by the tokenizer's chat template; with the beginning of the assistant's turn if asked."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    """A conversation as text, by the tokenizer's chat template; with the beginning of the assistant's turn if asked.
+
+    A template that writes the date (Llama 3.1 and later) gets ``TEMPLATE_DATE``: the same conversation has to give the
+    same tokens on any day.
+    """
+    text = tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        strftime_now=TEMPLATE_DATE.strftime,
+    )
     assert isinstance(text, str), "one conversation renders to one text"
     return text
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,7 +26,7 @@ from adpa.errors import ModelError
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
-HUB_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
+HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The configuration of the language model in it."""
-        return AutoConfig.from_pretrained(self.directory).get_text_config(decoder=True)
+        try:
+            return AutoConfig.from_pretrained(self.directory).get_text_config(decoder=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -66,14 +69,37 @@ class Checkpoint:
         """Loads the model.
 
         Raises:
-            ModelError: transformers cannot load it.
+            ModelError: transformers cannot load it, or its weights are not all those that the configuration asks for.
         """
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.directory, dtype=getattr(torch, dtype))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.directory, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
+        model: PreTrainedModel
+        model, information = loaded
+        # transformers fills what is missing with random numbers and only warns.
+        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if keys := sorted(map(str, information[problem])):
+                raise ModelError(
+                    f"{self.name}: its weights have {len(keys)} {problem.replace('_', ' ')}, the first {keys[0]}",
+                    "save the checkpoint again as a causal language model",
+                )
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model
+
+    def check_ids(self, largest: int) -> None:
+        """Checks that the model has an embedding for every token id up to the largest.
+
+        Raises:
+            ModelError: it has not.
+        """
+        if largest >= self.config.vocab_size:
+            raise ModelError(
+                f"{self.name}: the data has the token id {largest}; the model has {self.config.vocab_size} embeddings",
+                "use the model that belongs to this tokenizer",
+            )
 
     def check_positions(self, tokens: int) -> None:
         """Checks that the model has a position for every one of so many tokens.
@@ -99,9 +125,12 @@ def open_checkpoint(name: str) -> Checkpoint:
     if not directory.is_dir():
         hub_name, _, revision_name = name.partition("@")
         try:
-            directory = Path(
-                snapshot_download(hub_name, revision=revision_name or None, allow_patterns=list(HUB_PATTERNS))
-            )
+            for weights in WEIGHT_PATTERNS:  # the second only where the first is not there
+                patterns = [*HUB_PATTERNS, weights]
+                found = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
+                directory = Path(found)
+                if _weight_files(directory):
+                    break
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(
                 f"{name}: no such directory, and the Hub does not give it ({_first_line(error)})",

@@ -1,12 +1,11 @@
 """Stage two: trains a student from the signals in a cache."""
 
 import json
-import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, TrainingArguments, set_seed
 from typing_extensions import Doc
 
 from adpa.data.batches import TrainingExamples, make_collator
@@ -22,12 +21,14 @@ from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
 from adpa.data.shards import write_file
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
-from adpa.errors import ModelError, OptionError
+from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.objectives import ObjectiveName, TermWeights, objective_terms
+from adpa.pipeline.objectives import ObjectiveName, objective_terms
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
+
+RECORD = "adpa.json"
 
 SchedulerName = Literal[
     "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -134,13 +135,26 @@ def distill(
         save_steps=save_steps or 500,
         report_to=report_to,
     )
+    if arguments.fp16 or checkpoint.dtype_name(dtype) == "float16":
+        raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
     needs = {name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in terms.items()}
     selection = select(cache, needs, checkpoint.identity.digest, scoring, response_set or ())
     tokenizer = _check_student(checkpoint, cache, selection)
 
+    origin = {
+        "objective": objective,
+        "terms": {name: term._asdict() for name, term in terms.items()},
+        "plausibility": plausibility,
+        "student": vars(checkpoint.identity),
+        "scoring": selection.scoring.id if selection.scoring else None,
+        "responses": {name: found.id for name, found in selection.sets.items()},
+    }
+    _check_origin(output, resume_from_checkpoint, origin)
+    if save_steps:
+        _write_record(output, origin)
+
     set_seed(seed)
     model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
-    _check_ids(checkpoint, model, selection)
     attach_distill_head(model)
     examples = TrainingExamples(selection.parts(needs))
     trainer = DistillTrainer(
@@ -166,12 +180,29 @@ def distill(
         responses={name: found.id for name, found in selection.sets.items()},
         examples=len(examples),
         steps=trainer.state.global_step,
-        first_loss=logs[0]["loss"] if logs else math.nan,
-        last_loss=logs[-1]["loss"] if logs else math.nan,
+        first_loss=logs[0]["loss"],
+        last_loss=logs[-1]["loss"],
         seconds=time.perf_counter() - started,
     )
     if trainer.is_world_process_zero():
-        _write_record(output, report, checkpoint, terms, plausibility, arguments, logs)
+        _write_record(
+            output,
+            origin
+            | {
+                "examples": report.examples,
+                "steps": report.steps,
+                "seconds": report.seconds,
+                "training": {
+                    "learning_rate": arguments.learning_rate,
+                    "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
+                    "batch_size": batch_size,
+                    "seed": arguments.seed,
+                },
+                "versions": {"python": platform.python_version()}
+                | {name: version(name) for name in ("adpa", "torch", "transformers")},
+                "losses": logs,
+            },
+        )
     return report
 
 
@@ -208,7 +239,7 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
         key, equals, value = override.partition("=")
         if not equals or key not in known:
             raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
-        arguments[key] = yaml.safe_load(value)
+        arguments[key] = _parse_value(value)
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
     use_cpu = resolve_device(device).type == "cpu"
@@ -226,57 +257,52 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
     return made
 
 
+def _parse_value(text: str) -> Any:
+    """A value as YAML has it; 1e-4 is a number here, as people expect."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
 def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, after checking that the student's agrees with it."""
     info = next(iter(selection.sets.values())).info
     tokenizer = read_tokenizer(cache, info.tokenizer)
     check_same_vocabulary(tokenizer, checkpoint.tokenizer, "the cache's teacher", checkpoint.name)
-    longest = max(len(sequence) for found in selection.sets.values() for sequence in found.sequences())
-    checkpoint.check_positions(longest)
+    sequences = [sequence for found in selection.sets.values() for sequence in found.sequences()]
+    checkpoint.check_positions(max(map(len, sequences)))
+    checkpoint.check_ids(max(int(max(s.prompt_ids.max(), s.response_ids.max())) for s in sequences))
     return tokenizer
 
 
-def _check_ids(checkpoint: Checkpoint, model: PreTrainedModel, selection: Selection) -> None:
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, torch.Tensor)
-    largest = max(
-        int(sequence.response_ids.max()) if len(sequence.response_ids) else 0
-        for found in selection.sets.values()
-        for sequence in found.sequences()
-    )
-    if largest >= len(embeddings):
-        raise ModelError(
-            f"{checkpoint.name}: the data has the token id {largest}; the model has {len(embeddings)} embeddings"
+def _write_record(output: Path, record: Mapping[str, Any]) -> None:
+    write_file(output / RECORD, json.dumps(record, indent=2).encode() + b"\n")
+
+
+def _check_origin(output: Path, resume_from_checkpoint: str | None, origin: Mapping[str, Any]) -> None:
+    """A run goes on with the objective, the student and the data it began with."""
+    if resume_from_checkpoint is None:
+        return
+    run = output if resume_from_checkpoint == "last" else Path(resume_from_checkpoint).parent
+    try:
+        begun = json.loads((run / RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"--resume-from-checkpoint {resume_from_checkpoint}: found no {RECORD} of its run in {run}",
+            "name a checkpoint that adpa distill wrote",
+        ) from error
+    for field, value in origin.items():
+        found, expected = (
+            {key: entry for key, entry in side.items() if key != "name"} if field == "student" else side
+            for side in (begun.get(field), value)
         )
-
-
-def _write_record(
-    output: Path,
-    report: DistillReport,
-    student: Checkpoint,
-    terms: dict[ResponseName, TermWeights],
-    plausibility: float,
-    arguments: TrainingArguments,
-    logs: list[dict[str, float]],
-) -> None:
-    record = {
-        "objective": report.objective,
-        "terms": {name: term._asdict() for name, term in terms.items()},
-        "plausibility": plausibility,
-        "student": vars(student.identity),
-        "scoring": report.scoring,
-        "responses": report.responses,
-        "examples": report.examples,
-        "steps": report.steps,
-        "seconds": report.seconds,
-        "training": {
-            "learning_rate": arguments.learning_rate,
-            "lr_scheduler_type": str(arguments.lr_scheduler_type),
-            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-            "seed": arguments.seed,
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("adpa", "torch", "transformers")},
-        "losses": logs,
-    }
-    write_file(output / "adpa.json", json.dumps(record, indent=2, default=str).encode() + b"\n")
+        if found != expected:
+            raise OptionError(
+                f"--resume-from-checkpoint {resume_from_checkpoint}: its run has the {field} {found}; "
+                f"this one has {expected}",
+                "go on with the same options, or start anew in another --output",
+            )

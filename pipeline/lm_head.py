@@ -7,7 +7,7 @@ they are trusted: a head that does anything else is refused.
 Shapes: B sequences, L tokens, d hidden width, V vocabulary rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class LmHead:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+
+    def float(self) -> "LmHead":
+        """The same head in float32."""
+        return replace(self, weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] to logits [..., V], in their dtype."""
@@ -76,6 +80,7 @@ def check_head(model: PreTrainedModel) -> None:
     whole = model(input_ids=input_ids, attention_mask=mask).logits.float()
     parts = read_head(model).logits(hidden_states(model, input_ids, mask)).float()
     model.train(training)
-    tolerance = 32 * torch.finfo(model.dtype).eps * whole.abs().amax().clamp(min=1.0)
-    if whole.shape != parts.shape or bool(((whole - parts).abs() > tolerance).any()):
+    # The operations are the same, up to Granite's division, which is a product here.
+    tolerance = 4 * torch.finfo(model.dtype).eps * whole.abs().amax()
+    if whole.isfinite().all() and not (whole.shape == parts.shape and ((whole - parts).abs() <= tolerance).all()):
         raise refusal

@@ -42,6 +42,9 @@ def objective_terms(
         raise OptionError(f"objective {objective!r}; expected one of {', '.join(get_args(ObjectiveName))}")
     if on not in get_args(ResponseName):
         raise OptionError(f"--on {on!r}; expected one of {', '.join(get_args(ResponseName))}")
+    for option, weight in (("--kl-weight", kl_weight), ("--advantage-weight", advantage_weight)):
+        if not weight >= 0:
+            raise OptionError(f"{option} {weight:g}; expected 0 or more")
     if objective == "sft":
         return {"chosen": TermWeights(nll=1.0)}
     if objective == "kd":

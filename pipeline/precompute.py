@@ -115,7 +115,7 @@ def precompute(
     pairs = list(encoder.encode(read_rows(data, split)))
     if not pairs:
         raise DataError(f"{data}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
-    models.check_positions(pairs, names, max_new_tokens)
+    models.check_data(pairs, names, max_new_tokens)
     sets = _preference_sets(pairs, encoder, names)
 
     unsampled: list[SampleRequest] = []
@@ -191,8 +191,8 @@ class _Models:
     def all(self) -> list[Checkpoint]:
         return [checkpoint for checkpoint in (self.teacher, self.reference, self.student) if checkpoint is not None]
 
-    def check_positions(self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int) -> None:
-        longest = 0
+    def check_data(self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int) -> None:
+        longest = largest = 0
         for pair in pairs:
             lengths = {
                 "chosen": len(pair.chosen_ids),
@@ -200,8 +200,10 @@ class _Models:
                 "sampled": new_tokens,
             }
             longest = max(longest, len(pair.prompt_ids) + max(lengths[name] for name in names))
+            largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
         for checkpoint in self.all():
             checkpoint.check_positions(longest)
+            checkpoint.check_ids(largest)
 
     def open_scorer(self, identity: ModelIdentity, dtype: str, device: torch.device) -> Scorer:
         checkpoint = next(checkpoint for checkpoint in self.all() if checkpoint.identity == identity)
@@ -214,6 +216,11 @@ def _open_models(teacher: str, reference: str | None, student: str | None, top_k
         open_checkpoint(reference) if reference else None,
         open_checkpoint(student) if student else None,
     )
+    if models.reference is not None and models.reference.identity.digest == models.teacher.identity.digest:
+        raise OptionError(
+            f"--reference {reference}: it has the teacher's weights, so that every advantage would be 0",
+            "name the model before preference training",
+        )
     for other in models.all()[1:]:
         check_same_vocabulary(models.teacher.tokenizer, other.tokenizer, teacher, other.name)
     if top_k > models.teacher.config.vocab_size:

@@ -1,7 +1,8 @@
 """The student's own responses ŷ, sampled with transformers.
 
 Every response has its own stream of uniform numbers, derived from the seed, the prompt and its index, and is drawn
-by inverting the cumulative distribution: what is sampled does not depend on the batch it is sampled in.
+by inverting the cumulative distribution: what is sampled does not depend on the batch it is sampled in, as far as the
+student's logits do not. In float32 they differ by rounding and responses are the same; in bfloat16 some are not.
 
 Shapes: B sequences of a batch, V vocabulary rows.
 """
@@ -106,7 +107,7 @@ def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[Sample
     model.generation_config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=turn_end, pad_token_id=turn_end
     )
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([_finite])
     if sampling.temperature > 0:
         uniforms = np.stack([_uniforms(sampling, request) for request in requests])
         processors.append(_InverseCdf(torch.from_numpy(uniforms), sampling.temperature, sampling.top_p, prompt_length))
@@ -129,16 +130,23 @@ class _InverseCdf(LogitsProcessor):
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool(torch.isnan(scores).any()):
-            raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
-        scores_BV, order_BV = (scores.double() / self._temperature).sort(dim=1, descending=True, stable=True)
-        probs_BV = scores_BV.softmax(dim=1)
+        probs_BV = (scores.double() / self._temperature).softmax(dim=1)
+        if self._top_p < 1:
+            sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
+            outside_BV = sorted_BV.cumsum(dim=1) - sorted_BV >= self._top_p
+            probs_BV = probs_BV.scatter(1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
         cdf_BV = probs_BV.cumsum(dim=1)
-        kept_B1 = (cdf_BV - probs_BV < self._top_p).sum(dim=1, keepdim=True)
-        mass_B1 = cdf_BV.gather(1, kept_B1 - 1)
         uniform_B1 = self._uniforms[:, input_ids.shape[1] - self._prompt_length, None].to(scores.device)
-        picked_B1 = torch.searchsorted(cdf_BV, uniform_B1 * mass_B1, right=True).minimum(kept_B1 - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, order_BV.gather(1, picked_B1), 0.0)
+        # The first token whose share of the distribution reaches beyond the number; it has probability.
+        picked_B1 = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)
+        picked_B1.clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, picked_B1, 0.0)
+
+
+def _finite(input_ids: Tensor, scores: Tensor) -> Tensor:
+    if bool(torch.isnan(scores).any()):
+        raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
+    return scores
 
 
 def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]:

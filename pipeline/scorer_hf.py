@@ -13,7 +13,7 @@ from torch import Tensor
 from adpa.data.batches import pad_sequences
 from adpa.data.encoding import TokenSequence
 from adpa.data.signals import SignalRow
-from adpa.errors import OptionError
+from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint
 from adpa.pipeline.lm_head import check_head, hidden_states, read_head
 
@@ -21,12 +21,15 @@ ROWS_PER_CHUNK = 1024
 
 
 class HfScorer:
-    """Scores with a transformers model; the head sees response rows only, log-softmax is float32."""
+    """Scores with a transformers model; the head sees response rows only.
+
+    The head runs in float32 whatever the model's dtype: logits in bfloat16 leave the top K full of ties.
+    """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
         self._model = checkpoint.load(dtype, device).eval()
         check_head(self._model)
-        self._head = read_head(self._model)
+        self._head = read_head(self._model).float()
         self._name = checkpoint.name
 
     @torch.inference_mode()
@@ -49,6 +52,13 @@ class HfScorer:
         self, sequences: Sequence[TokenSequence], topk_ids: Sequence[NDArray[np.int32]]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """See ``Scorer.logprobs_at``."""
+        largest = max(int(ids.max()) for ids in topk_ids)
+        if largest >= len(self._head.weight):
+            raise ModelError(
+                f"{self._name}: the teacher gives probability to the token id {largest}, which this model lacks: it "
+                f"has {len(self._head.weight)} tokens",
+                "use the reference that the teacher was made from",
+            )
         ids_NK = torch.from_numpy(np.concatenate(topk_ids)).to(self._model.device, torch.int64)
         own, at_ids = [], []
         for logits_CV, labels_C, rows in self._logits(sequences):
@@ -69,7 +79,7 @@ class HfScorer:
         hidden_ND, labels_N = self._response_hidden(sequences)
         for start in range(0, len(labels_N), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
-            yield self._head.logits(hidden_ND[rows]).float(), labels_N[rows], rows
+            yield self._head.logits(hidden_ND[rows].float()), labels_N[rows], rows
 
     def _response_hidden(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
         """Hidden states [N, d] of the positions that predict a response token, and those tokens [N]."""

@@ -105,28 +105,34 @@ def _score_with_both(
     open_scorer: OpenScorer,
     batch_tokens: int,
 ) -> None:
-    pending = scoring.folder(cache) / "pending"
-    waiting = _read_pending(pending).keys()
-    unjudged = [sequence for sequence in missing if sequence.key not in waiting]
+    folder = scoring.folder(cache) / "pending"
+    pending = _open_pending(folder)
+    judged = SignalTable(pending.values()).keys()
+    unjudged = [sequence for sequence in missing if sequence.key not in judged]
     if unjudged:
         schema = signals_schema(scoring.top_k, logprob_type=pa.float32())
         with closing(open_scorer(scoring.teacher)) as teacher:
             for batch in _batches("teacher: tokens", unjudged, batch_tokens):
                 rows = _teacher_rows(teacher, batch, scoring)
-                write_shard(pending, PENDING_PREFIX, signals_table(rows, schema))
+                path = write_shard(folder, PENDING_PREFIX, signals_table(rows, schema))
+                pending[path] = read_shard(path)
     if missing:
         assert scoring.reference is not None
-        judged = _read_pending(pending)
+        table = SignalTable(pending.values())
         with closing(open_scorer(scoring.reference)) as reference:
             for batch in _batches("reference: tokens", missing, batch_tokens):
-                numbers = judged.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
-                teacher_rows = [judged.row(number) for number in numbers]
+                numbers = table.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
+                teacher_rows = [table.row(int(number)) for number in numbers]
                 logprobs = reference.logprobs_at(batch, [row.topk_ids for row in teacher_rows])
                 rows = [
                     _with_advantages(row, *given, scoring) for row, given in zip(teacher_rows, logprobs, strict=True)
                 ]
                 write_signals(cache, scoring, rows)
-    _clear_pending(pending, cache, scoring)
+    if pending:
+        done = read_signals(cache, scoring).keys()
+        for path, shard in pending.items():
+            if done.issuperset(shard["key"].to_pylist()):
+                path.unlink(missing_ok=True)
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -175,13 +181,16 @@ def _with_advantages(
     return replace(row, token_advantages=row.token_logprobs - token_logprobs, topk_advantages=advantages)
 
 
-def _read_pending(folder: Path) -> SignalTable:
-    return SignalTable(read_shard(path) for path in list_shards(folder, PENDING_PREFIX))
+def _open_pending(folder: Path) -> dict[Path, pa.Table]:
+    """What runs before this one, or beside it, left for the reference.
 
-
-def _clear_pending(folder: Path, cache: Path, scoring: Scoring) -> None:
-    shards = list_shards(folder, PENDING_PREFIX)
-    done = read_signals(cache, scoring).keys() if shards else set()
-    for path in shards:
-        if done.issuperset(read_shard(path)["key"].to_pylist()):
-            path.unlink(missing_ok=True)
+    A run removes only what it opened here or wrote itself, when all of it is done. What another run removes meanwhile
+    stays readable here, because it is open.
+    """
+    shards = {}
+    for path in list_shards(folder, PENDING_PREFIX):
+        try:
+            shards[path] = read_shard(path)
+        except FileNotFoundError:  # another run has just finished with it
+            continue
+    return shards

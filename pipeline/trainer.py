@@ -5,10 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adpa.errors import ModelError
 from adpa.pipeline.objectives import TermWeights, plausible_advantages
+
+
+class LogLastStep(TrainerCallback):
+    """Has the last step logged, whatever the interval, so that no step goes unchecked."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Asks for a log at the last step."""
+        control.should_log |= state.global_step >= state.max_steps
+        return control
 
 
 class DistillTrainer(Trainer):
@@ -26,6 +37,7 @@ class DistillTrainer(Trainer):
     def __init__(self, *, terms: Sequence[tuple[str, TermWeights]], plausibility: float, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.loss_is_scaled_for_ga = True
+        self.add_callback(LogLastStep())
         self._plausibility = plausibility
         self._names = [name for name, _ in terms]
         self._weights_R3 = torch.tensor([weights for _, weights in terms])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel, Models
 
 from adpa.errors import ModelError
@@ -67,6 +68,37 @@ def test_weights_that_cannot_be_read_are_refused(models: Models, tmp_path: Path)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot load it"):
         open_checkpoint(str(broken)).load("float32", torch.device("cpu"))
+
+
+def test_a_checkpoint_that_lacks_weights_or_has_others_is_refused(models: Models, tmp_path: Path) -> None:
+    weights = load_file(models.teacher / "model.safetensors")
+    norm = "model.norm.weight"
+    damage = {
+        "missing keys": {name: tensor for name, tensor in weights.items() if name != norm},
+        "unexpected keys": weights | {"model.surplus.weight": weights[norm].clone()},
+        "mismatched keys": weights | {norm: torch.ones(7)},
+    }
+    for number, (problem, tensors) in enumerate(damage.items()):
+        broken = tmp_path / str(number)
+        shutil.copytree(models.teacher, broken)
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"its weights have 1 {problem}|cannot load it"):
+            open_checkpoint(str(broken)).load("float32", torch.device("cpu"))
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(models: Models, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models.teacher, broken)
+    (broken / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ModelError, match=r"its config\.json cannot be read"):
+        _ = open_checkpoint(str(broken)).config
+
+
+def test_a_token_without_an_embedding_is_refused(models: Models) -> None:
+    checkpoint = open_checkpoint(str(models.teacher))
+    checkpoint.check_ids(49151)
+    with pytest.raises(ModelError, match=r"token id 49152; the model has 49152 embeddings"):
+        checkpoint.check_ids(49152)
 
 
 def test_more_tokens_than_positions_are_refused(models: Models) -> None:

@@ -119,6 +119,8 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"set": ["nonsense=1"]}, r"--set nonsense=1; expected key=value"),
         ({"set": ["optim"]}, r"--set optim; expected key=value"),
         ({"set": ["optim=nonsense"]}, r"TrainingArguments refuses"),
+        ({"set": ["fp16=true"]}, r"float16 loses small gradients"),
+        ({"kl_weight": -1.0}, r"--kl-weight -1; expected 0 or more"),
         ({"device": "cuda:1"}, r"--device cuda:1"),
         ({"resume_from_checkpoint": "last"}, r"found no checkpoint"),
         ({"student": "./nowhere"}, r"\./nowhere: no such directory"),
@@ -200,6 +202,14 @@ def test_damaged_files_of_the_cache_are_refused_by_name(filled: Filled, tmp_path
         caught = refused(filled, tmp_path / f"out-{number}", cache=cache)
         assert isinstance(caught.value, DamagedFileError)
         caught.match(f"{damaged.name}: damaged")
+
+
+def test_a_run_does_not_go_on_as_another(filled: Filled, tmp_path: Path) -> None:
+    distill("sft", str(filled.models.student), filled.cache, tmp_path, **BRIEF, save_steps=6)
+    caught = refused(filled, tmp_path, resume_from_checkpoint="last")
+    caught.match("its run has the objective sft; this one has dckd")
+    (tmp_path / "adpa.json").unlink()
+    refused(filled, tmp_path, resume_from_checkpoint="last").match(r"found no adpa\.json of its run")
 
 
 def test_nothing_is_written_when_the_cache_does_not_fit(filled: Filled, tmp_path: Path) -> None:

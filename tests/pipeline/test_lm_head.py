@@ -85,6 +85,22 @@ def test_a_head_that_does_something_else_is_refused_by_name() -> None:
         check_head(TemperatureLlama(CONFIGS["plain"]))
 
 
+def test_a_small_difference_is_refused_in_bfloat16_too() -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *arguments, **options):  # type: ignore[no-untyped-def]
+            output = super().forward(*arguments, **options)
+            output.logits = output.logits * 0.9
+            return output
+
+    with pytest.raises(ModelError, match="Scaled"):
+        check_head(Scaled(CONFIGS["plain"]).bfloat16())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_of_head_passes_the_check_in_bfloat16(name: str) -> None:
+    check_head(build(CONFIGS[name]).bfloat16())
+
+
 def test_the_check_leaves_a_model_in_training_mode() -> None:
     model = build(CONFIGS["plain"]).train()
     check_head(model)

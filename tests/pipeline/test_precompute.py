@@ -227,6 +227,23 @@ def test_a_teacher_without_a_chat_template_is_refused(make_model: MakeModel, fil
         precompute(str(teacher), str(filled.data), tmp_path)
 
 
+def test_the_teacher_as_its_own_reference_is_refused(filled: Filled, tmp_path: Path) -> None:
+    teacher = str(filled.models.teacher)
+    with pytest.raises(OptionError, match="every advantage would be 0"):
+        precompute(teacher, str(filled.data), tmp_path, reference=teacher)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_any_day(
+    make_model: MakeModel, filled: Filled, tmp_path: Path
+) -> None:
+    teacher = make_model(42)
+    template = teacher / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}" + template.read_text())
+    first = precompute(str(teacher), str(filled.data), tmp_path)
+    second = precompute(str(teacher), str(filled.data), tmp_path)
+    assert (first.scored, second.scored) == (16, 0)
+
+
 def test_a_student_is_refused_where_no_response_is_sampled(filled: Filled, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--responses chosen with --student"):
         precompute(

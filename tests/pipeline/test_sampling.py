@@ -63,8 +63,8 @@ def test_seed_prompt_and_index_each_give_another_response(model: PreTrainedModel
     prompt = np.array([5, 6], dtype=np.int32)
     first = as_lists(sample(model, SAMPLING, [SampleRequest(prompt, index) for index in range(8)]))
     other_seed = as_lists(sample(model, replace(SAMPLING, seed=1), [SampleRequest(prompt, i) for i in range(8)]))
-    assert len({tuple(response) for response in first}) == 8
-    assert not {tuple(response) for response in first} & {tuple(response) for response in other_seed}
+    assert len({tuple(response) for response in first}) >= 6, "two of them may end at once"
+    assert sum(one == two for one, two in zip(first, other_seed, strict=True)) <= 1
 
 
 def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(model: PreTrainedModel) -> None:
@@ -130,5 +130,6 @@ def test_logits_that_are_not_finite_are_refused(student: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(student).eval()
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(ModelError, match="not finite"):
-        sample(model, SAMPLING, requests(2))
+    for temperature in (1.0, 0.0):
+        with pytest.raises(ModelError, match="not finite"):
+            sample(model, replace(SAMPLING, temperature=temperature), requests(2))

@@ -227,6 +227,46 @@ def test_a_run_that_was_interrupted_goes_on_where_it_stopped(
     assert len(scripted.opened) == opened, "a complete cache loads no model"
 
 
+def test_a_run_beside_another_does_not_lose_what_the_other_removes(
+    tmp_path: Path, scripted: type[ScriptedScorer]
+) -> None:
+    class Interrupting(ScriptedScorer):
+        """A teacher in whose pass another run scores everything from start to end."""
+
+        def top_k(self, sequences: Sequence[TokenSequence], top_k: int) -> list[SignalRow]:
+            if ScriptedScorer.asked == [("teacher", 1)] * 3:
+                ScriptedScorer.loaded = 0
+                run(tmp_path, {}, SEQUENCES[:4])
+                ScriptedScorer.loaded = 1
+            return super().top_k(sequences, top_k)
+
+    def open_scorer(identity: ModelIdentity) -> Scorer:
+        return (Interrupting if identity.name == "teacher" else ScriptedScorer)(identity.name)
+
+    score(tmp_path, SCORING, missing_sequences(tmp_path, SCORING, SEQUENCES), open_scorer, batch_tokens=4)
+    assert missing_sequences(tmp_path, SCORING, SEQUENCES) == []
+    assert not list((SCORING.folder(tmp_path) / "pending").glob("*"))
+
+
+def test_a_sequence_without_its_row_is_never_read_as_another(tmp_path: Path, scripted: type[ScriptedScorer]) -> None:
+    run(tmp_path, {})
+    with pytest.raises(AssertionError, match="without its row"):
+        read_signals(tmp_path, SCORING).row(-1)
+
+
+def test_the_head_scores_in_float32_whatever_the_models_dtype(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(str(make_model(40, vocab_size=512, initializer_range=0.02)))
+    (row,) = HfScorer(checkpoint, "bfloat16", CPU).top_k([synthetic([1, 2, 3], [4, 5])], 50)
+    assert all(len(set(values)) > 45 for values in row.topk_logprobs), "bfloat16 logits leave ties"
+
+
+def test_an_id_that_the_reference_lacks_is_refused_by_name(make_model: MakeModel) -> None:
+    sequence = synthetic([1, 2], [3, 4])
+    narrow = HfScorer(open_checkpoint(str(make_model(41, vocab_size=64))), "float32", CPU)
+    with pytest.raises(ModelError, match=r"token id 70, which this model lacks: it has 64 tokens"):
+        narrow.logprobs_at([sequence], [np.array([[1, 70], [2, 3]], dtype=np.int32)])
+
+
 def test_advantages_are_subtracted_before_they_are_rounded(tmp_path: Path, scripted: type[ScriptedScorer]) -> None:
     def open_scorer(identity: ModelIdentity) -> Scorer:
         return scripted(identity.name, value=-12.3456789)

@@ -168,6 +168,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(filled: Filled, tmp_
     interrupted = tmp_path / "interrupted"
     interrupted.mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(interrupted / "checkpoint-2")
+    (tmp_path / "whole" / "adpa.json").rename(interrupted / "adpa.json")
     resumed = train(interrupted, resume="last")
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
@@ -183,6 +184,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(filled: Filled, tmp_path: Path)
         (broken / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ModelError, match="the loss is nan"):
         one_step(filled, tmp_path / "out", objective="kd", student=broken)
+
+
+def test_a_run_shorter_than_the_logging_interval_is_checked_and_logged(filled: Filled, tmp_path: Path) -> None:
+    brief: dict[str, Any] = {"batch_size": 8, "max_steps": 4, "logging_steps": 100, "warmup_steps": 0}
+    student, cache = str(filled.models.student), filled.cache
+    report = distill("sft", student, cache, tmp_path / "good", learning_rate=1e-3, **brief)
+    assert report.last_loss > 0
+    with pytest.raises(ModelError, match="the loss is"):
+        distill("sft", student, cache, tmp_path / "bad", learning_rate=1e30, **brief)
+    assert not (tmp_path / "bad" / "model.safetensors").exists()
+
+
+def test_numbers_of_set_may_have_an_exponent(filled: Filled, tmp_path: Path) -> None:
+    distill("sft", str(filled.models.student), filled.cache, tmp_path, max_steps=1, set=["adam_epsilon=1e-6"])
 
 
 def test_frozen_parameters_stay(filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
