@@ -78,24 +78,12 @@ def score(
         batch_tokens: tokens of a batch, padding included.
     """
     write_scoring(cache, scoring)
-    if scoring.reference is None:
-        _score_with_teacher(cache, scoring, missing, open_scorer, batch_tokens)
-    else:
+    if scoring.reference is not None:
         _score_with_both(cache, scoring, missing, open_scorer, batch_tokens)
-
-
-def _score_with_teacher(
-    cache: Path,
-    scoring: Scoring,
-    missing: Sequence[TokenSequence],
-    open_scorer: OpenScorer,
-    batch_tokens: int,
-) -> None:
-    if not missing:
-        return
-    with closing(open_scorer(scoring.teacher)) as teacher:
-        for batch in _batches("teacher: tokens", missing, batch_tokens):
-            write_signals(cache, scoring, _teacher_rows(teacher, batch, scoring))
+    elif missing:
+        with closing(open_scorer(scoring.teacher)) as teacher:
+            for batch in _batches("teacher: tokens", missing, batch_tokens):
+                write_signals(cache, scoring, _teacher_rows(teacher, batch, scoring))
 
 
 def _score_with_both(
