@@ -21,12 +21,13 @@ from adpa.data.responses import (
     make_response_set,
     write_response_set,
 )
+from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.signals import ModelIdentity, Scoring, signal_bytes
 from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.sampling import SampleRequest, missing_requests, read_samples, sample_responses
+from adpa.pipeline.sampling import sample_responses
 from adpa.pipeline.scorer_hf import HfScorer
 from adpa.pipeline.scoring import Scorer, missing_sequences, score
 

@@ -9,55 +9,21 @@ Shapes: B sequences of a batch, V vocabulary rows.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from adpa.data.encoding import TokenIds, sequence_key
-from adpa.data.ragged import list_column, list_row
+from adpa.data.encoding import TokenIds
 from adpa.data.responses import Sampling
-from adpa.data.shards import read_shards, write_shard
+from adpa.data.samples import SampleRequest, write_samples
 from adpa.errors import ModelError
 from adpa.pipeline.checkpoint import Checkpoint
 from adpa.pipeline.progress import progress
 from adpa.pipeline.scoring import batches_by_length
-
-SHARD_PREFIX = "samples"
-SCHEMA = pa.schema([("key", pa.binary(16)), ("response_ids", pa.list_(pa.int32()))])
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """One response to sample: to which prompt, and which of the several to that prompt."""
-
-    prompt_ids: TokenIds
-    index: int
-
-    @property
-    def key(self) -> bytes:
-        """16 bytes, the same for the same prompt and index."""
-        return sequence_key(self.prompt_ids, np.array([self.index], dtype=np.int32))
-
-
-def read_samples(cache: Path, sampling: Sampling) -> dict[bytes, TokenIds]:
-    """The responses that a cache already has for these settings: int32 [T] by the request's key."""
-    samples: dict[bytes, TokenIds] = {}
-    for table in read_shards(_folder(cache, sampling), SHARD_PREFIX):
-        for row, key in enumerate(table["key"].to_pylist()):
-            samples.setdefault(key, list_row(table["response_ids"], row))
-    return samples
-
-
-def missing_requests(cache: Path, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
-    """The distinct requests that the cache has no response to."""
-    present = read_samples(cache, sampling)
-    return list({request.key: request for request in requests if request.key not in present}.values())
 
 
 def sample_responses(
@@ -85,11 +51,7 @@ def sample_responses(
     with progress("sampling: responses", total=len(requests)) as advance:
         for indices in batches_by_length(lengths, batch_tokens):
             batch = [requests[index] for index in indices]
-            columns = [
-                pa.array([request.key for request in batch], SCHEMA.field("key").type),
-                list_column(sample(model, sampling, batch), SCHEMA.field("response_ids").type),
-            ]
-            write_shard(_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+            write_samples(cache, sampling, batch, sample(model, sampling, batch))
             advance(len(batch))
 
 
@@ -159,10 +121,3 @@ def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]
 def _until(token_ids: TokenIds, turn_end: int) -> TokenIds:
     ends = np.flatnonzero(token_ids == turn_end)
     return token_ids[: ends[0] + 1] if len(ends) else token_ids
-
-
-def _folder(cache: Path, sampling: Sampling) -> Path:
-    settings = asdict(sampling)
-    del settings["samples_per_prompt"]  # asking for more keeps those that are there
-    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
-    return cache / "samples" / digest.hexdigest()

@@ -10,9 +10,10 @@ from tests.conftest import MakeModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adpa.data.responses import Sampling
+from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.errors import ModelError
 from adpa.pipeline.checkpoint import open_checkpoint
-from adpa.pipeline.sampling import SampleRequest, missing_requests, read_samples, sample, sample_responses
+from adpa.pipeline.sampling import sample, sample_responses
 
 END = 2
 SAMPLING = Sampling(

@@ -1,0 +1,67 @@
+"""Samples: what a student said to prompts, kept batch by batch until they make up a response set.
+
+They lie in ``CACHE/samples/<id>/``, where the id is the digest of how they were sampled, in immutable shards of rows
+found by the digest of prompt and index.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from adpa.data.encoding import TokenIds, sequence_key
+from adpa.data.ragged import list_column, list_row
+from adpa.data.responses import Sampling
+from adpa.data.shards import read_shards, write_shard
+
+SHARD_PREFIX = "samples"
+SCHEMA = pa.schema([("key", pa.binary(16)), ("response_ids", pa.list_(pa.int32()))])
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response to sample: to which prompt, and which of the several to that prompt."""
+
+    prompt_ids: TokenIds
+    index: int
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes, the same for the same prompt and index."""
+        return sequence_key(self.prompt_ids, np.array([self.index], dtype=np.int32))
+
+
+def read_samples(cache: Path, sampling: Sampling) -> dict[bytes, TokenIds]:
+    """The responses that a cache already has for these settings: int32 [T] by the request's key."""
+    samples: dict[bytes, TokenIds] = {}
+    for table in read_shards(_folder(cache, sampling), SHARD_PREFIX):
+        for row, key in enumerate(table["key"].to_pylist()):
+            samples.setdefault(key, list_row(table["response_ids"], row))
+    return samples
+
+
+def missing_requests(cache: Path, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+    """The distinct requests that the cache has no response to."""
+    present = read_samples(cache, sampling)
+    return list({request.key: request for request in requests if request.key not in present}.values())
+
+
+def write_samples(
+    cache: Path, sampling: Sampling, requests: Sequence[SampleRequest], responses: Sequence[TokenIds]
+) -> None:
+    """Adds the responses to some requests, int32 [T] each, as one shard."""
+    columns = [
+        pa.array([request.key for request in requests], SCHEMA.field("key").type),
+        list_column(responses, SCHEMA.field("response_ids").type),
+    ]
+    write_shard(_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+
+
+def _folder(cache: Path, sampling: Sampling) -> Path:
+    settings = asdict(sampling)
+    del settings["samples_per_prompt"]  # asking for more keeps those that are there
+    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
+    return cache / "samples" / digest.hexdigest()
