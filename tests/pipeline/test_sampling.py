@@ -1,5 +1,6 @@
-"""The student's responses: reproducible from the seed whatever the batch, and truly its distribution."""
+"""The sampling loop: only what is missing is sampled, batch by batch, and what was sampled survives a failure."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adpa.data.encoding import TokenIds
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
-from adpa.errors import ModelError
 from adpa.pipeline.checkpoint import open_checkpoint
-from adpa.pipeline.sampling import sample, sample_responses
+from adpa.pipeline.sampler_hf import HfSampler
+from adpa.pipeline.sampling import Sampler, sample_responses, stream_seed
 
-END = 2
 SAMPLING = Sampling(
     student="s",
-    turn_end=END,
+    turn_end=2,
     temperature=1.0,
     top_p=1.0,
     max_new_tokens=12,
@@ -29,108 +29,97 @@ SAMPLING = Sampling(
 )
 
 
-@pytest.fixture(scope="module")
-def student(make_model: MakeModel) -> Path:
-    return make_model(20, layers=1, vocab_size=24, initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def model(student: Path) -> PreTrainedModel:
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student).eval()
-    return loaded
-
-
-def requests(count: int, length: int = 4) -> list[SampleRequest]:
+def requests(count: int) -> list[SampleRequest]:
     generator = np.random.default_rng(1)
     return [
-        SampleRequest(generator.integers(3, 24, generator.integers(1, length + 1)).astype(np.int32), 0)
-        for _ in range(count)
+        SampleRequest(generator.integers(3, 24, generator.integers(1, 5)).astype(np.int32), 0) for _ in range(count)
     ]
 
 
-def as_lists(responses: list[np.ndarray]) -> list[list[int]]:
-    return [response.tolist() for response in responses]
+class Echo:
+    """A sampler that answers with the prompt, records what it was asked, and fails on demand."""
+
+    def __init__(self, fail_after: int = 10**9) -> None:
+        self.fail_after = fail_after
+        self.asked: list[Sequence[SampleRequest]] = []
+        self.closed = 0
+
+    def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
+        for batch in batches:
+            if len(self.asked) == self.fail_after:
+                raise KeyboardInterrupt
+            self.asked.append(batch)
+            yield [request.prompt_ids for request in batch]
+
+    def close(self) -> None:
+        self.closed += 1
 
 
-def test_a_response_does_not_depend_on_its_batch(model: PreTrainedModel) -> None:
-    wanted = requests(30, length=20)
-    together = as_lists(sample(model, SAMPLING, wanted))
-    alone = [sample(model, SAMPLING, [request])[0].tolist() for request in wanted]
-    backwards = as_lists(sample(model, SAMPLING, wanted[::-1]))[::-1]
-    assert together == alone == backwards
+def test_only_missing_responses_are_sampled_and_more_of_them_keep_the_first(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(make_model(20, layers=1, vocab_size=24, initializer_range=0.1)))
 
+    def opening(sampling: Sampling) -> Callable[[], Sampler]:
+        return lambda: HfSampler(checkpoint, sampling, torch.device("cpu"))
 
-def test_seed_prompt_and_index_each_give_another_response(model: PreTrainedModel) -> None:
-    prompt = np.array([5, 6], dtype=np.int32)
-    first = as_lists(sample(model, SAMPLING, [SampleRequest(prompt, index) for index in range(8)]))
-    other_seed = as_lists(sample(model, replace(SAMPLING, seed=1), [SampleRequest(prompt, i) for i in range(8)]))
-    assert len({tuple(response) for response in first}) >= 6, "two of them may end at once"
-    assert sum(one == two for one, two in zip(first, other_seed, strict=True)) <= 1
-
-
-def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(model: PreTrainedModel) -> None:
-    responses = sample(model, SAMPLING, requests(60))
-    ended = [response for response in responses if response[-1] == END]
-    assert 0 < len(ended) < 60
-    assert all((response[:-1] != END).all() for response in ended)
-    assert all(len(response) == 12 for response in responses if response[-1] != END)
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_tokens_follow_the_students_distribution(model: PreTrainedModel, temperature: float, top_p: float) -> None:
-    settings = replace(SAMPLING, max_new_tokens=1, temperature=temperature, top_p=top_p)
-    prompt, draws = np.array([7, 3], dtype=np.int32), 4000
-    drawn = np.concatenate(sample(model, settings, [SampleRequest(prompt, index) for index in range(draws)]))
-    with torch.inference_mode():
-        logits = model(input_ids=torch.from_numpy(prompt).long()[None]).logits[0, -1].double()
-    probabilities = (logits / temperature).softmax(0).numpy()
-    order = np.argsort(-probabilities)
-    outside = order[np.cumsum(probabilities[order]) - probabilities[order] >= top_p]
-    probabilities[outside] = 0
-    probabilities /= probabilities.sum()
-    counts = np.bincount(drawn, minlength=24)
-    assert counts[outside].sum() == 0
-    deviation = np.abs(counts - draws * probabilities)
-    assert (deviation <= 5 * np.sqrt(draws * probabilities * (1 - probabilities)) + 1e-9).all()
-
-
-def test_temperature_zero_is_greedy_and_ignores_the_checkpoints_own_generation_settings(student: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(student).eval()
-    wanted = requests(10)
-    expected = []
-    for request in wanted:
-        tokens = request.prompt_ids.tolist()
-        while len(tokens) - len(request.prompt_ids) < 12 and (
-            tokens[-1] != END or tokens == request.prompt_ids.tolist()
-        ):
-            with torch.inference_mode():
-                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-        expected.append(tokens[len(request.prompt_ids) :])
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.do_sample = True
-    assert as_lists(sample(model, replace(SAMPLING, temperature=0.0), wanted)) == expected
-
-
-def test_only_missing_responses_are_sampled_and_more_of_them_keep_the_first(student: Path, tmp_path: Path) -> None:
-    checkpoint, cpu = open_checkpoint(str(student)), torch.device("cpu")
     wanted = [SampleRequest(request.prompt_ids, index) for request in requests(6) for index in (0, 1)]
     first = [request for request in wanted if request.index == 0]
-    sample_responses(tmp_path, SAMPLING, missing_requests(tmp_path, SAMPLING, first), checkpoint, cpu, 64)
+    sample_responses(tmp_path, SAMPLING, missing_requests(tmp_path, SAMPLING, first), opening(SAMPLING), 64)
     before = read_samples(tmp_path, SAMPLING)
     more = replace(SAMPLING, samples_per_prompt=2)
     missing = missing_requests(tmp_path, more, wanted)
     assert {request.key for request in missing} == {request.key for request in wanted if request.index == 1}
-    sample_responses(tmp_path, more, missing, checkpoint, cpu, 64)
+    sample_responses(tmp_path, more, missing, opening(more), 64)
     after = read_samples(tmp_path, more)
     assert missing_requests(tmp_path, more, wanted) == []
     assert {key: after[key].tolist() for key in before} == {key: before[key].tolist() for key in before}
     assert len(missing_requests(tmp_path, replace(SAMPLING, seed=5), first)) == len({r.key for r in first})
 
 
-def test_logits_that_are_not_finite_are_refused(student: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(student).eval()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    for temperature in (1.0, 0.0):
-        with pytest.raises(ModelError, match="not finite"):
-            sample(model, replace(SAMPLING, temperature=temperature), requests(2))
+def test_every_request_gets_its_own_answer(tmp_path: Path) -> None:
+    wanted = requests(9)
+    sample_responses(tmp_path, SAMPLING, wanted, Echo, batch_tokens=40)
+    said = read_samples(tmp_path, SAMPLING)
+    assert all(said[request.key].tolist() == request.prompt_ids.tolist() for request in wanted)
+
+
+def test_a_batch_has_room_for_prompts_and_the_longest_responses(tmp_path: Path) -> None:
+    echo = Echo()
+    wanted = [SampleRequest(np.array([5] * 4, dtype=np.int32), index) for index in range(7)]
+    sample_responses(tmp_path, SAMPLING, wanted, lambda: echo, batch_tokens=3 * (4 + 12) + 1)
+    assert [len(batch) for batch in echo.asked] == [3, 3, 1]
+
+
+def test_an_interrupted_run_keeps_its_batches_and_closes_the_student(tmp_path: Path) -> None:
+    wanted = [SampleRequest(np.array([5], dtype=np.int32), index) for index in range(6)]
+    interrupted, last = Echo(fail_after=4), Echo()
+    with pytest.raises(KeyboardInterrupt):
+        sample_responses(tmp_path, SAMPLING, wanted, lambda: interrupted, batch_tokens=1)
+    missing = missing_requests(tmp_path, SAMPLING, wanted)
+    assert [request.index for request in missing] == [4, 5]
+    sample_responses(tmp_path, SAMPLING, missing, lambda: last, batch_tokens=1)
+    assert missing_requests(tmp_path, SAMPLING, wanted) == []
+    assert (interrupted.closed, last.closed) == (1, 1)
+
+
+def test_a_student_with_nothing_to_say_is_not_loaded(tmp_path: Path) -> None:
+    sample_responses(tmp_path, SAMPLING, [], lambda: pytest.fail("loaded"), batch_tokens=64)
+
+
+def test_a_stream_has_its_own_seed_for_each_seed_prompt_and_index() -> None:
+    prompts = [np.array(ids, dtype=np.int32) for ids in ([5], [5, 6], [6, 5])]
+    seeds = [
+        stream_seed(replace(SAMPLING, seed=seed), SampleRequest(prompt, index), size=7)
+        for seed in (-1, 0, 1)
+        for prompt in prompts
+        for index in range(3)
+    ]
+    assert len(set(seeds)) == 27
+    assert all(0 <= seed < 2**56 for seed in seeds)
+
+
+def test_the_settings_of_the_sampling_do_not_change_a_stream() -> None:
+    (request,) = requests(1)
+    other = replace(SAMPLING, temperature=0.5, max_new_tokens=100, samples_per_prompt=4)
+    assert stream_seed(other, request, size=16) == stream_seed(SAMPLING, request, size=16)

@@ -1,0 +1,53 @@
+"""Batches of work whose results end up as shards: a killed run loses the batches in flight and no more."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from adpa.pipeline.progress import progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def make_batches(items: Sequence[Item], size: Callable[[Item], int], batch_tokens: int) -> list[list[Item]]:
+    """Groups items so that their number × the largest size ≤ ``batch_tokens``, largest first.
+
+    An item larger than that is a batch of its own.
+    """
+    batches: list[list[Item]] = []
+    largest = 0
+    for item in sorted(items, key=size, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * largest > batch_tokens:
+            batches.append([])
+            largest = size(item)
+        batches[-1].append(item)
+    return batches
+
+
+def write_batches(
+    description: str,
+    batches: Sequence[Sequence[Item]],
+    size: Callable[[Item], int],
+    results: Iterable[Result],
+    write: Callable[[Result], None],
+) -> None:
+    """Writes the result of each batch while the next one is being computed, and shows progress.
+
+    Args:
+        description: what the progress bar counts.
+        batches: the batches, in the order of their results.
+        size: what an item counts for the progress bar.
+        results: computes the results as it is iterated.
+        write: makes a result durable; runs in a thread of its own, for one batch at a time.
+    """
+    total = sum(size(item) for batch in batches for item in batch)
+    with progress(description, total) as advance, ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] | None = None
+        for batch, result in zip(batches, results, strict=True):
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, result)
+            advance(sum(size(item) for item in batch))
+        if writing is not None:
+            writing.result()

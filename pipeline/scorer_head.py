@@ -1,0 +1,130 @@
+"""Scoring from hidden states: the decoder is an engine's, the head is ours and sees response rows only.
+
+The head runs in float32 whatever the model's dtype: logits in bfloat16 leave the top K full of ties.
+
+Shapes: N response rows of a batch, d hidden width, V vocabulary rows, K ids, C rows a chunk.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adpa.data.signals import SignalRow
+from adpa.errors import ModelError, OptionError
+from adpa.pipeline.lm_head import LmHead
+from adpa.pipeline.scoring import Batch, ReferenceLogprobs
+
+ROWS_PER_CHUNK = 1024
+
+
+class Decoder(Protocol):
+    """A model without its head."""
+
+    def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """For each batch, hidden states [N, d] of the positions that predict a response token."""
+        ...
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        ...
+
+
+class HeadScorer:
+    """A ``Scorer`` made of a decoder and a head in float32."""
+
+    def __init__(self, name: str, decoder: Decoder, head: LmHead) -> None:
+        self._name = name
+        self._decoder = decoder
+        self._head = head.float()
+
+    def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
+        """See ``Scorer.top_k``."""
+        if top_k > len(self._head.weight):
+            raise OptionError(
+                f"--top-k {top_k}: {self._name} has {len(self._head.weight)} tokens",
+                "lower --top-k to at most that",
+            )
+        for batch, hidden_Nd in zip(batches, self._decoder.response_hidden(batches), strict=True):
+            yield self._teacher_rows(batch, hidden_Nd, top_k)
+
+    def logprobs_at(
+        self, batches: Sequence[Batch], topk_ids: Iterable[Sequence[NDArray[np.int32]]]
+    ) -> Iterator[list[ReferenceLogprobs]]:
+        """See ``Scorer.logprobs_at``."""
+        hidden = self._decoder.response_hidden(batches)
+        for batch, ids, hidden_Nd in zip(batches, topk_ids, hidden, strict=True):
+            yield self._reference_logprobs(batch, ids, hidden_Nd)
+
+    def close(self) -> None:
+        """See ``Scorer.close``."""
+        self._decoder.close()
+        del self._head
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _teacher_rows(self, batch: Batch, hidden_Nd: Tensor, top_k: int) -> list[SignalRow]:
+        labels_N = _labels(batch)
+        chunks = [_teacher_logprobs(logits_CV, labels_N[rows], top_k) for logits_CV, rows in self._logits(hidden_Nd)]
+        token_logprobs, ids, logprobs, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
+        return [
+            SignalRow(sequence.key, token_logprobs[rows], ids[rows], logprobs[rows], tail[rows])
+            for sequence, rows in zip(batch, _row_slices(batch), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _reference_logprobs(
+        self, batch: Batch, topk_ids: Sequence[NDArray[np.int32]], hidden_Nd: Tensor
+    ) -> list[ReferenceLogprobs]:
+        largest = max(int(ids.max()) for ids in topk_ids)
+        if largest >= len(self._head.weight):
+            raise ModelError(
+                f"{self._name}: the teacher gives probability to the token id {largest}, which this model lacks: it "
+                f"has {len(self._head.weight)} tokens",
+                "use the reference that the teacher was made from",
+            )
+        labels_N, ids_NK = _labels(batch), torch.from_numpy(np.concatenate(topk_ids)).long()
+        own, at_ids = [], []
+        for logits_CV, rows in self._logits(hidden_Nd):
+            lse_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            own.append((_gather(logits_CV, labels_N[rows, None]) - lse_C1).squeeze(1))
+            at_ids.append(_gather(logits_CV, ids_NK[rows]) - lse_C1)
+        own_N, at_ids_NK = torch.cat(own).cpu().numpy(), torch.cat(at_ids).cpu().numpy()
+        return [(own_N[rows], at_ids_NK[rows]) for rows in _row_slices(batch)]
+
+    def _logits(self, hidden_Nd: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """Float32 logits [C, V] on the head's device, and which rows they are of."""
+        for start in range(0, len(hidden_Nd), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            yield self._head.logits(hidden_Nd[rows].to(self._head.weight)), rows
+
+
+def _teacher_logprobs(logits_CV: Tensor, labels_C: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Own token's log-probability [C], top-K ids [C, K] and log-probabilities [C, K], log of the rest's mass [C].
+
+    The tail is the log-sum-exp over the complement: 1 − Σp has no digits left where the teacher is sure.
+    """
+    lse_C = logits_CV.logsumexp(dim=1)
+    own_C = _gather(logits_CV, labels_C[:, None]).squeeze(1) - lse_C
+    values_CK, ids_CK = logits_CV.topk(top_k, dim=1)
+    tail_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(dim=1) - lse_C
+    return own_C, ids_CK.to(torch.int32), values_CK - lse_C[:, None], tail_C
+
+
+def _gather(logits_CV: Tensor, ids: Tensor) -> Tensor:
+    return logits_CV.gather(1, ids.to(logits_CV.device))
+
+
+def _labels(batch: Batch) -> Tensor:
+    """The response tokens of a batch, one sequence after the other, int64 [N]."""
+    return torch.from_numpy(np.concatenate([sequence.response_ids for sequence in batch])).long()
+
+
+def _row_slices(batch: Batch) -> Iterator[slice]:
+    start = 0
+    for sequence in batch:
+        yield slice(start, start := start + len(sequence.response_ids))

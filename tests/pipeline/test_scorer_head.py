@@ -1,0 +1,154 @@
+"""Scoring with a head of our own: exact tails, float32 throughout, and response rows only."""
+
+import gc
+import weakref
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.conftest import MakeModel
+from tests.pipeline.conftest import dense_logprobs, synthetic
+from torch import Tensor
+
+from adpa.data.encoding import TokenSequence
+from adpa.data.signals import SignalRow
+from adpa.errors import ModelError, OptionError
+from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.lm_head import LmHead, read_head
+from adpa.pipeline.scorer_head import HeadScorer
+from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
+from adpa.pipeline.scoring import ReferenceLogprobs
+
+
+def scorer_of(model: Path, dtype: str = "float32") -> HeadScorer:
+    return open_hf_scorer(open_checkpoint(str(model)), dtype, torch.device("cpu"))
+
+
+def top_k(scorer: HeadScorer, batch: Sequence[TokenSequence], k: int) -> list[SignalRow]:
+    (rows,) = scorer.top_k([batch], k)
+    return rows
+
+
+def logprobs_at(
+    scorer: HeadScorer, batch: Sequence[TokenSequence], ids: Sequence[NDArray[np.int32]]
+) -> list[ReferenceLogprobs]:
+    (given,) = scorer.logprobs_at([batch], [ids])
+    return given
+
+
+def test_the_tail_of_a_sure_teacher_keeps_its_digits(make_model: MakeModel) -> None:
+    model = make_model(5, vocab_size=64, width=256, initializer_range=1.0)
+    sequence = synthetic([1, 2, 3], [4, 5, 6, 7])
+    (row,) = top_k(scorer_of(model), [sequence], 20)
+    dense = dense_logprobs(model, sequence).astype(np.float64)
+    rest = np.sort(dense, axis=1)[:, :-20]
+    expected = np.logaddexp.reduce(rest, axis=1)
+    assert expected.min() < np.log(1e-8), "not a case where 1 − Σp loses its digits"
+    np.testing.assert_allclose(row.tail_logprob, expected, atol=1e-4)
+
+
+def test_k_of_the_whole_vocabulary_leaves_an_empty_tail(make_model: MakeModel) -> None:
+    scorer = scorer_of(make_model(6, vocab_size=64))
+    (row,) = top_k(scorer, [synthetic([1], [2, 3])], 64)
+    assert (row.tail_logprob == -np.inf).all()
+    np.testing.assert_allclose(np.exp(row.topk_logprobs.astype(np.float64)).sum(1), 1, atol=1e-5)
+
+
+def test_signals_do_not_depend_on_the_batch(make_model: MakeModel) -> None:
+    scorer = scorer_of(make_model(7, vocab_size=512))
+    generator = np.random.default_rng(0)
+    sequences = [
+        synthetic(generator.integers(0, 512, prompt), generator.integers(0, 512, response))
+        for prompt, response in [(1, 1), (9, 3), (2, 40), (30, 30), (5, 1)]
+    ]
+    together = top_k(scorer, sequences, 12)
+    for sequence, batched in zip(sequences, together, strict=True):
+        (alone,) = top_k(scorer, [sequence], 12)
+        np.testing.assert_array_equal(alone.topk_ids, batched.topk_ids)
+        np.testing.assert_allclose(alone.topk_logprobs, batched.topk_logprobs, atol=1e-5)
+        np.testing.assert_allclose(alone.tail_logprob, batched.tail_logprob, atol=1e-5)
+
+
+def test_prompt_rows_are_never_projected_to_the_vocabulary(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(make_model(8, vocab_size=64))
+    projected: list[int] = []
+    logits = LmHead.logits
+
+    def counting(head: LmHead, hidden: Tensor) -> Tensor:
+        projected.append(len(hidden))
+        return logits(head, hidden)
+
+    monkeypatch.setattr(LmHead, "logits", counting)
+    sequences = [synthetic(np.arange(50), np.arange(3)), synthetic(np.arange(20), np.arange(7))]
+    rows = top_k(scorer, sequences, 4)
+    logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
+    assert sum(projected) == 2 * (3 + 7)
+
+
+def test_the_head_scores_in_float32_whatever_the_models_dtype(make_model: MakeModel) -> None:
+    scorer = scorer_of(make_model(40, vocab_size=512, initializer_range=0.02), "bfloat16")
+    (row,) = top_k(scorer, [synthetic([1, 2, 3], [4, 5])], 50)
+    assert all(len(set(values)) > 45 for values in row.topk_logprobs), "bfloat16 logits leave ties"
+
+
+def test_an_id_that_the_reference_lacks_is_refused_by_name(make_model: MakeModel) -> None:
+    sequence = synthetic([1, 2], [3, 4])
+    narrow = scorer_of(make_model(41, vocab_size=64))
+    with pytest.raises(ModelError, match=r"token id 70, which this model lacks: it has 64 tokens"):
+        logprobs_at(narrow, [sequence], [np.array([[1, 70], [2, 3]], dtype=np.int32)])
+
+
+def test_more_ids_than_the_model_has_tokens_are_refused(make_model: MakeModel) -> None:
+    scorer = scorer_of(make_model(42, vocab_size=64))
+    with pytest.raises(OptionError, match=r"--top-k 65: .* has 64 tokens"):
+        top_k(scorer, [synthetic([1], [2])], 65)
+
+
+def test_long_batches_go_through_the_head_in_chunks_of_rows(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(make_model(43, vocab_size=512))
+    sequences = [synthetic([1, 2], np.arange(5)), synthetic([3], np.arange(7)), synthetic([4], [5])]
+    whole = top_k(scorer, sequences, 6)
+    given = logprobs_at(scorer, sequences, [row.topk_ids for row in whole])
+    monkeypatch.setattr("adpa.pipeline.scorer_head.ROWS_PER_CHUNK", 4)
+    chunked = top_k(scorer, sequences, 6)
+    for row, other in zip(whole, chunked, strict=True):
+        assert row.key == other.key
+        np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
+        for name in ("token_logprobs", "topk_logprobs", "tail_logprob"):
+            np.testing.assert_allclose(getattr(row, name), getattr(other, name), atol=1e-5)
+    for pair, other_pair in zip(given, logprobs_at(scorer, sequences, [r.topk_ids for r in chunked]), strict=True):
+        for values, other_values in zip(pair, other_pair, strict=True):
+            np.testing.assert_allclose(values, other_values, atol=1e-5)
+
+
+def test_teacher_and_reference_are_asked_the_same_way(make_model: MakeModel) -> None:
+    """A model beside itself has no advantage anywhere."""
+    scorer = scorer_of(make_model(44, vocab_size=512))
+    batches = [[synthetic([1, 2], [3, 4, 5]), synthetic([6], [7])], [synthetic([8], [9, 10])]]
+    rows = list(scorer.top_k(batches, 6))
+    given = list(scorer.logprobs_at(batches, ([row.topk_ids for row in batch] for batch in rows)))
+    assert [len(batch) for batch in rows] == [len(batch) for batch in given] == [2, 1]
+    for row, (own, at_ids) in zip(chain(*rows), chain(*given), strict=True):
+        np.testing.assert_allclose(own, row.token_logprobs, atol=1e-6)
+        np.testing.assert_allclose(at_ids, row.topk_logprobs, atol=1e-6)
+
+
+def test_a_closed_scorer_holds_no_weights(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(str(make_model(45, vocab_size=64)))
+    model = checkpoint.load("float32", torch.device("cpu"))
+    left = weakref.ref(model)
+    scorer = HeadScorer("teacher", HfDecoder(model), read_head(model))
+    del model
+    answers = scorer.top_k([[synthetic([1], [2])], [synthetic([1], [3])]], 4)
+    next(answers)  # as in a run that fails in its second batch
+    scorer.close()
+    gc.collect()
+    assert left() is None
