@@ -45,9 +45,6 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "adpa"
         _print_error(f"{error.format_message()} See {command} --help")
         exit_code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _print_error("interrupted")
-        exit_code = 130
     sys.exit(exit_code)
 
 
@@ -80,10 +77,17 @@ def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
             summary = dataclasses.asdict(stage(**options))
             if report is not None:
                 report.write_text(json.dumps(summary, indent=2) + "\n")
+        except KeyboardInterrupt as error:
+            _fail(error, debug, 130, "interrupted")
         except AdpaError as error:
             _fail(error, debug, error.exit_code)
         except torch.OutOfMemoryError as error:
-            _fail(error, debug, 1, "out of memory; lower --batch-tokens or --micro-batch-size")
+            _fail(
+                error,
+                debug,
+                1,
+                "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization",
+            )
         except (OSError, RuntimeError) as error:
             _fail(error, debug, 1)
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
@@ -110,9 +114,13 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         if not isinstance(options, dict):
             raise OptionError(f"--config {path}: expected a mapping of options to values")
         options = {str(key).replace("-", "_"): value for key, value in options.items()}
-        unknown = sorted(options.keys() - {parameter.name for parameter in context.command.params})
+        known = {parameter.name: parameter for parameter in context.command.params}
+        unknown = sorted(options.keys() - known.keys())
         if unknown:
             raise OptionError(f"--config {path}: {context.info_name} has no option {unknown[0]!r}")
+        for name, value in options.items():
+            if getattr(known[name], "multiple", False) and not isinstance(value, list):
+                options[name] = [value]
     except (OSError, yaml.YAMLError, OptionError) as error:
         message = str(error) if isinstance(error, AdpaError) else f"--config {path}: {error}"
         _fail(OptionError(" ".join(message.split())), debug=False, exit_code=2)
@@ -125,7 +133,7 @@ def _check_report(path: Path | None) -> None:
         raise OptionError(f"--report {path}: cannot be written there", "name a file in an existing directory")
 
 
-def _fail(error: Exception, debug: bool, exit_code: int, message: str = "") -> None:
+def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") -> None:
     if debug:
         raise error
     text = message or " ".join(str(error).split()) or type(error).__name__

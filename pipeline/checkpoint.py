@@ -1,13 +1,17 @@
 """Checkpoints: from what a user types to a directory, an identity and a loaded model."""
 
 import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -22,6 +26,7 @@ from transformers import (
 from adpa.data.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import ModelError
+from adpa.pipeline.lm_head import LmHead, check_head, read_head
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -51,10 +56,12 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The configuration of the language model in it."""
-        try:
-            return AutoConfig.from_pretrained(self.directory).get_text_config(decoder=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
+        return self._read_config()[1]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights on disk are quantized; not every one has to be."""
+        return getattr(self.config, "quantization_config", None) is not None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -71,23 +78,85 @@ class Checkpoint:
         Raises:
             ModelError: transformers cannot load it, or its weights are not all those that the configuration asks for.
         """
+        model, unexpected = self._load(dtype)
+        self._refuse_keys("unexpected_keys", unexpected)
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
+        return model
+
+    def load_head(self, device: torch.device) -> LmHead:
+        """Loads the head alone, in float32: the model without its layers, so that only their weights stay on disk.
+
+        Raises:
+            ModelError: the head is not one that adpa knows, or its weights are not there as they are (quantized).
+        """
+        config, text_config = self._read_config()
+        if text_config is not config:
+            raise ModelError(f"{self.name}: it is more than a language model")
+        config.num_hidden_layers = 0
+        if getattr(config, "layer_types", None) is not None:
+            with suppress(AttributeError):  # in some configurations it follows from the number of layers
+                config.layer_types = []
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it would list all weights of the layers as unexpected
+        try:
+            model, unexpected = self._load("float32", config=config)
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        model.eval()
+        try:
+            check_head(model)
+        except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+            raise ModelError(f"{self.name}: it does not run without its layers: {_first_line(error)}") from error
+        head = read_head(model)
+        # Scales of quantized weights lie beside them; transformers would read the weights as if there were none.
+        modules = {
+            name.rpartition(".")[0]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter is head.weight
+        }
+        self._refuse_keys("unexpected_keys", [key for key in unexpected if key.rpartition(".")[0] in modules])
+        return head.to(device)
+
+    def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
+        """The configuration of the whole, and that of the language model in it, which may be the same object."""
+        try:
+            config = AutoConfig.from_pretrained(self.directory)
+            return config, config.get_text_config(decoder=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
+
+    def _load(self, dtype: str, **options: Any) -> tuple[PreTrainedModel, Sequence[str]]:
+        """The model, and which weights on disk it has no place for."""
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.directory, dtype=getattr(torch, dtype), output_loading_info=True
+                self.directory, dtype=getattr(torch, dtype), output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
         model: PreTrainedModel
         model, information = loaded
         # transformers fills what is missing with random numbers and only warns.
-        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if keys := sorted(map(str, information[problem])):
-                raise ModelError(
-                    f"{self.name}: its weights have {len(keys)} {problem.replace('_', ' ')}, the first {keys[0]}",
-                    "save the checkpoint again as a causal language model",
-                )
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
-        return model
+        for problem in ("missing_keys", "mismatched_keys"):
+            self._refuse_keys(problem, information[problem])
+        return model, list(information["unexpected_keys"])
+
+    def _refuse_keys(self, problem: str, keys: Iterable[object]) -> None:
+        if found := sorted(map(str, keys)):
+            raise ModelError(
+                f"{self.name}: its weights have {len(found)} {problem.replace('_', ' ')}, the first {found[0]}",
+                "save the checkpoint again as a causal language model",
+            )
+
+    def weight_bytes(self, dtype: str) -> int:
+        """About how many bytes the weights take in a dtype; as they are on disk if they are quantized there."""
+        # A directory may hold the same weights in both formats.
+        files = [list(self.directory.glob(pattern)) for pattern in WEIGHT_PATTERNS]
+        size = sum(path.stat().st_size for path in next(filter(None, files)))
+        if self.is_quantized:
+            return size
+        return size * getattr(torch, dtype).itemsize // getattr(torch, self.dtype_name("auto")).itemsize
 
     def check_ids(self, largest: int) -> None:
         """Checks that the model has an embedding for every token id up to the largest.
@@ -101,16 +170,21 @@ class Checkpoint:
                 "use the model that belongs to this tokenizer",
             )
 
-    def check_positions(self, tokens: int) -> None:
-        """Checks that the model has a position for every one of so many tokens.
+    def check_positions(self, lengths: Sequence[int]) -> None:
+        """Checks that the model has a position for every token of sequences of these lengths.
 
         Raises:
             ModelError: it has not.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and tokens > limit:
+        if (getattr(self.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            # Beyond it, LongRoPE changes the frequencies of all positions, by the longest sequence of a batch.
+            limit = self.config.rope_parameters.get("original_max_position_embeddings", limit)
+        longer = [length for length in lengths if limit is not None and length > limit]
+        if longer:
             raise ModelError(
-                f"{self.name}: a sequence has up to {tokens} tokens; the model has {limit} positions",
+                f"{self.name}: {len(longer)} of {len(lengths)} sequences have more tokens, up to {max(longer)}, "
+                f"than the model has positions, {limit}",
                 "lower --max-length, --max-prompt-length or --max-new-tokens",
             )
 
@@ -152,6 +226,13 @@ def resolve_device(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {device}: {_first_line(error)}", "use cpu, or a device that torch sees") from error
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a device; for the CPU, of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _weight_files(directory: Path) -> list[Path]:

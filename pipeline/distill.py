@@ -274,7 +274,7 @@ def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) ->
     tokenizer = read_tokenizer(cache, info.tokenizer)
     check_same_vocabulary(tokenizer, checkpoint.tokenizer, "the cache's teacher", checkpoint.name)
     sequences = [sequence for found in selection.sets.values() for sequence in found.sequences()]
-    checkpoint.check_positions(max(map(len, sequences)))
+    checkpoint.check_positions([len(sequence) for sequence in sequences])
     checkpoint.check_ids(max(int(max(s.prompt_ids.max(), s.response_ids.max())) for s in sequences))
     return tokenizer
 

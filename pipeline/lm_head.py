@@ -36,6 +36,10 @@ class LmHead:
         """The same head in float32."""
         return replace(self, weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
 
+    def to(self, device: torch.device) -> "LmHead":
+        """The same head on a device."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] to logits [..., V], in their dtype."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale

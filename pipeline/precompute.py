@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 from typing_extensions import Doc
 
 from adpa.data.encoding import EncodedPair, Encoder
@@ -27,11 +26,10 @@ from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_t
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
+from adpa.pipeline.engine import EngineName, check_fits, choose_engine
+from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmOptions
 from adpa.pipeline.sampling import sample_responses
-from adpa.pipeline.scorer_hf import HfScorer
 from adpa.pipeline.scoring import Scorer, missing_sequences, score
-
-EngineName = Literal["auto", "hf", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class PrecomputeReport:
         truncated_prompts: prompts cut to ``max_prompt_length``.
         truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``.
         dropped: pairs left out because of ``drop_invalid``.
+        engine: what ran the models, as in ``scoring.json``.
+        engine_reason: why it was this one.
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
@@ -61,6 +61,8 @@ class PrecomputeReport:
     truncated_prompts: int
     truncated_responses: int
     dropped: int
+    engine: str
+    engine_reason: str
     scoring: str
     responses: dict[str, str]
     seconds: float
@@ -89,8 +91,26 @@ def precompute(
     top_p: Annotated[float, Doc("Nucleus of the sampling distribution.")] = 1.0,
     max_new_tokens: Annotated[int, Doc("Tokens of a sampled response at most.")] = 512,
     seed: Annotated[int, Doc("Seed of the sampling.")] = 0,
-    engine: Annotated[EngineName, Doc("What runs the models; auto is hf.")] = "auto",
-    batch_tokens: Annotated[int, Doc("Tokens of a batch, padding included; lower it when memory runs out.")] = 8192,
+    engine: Annotated[
+        EngineName,
+        Doc("What runs the models: vllm, hf (transformers), or auto: vllm where it is installed and there is a GPU."),
+    ] = "auto",
+    tensor_parallel: Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference.")] = 1,
+    quantization: Annotated[str | None, Doc("vLLM: how to quantize teacher and reference, such as fp8.")] = None,
+    max_model_len: Annotated[
+        int | None, Doc("vLLM: tokens of a sequence at most; as many as the longest has unless given.")
+    ] = None,
+    gpu_memory_utilization: Annotated[float, Doc("vLLM: share of a GPU's memory that it may take.")] = 0.9,
+    head_dtype: Annotated[
+        HeadDtype, Doc("vLLM: dtype of the head; model is vLLM's own head, auto is float32 unless it is quantized.")
+    ] = "auto",
+    engine_arg: Annotated[
+        list[str] | None,
+        Doc("vLLM: key=value of any engine argument, for one model with teacher:, reference: or student:; repeatable."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, Doc("Tokens of a batch, which becomes a file; 8192 with hf, 262144 with vLLM unless given.")
+    ] = None,
     dtype: Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")] = "auto",
     device: Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")] = "auto",
     dry_run: Annotated[bool, Doc("Count rows, tokens and bytes; load no model and write nothing.")] = False,
@@ -106,17 +126,25 @@ def precompute(
     """
     started = time.perf_counter()
     names = _response_names(responses, student)
-    _check_options(engine, top_k, samples_per_prompt, temperature, top_p, max_new_tokens, batch_tokens)
+    _check_options(top_k, samples_per_prompt, temperature, top_p, max_new_tokens, batch_tokens)
     check_writable("--cache", cache)
     torch_device = resolve_device(device)
     models = _open_models(teacher, reference, student, top_k)
+    options = VllmOptions(
+        tensor_parallel, quantization, max_model_len, gpu_memory_utilization, head_dtype, tuple(engine_arg or ())
+    )
+    runs_on = choose_engine(engine, options, torch_device, models.teacher, models.reference)
+    for role, checkpoint in models.roles().items():
+        check_fits(runs_on, role, checkpoint, checkpoint.dtype_name(dtype))
+    models.check_reference()
+    batch_tokens = batch_tokens or runs_on.batch_tokens
 
     tokenizer = models.teacher.tokenizer
     encoder = Encoder(tokenizer, find_turn_end(tokenizer), max_prompt_length, max_length, drop_invalid)
     pairs = list(encoder.encode(read_rows(data, split)))
     if not pairs:
         raise DataError(f"{data}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
-    models.check_data(pairs, names, max_new_tokens)
+    longest = models.check_data(pairs, names, max_new_tokens, runs_on.max_tokens)
     sets = _preference_sets(pairs, encoder, names)
 
     unsampled: list[SampleRequest] = []
@@ -130,7 +158,7 @@ def precompute(
             samples_per_prompt=samples_per_prompt,
             seed=seed,
             dtype=models.student.dtype_name(dtype),
-            engine="hf",
+            engine=runs_on.sampling_name,
         )
         requests = [
             (pair.example_id, SampleRequest(pair.prompt_ids, index))
@@ -139,7 +167,8 @@ def precompute(
         ]
         unsampled = missing_requests(cache, sampling, [request for _, request in requests])
         if not dry_run:
-            sample_responses(cache, sampling, unsampled, models.student, torch_device, batch_tokens)
+            open_sampler = partial(runs_on.open_sampler, models.student, sampling, longest)
+            sample_responses(cache, sampling, unsampled, open_sampler, batch_tokens)
         said = read_samples(cache, sampling)
         rows = [
             (example_id, request.prompt_ids, said[request.key])
@@ -154,7 +183,7 @@ def precompute(
         vocabulary=sets["chosen"].info.vocabulary,
         top_k=top_k,
         dtype=models.teacher.dtype_name(dtype),
-        engine="hf",
+        engine=runs_on.name,
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
     missing = missing_sequences(cache, scoring, list(wanted.values()))
@@ -162,7 +191,10 @@ def precompute(
         write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
         for responses_of in sets.values():
             write_response_set(cache, responses_of)
-        open_scorer = partial(models.open_scorer, dtype=scoring.dtype, device=torch_device)
+
+        def open_scorer(identity: ModelIdentity) -> Scorer:
+            return runs_on.open_scorer(models.find(identity), scoring, longest)
+
         score(cache, scoring, missing, open_scorer, batch_tokens)
 
     planned = len(unsampled) if dry_run else 0
@@ -176,6 +208,8 @@ def precompute(
         truncated_prompts=encoder.counts.truncated_prompts,
         truncated_responses=sum(sets[name].info.truncated_responses for name in names),
         dropped=encoder.counts.dropped,
+        engine=runs_on.name,
+        engine_reason=runs_on.reason,
         scoring=scoring.id,
         responses={name: responses_of.id for name, responses_of in sets.items()},
         seconds=time.perf_counter() - started,
@@ -189,26 +223,44 @@ class _Models:
     reference: Checkpoint | None
     student: Checkpoint | None
 
-    def all(self) -> list[Checkpoint]:
-        return [checkpoint for checkpoint in (self.teacher, self.reference, self.student) if checkpoint is not None]
+    def roles(self) -> dict[Role, Checkpoint]:
+        roles: dict[Role, Checkpoint | None] = {
+            "teacher": self.teacher,
+            "reference": self.reference,
+            "student": self.student,
+        }
+        return {role: checkpoint for role, checkpoint in roles.items() if checkpoint is not None}
 
-    def check_data(self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int) -> None:
-        longest = largest = 0
+    def check_reference(self) -> None:
+        if self.reference is not None and self.reference.identity.digest == self.teacher.identity.digest:
+            raise OptionError(
+                f"--reference {self.reference.name}: it has the teacher's weights, so that every advantage would be 0",
+                "name the model before preference training",
+            )
+
+    def check_data(
+        self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int, limit: int | None
+    ) -> int:
+        """Checks ids and lengths; gives the largest number of tokens that a sequence can have."""
+        largest, lengths = 0, []
         for pair in pairs:
-            lengths = {
-                "chosen": len(pair.chosen_ids),
-                "rejected": len(pair.rejected_ids),
-                "sampled": new_tokens,
-            }
-            longest = max(longest, len(pair.prompt_ids) + max(lengths[name] for name in names))
+            response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
+            lengths += [len(pair.prompt_ids) + response[name] for name in names]
             largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
-        for checkpoint in self.all():
-            checkpoint.check_positions(longest)
+        for checkpoint in self.roles().values():
+            checkpoint.check_positions(lengths)
             checkpoint.check_ids(largest)
+        if limit is not None and max(lengths) > limit:
+            longer = sum(length > limit for length in lengths)
+            raise OptionError(
+                f"--max-model-len: {longer} of {len(lengths)} sequences have more than {limit} tokens, "
+                f"up to {max(lengths)}",
+                "raise it, or lower --max-length, --max-prompt-length or --max-new-tokens",
+            )
+        return max(lengths)
 
-    def open_scorer(self, identity: ModelIdentity, dtype: str, device: torch.device) -> Scorer:
-        checkpoint = next(checkpoint for checkpoint in self.all() if checkpoint.identity == identity)
-        return HfScorer(checkpoint, dtype, device)
+    def find(self, identity: ModelIdentity) -> Checkpoint:
+        return next(checkpoint for checkpoint in self.roles().values() if checkpoint.identity == identity)
 
 
 def _open_models(teacher: str, reference: str | None, student: str | None, top_k: int) -> _Models:
@@ -217,12 +269,7 @@ def _open_models(teacher: str, reference: str | None, student: str | None, top_k
         open_checkpoint(reference) if reference else None,
         open_checkpoint(student) if student else None,
     )
-    if models.reference is not None and models.reference.identity.digest == models.teacher.identity.digest:
-        raise OptionError(
-            f"--reference {reference}: it has the teacher's weights, so that every advantage would be 0",
-            "name the model before preference training",
-        )
-    for other in models.all()[1:]:
+    for other in list(models.roles().values())[1:]:
         check_same_vocabulary(models.teacher.tokenizer, other.tokenizer, teacher, other.name)
     if top_k > models.teacher.config.vocab_size:
         raise OptionError(f"--top-k {top_k}: {teacher} has {models.teacher.config.vocab_size} tokens", "lower --top-k")
@@ -245,16 +292,13 @@ def _response_names(responses: str | None, student: str | None) -> list[Response
 
 
 def _check_options(
-    engine: EngineName,
     top_k: int,
     samples_per_prompt: int,
     temperature: float,
     top_p: float,
     max_new_tokens: int,
-    batch_tokens: int,
+    batch_tokens: int | None,
 ) -> None:
-    if engine == "vllm":
-        raise OptionError("--engine vllm is not in this version", "use --engine hf")
     at_least_one = {
         "--top-k": top_k,
         "--samples-per-prompt": samples_per_prompt,
@@ -262,7 +306,7 @@ def _check_options(
         "--batch-tokens": batch_tokens,
     }
     for option, value in at_least_one.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise OptionError(f"{option} {value}; expected at least 1")
     if temperature < 0:
         raise OptionError(f"--temperature {temperature:g}; expected 0 or more")

@@ -44,6 +44,8 @@ def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
     output = runner.invoke(cli.app, ["precompute", "--help"]).output
     for option in ("--teacher", "--reference", "--student", "--data", "--cache", "--responses", "--top-k", "--dry-run"):
         assert option in output
+    for option in ("--engine", "--tensor-parallel", "--quantization", "--max-model-len", "--engine-arg"):
+        assert option in output
     output = runner.invoke(cli.app, ["distill", "--help"]).output
     for option in ("--objective", "--on", "--plausibility", "--batch-size", "--micro-batch-size", "--set", "--output"):
         assert option in output
@@ -83,9 +85,10 @@ def test_a_command_that_cannot_be_parsed_is_one_line_and_exit_code_2(
 def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
     program = (
         "from unittest import mock; from adpa import cli\n"
-        "with mock.patch.object(cli, 'app', side_effect=KeyboardInterrupt): cli.main()"
+        "with mock.patch('adpa.pipeline.precompute.check_writable', side_effect=KeyboardInterrupt): cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, "precompute", "--teacher", "t", "--data", "d", "--cache", "c"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
 
 
@@ -108,7 +111,7 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.keys() >= {
         "scored", "reused", "tokens", "truncated_prompts", "truncated_responses", "dropped", "scoring", "responses",
-        "seconds",
+        "seconds", "engine", "engine_reason",
     }  # fmt: skip
     assert report["scored"] == 6
     assert report["scoring"] in done.stdout
@@ -146,6 +149,20 @@ def test_a_config_file_holds_options_and_the_command_line_outranks_it(
     assert recorded["teacher"] == "T"
     assert recorded["cache"] == Path("C")
     assert (recorded["top_k"], recorded["max_length"]) == (7, 77)
+
+
+def test_an_engine_argument_may_be_given_again_on_the_command_line_and_as_a_list_in_a_file(
+    recorded: dict[str, object], runner: CliRunner, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("teacher: T\ndata: d\ncache: C\nengine-arg: [seed=1, 'teacher:max_num_seqs=8']\n")
+    done = runner.invoke(cli.app, ["precompute", "--config", str(config)])
+    assert done.exit_code == 0, done.output
+    assert recorded["engine_arg"] == ["seed=1", "teacher:max_num_seqs=8"]
+    given = ["--engine-arg", "seed=2", "--engine-arg", 'hf_overrides={"a": [1, 2]}']
+    done = runner.invoke(cli.app, ["precompute", "--config", str(config), *given])
+    assert done.exit_code == 0, done.output
+    assert recorded["engine_arg"] == ["seed=2", 'hf_overrides={"a": [1, 2]}']
 
 
 @pytest.mark.parametrize(
@@ -188,3 +205,9 @@ def test_a_failure_of_the_machine_is_one_line_and_exit_code_1(
     assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1
     assert " ".join(str(error).split()) in done.stderr
+
+
+def test_a_repeatable_option_may_be_one_value_in_a_config_file(tmp_path: Path) -> None:
+    (tmp_path / "adpa.yaml").write_text("engine-arg: nonsense\nteacher: t\ndata: d\ncache: c\n")
+    done = adpa("precompute", "--config", "adpa.yaml", cwd=tmp_path)
+    assert done.stderr.startswith("adpa: t: no such directory"), "the option was read; the teacher is not there"

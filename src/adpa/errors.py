@@ -42,3 +42,9 @@ class DamagedFileError(CacheError):
     """A cache file whose bytes are not those that were written."""
 
     exit_code = 1
+
+
+class EngineError(AdpaError):
+    """An inference engine that does not start, or fails in the middle; what it answered before is kept."""
+
+    exit_code = 1

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
-from tests.pipeline.conftest import Filled
+from tests.pipeline.conftest import Filled, InstallVllm
 from transformers import AutoTokenizer
 
 from adpa import precompute
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import AdpaError, DamagedFileError, DataError, ModelError, OptionError
+from adpa.pipeline.checkpoint import Checkpoint
 
 
 def files(cache: Path) -> set[str]:
@@ -189,7 +190,9 @@ def test_a_flipped_byte_and_a_truncated_shard_are_refused_by_name(filled: Filled
         ({"top_k": 0}, r"--top-k 0; expected at least 1"),
         ({"temperature": -1.0}, r"--temperature -1; expected 0 or more"),
         ({"top_p": 0.0}, r"--top-p 0; expected more than 0"),
-        ({"engine": "vllm"}, r"--engine vllm is not in this version"),
+        ({"tensor_parallel": 2, "device": "cpu"}, r"--tensor-parallel is for vLLM; the engine is hf"),
+        ({"engine_arg": ["seed"]}, r"--engine-arg seed; expected key=value"),
+        ({"batch_tokens": 0}, r"--batch-tokens 0; expected at least 1"),
         ({"responses": "chosen,loved"}, r"found 'loved'; expected chosen, rejected, sampled"),
         ({"responses": "sampled"}, r"--responses sampled without --student"),
         ({"max_prompt_length": 64, "max_length": 64}, r"0 < max-prompt-length < max-length"),
@@ -208,6 +211,57 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_written(
     with pytest.raises(AdpaError, match=message):
         precompute(**(common | options), cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("role", ["teacher", "reference", "student"])
+def test_a_model_that_does_not_fit_is_refused_before_the_data_is_read(
+    role: str, filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: dict[str, Any] = {name: str(getattr(filled.models, name)) for name in ("teacher", "reference", "student")}
+    size = Checkpoint.weight_bytes
+    monkeypatch.setattr(
+        Checkpoint, "weight_bytes", lambda self, dtype: 10**15 if self.name == models[role] else size(self, dtype)
+    )
+    with pytest.raises(ModelError, match=rf"{models[role]}: its weights take about 1000000\.0 GB in float32"):
+        precompute(**models, data="./nowhere.jsonl", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_vllm_that_is_not_installed_is_refused(filled: Filled, tmp_path: Path, install_vllm: InstallVllm) -> None:
+    install_vllm(None)
+    with pytest.raises(OptionError, match="vLLM is not installed"):
+        precompute(str(filled.models.teacher), str(filled.data), tmp_path, engine="vllm")
+
+
+def test_the_report_says_which_engine_it_was_and_why(filled: Filled, tmp_path: Path, install_vllm: InstallVllm) -> None:
+    install_vllm("0.33.0")
+    options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": tmp_path}
+    options |= {"device": "cpu", "dry_run": True}
+    hf = precompute(**options)
+    assert (hf.engine, hf.engine_reason) == ("hf", "there is no GPU")
+    vllm = precompute(**options, engine="vllm", quantization="fp8")
+    assert vllm.engine == 'vllm hidden-states teacher:quantization="fp8"'
+    assert vllm.engine_reason == "as asked; hidden states and adpa's head"
+    assert vllm.scoring != hf.scoring, "one engine's signals are not another's"
+
+
+def test_sequences_longer_than_max_model_len_are_counted_and_refused(
+    filled: Filled, tmp_path: Path, install_vllm: InstallVllm
+) -> None:
+    install_vllm("0.33.0")
+    options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": tmp_path}
+    options |= {"engine": "vllm", "device": "cpu", "dry_run": True}
+    sequences = [
+        s for found in read_response_sets(filled.cache) if found.info.sampling is None for s in found.sequences()
+    ]
+    longest = max(map(len, sequences))
+    count = sum(len(sequence) == longest for sequence in sequences)
+    precompute(**options, max_model_len=longest)
+    message = rf"--max-model-len: {count} of 16 sequences have more than {longest - 1} tokens, up to {longest}"
+    with pytest.raises(OptionError, match=message):
+        precompute(**options, max_model_len=longest - 1)
+    with pytest.raises(OptionError, match=message):  # vLLM's own head says a token more
+        precompute(**options, max_model_len=longest, head_dtype="model")
 
 
 @pytest.mark.parametrize("role", ["reference", "student"])

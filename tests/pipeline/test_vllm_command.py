@@ -1,0 +1,214 @@
+"""``adpa precompute --engine vllm`` as users run it: its cache beside transformers', and what it survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from tests.conftest import MakeModel, Models, Row
+
+from adpa import distill, precompute
+from adpa.data.responses import read_response_sets
+from adpa.data.shards import list_shards, read_shard
+from adpa.data.signals import Scoring, SignalRow, read_scorings, read_signals
+from adpa.errors import OptionError
+
+pytestmark = pytest.mark.vllm
+
+QUICK = ["enforce_eager=true", "kv_cache_memory_bytes=67108864"]
+TOP_K = 10
+
+
+@pytest.fixture(scope="module")
+def wide_models(make_model: MakeModel) -> Models:
+    """Tiny models whose heads have the width that vLLM's attention on CPUs needs."""
+    teacher, reference, student = (make_model(seed, width=128, initializer_range=0.1) for seed in (70, 71, 72))
+    return Models(teacher, reference, student, student)
+
+
+def write_pairs(rows: list[Row], path: Path, repetitions: int = 1) -> Path:
+    def asking(row: Row, number: int) -> Row:
+        return {**row, "prompt": [{"role": "user", "content": f"{row['prompt'][0]['content']} {number}"}]}
+
+    path.write_text("".join(json.dumps(asking(row, number)) + "\n" for row in rows for number in range(repetitions)))
+    return path
+
+
+def test_the_cache_of_vllm_is_that_of_transformers_and_a_student_learns_from_it(
+    wide_models: Models, preference_rows: list[Row], tmp_path: Path
+) -> None:
+    data, cache = write_pairs(preference_rows[:8], tmp_path / "prefs.jsonl"), tmp_path / "cache"
+    common: dict[str, Any] = {
+        "teacher": str(wide_models.teacher),
+        "reference": str(wide_models.reference),
+        "data": str(data),
+        "cache": cache,
+        "top_k": TOP_K,
+    }
+    vllm: dict[str, Any] = {"engine": "vllm", "engine_arg": QUICK}
+    by_hf = precompute(**common, engine="hf")
+    by_vllm = precompute(**common, **vllm)
+    assert by_vllm.engine == "vllm hidden-states"
+    assert "hidden states" in by_vllm.engine_reason
+    assert by_vllm.responses == by_hf.responses, "the sequences do not depend on the engine"
+    assert by_vllm.scoring != by_hf.scoring
+
+    scorings = {scoring.engine: scoring for scoring in read_scorings(cache)}
+    assert scorings.keys() == {"hf", "vllm hidden-states"}
+    for row, expected in zip(*(rows_of(cache, scorings[name]) for name in ("vllm hidden-states", "hf")), strict=True):
+        assert row.key == expected.key
+        np.testing.assert_array_equal(np.sort(row.topk_ids, axis=1), np.sort(expected.topk_ids, axis=1))
+        for column in ("token_logprobs", "token_advantages", "tail_logprob"):
+            np.testing.assert_allclose(getattr(row, column), getattr(expected, column), atol=2e-5)
+        for column in ("topk_logprobs", "topk_advantages"):
+            given, wanted = (np.sort(getattr(one, column).astype(np.float32), axis=1) for one in (row, expected))
+            np.testing.assert_allclose(given, wanted, atol=8e-3)  # a half step of float16 at 8, twice
+
+    sampled = precompute(**common, **vllm, student=str(wide_models.student), samples_per_prompt=2, max_new_tokens=6)
+    assert (sampled.sampled, sampled.scoring) == (16, by_vllm.scoring)
+    again = precompute(**common, **vllm, student=str(wide_models.student), samples_per_prompt=2, max_new_tokens=6)
+    assert (again.sampled, again.scored, again.responses) == (0, 0, sampled.responses)
+    report = distill(
+        "adpa", str(wide_models.student), cache, tmp_path / "run", scoring=by_vllm.scoring, max_steps=2, batch_size=4
+    )
+    assert np.isfinite(report.last_loss)
+
+
+def rows_of(cache: Path, scoring: Scoring) -> list[SignalRow]:
+    signals = read_signals(cache, scoring)
+    numbers = signals.locate(pa.array(sorted(signals.keys()), pa.binary(16)))
+    return [signals.row(int(number)) for number in numbers]
+
+
+def test_sequences_longer_than_the_engines_limit_are_counted_and_refused(
+    wide_models: Models, preference_rows: list[Row], tmp_path: Path
+) -> None:
+    data = write_pairs(preference_rows[:8], tmp_path / "prefs.jsonl")
+    with pytest.raises(OptionError, match=r"--max-model-len: 1?\d of 16 sequences have more than 48 tokens, up to \d+"):
+        precompute(str(wide_models.teacher), str(data), tmp_path / "cache", engine="vllm", max_model_len=48)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class Running:
+    """The command in a process, in a process group of its own."""
+
+    def __init__(self, models: Models, data: Path, cache: Path, processes: bool) -> None:
+        options = {
+            "--teacher": models.teacher,
+            "--reference": models.reference,
+            "--data": data,
+            "--cache": cache,
+            "--engine": "vllm",
+            "--top-k": TOP_K,
+            "--batch-tokens": 2000,
+            "--dtype": "bfloat16",
+        }
+        command = [sys.executable, "-m", "adpa", "precompute"]
+        command += [str(part) for pair in options.items() for part in pair]
+        command += [part for argument in QUICK for part in ("--engine-arg", argument)]
+        self.cache = cache
+        self.output = cache.with_name("output.txt")
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+    def wait_for_files(self, count: int) -> None:
+        """Until the teacher has left so many files."""
+        while len(list(self.cache.glob("scorings/*/pending/*.arrow"))) < count:
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.05)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@pytest.fixture
+def pairs(preference_rows: list[Row], tmp_path: Path) -> Path:
+    """800 sequences, of which a batch has about 40."""
+    return write_pairs(preference_rows, tmp_path / "prefs.jsonl", repetitions=20)
+
+
+@pytest.fixture
+def started(wide_models: Models, pairs: Path, tmp_path: Path) -> Iterator[Any]:
+    """Starts the command; nothing of it is left after the test."""
+    runs: list[Running] = []
+
+    def start(processes: bool = False) -> Running:
+        runs.append(Running(wide_models, pairs, tmp_path / "cache", processes))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+
+
+def finish_and_check(models: Models, data: Path, cache: Path) -> None:
+    """A plain rerun completes the cache, and no row is in it twice."""
+    kept = len(list(cache.glob("scorings/*/pending/*.arrow")))
+    assert kept > 0
+    report = precompute(
+        str(models.teacher),
+        str(data),
+        cache,
+        reference=str(models.reference),
+        engine="vllm",
+        engine_arg=QUICK,
+        top_k=TOP_K,
+        dtype="bfloat16",
+    )
+    assert report.scored == 800
+    (scoring,) = read_scorings(cache)
+    wanted = {sequence.key for found in read_response_sets(cache) for sequence in found.sequences()}
+    tables = [read_shard(path) for path in list_shards(scoring.folder(cache), "signals")]
+    counts = Counter(key for table in tables for key in table["key"].to_pylist())
+    assert counts.keys() == wanted
+    assert set(counts.values()) == {1}
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on(wide_models: Models, pairs: Path, started: Any) -> None:
+    run = started()
+    run.wait_for_files(2)
+    run.process.kill()
+    run.process.wait()
+    finish_and_check(wide_models, pairs, run.cache)
+
+
+@pytest.mark.timeout(600)
+def test_an_engine_that_dies_keeps_what_was_scored(wide_models: Models, pairs: Path, started: Any) -> None:
+    run = started(processes=True)
+    run.wait_for_files(2)
+    for child in run.children():
+        if "EngineCore" in child.name():
+            child.kill()
+    assert run.process.wait(120) == 1
+    last = [line for line in run.output.read_text().splitlines() if line.startswith("adpa: ")]
+    assert len(last) == 1
+    assert "what was answered is kept; run the same command again" in last[0]
+    finish_and_check(wide_models, pairs, run.cache)
+
+
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_no_process_behind(started: Any) -> None:
+    run = started(processes=True)
+    run.wait_for_files(1)
+    children = run.children()
+    assert children
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(120) == 130
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert "Traceback" not in run.output.read_text().split("adpa: interrupted")[0][-200:]

@@ -1,0 +1,360 @@
+"""Real vLLM on the CPU against transformers: both ways of scoring, every kind of head, sampling."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.conftest import MakeModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OpenAIGPTConfig,
+    PhiConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from adpa.data.encoding import TokenSequence, sequence_key
+from adpa.data.responses import Sampling
+from adpa.data.samples import SampleRequest
+from adpa.data.signals import Scoring, SignalRow
+from adpa.errors import EngineError, ModelError, OptionError
+from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.engine import HfEngine
+from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.sampling import Sampler
+from adpa.pipeline.scoring import Scorer
+
+pytestmark = pytest.mark.vllm
+
+CPU = torch.device("cpu")
+QUICK = ("enforce_eager=true", "kv_cache_memory_bytes=67108864")
+HF = HfEngine(CPU, "")
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+def sequence(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32]) -> TokenSequence:
+    return TokenSequence(sequence_key(prompt_ids, response_ids), prompt_ids, response_ids)
+
+
+def random_sequences(vocabulary: int, *lengths: tuple[int, int]) -> list[TokenSequence]:
+    generator = np.random.default_rng(0)
+    return [
+        sequence(*(generator.integers(0, vocabulary, length).astype(np.int32) for length in pair)) for pair in lengths
+    ]
+
+
+def scoring_of(teacher: Checkpoint, top_k: int, dtype: str = "float32") -> Scoring:
+    return Scoring(teacher.identity, None, "v", top_k, dtype, "")
+
+
+def vllm_engine(checkpoint: Checkpoint, head_dtype: HeadDtype = "auto", *arguments: str) -> VllmEngine:
+    options = VllmOptions(head_dtype=head_dtype, engine_arg=(*QUICK, *arguments))
+    return open_vllm(options, CPU, checkpoint, None, "")
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Any]]:
+    """Scorers and samplers that a test opens; vLLM can run one model at a time in a process."""
+    models: list[Any] = []
+    yield models
+    for model in models:
+        model.close()
+
+
+def top_k(scorer: Scorer, sequences: list[TokenSequence], k: int) -> list[SignalRow]:
+    """Asked in batches of three."""
+    batches = [sequences[start : start + 3] for start in range(0, len(sequences), 3)]
+    rows = [row for answered in scorer.top_k(batches, k) for row in answered]
+    scorer.close()
+    return rows
+
+
+def logprobs_at(scorer: Scorer, sequences: list[TokenSequence], ids: list[NDArray[np.int32]]) -> list[Any]:
+    (given,) = scorer.logprobs_at([sequences], [ids])
+    scorer.close()
+    return given
+
+
+def assert_rows_agree(rows: list[SignalRow], oracle: list[SignalRow], bound: float) -> None:
+    """The same ids wherever the oracle's next id is not within the bound, and log-probabilities within the bound."""
+    for row, expected in zip(rows, oracle, strict=True):
+        assert row.key == expected.key
+        np.testing.assert_allclose(row.token_logprobs, expected.token_logprobs, atol=bound)
+        np.testing.assert_array_equal(np.sort(row.topk_ids, axis=1), np.sort(expected.topk_ids, axis=1))
+        np.testing.assert_allclose(row.topk_logprobs, expected.topk_logprobs, atol=bound)
+
+
+# --- SmolLM2 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_sequences(tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
+    """Eight pieces of real text, from 40 to 250 tokens."""
+    ids = np.array(tokenizer(TEXT)["input_ids"], dtype=np.int32)
+    starts = np.arange(8) * 250
+    return [sequence(ids[s : s + 20 + 3 * n], ids[s + 20 + 3 * n : s + 40 + 30 * n]) for n, s in enumerate(starts)]
+
+
+@pytest.fixture(scope="module")
+def smollm2_oracle(smollm2: Path, text_sequences: list[TokenSequence]) -> list[SignalRow]:
+    checkpoint = open_checkpoint(str(smollm2))
+    return top_k(HF.open_scorer(checkpoint, scoring_of(checkpoint, 50), 250), text_sequences, 50)
+
+
+def test_hidden_states_of_smollm2_give_the_signals_of_transformers(
+    smollm2: Path, text_sequences: list[TokenSequence], smollm2_oracle: list[SignalRow]
+) -> None:
+    checkpoint = open_checkpoint(str(smollm2))
+    engine = vllm_engine(checkpoint, "auto", "max_num_batched_tokens=64")
+    assert engine.name == "vllm hidden-states"
+    scoring = scoring_of(checkpoint, 50)
+    rows = top_k(engine.open_scorer(checkpoint, scoring, 250), text_sequences, 50)
+    assert_rows_agree(rows, smollm2_oracle, 5e-4)
+    for row, expected in zip(rows, smollm2_oracle, strict=True):
+        np.testing.assert_allclose(row.tail_logprob, expected.tail_logprob, atol=5e-4)
+
+    ids = [row.topk_ids for row in smollm2_oracle]
+    given = logprobs_at(engine.open_scorer(checkpoint, scoring, 250), text_sequences, ids)
+    for (own, at_ids), expected in zip(given, smollm2_oracle, strict=True):
+        np.testing.assert_allclose(own, expected.token_logprobs, atol=5e-4)
+        np.testing.assert_allclose(at_ids, expected.topk_logprobs, atol=5e-4)
+
+
+def test_prompt_logprobs_of_smollm2_are_those_of_transformers(
+    smollm2: Path, text_sequences: list[TokenSequence], smollm2_oracle: list[SignalRow]
+) -> None:
+    checkpoint = open_checkpoint(str(smollm2))
+    engine = replace(vllm_engine(checkpoint), head_dtype="float32")
+    rows = top_k(engine.open_scorer(checkpoint, scoring_of(checkpoint, 50), 250), text_sequences, 50)
+    assert_rows_agree(rows, smollm2_oracle, 5e-4)
+    for row, expected in zip(rows, smollm2_oracle, strict=True):  # 1 − Σp has no more digits than Σp
+        np.testing.assert_allclose(np.exp(row.tail_logprob), np.exp(expected.tail_logprob), atol=2e-5)
+
+
+# --- tiny models -----------------------------------------------------------------------------------------------------
+
+TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+HEADS = {
+    "tied": LlamaConfig(**TINY, tie_word_embeddings=True),
+    "untied": Qwen2Config(**TINY, tie_word_embeddings=False),
+    "softcap": Gemma2Config(**TINY, head_dim=32, final_logit_softcapping=3.0, attn_logit_softcapping=None),
+    "divisor": GraniteConfig(**TINY, logits_scaling=8.0),
+    "scale": CohereConfig(**TINY, logit_scale=0.25),
+    "bias": PhiConfig(**TINY),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_kind_of_head_is_as_in_the_model(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HEADS[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    sequences = random_sequences(512, (1, 1), (9, 30), (40, 3))
+    scoring = scoring_of(checkpoint, 20)
+    oracle = top_k(HF.open_scorer(checkpoint, scoring, 64), sequences, 20)
+    engine = vllm_engine(checkpoint)
+    assert engine.head_dtype is None, engine.reason
+    assert_rows_agree(top_k(engine.open_scorer(checkpoint, scoring, 64), sequences, 20), oracle, 2e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny(make_model: MakeModel) -> Callable[[int], Path]:
+    """Random Llamas whose heads have the width that vLLM's attention on CPUs needs."""
+    return lambda seed: make_model(seed, width=128, vocab_size=512, initializer_range=0.1)
+
+
+def test_the_v2_runner_answers_for_teacher_and_reference(tiny: Callable[[int], Path], tmp_path: Path) -> None:
+    teacher, reference = tiny(60), tiny(61)
+    lengths = [(1, 4), (2, 29), (20, 11), (16, 16), (33, 1), (1, 63), (60, 30), (50, 100)]
+    sequences = random_sequences(512, *lengths)
+    np.savez(
+        tmp_path / "sequences.npz",
+        allow_pickle=False,
+        **{f"prompt{n}": s.prompt_ids for n, s in enumerate(sequences)},
+        **{f"response{n}": s.response_ids for n, s in enumerate(sequences)},
+    )
+    settings = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, Path(__file__).parent / "vllm_v2.py", teacher, reference]
+    command += [tmp_path / "sequences.npz", tmp_path / "answers.npz"]
+    subprocess.run(list(map(str, command)), env=os.environ | settings, check=True)
+    answers = np.load(tmp_path / "answers.npz")
+
+    rows = [
+        SignalRow(sequence.key, *(answers[f"{column}{number}"] for column in ("own", "ids", "logprobs", "tail")))
+        for number, sequence in enumerate(sequences)
+    ]
+    checkpoint = open_checkpoint(str(teacher))
+    oracle = top_k(HF.open_scorer(checkpoint, scoring_of(checkpoint, 20), 200), sequences, 20)
+    assert_rows_agree(rows, oracle, 1e-5)
+    for row, judged in zip(rows, oracle, strict=True):
+        np.testing.assert_allclose(row.tail_logprob, judged.tail_logprob, atol=1e-5)
+
+    checkpoint = open_checkpoint(str(reference))
+    scorer = HF.open_scorer(checkpoint, scoring_of(checkpoint, 20), 200)
+    expected = logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
+    for number, (own, at_ids) in enumerate(expected):
+        given, padded = answers[f"reference{number}"], answers[f"asked{number}"] < 0
+        np.testing.assert_allclose(answers[f"reference_own{number}"], own, atol=1e-5)
+        np.testing.assert_allclose(given[~padded], at_ids[~padded], atol=1e-5)
+        assert padded.any(), "no padding to ignore"
+        assert (given[padded] == -np.inf).all()
+
+
+def test_log_probabilities_at_given_ids_without_the_v2_runner_are_refused(tiny: Callable[[int], Path]) -> None:
+    checkpoint = open_checkpoint(str(tiny(60)))
+    engine = replace(vllm_engine(checkpoint), head_dtype="float32", with_reference=True)
+    with pytest.raises(OptionError, match="V2 model runner, which is off here"):
+        engine.open_scorer(checkpoint, scoring_of(checkpoint, 4), 16)
+
+
+def test_an_answer_about_other_tokens_is_refused(
+    tiny: Callable[[int], Path], opened: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(60)))
+    engine = replace(vllm_engine(checkpoint), head_dtype="float32")
+    scorer = engine.open_scorer(checkpoint, scoring_of(checkpoint, 4), 16)
+    opened.append(scorer)
+    monkeypatch.setattr("vllm.LLMEngine.step", answering_about_other_tokens())
+    with pytest.raises(EngineError, match="answered with log-probabilities of other tokens"):
+        next(scorer.top_k([random_sequences(512, (3, 5))], 4))
+
+
+def answering_about_other_tokens() -> Callable[[Any], list[Any]]:
+    from vllm import LLMEngine
+
+    step = LLMEngine.step
+
+    def forged(engine: Any) -> list[Any]:
+        outputs: list[Any] = step(engine)
+        for output in outputs:
+            ids = output.prompt_logprobs.token_ids
+            ids[:] = ids[1:] + ids[:1]
+        return outputs
+
+    return forged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["max_nonsense=1"], OptionError, "max_nonsense: vLLM has no such engine argument"),
+        (["quantization=nonsense"], ModelError, "vLLM cannot run it: .*quantization"),
+        (["kv_cache_memory_bytes=1024"], EngineError, "vLLM does not start: .*memory.*--gpu-memory-utilization"),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why_and_what_to_do(
+    tiny: Callable[[int], Path], arguments: list[str], error: type[Exception], message: str
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(60)))
+    with pytest.raises(error, match=message):
+        vllm_engine(checkpoint, "auto", *arguments).open_scorer(checkpoint, scoring_of(checkpoint, 4), 64)
+
+
+def test_an_architecture_that_vllm_does_not_know_is_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path
+    )
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(ModelError, match=r"vLLM cannot run it: .*OpenAIGPT"):
+        vllm_engine(checkpoint).open_scorer(checkpoint, scoring_of(checkpoint, 4), 64)
+
+
+def test_more_ids_than_vllm_gives_by_default(tiny: Callable[[int], Path]) -> None:
+    checkpoint = open_checkpoint(str(tiny(60)))
+    sequences = random_sequences(512, (5, 9))
+    scoring = scoring_of(checkpoint, 128)
+    engine = replace(vllm_engine(checkpoint), head_dtype="float32")
+    rows = top_k(engine.open_scorer(checkpoint, scoring, 64), sequences, 128)
+    assert_rows_agree(rows, top_k(HF.open_scorer(checkpoint, scoring, 64), sequences, 128), 1e-5)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+END = 2
+SAMPLING = Sampling("s", END, 1.0, 1.0, 12, 1, 0, "float32", "vllm")
+
+
+@pytest.fixture(scope="module")
+def student(make_model: MakeModel) -> Checkpoint:
+    return open_checkpoint(str(make_model(62, width=128, layers=1, vocab_size=24, initializer_range=0.1)))
+
+
+def requests(count: int, prompts: int = 10) -> list[SampleRequest]:
+    """So many responses to each of some prompts."""
+    generator = np.random.default_rng(1)
+    drawn = [generator.integers(3, 24, generator.integers(1, 20)).astype(np.int32) for _ in range(prompts)]
+    return [SampleRequest(prompt, index) for prompt in drawn for index in range(count)]
+
+
+def sample(student: Checkpoint, sampling: Sampling, *batches: list[SampleRequest]) -> list[list[int]]:
+    sampler: Sampler = vllm_engine(student).open_sampler(student, sampling, 64)
+    responses = [response.tolist() for answered in sampler.sample(batches) for response in answered]
+    sampler.close()
+    return responses
+
+
+def test_a_response_depends_on_seed_prompt_and_index_and_not_on_its_batch(student: Checkpoint) -> None:
+    wanted = requests(3)
+    together = sample(student, SAMPLING, wanted)
+    assert sample(student, SAMPLING, wanted[:7], wanted[7:8], wanted[8:]) == together
+    assert sample(student, SAMPLING, wanted[::-1])[::-1] == together
+    other_seed = sample(student, replace(SAMPLING, seed=1), wanted)
+    assert sum(one == two for one, two in zip(together, other_seed, strict=True)) <= 3
+    assert len({tuple(response) for response in together[:3]}) > 1, "several of one prompt differ"
+
+
+def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(student: Checkpoint) -> None:
+    responses = sample(student, SAMPLING, requests(6))
+    ended = [response for response in responses if response[-1] == END]
+    assert 0 < len(ended) < len(responses)
+    assert all(END not in response[:-1] for response in responses)
+    assert all(len(response) == 12 for response in responses if response[-1] != END)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_tokens_follow_the_students_distribution(student: Checkpoint, temperature: float, top_p: float) -> None:
+    settings = replace(SAMPLING, max_new_tokens=1, temperature=temperature, top_p=top_p)
+    prompt, draws = np.array([7, 3], dtype=np.int32), 2000
+    drawn = np.concatenate(sample(student, settings, [SampleRequest(prompt, index) for index in range(draws)]))
+    with torch.inference_mode():
+        logits = student.load("float32", CPU)(input_ids=torch.from_numpy(prompt).long()[None]).logits[0, -1].double()
+    probabilities = (logits / temperature).softmax(0).numpy()
+    order = np.argsort(-probabilities)
+    outside = order[np.cumsum(probabilities[order]) - probabilities[order] >= top_p]
+    probabilities[outside] = 0
+    probabilities /= probabilities.sum()
+    counts = np.bincount(drawn, minlength=24)
+    assert counts[outside].sum() == 0
+    deviation = np.abs(counts - draws * probabilities)
+    assert (deviation <= 5 * np.sqrt(draws * probabilities * (1 - probabilities)) + 1e-9).all()
+
+
+def test_greedy_responses_are_those_of_transformers(student: Checkpoint) -> None:
+    greedy, wanted = replace(SAMPLING, temperature=0.0), requests(1)
+    (expected,) = HF.open_sampler(student, greedy, 64).sample([wanted])
+    assert sample(student, greedy, wanted) == [response.tolist() for response in expected]
