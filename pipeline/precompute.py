@@ -26,7 +26,7 @@ from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_t
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.engine import EngineName, check_fits, choose_engine
+from adpa.pipeline.engine import Engine, EngineName, choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmOptions
 from adpa.pipeline.sampling import sample_responses
 from adpa.pipeline.scoring import Scorer, missing_sequences, score
@@ -98,7 +98,7 @@ def precompute(
     tensor_parallel: Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference.")] = 1,
     quantization: Annotated[str | None, Doc("vLLM: how to quantize teacher and reference, such as fp8.")] = None,
     max_model_len: Annotated[
-        int | None, Doc("vLLM: tokens of a sequence at most; as many as the longest has unless given.")
+        int | None, Doc("vLLM: refuse data with sequences of more tokens; room is made for the longest there is.")
     ] = None,
     gpu_memory_utilization: Annotated[float, Doc("vLLM: share of a GPU's memory that it may take.")] = 0.9,
     head_dtype: Annotated[
@@ -113,7 +113,7 @@ def precompute(
     ] = None,
     dtype: Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")] = "auto",
     device: Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")] = "auto",
-    dry_run: Annotated[bool, Doc("Count rows, tokens and bytes; load no model and write nothing.")] = False,
+    dry_run: Annotated[bool, Doc("Count rows, tokens and bytes; ask no model and write nothing.")] = False,
 ) -> PrecomputeReport:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache.
 
@@ -133,9 +133,11 @@ def precompute(
     options = VllmOptions(
         tensor_parallel, quantization, max_model_len, gpu_memory_utilization, head_dtype, tuple(engine_arg or ())
     )
-    runs_on = choose_engine(engine, options, torch_device, models.teacher, models.reference)
-    for role, checkpoint in models.roles().items():
-        check_fits(runs_on, role, checkpoint, checkpoint.dtype_name(dtype))
+    scoring_dtype = models.teacher.dtype_name(dtype)
+    dtypes: dict[Role, str] = {"teacher": scoring_dtype, "reference": scoring_dtype}
+    if models.student is not None:
+        dtypes["student"] = models.student.dtype_name(dtype)
+    runs_on = choose_engine(engine, options, torch_device, models.roles(), dtypes)
     models.check_reference()
     batch_tokens = batch_tokens or runs_on.batch_tokens
 
@@ -144,7 +146,7 @@ def precompute(
     pairs = list(encoder.encode(read_rows(data, split)))
     if not pairs:
         raise DataError(f"{data}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
-    longest = models.check_data(pairs, names, max_new_tokens, runs_on.max_tokens)
+    longest = models.check_data(pairs, names, max_new_tokens, runs_on)
     sets = _preference_sets(pairs, encoder, names)
 
     unsampled: list[SampleRequest] = []
@@ -157,7 +159,7 @@ def precompute(
             max_new_tokens=max_new_tokens,
             samples_per_prompt=samples_per_prompt,
             seed=seed,
-            dtype=models.student.dtype_name(dtype),
+            dtype=dtypes["student"],
             engine=runs_on.sampling_name,
         )
         requests = [
@@ -182,7 +184,7 @@ def precompute(
         reference=models.reference.identity if models.reference else None,
         vocabulary=sets["chosen"].info.vocabulary,
         top_k=top_k,
-        dtype=models.teacher.dtype_name(dtype),
+        dtype=scoring_dtype,
         engine=runs_on.name,
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
@@ -239,7 +241,7 @@ class _Models:
             )
 
     def check_data(
-        self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int, limit: int | None
+        self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int, engine: Engine
     ) -> int:
         """Checks ids and lengths; gives the largest number of tokens that a sequence can have."""
         largest, lengths = 0, []
@@ -247,9 +249,11 @@ class _Models:
             response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
             lengths += [len(pair.prompt_ids) + response[name] for name in names]
             largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
-        for checkpoint in self.roles().values():
-            checkpoint.check_positions(lengths)
+        for role, checkpoint in self.roles().items():
+            extra = 0 if role == "student" else engine.extra_positions
+            checkpoint.check_positions([length + extra for length in lengths])
             checkpoint.check_ids(largest)
+        limit = engine.max_tokens
         if limit is not None and max(lengths) > limit:
             longer = sum(length > limit for length in lengths)
             raise OptionError(

@@ -48,16 +48,17 @@ class HeadScorer:
                 f"--top-k {top_k}: {self._name} has {len(self._head.weight)} tokens",
                 "lower --top-k to at most that",
             )
-        for batch, hidden_Nd in zip(batches, self._decoder.response_hidden(batches), strict=True):
-            yield self._teacher_rows(batch, hidden_Nd, top_k)
+        hidden = self._decoder.response_hidden(batches)
+        for batch in batches:
+            yield self._teacher_rows(batch, next(hidden), top_k)  # no name holds it while the next one is made
 
     def logprobs_at(
         self, batches: Sequence[Batch], topk_ids: Iterable[Sequence[NDArray[np.int32]]]
     ) -> Iterator[list[ReferenceLogprobs]]:
         """See ``Scorer.logprobs_at``."""
         hidden = self._decoder.response_hidden(batches)
-        for batch, ids, hidden_Nd in zip(batches, topk_ids, hidden, strict=True):
-            yield self._reference_logprobs(batch, ids, hidden_Nd)
+        for batch, ids in zip(batches, topk_ids, strict=True):
+            yield self._reference_logprobs(batch, ids, next(hidden))
 
     def close(self) -> None:
         """See ``Scorer.close``."""

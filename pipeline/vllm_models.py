@@ -8,6 +8,8 @@ Shapes: L tokens of a sequence, of which P are the prompt's and T the response's
 """
 
 import gc
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +105,7 @@ class VllmModel:
         def finish(requests: list[str]) -> list[Answer]:
             waiting = set(requests) - answered.keys()
             while waiting:
+                self.check(self._engine.has_unfinished_requests(), "fewer answers than questions")
                 for output in self._engine.step():
                     if output.finished:
                         answered[output.request_id] = read(asked.pop(output.request_id), output)
@@ -190,7 +193,7 @@ class VllmLogprobsScorer:
             self.close()
             raise OptionError(
                 f"{checkpoint.name}: log-probabilities at given ids need vLLM's V2 model runner, which is off here",
-                "unset VLLM_USE_V2_MODEL_RUNNER, use a GPU, or use --engine hf",
+                "use a GPU, unset VLLM_USE_V2_MODEL_RUNNER, heed vLLM's own messages above, or use --engine hf",
             )
 
     def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
@@ -204,11 +207,14 @@ class VllmLogprobsScorer:
 
         def read(sequence: TokenSequence, output: Any) -> SignalRow:
             flat, rows = output.prompt_logprobs, slice(len(sequence.prompt_ids) - 1, None)
+            self._model.check(flat is not None, "no log-probabilities")
             ids_TK = np.asarray(flat.token_ids, dtype=np.int32).reshape(-1, top_k + 1)[rows]
             logprobs_TK = np.asarray(flat.logprobs, dtype=np.float32).reshape(-1, top_k + 1)[rows]
             self._model.check(np.array_equal(ids_TK[:, 0], sequence.response_ids), "log-probabilities of other tokens")
             mass_T = np.exp(logprobs_TK[:, 1:], dtype=np.float64).sum(axis=1)
             tail_T = np.log(np.maximum(1 - mass_T, SMALLEST_TAIL)).astype(np.float32)
+            if top_k == self._vocabulary:
+                tail_T[:] = -np.inf
             return SignalRow(sequence.key, logprobs_TK[:, 0], ids_TK[:, 1:], logprobs_TK[:, 1:], tail_T)
 
         return self._model.answers(batches, ask, read)
@@ -293,23 +299,38 @@ def _with_head_dtype(arguments: dict[str, Any], head_dtype: str) -> dict[str, An
     return arguments | {"hf_overrides": {**arguments.get("hf_overrides", {}), "head_dtype": head_dtype}}
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C while vLLM starts; it catches KeyboardInterrupt there and goes on waiting for its processes."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interrupted
+
+
 @contextmanager
 def _starting(name: str) -> Iterator[None]:
     """What vLLM raises while it starts, as errors of adpa."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, _interrupt) if in_main_thread else None
     try:
         yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
     except torch.OutOfMemoryError as error:
         raise EngineError(f"{name}: vLLM ran out of memory while it started", MORE_MEMORY) from error
-    except (ValueError, VLLMClientError, NotImplementedError) as error:
+    except (ValueError, TypeError, VLLMClientError, NotImplementedError) as error:
         reason = _reason(error)
         if "memory" in reason.lower():
             raise EngineError(f"{name}: vLLM does not start: {reason}", MORE_MEMORY) from error
         raise ModelError(f"{name}: vLLM cannot run it: {reason}", "use --engine hf, or another --engine-arg") from error
-    except (RuntimeError, VLLMServerError) as error:
+    except (RuntimeError, OSError, VLLMServerError) as error:
         raise EngineError(
             f"{name}: vLLM does not start ({_reason(error)}); its own messages above say why",
             f"if it is memory: {MORE_MEMORY}",
         ) from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

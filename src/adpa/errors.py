@@ -34,6 +34,10 @@ class ModelError(AdpaError):
     """A checkpoint or tokenizer that cannot be used, alone or with the others."""
 
 
+class HeadError(ModelError):
+    """A head that adpa cannot run itself: it does something unknown, or its weights are quantized."""
+
+
 class CacheError(AdpaError):
     """A cache that does not hold what is asked of it."""
 

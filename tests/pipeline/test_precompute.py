@@ -234,7 +234,7 @@ def test_vllm_that_is_not_installed_is_refused(filled: Filled, tmp_path: Path, i
 
 
 def test_the_report_says_which_engine_it_was_and_why(filled: Filled, tmp_path: Path, install_vllm: InstallVllm) -> None:
-    install_vllm("0.33.0")
+    install_vllm("0.33.0+cpu")
     options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": tmp_path}
     options |= {"device": "cpu", "dry_run": True}
     hf = precompute(**options)
@@ -248,7 +248,7 @@ def test_the_report_says_which_engine_it_was_and_why(filled: Filled, tmp_path: P
 def test_sequences_longer_than_max_model_len_are_counted_and_refused(
     filled: Filled, tmp_path: Path, install_vllm: InstallVllm
 ) -> None:
-    install_vllm("0.33.0")
+    install_vllm("0.33.0+cpu")
     options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": tmp_path}
     options |= {"engine": "vllm", "device": "cpu", "dry_run": True}
     sequences = [
@@ -260,8 +260,6 @@ def test_sequences_longer_than_max_model_len_are_counted_and_refused(
     message = rf"--max-model-len: {count} of 16 sequences have more than {longest - 1} tokens, up to {longest}"
     with pytest.raises(OptionError, match=message):
         precompute(**options, max_model_len=longest - 1)
-    with pytest.raises(OptionError, match=message):  # vLLM's own head says a token more
-        precompute(**options, max_model_len=longest, head_dtype="model")
 
 
 @pytest.mark.parametrize("role", ["reference", "student"])
@@ -307,3 +305,19 @@ def test_a_student_is_refused_where_no_response_is_sampled(filled: Filled, tmp_p
             student=str(filled.models.student),
             responses="chosen",
         )
+
+
+def test_the_position_of_the_token_that_vllms_own_head_adds_is_counted(
+    make_model: MakeModel, filled: Filled, tmp_path: Path, install_vllm: InstallVllm
+) -> None:
+    install_vllm("0.33.0+cpu")
+    sequences = [
+        s for found in read_response_sets(filled.cache) if found.info.sampling is None for s in found.sequences()
+    ]
+    longest = max(map(len, sequences))
+    teacher = make_model(90, max_position_embeddings=longest)
+    options: dict[str, Any] = {"teacher": str(teacher), "data": str(filled.data), "cache": tmp_path}
+    options |= {"engine": "vllm", "device": "cpu", "dry_run": True}
+    precompute(**options)
+    with pytest.raises(ModelError, match=rf"need more positions, up to {longest + 1}, than the model has, {longest}"):
+        precompute(**options, head_dtype="model")

@@ -104,7 +104,7 @@ def test_sequences_longer_than_the_engines_limit_are_counted_and_refused(
 class Running:
     """The command in a process, in a process group of its own."""
 
-    def __init__(self, models: Models, data: Path, cache: Path, processes: bool) -> None:
+    def __init__(self, models: Models, data: Path, cache: Path, processes: bool, *more: object) -> None:
         options = {
             "--teacher": models.teacher,
             "--reference": models.reference,
@@ -118,15 +118,16 @@ class Running:
         command = [sys.executable, "-m", "adpa", "precompute"]
         command += [str(part) for pair in options.items() for part in pair]
         command += [part for argument in QUICK for part in ("--engine-arg", argument)]
+        command += map(str, more)
         self.cache = cache
         self.output = cache.with_name("output.txt")
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
         with self.output.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 
-    def wait_for_files(self, count: int) -> None:
-        """Until the teacher has left so many files."""
-        while len(list(self.cache.glob("scorings/*/pending/*.arrow"))) < count:
+    def wait_for_files(self, count: int, pattern: str = "scorings/*/pending/*.arrow") -> None:
+        """Until there are so many files, the teacher's unless told otherwise."""
+        while len(list(self.cache.glob(pattern))) < count:
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.05)
 
@@ -145,8 +146,8 @@ def started(wide_models: Models, pairs: Path, tmp_path: Path) -> Iterator[Any]:
     """Starts the command; nothing of it is left after the test."""
     runs: list[Running] = []
 
-    def start(processes: bool = False) -> Running:
-        runs.append(Running(wide_models, pairs, tmp_path / "cache", processes))
+    def start(*more: object, processes: bool = False) -> Running:
+        runs.append(Running(wide_models, pairs, tmp_path / "cache", processes, *more))
         return runs[-1]
 
     yield start
@@ -188,6 +189,29 @@ def test_a_killed_run_goes_on(wide_models: Models, pairs: Path, started: Any) ->
 
 
 @pytest.mark.timeout(600)
+def test_sampling_that_was_killed_goes_on(wide_models: Models, pairs: Path, started: Any) -> None:
+    run = started("--student", wide_models.student, "--max-new-tokens", 8)
+    run.wait_for_files(2, "samples/*/*.arrow")
+    run.process.kill()
+    run.process.wait()
+    kept = sum(len(read_shard(path)) for path in run.cache.glob("samples/*/*.arrow"))
+    report = precompute(
+        str(wide_models.teacher),
+        str(pairs),
+        run.cache,
+        reference=str(wide_models.reference),
+        student=str(wide_models.student),
+        max_new_tokens=8,
+        engine="vllm",
+        engine_arg=QUICK,
+        top_k=TOP_K,
+        dtype="bfloat16",
+    )
+    assert 0 < kept < 400
+    assert report.sampled == 400 - kept
+
+
+@pytest.mark.timeout(600)
 def test_an_engine_that_dies_keeps_what_was_scored(wide_models: Models, pairs: Path, started: Any) -> None:
     run = started(processes=True)
     run.wait_for_files(2)
@@ -201,14 +225,26 @@ def test_an_engine_that_dies_keeps_what_was_scored(wide_models: Models, pairs: P
     finish_and_check(wide_models, pairs, run.cache)
 
 
+STOPS = {"ctrl-c": (signal.SIGINT, 130), "a scheduler": (signal.SIGTERM, 143)}
+
+
 @pytest.mark.timeout(600)
-def test_ctrl_c_leaves_no_process_behind(started: Any) -> None:
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("moment", ["while vLLM starts", "while it scores"])
+def test_a_stop_leaves_no_process_behind(stop: str, moment: str, started: Any) -> None:
     run = started(processes=True)
-    run.wait_for_files(1)
+    if moment == "while it scores":
+        run.wait_for_files(1)
+    else:
+        while not any("EngineCore" in child.name() for child in run.children()):
+            assert run.process.poll() is None, run.output.read_text()
+            time.sleep(0.05)
     children = run.children()
-    assert children
-    run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(120) == 130
+    number, exit_code = STOPS[stop]
+    if number == signal.SIGINT:  # a terminal sends it to the whole group, a scheduler to the process it started
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    assert run.process.wait(60) == exit_code, run.output.read_text()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
-    assert "Traceback" not in run.output.read_text().split("adpa: interrupted")[0][-200:]

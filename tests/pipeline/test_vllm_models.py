@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def scoring_of(teacher: Checkpoint, top_k: int, dtype: str = "float32") -> Scori
 
 def vllm_engine(checkpoint: Checkpoint, head_dtype: HeadDtype = "auto", *arguments: str) -> VllmEngine:
     options = VllmOptions(head_dtype=head_dtype, engine_arg=(*QUICK, *arguments))
-    return open_vllm(options, CPU, checkpoint, None, "")
+    return open_vllm(options, CPU, {"teacher": checkpoint}, {"teacher": "float32"}, "")
 
 
 @pytest.fixture
@@ -188,8 +188,19 @@ def tiny(make_model: MakeModel) -> Callable[[int], Path]:
     return lambda seed: make_model(seed, width=128, vocab_size=512, initializer_range=0.1)
 
 
-def test_the_v2_runner_answers_for_teacher_and_reference(tiny: Callable[[int], Path], tmp_path: Path) -> None:
-    teacher, reference = tiny(60), tiny(61)
+@dataclass(frozen=True)
+class OnV2:
+    """What the V2 runner, the one that GPUs run, said of some sequences."""
+
+    teacher: Checkpoint
+    reference: Checkpoint
+    sequences: list[TokenSequence]
+    answers: Mapping[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def on_v2(tiny: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> OnV2:
+    teacher, reference, tmp_path = tiny(60), tiny(61), tmp_path_factory.mktemp("v2")
     lengths = [(1, 4), (2, 29), (20, 11), (16, 16), (33, 1), (1, 63), (60, 30), (50, 100)]
     sequences = random_sequences(512, *lengths)
     np.savez(
@@ -203,25 +214,31 @@ def test_the_v2_runner_answers_for_teacher_and_reference(tiny: Callable[[int], P
     command += [tmp_path / "sequences.npz", tmp_path / "answers.npz"]
     subprocess.run(list(map(str, command)), env=os.environ | settings, check=True)
     answers = np.load(tmp_path / "answers.npz")
+    return OnV2(open_checkpoint(str(teacher)), open_checkpoint(str(reference)), sequences, answers)
+
+
+@pytest.mark.parametrize("way", ["hidden", "logprobs"])
+def test_the_v2_runner_answers_for_teacher_and_reference(way: str, on_v2: OnV2) -> None:
+    def answer(column: str, number: int) -> NDArray[Any]:
+        return np.asarray(on_v2.answers[f"{way}-{column}{number}"])
 
     rows = [
-        SignalRow(sequence.key, *(answers[f"{column}{number}"] for column in ("own", "ids", "logprobs", "tail")))
-        for number, sequence in enumerate(sequences)
+        SignalRow(sequence.key, *(answer(column, number) for column in ("own", "ids", "logprobs", "tail")))
+        for number, sequence in enumerate(on_v2.sequences)
     ]
-    checkpoint = open_checkpoint(str(teacher))
-    oracle = top_k(HF.open_scorer(checkpoint, scoring_of(checkpoint, 20), 200), sequences, 20)
+    scorer = HF.open_scorer(on_v2.teacher, scoring_of(on_v2.teacher, 20), 200)
+    oracle = top_k(scorer, on_v2.sequences, 20)
     assert_rows_agree(rows, oracle, 1e-5)
     for row, judged in zip(rows, oracle, strict=True):
         np.testing.assert_allclose(row.tail_logprob, judged.tail_logprob, atol=1e-5)
 
-    checkpoint = open_checkpoint(str(reference))
-    scorer = HF.open_scorer(checkpoint, scoring_of(checkpoint, 20), 200)
-    expected = logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
+    scorer = HF.open_scorer(on_v2.reference, scoring_of(on_v2.reference, 20), 200)
+    expected = logprobs_at(scorer, on_v2.sequences, [row.topk_ids for row in rows])
     for number, (own, at_ids) in enumerate(expected):
-        given, padded = answers[f"reference{number}"], answers[f"asked{number}"] < 0
-        np.testing.assert_allclose(answers[f"reference_own{number}"], own, atol=1e-5)
+        given, padded = answer("reference", number), answer("asked", number) < 0
+        np.testing.assert_allclose(answer("reference_own", number), own, atol=1e-5)
         np.testing.assert_allclose(given[~padded], at_ids[~padded], atol=1e-5)
-        assert padded.any(), "no padding to ignore"
+        assert padded.any() == (way == "logprobs"), "no padding to ignore"
         assert (given[padded] == -np.inf).all()
 
 
@@ -326,6 +343,13 @@ def test_a_response_depends_on_seed_prompt_and_index_and_not_on_its_batch(studen
     other_seed = sample(student, replace(SAMPLING, seed=1), wanted)
     assert sum(one == two for one, two in zip(together, other_seed, strict=True)) <= 3
     assert len({tuple(response) for response in together[:3]}) > 1, "several of one prompt differ"
+
+
+def test_more_prompts_than_a_step_of_the_engine_takes(student: Checkpoint) -> None:
+    generator = np.random.default_rng(2)
+    wanted = [SampleRequest(generator.integers(3, 24, 50).astype(np.int32), 0) for _ in range(120)]
+    together = sample(student, SAMPLING, wanted)  # 6,000 tokens
+    assert sample(student, SAMPLING, wanted[:10]) == together[:10]
 
 
 def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(student: Checkpoint) -> None:

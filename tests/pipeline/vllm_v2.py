@@ -1,4 +1,4 @@
-"""Scores with vLLM's V2 model runner on a CPU: ``python vllm_v2.py TEACHER REFERENCE SEQUENCES OUTPUT``.
+"""Scores with vLLM's V2 model runner on a CPU, both ways: ``python vllm_v2.py TEACHER REFERENCE SEQUENCES OUTPUT``.
 
 Only that runner, which is written for GPUs, answers ``prompt_logprob_token_ids``. Much of it is Triton kernels, which
 Triton's interpreter (``TRITON_INTERPRET=1``, set before anything imports Triton) runs on a CPU; but vLLM for CPUs
@@ -10,9 +10,11 @@ This is a process of its own, because all that must happen before vLLM is import
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from triton.backends import Backend, backends
 from triton.backends.compiler import BaseBackend
 from triton.backends.driver import DriverBase
@@ -20,9 +22,10 @@ from triton.backends.driver import DriverBase
 backends["cpu"] = Backend(BaseBackend, DriverBase)
 
 from adpa.data.encoding import TokenSequence, sequence_key  # noqa: E402
-from adpa.data.signals import Scoring  # noqa: E402
+from adpa.data.signals import Scoring, SignalRow  # noqa: E402
 from adpa.pipeline.checkpoint import open_checkpoint  # noqa: E402
 from adpa.pipeline.engine_vllm import VllmEngine, VllmOptions  # noqa: E402
+from adpa.pipeline.scoring import ReferenceLogprobs  # noqa: E402
 
 TOP_K = 20
 CHUNK = 32  # tokens of a prefill step, so that longer prompts are split
@@ -39,31 +42,40 @@ def main(teacher: str, reference: str, sequences: str, output: str) -> None:
     options = VllmOptions(
         engine_arg=("enforce_eager=true", f"max_num_batched_tokens={CHUNK}", "kv_cache_memory_bytes=67108864")
     )
-    engine = VllmEngine(options, torch.device("cpu"), "float32", with_reference=True, reason="")
+    longest = max(map(len, batch))
 
-    scorer = engine.open_scorer(models[0], scoring, max(map(len, batch)))
-    rows = [row for answered in scorer.top_k(batches, TOP_K) for row in answered]
-    scorer.close()
+    def top_k(engine: VllmEngine) -> list[SignalRow]:
+        scorer = engine.open_scorer(models[0], scoring, longest)
+        rows = [row for answered in scorer.top_k(batches, TOP_K) for row in answered]
+        scorer.close()
+        return rows
 
-    asked = [row.topk_ids.copy() for row in rows]
-    for number, ids in enumerate(asked):  # as in rows with fewer than K ids
-        ids[:, TOP_K - 1 - number % 3 :] = -1
-    scorer = engine.open_scorer(models[1], scoring, max(map(len, batch)))
-    parts = [asked[: count // 2], asked[count // 2 :]]
-    given = [logprobs for answered in scorer.logprobs_at(batches, parts) for logprobs in answered]
-    scorer.close()
+    def logprobs_at(engine: VllmEngine, asked: list[NDArray[np.int32]]) -> list[ReferenceLogprobs]:
+        scorer = engine.open_scorer(models[1], scoring, longest)
+        parts = [asked[: count // 2], asked[count // 2 :]]
+        given = [logprobs for answered in scorer.logprobs_at(batches, parts) for logprobs in answered]
+        scorer.close()
+        return given
 
     arrays: dict[str, np.ndarray] = {}
-    for number, (row, ids, (own, at_ids)) in enumerate(zip(rows, asked, given, strict=True)):
-        arrays |= {
-            f"own{number}": row.token_logprobs,
-            f"ids{number}": row.topk_ids,
-            f"logprobs{number}": row.topk_logprobs,
-            f"tail{number}": row.tail_logprob,
-            f"asked{number}": ids,
-            f"reference_own{number}": own,
-            f"reference{number}": at_ids,
-        }
+    ways: dict[str, Literal["float32"] | None] = {"hidden": None, "logprobs": "float32"}
+    for way, head_dtype in ways.items():
+        engine = VllmEngine(options, torch.device("cpu"), head_dtype, with_reference=True, reason="")
+        rows = top_k(engine)
+        asked = [row.topk_ids.copy() for row in rows]
+        if head_dtype is not None:
+            for number, ids in enumerate(asked):  # as in rows with fewer than K ids
+                ids[:, TOP_K - 1 - number % 3 :] = -1
+        for number, (row, ids, (own, at_ids)) in enumerate(zip(rows, asked, logprobs_at(engine, asked), strict=True)):
+            arrays |= {
+                f"{way}-own{number}": row.token_logprobs,
+                f"{way}-ids{number}": row.topk_ids,
+                f"{way}-logprobs{number}": row.topk_logprobs,
+                f"{way}-tail{number}": row.tail_logprob,
+                f"{way}-asked{number}": ids,
+                f"{way}-reference_own{number}": own,
+                f"{way}-reference{number}": at_ids,
+            }
     np.savez(Path(output), allow_pickle=False, **arrays)
 
 
