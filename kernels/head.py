@@ -24,6 +24,8 @@ The loss is linear in the upstream gradient, so all gradients are computed in th
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids, 3 terms.
 """
 
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adpa.errors import OptionError
-from adpa.kernels.torch_head import Targets, losses_and_gradients, select_targets
+from adpa.kernels import torch_head
+from adpa.kernels.torch_head import Targets, select_targets
 
 
 class HeadLosses(NamedTuple):
@@ -57,7 +60,7 @@ def distill_head(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: Literal["auto", "torch", "triton"] = "auto",
-    chunk_rows: int = 512,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, HeadLosses]:
     """Σ_n nll_weight·NLL + kl_weight·KL + advantage_weight·advantage, differentiable.
 
@@ -87,41 +90,48 @@ def distill_head(
         bias: [V] or None.
         softcap: bound of the logits (Gemma); None or 0 = none.
         logit_scale: factor of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
-        backend: "torch" runs anywhere; "auto" takes the fastest that is available.
-        chunk_rows: rows whose logits are held at a time, as `chunk_rows · V` float32 numbers; half as much
-            again for bfloat16 and float16, and twice as much for a softcap.
+        backend: "torch" runs anywhere, "triton" on CUDA; "auto" takes Triton on CUDA, unless K > 1,024,
+            and torch elsewhere.
+        chunk_rows: rows whose logits are held at a time; None for 4,096 in Triton and 512 in torch. Triton holds
+            `chunk_rows · V` numbers of the dtype of hidden; torch that many in float32, half as much again for
+            bfloat16 and float16, and twice as much for a softcap.
 
     Returns:
         The loss, a float32 scalar (float64 for float64), and the losses of each row in the same dtype.
 
+    On a GPU the host waits once, to learn how many rows count: that number is the size of the matrix products.
+
     Raises:
-        OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
+        OptionError: shapes, dtypes or devices that do not fit together, or a backend that cannot run here or not
+            with these.
     """
-    if backend == "triton":
-        raise OptionError("backend 'triton' is not in this version of adpa", "use backend='auto' or 'torch'")
-    if backend not in ("auto", "torch"):
-        raise OptionError(f"backend is {backend!r}", "use 'auto' or 'torch'")
-    if chunk_rows < 1:
+    if chunk_rows is not None and chunk_rows < 1:
         raise OptionError(f"chunk_rows is {chunk_rows}, a chunk has at least 1 row")
     _check_shape("hidden", hidden, None, None)
     _check_shape("weight", weight, None, hidden.shape[1])
     _check_shape("bias", bias, len(weight))
     _check_shape("topk_ids", topk_ids, len(hidden), None)
-    for name, column in (
-        ("labels", labels),
-        ("tail_logprob", tail_logprob),
-        ("nll_weight", nll_weight),
-        ("kl_weight", kl_weight),
-        ("advantage_weight", advantage_weight),
-    ):
+    columns = {
+        "labels": labels,
+        "tail_logprob": tail_logprob,
+        "nll_weight": nll_weight,
+        "kl_weight": kl_weight,
+        "advantage_weight": advantage_weight,
+    }
+    tables = {"topk_ids": topk_ids, "teacher_logprobs": teacher_logprobs, "advantages": advantages}
+    for name, column in columns.items():
         _check_shape(name, column, len(hidden))
-    _check_shape("teacher_logprobs", teacher_logprobs, *topk_ids.shape)
-    _check_shape("advantages", advantages, *topk_ids.shape)
+    for name, table in tables.items():
+        _check_shape(name, table, *topk_ids.shape)
     _check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     _check_dtype("weight", weight, hidden.dtype)
     _check_dtype("bias", bias, hidden.dtype)
     _check_dtype("labels", labels, torch.int32, torch.int64)
     _check_dtype("topk_ids", topk_ids, torch.int32, torch.int64)
+    for name, tensor in {"weight": weight, "bias": bias, **columns, **tables}.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise OptionError(f"{name} is on {tensor.device}, expected {hidden.device} as hidden")
+    module = _backend(backend, hidden, topk_ids.shape[1])
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad():
@@ -133,7 +143,18 @@ def distill_head(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, losses_N3 = _Head.apply(hidden, weight, bias, rows_M, targets, softcap, logit_scale, chunk_rows, wanted)
+        loss, losses_N3 = _Head.apply(
+            module.losses_and_gradients,
+            hidden,
+            weight,
+            bias,
+            rows_M,
+            targets,
+            softcap,
+            logit_scale,
+            chunk_rows or module.CHUNK_ROWS,
+            wanted,
+        )
     return loss, HeadLosses(*losses_N3.unbind(dim=1))
 
 
@@ -143,6 +164,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        losses_and_gradients: Any,
         hidden_Nd: Tensor,
         weight_Vd: Tensor,
         bias_V: Tensor | None,
@@ -172,7 +194,27 @@ class _Head(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None, None)
+        return (None, *scaled, None, None, None, None, None, None)
+
+
+def _backend(name: str, hidden_Nd: Tensor, top_k: int) -> ModuleType:
+    """The module of a backend; triton is imported only where it runs, for it does not exist everywhere."""
+    if name not in ("auto", "torch", "triton"):
+        raise OptionError(f"backend is {name!r}", "use 'auto', 'torch' or 'triton'")
+    if name == "torch" or (name == "auto" and not hidden_Nd.is_cuda):
+        return torch_head
+    if find_spec("triton") is None:
+        if name == "auto":
+            return torch_head
+        raise OptionError("backend 'triton' needs the package triton", "install it or use backend='torch'")
+    from adpa.kernels import triton_head
+
+    obstacle = triton_head.obstacle(hidden_Nd, top_k)
+    if obstacle is None:
+        return triton_head
+    if name == "auto":
+        return torch_head
+    raise obstacle
 
 
 def _check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CHUNK_ROWS = 512
+
 
 class Targets(NamedTuple):
     """What M rows are trained on, cleaned so that a term whose weight is 0 is 0 and never NaN.
