@@ -24,9 +24,8 @@ The loss is linear in the upstream gradient, so all gradients are computed in th
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids, 3 terms.
 """
 
-from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from adpa.errors import OptionError
 from adpa.kernels import torch_head
+from adpa.kernels.checks import Backend, check_dtype, check_shape, takes_triton
 from adpa.kernels.torch_head import Targets, select_targets
 
 
@@ -59,7 +59,7 @@ def distill_head(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Backend = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, HeadLosses]:
     """Σ_n nll_weight·NLL + kl_weight·KL + advantage_weight·advantage, differentiable.
@@ -107,10 +107,10 @@ def distill_head(
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise OptionError(f"chunk_rows is {chunk_rows}, a chunk has at least 1 row")
-    _check_shape("hidden", hidden, None, None)
-    _check_shape("weight", weight, None, hidden.shape[1])
-    _check_shape("bias", bias, len(weight))
-    _check_shape("topk_ids", topk_ids, len(hidden), None)
+    check_shape("hidden", hidden, None, None)
+    check_shape("weight", weight, None, hidden.shape[1])
+    check_shape("bias", bias, len(weight))
+    check_shape("topk_ids", topk_ids, len(hidden), None)
     columns = {
         "labels": labels,
         "tail_logprob": tail_logprob,
@@ -120,18 +120,22 @@ def distill_head(
     }
     tables = {"topk_ids": topk_ids, "teacher_logprobs": teacher_logprobs, "advantages": advantages}
     for name, column in columns.items():
-        _check_shape(name, column, len(hidden))
+        check_shape(name, column, len(hidden))
     for name, table in tables.items():
-        _check_shape(name, table, *topk_ids.shape)
-    _check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    _check_dtype("weight", weight, hidden.dtype)
-    _check_dtype("bias", bias, hidden.dtype)
-    _check_dtype("labels", labels, torch.int32, torch.int64)
-    _check_dtype("topk_ids", topk_ids, torch.int32, torch.int64)
+        check_shape(name, table, *topk_ids.shape)
+    check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_dtype("weight", weight, hidden.dtype)
+    check_dtype("bias", bias, hidden.dtype)
+    check_dtype("labels", labels, torch.int32, torch.int64)
+    check_dtype("topk_ids", topk_ids, torch.int32, torch.int64)
     for name, tensor in {"weight": weight, "bias": bias, **columns, **tables}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise OptionError(f"{name} is on {tensor.device}, expected {hidden.device} as hidden")
-    module = _backend(backend, hidden, topk_ids.shape[1])
+    module: ModuleType = torch_head
+    if takes_triton(backend, "hidden", hidden, ("topk_ids", topk_ids)):
+        from adpa.kernels import triton_head
+
+        module = triton_head
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad():
@@ -195,39 +199,3 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors]
         return (None, *scaled, None, None, None, None, None, None)
-
-
-def _backend(name: str, hidden_Nd: Tensor, top_k: int) -> ModuleType:
-    """The module of a backend; triton is imported only where it runs, for it does not exist everywhere."""
-    if name not in ("auto", "torch", "triton"):
-        raise OptionError(f"backend is {name!r}", "use 'auto', 'torch' or 'triton'")
-    if name == "torch" or (name == "auto" and not hidden_Nd.is_cuda):
-        return torch_head
-    if find_spec("triton") is None:
-        if name == "auto":
-            return torch_head
-        raise OptionError("backend 'triton' needs the package triton", "install it or use backend='torch'")
-    from adpa.kernels import triton_head
-
-    obstacle = triton_head.obstacle(hidden_Nd, top_k)
-    if obstacle is None:
-        return triton_head
-    if name == "auto":
-        return torch_head
-    raise obstacle
-
-
-def _check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:
-    """OptionError unless the tensor, if there is one, has the expected sizes; None stands for any size."""
-    if tensor is None:
-        return
-    found = list(tensor.shape)
-    if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise OptionError(f"{name} has shape {found}, expected [{wanted}]")
-
-
-def _check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> None:
-    """OptionError unless the tensor, if there is one, has one of the expected dtypes."""
-    if tensor is not None and tensor.dtype not in expected:
-        raise OptionError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, expected))}")

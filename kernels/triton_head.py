@@ -13,31 +13,13 @@ Shapes: N rows; M rows that have a nonzero weight; C rows of a chunk; d hidden s
 import math
 
 import torch
-import triton
 from torch import Tensor
 
-from adpa.errors import OptionError
 from adpa.kernels import loss_rows
 from adpa.kernels.torch_head import Gradients, Targets
 
 # Whatever d is: what a chunk costs beside its logits is the traffic of weight and of its gradient.
 CHUNK_ROWS = 4096
-
-
-def obstacle(hidden_Nd: Tensor, top_k: int) -> OptionError | None:
-    """Why this backend cannot run on such tensors or not here, if it cannot."""
-    interpreted = not isinstance(loss_rows._loss_rows_kernel, triton.JITFunction)
-    if not (hidden_Nd.is_cuda or interpreted):
-        return OptionError(
-            f"hidden is on {hidden_Nd.device}, backend 'triton' runs on CUDA",
-            "use backend='torch', or in a test set TRITON_INTERPRET=1 before Python starts",
-        )
-    if top_k > loss_rows.MAX_TOP_K:
-        return OptionError(
-            f"topk_ids has shape {[len(hidden_Nd), top_k]}, backend 'triton' takes up to {loss_rows.MAX_TOP_K} ids",
-            "use backend='torch'",
-        )
-    return None
 
 
 def losses_and_gradients(

@@ -253,6 +253,6 @@ def test_more_ids_than_triton_takes_are_refused() -> None:
 
 
 def test_without_triton_its_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adpa.kernels.head.find_spec", lambda name: None)
+    monkeypatch.setattr("adpa.kernels.checks.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="backend 'triton' needs the package triton"):
         run(random_problem(), "triton")
