@@ -1,4 +1,4 @@
-"""The row kernel compiled for GPUs, on any machine: it fits into their registers and shared memory.
+"""The kernels compiled for GPUs, on any machine: they fit into their registers and shared memory.
 
 Triton either interprets or compiles in one process, and the tests' own interprets: another one compiles.
 """
@@ -34,6 +34,16 @@ def test_the_kernel_fits_into_registers_and_shared_memory(architecture: int, whi
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
         assert row["shared"] <= SHARED_MEMORY[architecture], row
+
+
+def test_the_pass_over_a_teachers_logits_fits_into_registers_and_shared_memory() -> None:
+    finished = compiling_process("-m", "tests.kernels.compile_groups", *map(str, SHARED_MEMORY))
+    assert finished.returncode == 0, finished.stderr
+    configurations = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(configurations) == len(SHARED_MEMORY) * 3 * 2
+    for found in configurations:
+        assert found["stack"] == found["local"] == 0, found
+        assert found["shared"] <= SHARED_MEMORY[found["architecture"]], found
 
 
 def test_tensors_on_a_cpu_are_refused_where_triton_compiles() -> None:
