@@ -27,6 +27,26 @@ def check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> Non
         raise OptionError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, expected))}")
 
 
+def check_device(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    """OptionError unless the tensor, if there is one, is where the other one is."""
+    if tensor is not None and tensor.device != other.device:
+        raise OptionError(f"{name} is on {tensor.device}, expected {other.device} as {other_name}")
+
+
+def check_ids(name: str, ids: Tensor, *expected: int | None) -> None:
+    """OptionError unless these are integers of the expected sizes."""
+    check_shape(name, ids, *expected)
+    check_dtype(name, ids, torch.int32, torch.int64)
+
+
+def check_logits(logits: Tensor, *expected: torch.dtype) -> None:
+    """OptionError unless this is a matrix of one of the dtypes, with a column."""
+    check_shape("logits", logits, None, None)
+    check_dtype("logits", logits, *expected)
+    if logits.shape[1] == 0:
+        raise OptionError(f"logits has shape {list(logits.shape)}, expected at least 1 column")
+
+
 def takes_triton(backend: str, name: str, tensor: Tensor, ids: tuple[str, Tensor] | None = None) -> bool:
     """Whether Triton is to compute on this tensor: "auto" takes it on CUDA, where it can.
 

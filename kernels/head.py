@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from adpa.errors import OptionError
 from adpa.kernels import torch_head
-from adpa.kernels.checks import Backend, check_dtype, check_shape, takes_triton
+from adpa.kernels.checks import Backend, check_device, check_dtype, check_ids, check_shape, takes_triton
 from adpa.kernels.torch_head import Targets, select_targets
 
 
@@ -110,7 +110,8 @@ def distill_head(
     check_shape("hidden", hidden, None, None)
     check_shape("weight", weight, None, hidden.shape[1])
     check_shape("bias", bias, len(weight))
-    check_shape("topk_ids", topk_ids, len(hidden), None)
+    check_ids("topk_ids", topk_ids, len(hidden), None)
+    check_ids("labels", labels, len(hidden))
     columns = {
         "labels": labels,
         "tail_logprob": tail_logprob,
@@ -126,11 +127,8 @@ def distill_head(
     check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     check_dtype("weight", weight, hidden.dtype)
     check_dtype("bias", bias, hidden.dtype)
-    check_dtype("labels", labels, torch.int32, torch.int64)
-    check_dtype("topk_ids", topk_ids, torch.int32, torch.int64)
     for name, tensor in {"weight": weight, "bias": bias, **columns, **tables}.items():
-        if tensor is not None and tensor.device != hidden.device:
-            raise OptionError(f"{name} is on {tensor.device}, expected {hidden.device} as hidden")
+        check_device(name, tensor, "hidden", hidden)
     module: ModuleType = torch_head
     if takes_triton(backend, "hidden", hidden, ("topk_ids", topk_ids)):
         from adpa.kernels import triton_head

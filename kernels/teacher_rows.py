@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from adpa.errors import OptionError
-from adpa.kernels.checks import Backend, check_dtype, check_shape, takes_triton
+from adpa.kernels.checks import Backend, check_ids, check_logits, takes_triton
 
 GROUP = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TeacherRows(NamedTuple):
@@ -64,8 +65,8 @@ def teacher_rows(logits: Tensor, labels: Tensor, top_k: int, backend: Backend = 
         OptionError: shapes, dtypes or a K that do not fit together, or a backend that is not there.
     """
     with_triton = takes_triton(backend, "logits", logits)
-    _check_logits(logits)
-    _check_ids("labels", labels, len(logits))
+    check_logits(logits, *DTYPES)
+    check_ids("labels", labels, len(logits))
     if not 1 <= top_k <= logits.shape[1]:
         raise OptionError(f"top_k is {top_k}, expected 1 to {logits.shape[1]}, the columns of logits")
     with torch.no_grad():
@@ -104,8 +105,8 @@ def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tenso
         OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
     """
     with_triton = takes_triton(backend, "logits", logits)
-    _check_logits(logits)
-    _check_ids("ids", ids, len(logits), None)
+    check_logits(logits, *DTYPES)
+    check_ids("ids", ids, len(logits), None)
     with torch.no_grad():
         peaks_CG, logmass_CG = _groups(logits, with_triton)
         peak_C1 = peaks_CG.amax(dim=1, keepdim=True)
@@ -135,15 +136,3 @@ def _logits_at(logits_CV: Tensor, ids_CJ: Tensor, missing: float) -> Tensor:
     """The logits of some columns, [C, J] float32; `missing` where there is no such column."""
     outside_CJ = (ids_CJ < 0) | (ids_CJ >= logits_CV.shape[1])
     return logits_CV.gather(1, ids_CJ.long().masked_fill(outside_CJ, 0)).float().masked_fill_(outside_CJ, missing)
-
-
-def _check_logits(logits_CV: Tensor) -> None:
-    check_shape("logits", logits_CV, None, None)
-    check_dtype("logits", logits_CV, torch.float32, torch.bfloat16, torch.float16)
-    if logits_CV.shape[1] == 0:
-        raise OptionError(f"logits has shape {list(logits_CV.shape)}, expected at least 1 column")
-
-
-def _check_ids(name: str, ids: Tensor, *expected: int | None) -> None:
-    check_shape(name, ids, *expected)
-    check_dtype(name, ids, torch.int32, torch.int64)

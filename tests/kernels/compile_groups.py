@@ -14,9 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from adpa.kernels.group_rows import NUM_WARPS, TILE, _group_rows_kernel
-from adpa.kernels.teacher_rows import GROUP
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from adpa.kernels.teacher_rows import DTYPES, GROUP
 
 
 def compile_for(architecture: int, dtype: torch.dtype, is_aligned: bool) -> dict[str, int]:
