@@ -24,14 +24,17 @@ The loss is linear in the upstream gradient, so all gradients are computed in th
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids, 3 terms.
 """
 
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adpa.errors import OptionError
-from adpa.kernels.torch_head import Targets, losses_and_gradients, select_targets
+from adpa.kernels import torch_head
+from adpa.kernels.checks import Backend, check_device, check_dtype, check_ids, check_shape, takes_triton
+from adpa.kernels.torch_head import Targets, select_targets
 
 
 class HeadLosses(NamedTuple):
@@ -56,8 +59,8 @@ def distill_head(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    backend: Literal["auto", "torch", "triton"] = "auto",
-    chunk_rows: int = 512,
+    backend: Backend = "auto",
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, HeadLosses]:
     """Σ_n nll_weight·NLL + kl_weight·KL + advantage_weight·advantage, differentiable.
 
@@ -87,41 +90,50 @@ def distill_head(
         bias: [V] or None.
         softcap: bound of the logits (Gemma); None or 0 = none.
         logit_scale: factor of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
-        backend: "torch" runs anywhere; "auto" takes the fastest that is available.
-        chunk_rows: rows whose logits are held at a time, as `chunk_rows · V` float32 numbers; half as much
-            again for bfloat16 and float16, and twice as much for a softcap.
+        backend: "torch" runs anywhere, "triton" on CUDA; "auto" takes Triton on CUDA, unless K > 1,024,
+            and torch elsewhere.
+        chunk_rows: rows whose logits are held at a time; None for 4,096 in Triton and 512 in torch. Triton holds
+            `chunk_rows · V` numbers of the dtype of hidden; torch that many in float32, half as much again for
+            bfloat16 and float16, and twice as much for a softcap.
 
     Returns:
         The loss, a float32 scalar (float64 for float64), and the losses of each row in the same dtype.
 
+    On a GPU the host waits once, to learn how many rows count: that number is the size of the matrix products.
+
     Raises:
-        OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
+        OptionError: shapes, dtypes or devices that do not fit together, or a backend that cannot run here or not
+            with these.
     """
-    if backend == "triton":
-        raise OptionError("backend 'triton' is not in this version of adpa", "use backend='auto' or 'torch'")
-    if backend not in ("auto", "torch"):
-        raise OptionError(f"backend is {backend!r}", "use 'auto' or 'torch'")
-    if chunk_rows < 1:
+    if chunk_rows is not None and chunk_rows < 1:
         raise OptionError(f"chunk_rows is {chunk_rows}, a chunk has at least 1 row")
-    _check_shape("hidden", hidden, None, None)
-    _check_shape("weight", weight, None, hidden.shape[1])
-    _check_shape("bias", bias, len(weight))
-    _check_shape("topk_ids", topk_ids, len(hidden), None)
-    for name, column in (
-        ("labels", labels),
-        ("tail_logprob", tail_logprob),
-        ("nll_weight", nll_weight),
-        ("kl_weight", kl_weight),
-        ("advantage_weight", advantage_weight),
-    ):
-        _check_shape(name, column, len(hidden))
-    _check_shape("teacher_logprobs", teacher_logprobs, *topk_ids.shape)
-    _check_shape("advantages", advantages, *topk_ids.shape)
-    _check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    _check_dtype("weight", weight, hidden.dtype)
-    _check_dtype("bias", bias, hidden.dtype)
-    _check_dtype("labels", labels, torch.int32, torch.int64)
-    _check_dtype("topk_ids", topk_ids, torch.int32, torch.int64)
+    check_shape("hidden", hidden, None, None)
+    check_shape("weight", weight, None, hidden.shape[1])
+    check_shape("bias", bias, len(weight))
+    check_ids("topk_ids", topk_ids, len(hidden), None)
+    check_ids("labels", labels, len(hidden))
+    columns = {
+        "labels": labels,
+        "tail_logprob": tail_logprob,
+        "nll_weight": nll_weight,
+        "kl_weight": kl_weight,
+        "advantage_weight": advantage_weight,
+    }
+    tables = {"topk_ids": topk_ids, "teacher_logprobs": teacher_logprobs, "advantages": advantages}
+    for name, column in columns.items():
+        check_shape(name, column, len(hidden))
+    for name, table in tables.items():
+        check_shape(name, table, *topk_ids.shape)
+    check_dtype("hidden", hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_dtype("weight", weight, hidden.dtype)
+    check_dtype("bias", bias, hidden.dtype)
+    for name, tensor in {"weight": weight, "bias": bias, **columns, **tables}.items():
+        check_device(name, tensor, "hidden", hidden)
+    module: ModuleType = torch_head
+    if takes_triton(backend, "hidden", hidden, ("topk_ids", topk_ids)):
+        from adpa.kernels import triton_head
+
+        module = triton_head
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad():
@@ -133,7 +145,18 @@ def distill_head(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, losses_N3 = _Head.apply(hidden, weight, bias, rows_M, targets, softcap, logit_scale, chunk_rows, wanted)
+        loss, losses_N3 = _Head.apply(
+            module.losses_and_gradients,
+            hidden,
+            weight,
+            bias,
+            rows_M,
+            targets,
+            softcap,
+            logit_scale,
+            chunk_rows or module.CHUNK_ROWS,
+            wanted,
+        )
     return loss, HeadLosses(*losses_N3.unbind(dim=1))
 
 
@@ -143,6 +166,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        losses_and_gradients: Any,
         hidden_Nd: Tensor,
         weight_Vd: Tensor,
         bias_V: Tensor | None,
@@ -172,20 +196,4 @@ class _Head(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None, None)
-
-
-def _check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:
-    """OptionError unless the tensor, if there is one, has the expected sizes; None stands for any size."""
-    if tensor is None:
-        return
-    found = list(tensor.shape)
-    if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise OptionError(f"{name} has shape {found}, expected [{wanted}]")
-
-
-def _check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> None:
-    """OptionError unless the tensor, if there is one, has one of the expected dtypes."""
-    if tensor is not None and tensor.dtype not in expected:
-        raise OptionError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, expected))}")
+        return (None, *scaled, None, None, None, None, None, None)

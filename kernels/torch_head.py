@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CHUNK_ROWS = 512
+
 
 class Targets(NamedTuple):
     """What M rows are trained on, cleaned so that a term whose weight is 0 is 0 and never NaN.
@@ -116,7 +118,7 @@ def losses_and_gradients(
         if bias_V is not None:
             logits_CV += bias_V
         slope_CV = _scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(wanted))
-        losses_N3[rows_C] = _losses_(logits_CV, Targets(*chunk), with_gradient=any(wanted))
+        losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(wanted))
         if not any(wanted):
             continue
         gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
@@ -157,7 +159,7 @@ def _scale_and_cap_(
     return slope_CV
 
 
-def _losses_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> Tensor:
+def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> Tensor:
     """The losses [C, 3] of a chunk; its logits become the gradient of the weighted losses, or else scratch.
 
     Every number is taken relative to the largest logit of its row, so that logits of ±1e4 lose no digits.

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+
+if not torch.cuda.is_available():
+    # Triton reads this once, when it is imported (transformers does that): its kernels run anywhere, slowly.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from adpa.lab.smollm2 import save_smollm2

@@ -4,7 +4,7 @@ The rooms of the house, in the order in which data flows through them:
 
     adpa.data       preference pairs to token sequences; response sets, signals and batches in files
     adpa.pipeline   models: scoring and sampling (stage one), training (stage two)
-    adpa.kernels    tensors only: the loss head
+    adpa.kernels    tensors only: the student's losses, the teacher's rows
     adpa.cli        the command line
     adpa.lab        a laboratory with a programmatic preference; the demo
 """

@@ -4,10 +4,17 @@ Shapes: N rows, d hidden size, V vocabulary, K teacher ids, 3 terms (NLL, KL, ad
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from adpa.kernels.head import HeadLosses, distill_head
+
+Backend = Literal["torch", "triton"]
+BACKENDS: list[Backend] = ["torch", "triton"]
+# Without a GPU, Triton's interpreter runs its kernels on a CPU; see tests/conftest.py.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Problem(NamedTuple):
@@ -26,6 +33,14 @@ class Problem(NamedTuple):
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+
+
+def run(problem: Problem, backend: Backend, **options: Any) -> tuple[Tensor, HeadLosses]:
+    """The head's result by a backend, on the device that this backend needs; given back on the CPU."""
+    device = TRITON_DEVICE if backend == "triton" else "cpu"
+    there = Problem(*(value.to(device) if isinstance(value, Tensor) else value for value in problem))  # type: ignore[arg-type]
+    loss, losses = distill_head(*there, backend=backend, **options)
+    return loss.cpu(), HeadLosses(*(losses_N.cpu() for losses_N in losses))
 
 
 def random_problem(

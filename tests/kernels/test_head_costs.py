@@ -8,15 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.oracle import Problem, logits_of, oracle_losses, random_problem
+from tests.kernels.oracle import (
+    BACKENDS,
+    TRITON_DEVICE,
+    Backend,
+    Problem,
+    logits_of,
+    oracle_losses,
+    random_problem,
+    run,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adpa.errors import OptionError
+from adpa.kernels import loss_rows
 from adpa.kernels.head import distill_head
 
 CHUNKS = 8  # of 8 rows each
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 class Watch(TorchDispatchMode):
@@ -39,9 +50,9 @@ class Watch(TorchDispatchMode):
         return self.operations["mm"] + self.operations["addmm_"]
 
 
-def step(problem: Problem) -> Watch:
+def step(problem: Problem, backend: Backend) -> Watch:
     with Watch() as watch:
-        loss, _ = distill_head(*problem, chunk_rows=8)
+        loss, _ = run(problem, backend, chunk_rows=8)
         if loss.requires_grad:
             loss.backward()
     return watch
@@ -59,58 +70,89 @@ def frozen(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype, softcap: float | None) -> None:
     problem = wide_problem(dtype=dtype, bias=True)._replace(softcap=softcap)
-    assert step(problem).largest == 8 * 4001 * 4
+    assert step(problem, "torch").largest == 8 * 4001 * 4
 
 
-def test_the_host_waits_once_for_the_rows_that_count() -> None:
-    operations = step(wide_problem()).operations
+def test_no_tensor_is_larger_than_a_chunk_of_aligned_logits() -> None:
+    problem = wide_problem(bias=True)._replace(softcap=5.0)
+    assert step(problem, "triton").largest == 8 * 4016 * 4
+
+
+@both_backends
+def test_the_host_waits_once_for_the_rows_that_count(backend: Backend) -> None:
+    operations = step(wide_problem(), backend).operations
     assert operations["nonzero"] == 1
     assert operations["_local_scalar_dense"] == operations["item"] == operations["equal"] == 0
 
 
-def test_a_training_step_takes_three_matrix_products_a_chunk() -> None:
-    assert step(wide_problem()).matrix_products == 3 * CHUNKS
+@both_backends
+def test_a_training_step_takes_three_matrix_products_a_chunk(backend: Backend) -> None:
+    assert step(wide_problem(), backend).matrix_products == 3 * CHUNKS
 
 
-def test_masked_rows_are_not_multiplied() -> None:
+@both_backends
+def test_masked_rows_are_not_multiplied(backend: Backend) -> None:
     problem = wide_problem()
     for row_weight in (problem.nll_weight, problem.kl_weight, problem.advantage_weight):
         row_weight[::2] = 0
-    assert step(problem).matrix_products == 3 * CHUNKS // 2
+    assert step(problem, backend).matrix_products == 3 * CHUNKS // 2
 
 
-def test_a_frozen_head_takes_two() -> None:
+@both_backends
+def test_a_frozen_head_takes_two(backend: Backend) -> None:
     problem = wide_problem()
-    watch = step(problem._replace(weight=frozen(problem.weight)))
+    watch = step(problem._replace(weight=frozen(problem.weight)), backend)
     assert watch.matrix_products == 2 * CHUNKS
     assert problem.hidden.grad is not None
     assert problem.weight.grad is None
 
 
-def test_a_frozen_decoder_takes_two() -> None:
+@both_backends
+def test_a_frozen_decoder_takes_two(backend: Backend) -> None:
     problem = wide_problem()
-    watch = step(problem._replace(hidden=frozen(problem.hidden)))
+    watch = step(problem._replace(hidden=frozen(problem.hidden)), backend)
     assert watch.matrix_products == 2 * CHUNKS
     assert problem.weight.grad is not None
     assert problem.hidden.grad is None
 
 
-def test_without_gradients_there_is_one_product_a_chunk_and_no_gradient_work() -> None:
+@both_backends
+def test_without_gradients_there_is_one_product_a_chunk_and_no_gradient_work(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = []
+    loss_rows_ = loss_rows.loss_rows_
+
+    def watched(*args: Any, with_gradient: bool, **options: Any) -> None:
+        works.append(with_gradient)
+        loss_rows_(*args, with_gradient=with_gradient, **options)
+
+    monkeypatch.setattr(loss_rows, "loss_rows_", watched)
     problem = wide_problem()
     with torch.no_grad():
-        unrecorded = step(problem)
-    constant = step(problem._replace(hidden=frozen(problem.hidden), weight=frozen(problem.weight)))
+        unrecorded = step(problem, backend)
+    constant = step(problem._replace(hidden=frozen(problem.hidden), weight=frozen(problem.weight)), backend)
     assert unrecorded.matrix_products == constant.matrix_products == CHUNKS
     assert unrecorded.operations == constant.operations
     assert unrecorded.operations["mul_"] == 0
+    assert works == [False] * (2 * CHUNKS if backend == "triton" else 0)
 
 
-def test_no_grad_gives_the_same_losses() -> None:
+@both_backends
+def test_no_grad_gives_the_same_losses(backend: Backend) -> None:
     problem = random_problem()
-    loss, terms = distill_head(*problem)
+    loss, terms = run(problem, backend)
     with torch.no_grad():
-        evaluated = distill_head(*problem)
+        evaluated = run(problem, backend)
     torch.testing.assert_close(evaluated, (loss.detach(), terms), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [8]), (9, [5, 4]), (17, [6, 6, 5]), (0, [0])])
+def test_triton_cuts_rows_into_chunks_of_one_size(rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(loss_rows, "loss_rows_", lambda logits_CV, *_, **__: found.append(len(logits_CV)))
+    run(random_problem(N=rows), "triton", chunk_rows=8)
+    assert found == sizes
 
 
 def test_only_the_loss_carries_gradients() -> None:
@@ -119,9 +161,10 @@ def test_only_the_loss_carries_gradients() -> None:
     assert not any(term_N.requires_grad for term_N in terms)
 
 
-def test_the_upstream_gradient_scales_and_a_second_backward_adds_the_same_again() -> None:
+@both_backends
+def test_the_upstream_gradient_scales_and_a_second_backward_adds_the_same_again(backend: Backend) -> None:
     problem = random_problem()
-    loss, _ = distill_head(*problem)
+    loss, _ = run(problem, backend)
     parameters = (problem.hidden, problem.weight)
     once = torch.autograd.grad(loss, parameters, retain_graph=True)
     scaled = torch.autograd.grad(-2.5 * loss, parameters, retain_graph=True)
@@ -130,13 +173,14 @@ def test_the_upstream_gradient_scales_and_a_second_backward_adds_the_same_again(
     torch.testing.assert_close(again, once, rtol=0, atol=0)
 
 
-def test_tied_embeddings_get_the_gradients_of_both_their_uses() -> None:
+@both_backends
+def test_tied_embeddings_get_the_gradients_of_both_their_uses(backend: Backend) -> None:
     problem = random_problem()
     embedding_Vd, inputs_N = problem.weight, problem.labels.flip(0)
 
     def gradient(embedding_of_inputs: Tensor, embedding_of_head: Tensor) -> Tensor:
         hidden_Nd = torch.tanh(embedding_of_inputs[inputs_N])
-        loss, _ = distill_head(hidden_Nd, embedding_of_head, *problem[2:])
+        loss, _ = run(problem._replace(hidden=hidden_Nd, weight=embedding_of_head), backend)
         return torch.autograd.grad(loss, embedding_Vd)[0]
 
     tied = gradient(embedding_Vd, embedding_Vd)
@@ -149,23 +193,25 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses() -> None:
     torch.testing.assert_close(tied, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_two_runs_are_equal_bit_for_bit() -> None:
-    problem = random_problem(N=200, V=1009, d=32, K=20, bias=True)
+@both_backends
+def test_two_runs_are_equal_bit_for_bit(backend: Backend) -> None:
+    problem = random_problem(N=70, V=1009, d=32, K=20, bias=True)
 
-    def run() -> tuple[Tensor, ...]:
-        loss, terms = distill_head(*problem, chunk_rows=64)
+    def results() -> tuple[Tensor, ...]:
+        loss, terms = run(problem, backend, chunk_rows=32)
         assert problem.bias is not None
         return loss, *terms, *torch.autograd.grad(loss, (problem.hidden, problem.weight, problem.bias))
 
-    assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(results(), results(), strict=True))
 
 
-def test_autocast_changes_nothing() -> None:
+@both_backends
+def test_autocast_changes_nothing(backend: Backend) -> None:
     problem = random_problem()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = distill_head(*problem)
+    with torch.autocast(TRITON_DEVICE if backend == "triton" else "cpu", torch.bfloat16):
+        loss, _ = run(problem, backend)
         inside = torch.autograd.grad(loss, (problem.hidden, problem.weight))
-    outside = torch.autograd.grad(distill_head(*problem)[0], (problem.hidden, problem.weight))
+    outside = torch.autograd.grad(run(problem, backend)[0], (problem.hidden, problem.weight))
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
@@ -179,6 +225,8 @@ def test_autocast_changes_nothing() -> None:
         ({"bias": torch.zeros(36)}, r"bias has shape \[36\], expected \[37\]"),
         ({"weight": torch.zeros(37, 8).bfloat16()}, "weight is torch.bfloat16, expected torch.float32"),
         ({"topk_ids": torch.zeros(11, 5)}, "topk_ids is torch.float32, expected torch.int32 or torch.int64"),
+        ({"weight": torch.zeros(37, 8, device="meta")}, "weight is on meta, expected cpu as hidden"),
+        ({"advantages": torch.zeros(11, 5, device="meta")}, "advantages is on meta, expected cpu as hidden"),
     ],
 )
 def test_tensors_that_do_not_fit_together_are_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -189,11 +237,22 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name(change: dict[str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "triton"}, "backend 'triton' is not in this version"),
-        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"backend": "cuda"}, "backend is 'cuda'; use 'auto', 'torch' or 'triton'"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         distill_head(*random_problem(), **options)
+
+
+def test_more_ids_than_triton_takes_are_refused() -> None:
+    problem = random_problem(V=1025, K=1025)
+    with pytest.raises(OptionError, match=r"topk_ids has shape \[11, 1025\], backend 'triton' takes up to 1024 ids"):
+        run(problem, "triton")
+
+
+def test_without_triton_its_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adpa.kernels.checks.find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="backend 'triton' needs the package triton"):
+        run(random_problem(), "triton")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.oracle import Problem, logits_of, problem_of_logits, random_problem
+from tests.kernels.oracle import BACKENDS, Problem, logits_of, problem_of_logits, random_problem, run
 from torch import Tensor
 
 from adpa.kernels.head import HeadLosses, distill_head
@@ -170,3 +170,13 @@ def test_the_loss_and_its_gradient_are_linear_in_the_weights(problem: Problem, f
     )
     assert_close(distill_head(*scaled)[0], factor * distill_head(*problem)[0])
     assert_close(gradients(scaled), tuple(factor * gradient for gradient in gradients(problem)))
+
+
+@settings(any_step, max_examples=12)
+@given(problems())
+def test_both_backends_give_the_same(problem: Problem) -> None:
+    assert_close(run(problem, "triton"), run(problem, "torch"))
+    by_torch, by_triton = (
+        torch.autograd.grad(run(problem, backend)[0], (problem.hidden, problem.weight)) for backend in BACKENDS
+    )
+    assert_close(by_triton, by_torch)

@@ -7,7 +7,7 @@ command is tested, from the cache on disk to the weights on disk.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from adpa import distill
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import ModelError
+from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.student import attach_distill_head
 
@@ -212,3 +213,26 @@ def test_frozen_parameters_stay(filled: Filled, tmp_path: Path, monkeypatch: pyt
     assert (frozen.pop(embedding) == 0).all()
     del plain[embedding]
     assert relative_error(frozen, plain) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["dckd", "adpa"])
+def test_a_run_has_the_same_losses_with_either_backend(
+    objective: Literal["dckd", "adpa"], filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(backend: Literal["torch", "triton"]) -> list[float]:
+        found = []
+
+        def watched_head(hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, HeadLosses]:
+            result = distill_head(hidden, weight, **options, backend=backend)
+            found.append(result[0].item())
+            return result
+
+        monkeypatch.setattr("adpa.pipeline.student.distill_head", watched_head)
+        student, output = str(filled.models.student), tmp_path / backend
+        distill(objective, student, filled.cache, output, batch_size=2, max_steps=3, learning_rate=1e-3, warmup_steps=0)
+        return found
+
+    monkeypatch.setattr("adpa.kernels.loss_rows.TILE_BYTES", 2**18)  # one tile a row: Triton's interpreter is slow
+    by_torch = losses("torch")
+    assert len(set(by_torch)) == 3
+    assert losses("triton") == pytest.approx(by_torch, rel=1e-5)

@@ -1,0 +1,91 @@
+"""What the public functions of this folder ask of their arguments before they compute."""
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adpa.errors import OptionError
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:
+    """OptionError unless the tensor, if there is one, has the expected sizes; None stands for any size."""
+    if tensor is None:
+        return
+    found = list(tensor.shape)
+    if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise OptionError(f"{name} has shape {found}, expected [{wanted}]")
+
+
+def check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> None:
+    """OptionError unless the tensor, if there is one, has one of the expected dtypes."""
+    if tensor is not None and tensor.dtype not in expected:
+        raise OptionError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, expected))}")
+
+
+def check_device(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    """OptionError unless the tensor, if there is one, is where the other one is."""
+    if tensor is not None and tensor.device != other.device:
+        raise OptionError(f"{name} is on {tensor.device}, expected {other.device} as {other_name}")
+
+
+def check_ids(name: str, ids: Tensor, *expected: int | None) -> None:
+    """OptionError unless these are integers of the expected sizes."""
+    check_shape(name, ids, *expected)
+    check_dtype(name, ids, torch.int32, torch.int64)
+
+
+def check_logits(logits: Tensor, *expected: torch.dtype) -> None:
+    """OptionError unless this is a matrix of one of the dtypes, with a column."""
+    check_shape("logits", logits, None, None)
+    check_dtype("logits", logits, *expected)
+    if logits.shape[1] == 0:
+        raise OptionError(f"logits has shape {list(logits.shape)}, expected at least 1 column")
+
+
+def takes_triton(backend: str, name: str, tensor: Tensor, ids: tuple[str, Tensor] | None = None) -> bool:
+    """Whether Triton is to compute on this tensor: "auto" takes it on CUDA, where it can.
+
+    Args:
+        backend: as the user gave it.
+        name: of the argument `tensor`, on whose device the computation runs.
+        tensor: that argument.
+        ids: for the row kernel, name and value of the [N, K] ids, of which it takes a limited number a row.
+
+    Raises:
+        OptionError: no such backend, or it is to be Triton, which cannot run on this tensor or on this machine.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise OptionError(f"backend is {backend!r}", "use 'auto', 'torch' or 'triton'")
+    if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
+        return False
+    obstacle = _obstacle(name, tensor, ids)
+    if obstacle and backend == "triton":
+        raise obstacle
+    return obstacle is None
+
+
+def _obstacle(name: str, tensor: Tensor, ids: tuple[str, Tensor] | None) -> OptionError | None:
+    if find_spec("triton") is None:
+        return OptionError("backend 'triton' needs the package triton", "install it or use backend='torch'")
+    import triton
+
+    if not (tensor.is_cuda or triton.knobs.runtime.interpret):
+        return OptionError(
+            f"{name} is on {tensor.device}, backend 'triton' runs on CUDA",
+            "use backend='torch', or in a test set TRITON_INTERPRET=1 before Python starts",
+        )
+    if ids is not None:
+        from adpa.kernels.loss_rows import MAX_TOP_K
+
+        ids_name, ids_NK = ids
+        if ids_NK.shape[1] > MAX_TOP_K:
+            return OptionError(
+                f"{ids_name} has shape {list(ids_NK.shape)}, backend 'triton' takes up to {MAX_TOP_K} ids",
+                "use backend='torch'",
+            )
+    return None

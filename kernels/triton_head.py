@@ -1,0 +1,93 @@
+"""The loss head on CUDA: matrix products by cuBLAS, and between them one Triton program a row.
+
+The twin of `adpa.kernels.torch_head`, with the same numbers. A chunk's logits lie in one buffer, in the dtype of
+hidden, that all chunks share: the product hidden · weightᵀ is written into it, `loss_rows_` turns it into its own
+gradient, and two products read that. The weight's gradient adds up in float32 inside the matrix product, whatever
+the dtype of its factors, and is cast once.
+
+Importing this module imports triton, which exists for Linux alone: `adpa.kernels.head` does it when it is needed.
+
+Shapes: N rows; M rows that have a nonzero weight; C rows of a chunk; d hidden size; V vocabulary; 3 terms.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from adpa.kernels import loss_rows
+from adpa.kernels.torch_head import Gradients, Targets
+
+# Whatever d is: what a chunk costs beside its logits is the traffic of weight and of its gradient.
+CHUNK_ROWS = 4096
+
+
+def losses_and_gradients(
+    hidden_Nd: Tensor,
+    weight_Vd: Tensor,
+    bias_V: Tensor | None,
+    rows_M: Tensor,
+    targets: Targets,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Gradients]:
+    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `wanted`.
+
+    The rows are cut into chunks of one size, of at most `chunk_rows`.
+    """
+    dtype = targets.weights.dtype
+    wants_hidden, wants_weight, wants_bias = wanted
+    losses_N3 = hidden_Nd.new_zeros(len(hidden_Nd), 3, dtype=dtype)
+    dhidden_Nd = torch.zeros_like(hidden_Nd) if wants_hidden else None
+    dweight_Vd = torch.empty_like(weight_Vd, dtype=dtype) if wants_weight else None
+    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if wants_bias else None
+
+    chunks = max(1, math.ceil(len(rows_M) / chunk_rows))
+    stride = math.ceil(len(weight_Vd) / loss_rows.ROW_ALIGNMENT) * loss_rows.ROW_ALIGNMENT
+    buffer_CV = hidden_Nd.new_empty(math.ceil(len(rows_M) / chunks), stride)[:, : len(weight_Vd)]
+    for number, (rows_C, *columns) in enumerate(
+        zip(*(column.chunk(chunks) for column in (rows_M, *targets)), strict=True)
+    ):
+        chunk = Targets(*columns)
+        hidden_Cd = hidden_Nd[rows_C]
+        logits_CV = torch.mm(hidden_Cd, weight_Vd.T, out=buffer_CV[: len(rows_C)])
+        losses_C3 = losses_N3.new_empty(len(rows_C), 3)
+        with torch.cuda.device_of(logits_CV):
+            loss_rows.loss_rows_(
+                logits_CV,
+                bias_V,
+                chunk,
+                losses_C3,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                with_gradient=any(wanted),
+            )
+        losses_N3[rows_C] = losses_C3
+        gradient_CV = logits_CV
+        if dbias_V is not None:
+            dbias_V += gradient_CV.sum(dim=0, dtype=dtype)
+        if dhidden_Nd is not None:
+            dhidden_Nd[rows_C] = gradient_CV @ weight_Vd
+        if dweight_Vd is not None:
+            _add_product_(dweight_Vd, gradient_CV.T, hidden_Cd, keep=number > 0)
+    return losses_N3, Gradients(
+        hidden=dhidden_Nd,
+        weight=None if dweight_Vd is None else dweight_Vd.to(weight_Vd.dtype),
+        bias=None if dbias_V is None or bias_V is None else dbias_V.to(bias_V.dtype),
+    )
+
+
+def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor, *, keep: bool) -> None:
+    """Add a product to the sum, or with `keep` false write it there, without rounding it to shorter numbers.
+
+    On a CPU no matrix product adds bfloat16 or float16 into float32: there its factors are lengthened first.
+    """
+    if sum_Vd.dtype == right_Cd.dtype:
+        sum_Vd.addmm_(left_VC, right_Cd, beta=float(keep))
+    elif sum_Vd.is_cuda:
+        torch.addmm(sum_Vd, left_VC, right_Cd, beta=float(keep), out_dtype=sum_Vd.dtype, out=sum_Vd)
+    else:
+        sum_Vd.addmm_(left_VC.to(sum_Vd.dtype), right_Cd.to(sum_Vd.dtype), beta=float(keep))
