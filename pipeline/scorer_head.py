@@ -2,7 +2,7 @@
 
 The head runs in float32 whatever the model's dtype: logits in bfloat16 leave the top K full of ties.
 
-Shapes: N response rows of a batch, d hidden width, V vocabulary rows, K ids, C rows a chunk.
+Shapes: N response rows of a batch, d hidden width, V vocabulary rows, K ids, J = K + 1 ids asked for, C rows a chunk.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adpa.data.signals import SignalRow
 from adpa.errors import ModelError, OptionError
+from adpa.kernels.teacher_rows import logprobs_at, teacher_rows
 from adpa.pipeline.lm_head import LmHead
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
@@ -70,7 +71,7 @@ class HeadScorer:
     @torch.inference_mode()
     def _teacher_rows(self, batch: Batch, hidden_Nd: Tensor, top_k: int) -> list[SignalRow]:
         labels_N = _labels(batch)
-        chunks = [_teacher_logprobs(logits_CV, labels_N[rows], top_k) for logits_CV, rows in self._logits(hidden_Nd)]
+        chunks = [teacher_rows(logits_CV, labels_N[rows], top_k) for logits_CV, rows in self._logits(hidden_Nd)]
         token_logprobs, ids, logprobs, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
         return [
             SignalRow(sequence.key, token_logprobs[rows], ids[rows], logprobs[rows], tail[rows])
@@ -88,36 +89,16 @@ class HeadScorer:
                 f"has {len(self._head.weight)} tokens",
                 "use the reference that the teacher was made from",
             )
-        labels_N, ids_NK = _labels(batch), torch.from_numpy(np.concatenate(topk_ids)).long()
-        own, at_ids = [], []
-        for logits_CV, rows in self._logits(hidden_Nd):
-            lse_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            own.append((_gather(logits_CV, labels_N[rows, None]) - lse_C1).squeeze(1))
-            at_ids.append(_gather(logits_CV, ids_NK[rows]) - lse_C1)
-        own_N, at_ids_NK = torch.cat(own).cpu().numpy(), torch.cat(at_ids).cpu().numpy()
-        return [(own_N[rows], at_ids_NK[rows]) for rows in _row_slices(batch)]
+        asked_NJ = torch.cat([_labels(batch)[:, None], torch.from_numpy(np.concatenate(topk_ids))], dim=1)
+        chunks = [logprobs_at(logits_CV, asked_NJ[rows]) for logits_CV, rows in self._logits(hidden_Nd)]
+        logprobs_NJ = torch.cat(chunks).cpu().numpy()
+        return [(logprobs_NJ[rows, 0], logprobs_NJ[rows, 1:]) for rows in _row_slices(batch)]
 
     def _logits(self, hidden_Nd: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Float32 logits [C, V] on the head's device, and which rows they are of."""
         for start in range(0, len(hidden_Nd), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             yield self._head.logits(hidden_Nd[rows].to(self._head.weight)), rows
-
-
-def _teacher_logprobs(logits_CV: Tensor, labels_C: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Own token's log-probability [C], top-K ids [C, K] and log-probabilities [C, K], log of the rest's mass [C].
-
-    The tail is the log-sum-exp over the complement: 1 − Σp has no digits left where the teacher is sure.
-    """
-    lse_C = logits_CV.logsumexp(dim=1)
-    own_C = _gather(logits_CV, labels_C[:, None]).squeeze(1) - lse_C
-    values_CK, ids_CK = logits_CV.topk(top_k, dim=1)
-    tail_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(dim=1) - lse_C
-    return own_C, ids_CK.to(torch.int32), values_CK - lse_C[:, None], tail_C
-
-
-def _gather(logits_CV: Tensor, ids: Tensor) -> Tensor:
-    return logits_CV.gather(1, ids.to(logits_CV.device))
 
 
 def _labels(batch: Batch) -> Tensor:
