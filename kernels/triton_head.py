@@ -48,10 +48,8 @@ def losses_and_gradients(
     chunks = max(1, math.ceil(len(rows_M) / chunk_rows))
     stride = math.ceil(len(weight_Vd) / loss_rows.ROW_ALIGNMENT) * loss_rows.ROW_ALIGNMENT
     buffer_CV = hidden_Nd.new_empty(math.ceil(len(rows_M) / chunks), stride)[:, : len(weight_Vd)]
-    for number, (rows_C, *columns) in enumerate(
-        zip(*(column.chunk(chunks) for column in (rows_M, *targets)), strict=True)
-    ):
-        chunk = Targets(*columns)
+    pieces = zip(*(column.chunk(chunks) for column in (rows_M, *targets)), strict=True)
+    for number, (rows_C, *chunk) in enumerate(pieces):
         hidden_Cd = hidden_Nd[rows_C]
         logits_CV = torch.mm(hidden_Cd, weight_Vd.T, out=buffer_CV[: len(rows_C)])
         losses_C3 = losses_N3.new_empty(len(rows_C), 3)
@@ -59,7 +57,7 @@ def losses_and_gradients(
             loss_rows.loss_rows_(
                 logits_CV,
                 bias_V,
-                chunk,
+                Targets(*chunk),
                 losses_C3,
                 softcap=softcap,
                 logit_scale=logit_scale,
@@ -73,6 +71,7 @@ def losses_and_gradients(
             dhidden_Nd[rows_C] = gradient_CV @ weight_Vd
         if dweight_Vd is not None:
             _add_product_(dweight_Vd, gradient_CV.T, hidden_Cd, keep=number > 0)
+    del buffer_CV, logits_CV, gradient_CV  # before the weight's gradient is there twice
     return losses_N3, Gradients(
         hidden=dhidden_Nd,
         weight=None if dweight_Vd is None else dweight_Vd.to(weight_Vd.dtype),

@@ -81,6 +81,13 @@ def compile_for(architecture: int, configuration: Configuration) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
+def order(kernel: Any) -> str:
+    """Loads (l), stores (s) and barriers (|) in the order of the program; what repeats stands once."""
+    letters = {"ld.global": "l", "st.global": "s", "bar.sync": "|"}
+    found = (letters[name] for name in re.findall("|".join(map(re.escape, letters)), kernel.asm["ptx"]))
+    return "".join(letter for letter, _ in itertools.groupby(found))
+
+
 def resources(kernel: Any) -> dict[str, int]:
     """Registers and bytes of stack and local memory a thread, bytes of shared memory a program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -94,4 +101,5 @@ def resources(kernel: Any) -> dict[str, int]:
 
 if __name__ == "__main__":
     for each in EVERY if "all" in sys.argv else USUAL:
-        print(json.dumps({"configuration": str(each), **resources(compile_for(int(sys.argv[1]), each))}), flush=True)
+        compiled = compile_for(int(sys.argv[1]), each)
+        print(json.dumps({"configuration": str(each), "order": order(compiled), **resources(compiled)}), flush=True)

@@ -1,10 +1,11 @@
-"""The kernels compiled for GPUs, on any machine: they fit into their registers and shared memory.
+"""The kernels compiled for GPUs, on any machine: barriers stay, and they fit into registers and shared memory.
 
 Triton either interprets or compiles in one process, and the tests' own interprets: another one compiles.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 
 import adpa
 
+# Gather, barrier, −inf, barrier, first pass, barrier, signals, barrier, losses, and with a gradient: barrier, second
+# pass, barrier, scatter. An interpreter has no threads that could miss a barrier.
+ORDER = r"l\|s\|l\|l\|s(\|(ls|sl)\|s)?"
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
@@ -25,7 +29,7 @@ def compiling_process(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("which", ["usual", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_kernel_fits_into_registers_and_shared_memory(architecture: int, which: str) -> None:
+def test_the_kernel_keeps_its_barriers_and_fits_into_registers_and_shared_memory(architecture: int, which: str) -> None:
     script = Path(__file__).with_name("compile_rows.py")
     finished = compiling_process(str(script), str(architecture), which)
     assert finished.returncode == 0, finished.stderr
@@ -33,6 +37,7 @@ def test_the_kernel_fits_into_registers_and_shared_memory(architecture: int, whi
     assert len(rows) == (80 if which == "all" else 5)
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
+        assert re.fullmatch(ORDER, row["order"]), row
         assert row["shared"] <= SHARED_MEMORY[architecture], row
 
 

@@ -376,6 +376,19 @@ def test_losses_and_gradients_are_the_oracles_in_tiles_of_full_size(
     assert_same(run_triton(problem), run_oracle(in_float64(problem)), 1e-5)
 
 
+@pytest.mark.skipif(TRITON_DEVICE == "cpu", reason="takes the memory and the speed of a GPU")
+def test_a_chunk_of_more_logits_than_int32_counts_has_the_losses_of_its_rows() -> None:
+    N = 40_000
+    problem = random_problem(N=1, V=65_536, dtype=torch.bfloat16)
+    _, expected = run(problem, "triton")
+    tensors = {name: value for name, value in problem._asdict().items() if isinstance(value, Tensor)}
+    del tensors["weight"]
+    repeated = problem._replace(**{name: value.expand(N, *value.shape[1:]) for name, value in tensors.items()})  # type: ignore[arg-type]
+    _, found = run(repeated, "triton", chunk_rows=N)
+    for found_N, expected_1 in zip(found, expected, strict=True):
+        assert torch.equal(found_N, expected_1.expand(N))
+
+
 @pytest.mark.parametrize("run_twin", [run_torch, run_triton, run_reference])
 def test_nan_in_a_masked_row_reaches_nothing(run_twin: Callable[[Problem], Result]) -> None:
     problem = random_problem()
