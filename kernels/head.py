@@ -92,7 +92,7 @@ def distill_head(
         logit_scale: factor of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
         backend: "torch" runs anywhere, "triton" on CUDA; "auto" takes Triton on CUDA, unless K > 1,024,
             and torch elsewhere.
-        chunk_rows: rows whose logits are held at a time; None for 4,096 in Triton and 512 in torch. Triton holds
+        chunk_rows: rows whose logits are held at a time; None for 4,096 in Triton and 256 in torch. Triton holds
             `chunk_rows · V` numbers of the dtype of hidden; torch that many in float32, half as much again for
             bfloat16 and float16, and twice as much for a softcap.
 
@@ -195,5 +195,8 @@ class _Head(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors]
-        return (None, *scaled, None, None, None, None, None, None)
+        gradients = ctx.saved_tensors
+        # A plain `loss.backward()` needs no copy; on a GPU the host would have to wait for the look.
+        if upstream.is_cuda or upstream != 1:
+            gradients = [None if gradient is None else gradient * upstream for gradient in gradients]
+        return (None, *gradients, None, None, None, None, None, None)

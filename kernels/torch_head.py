@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 
 
 class Targets(NamedTuple):
