@@ -5,6 +5,7 @@ Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
 
 from collections import Counter
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adpa.errors import OptionError
-from adpa.kernels import loss_rows
+from adpa.kernels import head, loss_rows, torch_head, triton_head
 from adpa.kernels.head import distill_head
 
 CHUNKS = 8  # of 8 rows each
@@ -256,3 +257,12 @@ def test_without_triton_its_backend_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("adpa.kernels.checks.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="backend 'triton' needs the package triton"):
         run(random_problem(), "triton")
+
+
+def test_auto_takes_triton_where_it_can_run_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, on_cuda = torch.zeros(11, 8), MagicMock(is_cuda=True, device="cuda:0")
+    assert head._backend("auto", on_cpu, top_k=50) is torch_head
+    assert head._backend("auto", on_cuda, top_k=50) is triton_head
+    assert head._backend("auto", on_cuda, top_k=1025) is torch_head
+    monkeypatch.setattr(head, "find_spec", lambda name: None)
+    assert head._backend("auto", on_cuda, top_k=50) is torch_head
