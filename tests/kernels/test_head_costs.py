@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adpa.errors import OptionError
-from adpa.kernels import head, loss_rows, torch_head, triton_head
+from adpa.kernels import loss_rows
+from adpa.kernels.checks import takes_triton
 from adpa.kernels.head import distill_head
 
 CHUNKS = 8  # of 8 rows each
@@ -81,7 +82,9 @@ def test_no_tensor_is_larger_than_a_chunk_of_aligned_logits() -> None:
 
 @both_backends
 def test_the_host_waits_once_for_the_rows_that_count(backend: Backend) -> None:
-    operations = step(wide_problem(), backend).operations
+    with Watch() as watch:  # of the forward pass: in the backward pass it looks at the upstream gradient on a CPU alone
+        distill_head(*wide_problem(), chunk_rows=8, backend=backend)
+    operations = watch.operations
     assert operations["nonzero"] == 1
     assert operations["_local_scalar_dense"] == operations["item"] == operations["equal"] == 0
 
@@ -261,8 +264,9 @@ def test_without_triton_its_backend_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_auto_takes_triton_where_it_can_run_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu, on_cuda = torch.zeros(11, 8), MagicMock(is_cuda=True, device="cuda:0")
-    assert head._backend("auto", on_cpu, top_k=50) is torch_head
-    assert head._backend("auto", on_cuda, top_k=50) is triton_head
-    assert head._backend("auto", on_cuda, top_k=1025) is torch_head
-    monkeypatch.setattr(head, "find_spec", lambda name: None)
-    assert head._backend("auto", on_cuda, top_k=50) is torch_head
+    few, many = (("topk_ids", torch.zeros(11, top_k)) for top_k in (50, 1025))
+    assert not takes_triton("auto", "hidden", on_cpu, few)
+    assert takes_triton("auto", "hidden", on_cuda, few)
+    assert not takes_triton("auto", "hidden", on_cuda, many)
+    monkeypatch.setattr("adpa.kernels.checks.find_spec", lambda name: None)
+    assert not takes_triton("auto", "hidden", on_cuda, few)
