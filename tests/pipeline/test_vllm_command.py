@@ -245,6 +245,7 @@ def test_a_stop_leaves_no_process_behind(stop: str, moment: str, started: Any) -
         os.killpg(run.process.pid, number)
     else:
         run.process.send_signal(number)
-    assert run.process.wait(60) == exit_code, run.output.read_text()
+    # A terminal stops vLLM's processes too, and their end may be noticed first: a failed engine, exit code 1.
+    assert run.process.wait(60) in ({exit_code, 1} if number == signal.SIGINT else {exit_code}), run.output.read_text()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
