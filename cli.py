@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     """The entry point of the ``adpa`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # So that engines are stopped when a scheduler stops us.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -48,6 +49,12 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "adpa"
         _print_error(f"{error.format_message()} See {command} --help")
         exit_code = error.exit_code
+    except SystemExit as stop:
+        exit_code = stop.code
+    if exit_code in (INTERRUPTED, TERMINATED):
+        # Everything of ours is closed by now; threads of libraries that a signal caught at work abort an orderly end.
+        sys.stdout.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)
 
 
@@ -81,7 +88,7 @@ def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
             if report is not None:
                 report.write_text(json.dumps(summary, indent=2) + "\n")
         except KeyboardInterrupt as error:
-            _fail(error, debug, 130, "interrupted")
+            _fail(error, debug, INTERRUPTED, "interrupted")
         except AdpaError as error:
             _fail(error, debug, error.exit_code)
         except torch.OutOfMemoryError as error:
