@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from datasets.utils import disable_progress_bars
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -30,11 +31,10 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from adpa.lab.environment import Pair, Prompt, completion_row, corpus, preference_pairs, preference_row
+from adpa.lab.environment import Environment, Pair, Prompt, completion_row, preference_row
 from adpa.lab.tokenizer import build_tokenizer
 
 CORPUS_SIZE = 16_000
-PAIR_COUNT = 3_000
 PRETRAINING_BATCH = 128
 
 
@@ -71,6 +71,16 @@ DPO_RATE = 2e-4
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a laboratory is built of: the environment, the number of preference pairs, and the two sizes of model."""
+
+    environment: Environment = field(default_factory=Environment)
+    pairs: int = 3_000
+    teacher: Recipe = TEACHER
+    student: Recipe = STUDENT
+
+
+@dataclass(frozen=True)
 class Laboratory:
     """Where the laboratory's checkpoints and pairs lie."""
 
@@ -93,20 +103,20 @@ class Laboratory:
         return self.directory / "preferences.jsonl"
 
 
-def build_laboratory(directory: Path, seed: int) -> Laboratory:
+def build_laboratory(directory: Path, seed: int, plan: Plan = Plan()) -> Laboratory:
     """Trains and saves everything, all of it from the seed; prints a line for each step."""
     laboratory = Laboratory(directory)
     directory.mkdir(parents=True)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     tokenizer = build_tokenizer()
-    texts = corpus(CORPUS_SIZE, seed)
-    pairs = preference_pairs(PAIR_COUNT, seed)
+    texts = plan.environment.corpus(CORPUS_SIZE, seed)
+    pairs = plan.environment.preference_pairs(plan.pairs, seed)
     write_preferences(pairs, laboratory.preferences)
 
     for name, path, recipe in (
-        ("teacher", laboratory.reference, TEACHER),
-        ("student", laboratory.student, STUDENT),
+        ("teacher", laboratory.reference, plan.teacher),
+        ("student", laboratory.student, plan.student),
     ):
         model = _new_model(recipe, tokenizer, seed)
         with _timed(f"pretraining the {name}"):
@@ -114,7 +124,7 @@ def build_laboratory(directory: Path, seed: int) -> Laboratory:
         with _timed(f"SFT of the {name}"):
             _fine_tune(model, tokenizer, pairs, recipe, path, seed)
     with _timed("DPO of the teacher"):
-        _align(laboratory.reference, tokenizer, pairs, laboratory.teacher, seed)
+        align(laboratory.reference, laboratory.preferences, laboratory.teacher, seed)
     return laboratory
 
 
@@ -199,16 +209,23 @@ def _fine_tune(
     _save(model, tokenizer, output)
 
 
-def _align(reference: Path, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], output: Path, seed: int) -> None:
-    rows = [preference_row(pair) for pair in pairs]
-    arguments = DPOConfig(**_trainer_settings(output, seed), num_train_epochs=1, learning_rate=DPO_RATE, beta=DPO_BETA)
-    model = LlamaForCausalLM.from_pretrained(reference)
-    trainer = DPOTrainer(
-        model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+def align(
+    checkpoint: Path,
+    preferences: Path,
+    output: Path,
+    seed: int,
+    learning_rate: float = DPO_RATE,
+    num_train_epochs: float = 1,
+    beta: float = DPO_BETA,
+) -> None:
+    """DPO of a checkpoint against itself, by TRL."""
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    arguments = DPOConfig(
+        **_trainer_settings(output, seed), num_train_epochs=num_train_epochs, learning_rate=learning_rate, beta=beta
     )
+    trainer = DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     _save(model, tokenizer, output)

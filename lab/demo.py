@@ -20,7 +20,7 @@ from transformers import logging as transformers_logging
 from adpa.errors import OptionError
 from adpa.lab.checkpoints import Laboratory, build_laboratory
 from adpa.lab.command import adpa
-from adpa.lab.environment import evaluation_prompts
+from adpa.lab.environment import Environment
 from adpa.lab.evaluate import Evaluation, evaluate, mean, win_rate
 
 EVALUATION_PROMPTS = 500
@@ -59,7 +59,7 @@ def run_demo(output: Path, seed: int) -> None:
         BASELINE: laboratory.student,
         **distil(laboratory, output, seed),
     }
-    prompts = evaluation_prompts(EVALUATION_PROMPTS, seed)
+    prompts = Environment().evaluation_prompts(EVALUATION_PROMPTS, seed)
     evaluations = {name: evaluate(path, prompts, seed) for name, path in checkpoints.items()}
     results = summarize(evaluations)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

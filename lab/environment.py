@@ -23,8 +23,6 @@ DIGITS = tuple("0123456789")
 WORDS = (*DIGITS, *OPERATIONS, *TONES, *GREETINGS.values(), *CLOSINGS, *FILLERS)
 
 DIGITS_PER_PROMPT = 5
-CANDIDATES_PER_PAIR = 4
-FLIPPED_SHARE = 0.05
 
 Digits = tuple[int, ...]
 T = TypeVar("T")
@@ -57,29 +55,81 @@ class Pair:
     rejected: str
 
 
-def training_prompts(count: int, seed: int, purpose: str) -> list[Prompt]:
-    return list(islice(_random_prompts(_generator(seed, purpose), held_out=False), count))
+@dataclass(frozen=True)
+class Environment:
+    """What is asked and how it is answered.
 
-
-def evaluation_prompts(count: int, seed: int) -> list[Prompt]:
-    return list(islice(_random_prompts(_generator(seed, "evaluation"), held_out=True), count))
-
-
-def corpus(count: int, seed: int) -> list[tuple[Prompt, str]]:
-    """Prompts with responses of mixed quality: what the base models are pretrained on."""
-    generator = _generator(seed, "corpus responses")
-    prompts = training_prompts(count, seed, "corpus")
-    return [(prompt, _noisy_response(prompt, generator)) for prompt in prompts]
-
-
-def preference_pairs(count: int, seed: int) -> list[Pair]:
-    """For each prompt the best of four noisy responses against a worse one of the others.
-
-    The chosen response has the higher reward, except in the 5 % of the pairs that are flipped.
+    Attributes:
+        operations: what prompts ask for; one that stands here twice is asked for twice as often.
+        noise: how careless the speaker is: the probability of each kind of mistake is multiplied by this.
+        candidates: responses drawn for a preference pair, of which the best is chosen.
+        flipped: the share of preference pairs whose chosen and rejected response are exchanged.
     """
-    generator = _generator(seed, "preference responses")
-    prompts = training_prompts(count, seed, "preferences")
-    return [_preference_pair(prompt, generator) for prompt in prompts]
+
+    operations: tuple[str, ...] = OPERATIONS
+    noise: float = 1.0
+    candidates: int = 4
+    flipped: float = 0.05
+
+    def training_prompts(self, count: int, seed: int, purpose: str) -> list[Prompt]:
+        return list(islice(self._random_prompts(_generator(seed, purpose), held_out=False), count))
+
+    def evaluation_prompts(self, count: int, seed: int) -> list[Prompt]:
+        return list(islice(self._random_prompts(_generator(seed, "evaluation"), held_out=True), count))
+
+    def corpus(self, count: int, seed: int) -> list[tuple[Prompt, str]]:
+        """Prompts with responses of mixed quality: what the base models are pretrained on."""
+        generator = _generator(seed, "corpus responses")
+        prompts = self.training_prompts(count, seed, "corpus")
+        return [(prompt, self._noisy_response(prompt, generator)) for prompt in prompts]
+
+    def preference_pairs(self, count: int, seed: int) -> list[Pair]:
+        """For each prompt the best of some noisy responses against a worse one of the others.
+
+        The chosen response has the higher reward, except in the pairs that are flipped.
+        """
+        generator = _generator(seed, "preference responses")
+        prompts = self.training_prompts(count, seed, "preferences")
+        return [self._preference_pair(prompt, generator) for prompt in prompts]
+
+    def _random_prompts(self, generator: np.random.Generator, held_out: bool) -> Iterator[Prompt]:
+        while True:
+            digits = tuple(generator.integers(10, size=DIGITS_PER_PROMPT).tolist())
+            prompt = Prompt(_pick(self.operations, generator), _pick(TONES, generator), digits)
+            if prompt.held_out == held_out:
+                yield prompt
+
+    def _preference_pair(self, prompt: Prompt, generator: np.random.Generator) -> Pair:
+        """Redraws the candidates until one of them is worse than the best."""
+        while True:
+            candidates = [self._noisy_response(prompt, generator) for _ in range(self.candidates)]
+            best = max(candidates, key=lambda response: reward(prompt, response))
+            worse = tuple(response for response in candidates if reward(prompt, response) < reward(prompt, best))
+            if worse:
+                break
+        other = _pick(worse, generator)
+        flipped = generator.random() < self.flipped
+        return Pair(prompt, other, best) if flipped else Pair(prompt, best, other)
+
+    def _noisy_response(self, prompt: Prompt, generator: np.random.Generator) -> str:
+        """A careless speaker: mistakes the operation, slips on digits, greets and closes at whim, pads."""
+        mistaken = generator.random() < 0.2 * self.noise
+        operation = _pick(self.operations, generator) if mistaken else prompt.operation
+        digits = [
+            int(generator.integers(10)) if generator.random() < 0.05 * self.noise else digit
+            for digit in _apply(operation, prompt.digits)
+        ]
+        words = [str(digit) for digit in digits]
+        if generator.random() < 0.1 * self.noise:
+            words.pop(generator.integers(len(words)))
+        if generator.random() < 0.4:
+            tone = _pick(TONES, generator) if generator.random() >= 1 - 0.4 * self.noise else prompt.tone
+            words.insert(0, GREETINGS[tone])
+        if generator.random() < 0.35:
+            words.append(_pick(CLOSINGS, generator))
+        for _ in range(generator.integers(4)):
+            words.insert(generator.integers(len(words) + 1), _pick(FILLERS, generator))
+        return " ".join(words)
 
 
 def preference_row(pair: Pair) -> dict[str, list[dict[str, str]]]:
@@ -121,48 +171,6 @@ def reward(prompt: Prompt, response: str) -> float:
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode()])
-
-
-def _random_prompts(generator: np.random.Generator, held_out: bool) -> Iterator[Prompt]:
-    while True:
-        digits = tuple(generator.integers(10, size=DIGITS_PER_PROMPT).tolist())
-        prompt = Prompt(_pick(OPERATIONS, generator), _pick(TONES, generator), digits)
-        if prompt.held_out == held_out:
-            yield prompt
-
-
-def _preference_pair(prompt: Prompt, generator: np.random.Generator) -> Pair:
-    """Redraws the candidates until one of them is worse than the best."""
-    while True:
-        candidates = [_noisy_response(prompt, generator) for _ in range(CANDIDATES_PER_PAIR)]
-        best = max(candidates, key=lambda response: reward(prompt, response))
-        worse = tuple(response for response in candidates if reward(prompt, response) < reward(prompt, best))
-        if worse:
-            break
-    other = _pick(worse, generator)
-    flipped = generator.random() < FLIPPED_SHARE
-    return Pair(prompt, other, best) if flipped else Pair(prompt, best, other)
-
-
-def _noisy_response(prompt: Prompt, generator: np.random.Generator) -> str:
-    """A careless speaker: mistakes the operation, slips on digits, greets and closes at whim, pads."""
-    operation = _pick(OPERATIONS, generator) if generator.random() < 0.2 else prompt.operation
-    digits = [_careless(digit, generator) for digit in _apply(operation, prompt.digits)]
-    words = [str(digit) for digit in digits]
-    if generator.random() < 0.1:
-        words.pop(generator.integers(len(words)))
-    if generator.random() < 0.4:
-        tone = prompt.tone if generator.random() < 0.6 else _pick(TONES, generator)
-        words.insert(0, GREETINGS[tone])
-    if generator.random() < 0.35:
-        words.append(_pick(CLOSINGS, generator))
-    for _ in range(generator.integers(4)):
-        words.insert(generator.integers(len(words) + 1), _pick(FILLERS, generator))
-    return " ".join(words)
-
-
-def _careless(digit: int, generator: np.random.Generator) -> int:
-    return int(generator.integers(10)) if generator.random() < 0.05 else digit
 
 
 def _pick(items: Sequence[T], generator: np.random.Generator) -> T:

@@ -67,8 +67,13 @@ def distill(
     student: Annotated[str, Doc("The small model to train: a directory, or org/name[@revision] of the Hub.")],
     cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
     output: Annotated[Path, Doc("Directory for the trained student; it must be empty.")],
-    on: Annotated[ResponseName, Doc("Responses that get the advantage term of adpa.")] = "sampled",
-    kl_weight: Annotated[float, Doc("α, the weight of the KL terms of kd and dckd.")] = 1.0,
+    on: Annotated[
+        ResponseName | None,
+        Doc("Responses that get the KL term of kd (chosen unless given) or the advantage term of adpa (sampled)."),
+    ] = None,
+    kl_weight: Annotated[
+        float | None, Doc("α, the weight of the KL terms: 1 for kd and dckd, 0 for adpa unless given.")
+    ] = None,
     advantage_weight: Annotated[float, Doc("γ, the weight of the advantage term of adpa.")] = 0.5,
     plausibility: Annotated[
         float, Doc("Keep a positive advantage only where the teacher's probability is at least this; 0 keeps all.")

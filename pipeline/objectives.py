@@ -8,7 +8,8 @@ Source: Gao et al., "Advantage-Guided Distillation for Preference Alignment in S
     dckd    sft + α · [KL(p‖q) on y_w + KL(p‖q) on y_l]
     adpa    sft − γ · Σ_S q_k·A_k on ŷ
 
-Every term is a mean over its own responses' tokens.
+Every term is a mean over its own responses' tokens. On ŷ instead of y_w, kd is on-policy distillation; adpa can have
+KL(p‖q) beside the advantages, which the paper does without.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -31,29 +32,40 @@ class TermWeights(NamedTuple):
 
 
 def objective_terms(
-    objective: ObjectiveName, on: ResponseName, kl_weight: float, advantage_weight: float
+    objective: ObjectiveName, on: ResponseName | None, kl_weight: float | None, advantage_weight: float
 ) -> dict[ResponseName, TermWeights]:
-    """The terms of an objective by response set; ``on`` is where the advantage term of adpa goes.
+    """The terms of an objective by response set.
+
+    Args:
+        objective: its name.
+        on: where the KL term of kd (chosen unless given) or the advantage term of adpa (sampled unless given) goes.
+        kl_weight: α; 1 for kd and dckd and 0 for adpa unless given.
+        advantage_weight: γ of adpa.
 
     Raises:
-        OptionError: there is no such objective or response set.
+        OptionError: there is no such objective or response set, or the objective has no use for one of the others.
     """
     if objective not in get_args(ObjectiveName):
         raise OptionError(f"objective {objective!r}; expected one of {', '.join(get_args(ObjectiveName))}")
-    if on not in get_args(ResponseName):
+    if on is not None and on not in get_args(ResponseName):
         raise OptionError(f"--on {on!r}; expected one of {', '.join(get_args(ResponseName))}")
-    for option, weight in (("--kl-weight", kl_weight), ("--advantage-weight", advantage_weight)):
+    if on is not None and objective not in ("kd", "adpa"):
+        raise OptionError(f"--on {on} with {objective}, whose responses are fixed", "leave it out, or use kd or adpa")
+    if kl_weight is not None and objective == "sft":
+        raise OptionError("--kl-weight with sft, which has no KL term", "leave it out, or use kd, dckd or adpa")
+    for option, weight in (("--kl-weight", kl_weight or 0.0), ("--advantage-weight", advantage_weight)):
         if not weight >= 0:
             raise OptionError(f"{option} {weight:g}; expected 0 or more")
+    nll = TermWeights(nll=1.0)
     if objective == "sft":
-        return {"chosen": TermWeights(nll=1.0)}
-    if objective == "kd":
-        return {"chosen": TermWeights(nll=1.0, kl=kl_weight)}
+        return {"chosen": nll}
+    if objective == "adpa":
+        term, on = TermWeights(kl=kl_weight or 0.0, advantage=advantage_weight), on or "sampled"
+    else:
+        term, on = TermWeights(kl=1.0 if kl_weight is None else kl_weight), on or "chosen"
     if objective == "dckd":
-        return {"chosen": TermWeights(nll=1.0, kl=kl_weight), "rejected": TermWeights(kl=kl_weight)}
-    if on == "chosen":
-        return {"chosen": TermWeights(nll=1.0, advantage=advantage_weight)}
-    return {"chosen": TermWeights(nll=1.0), on: TermWeights(advantage=advantage_weight)}
+        return {"chosen": term._replace(nll=1.0), "rejected": term}
+    return {"chosen": term._replace(nll=1.0)} if on == "chosen" else {"chosen": nll, on: term}
 
 
 def plausible_advantages(advantages: Tensor, teacher_logprobs: Tensor, plausibility: float) -> Tensor:

@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 
 from adpa.lab.environment import (
-    FLIPPED_SHARE,
     WORDS,
+    Environment,
     Prompt,
     completion_row,
-    corpus,
-    evaluation_prompts,
-    preference_pairs,
     preference_row,
     reward,
 )
 
+ENVIRONMENT = Environment()
 PROMPT = Prompt("reverse", "casual", (3, 1, 4, 1, 5))
 
 
@@ -58,45 +56,45 @@ def test_reward_is_the_sum_of_its_parts(
 
 
 def test_chosen_beats_rejected_except_in_the_flipped_pairs() -> None:
-    pairs = preference_pairs(2000, seed=0)
+    pairs = ENVIRONMENT.preference_pairs(2000, seed=0)
     margins = np.array([reward(pair.prompt, pair.chosen) - reward(pair.prompt, pair.rejected) for pair in pairs])
     assert (margins != 0).all()
-    assert (margins < 0).mean() == pytest.approx(FLIPPED_SHARE, abs=0.02)
+    assert (margins < 0).mean() == pytest.approx(ENVIRONMENT.flipped, abs=0.02)
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_draws_other_data() -> None:
-    assert preference_pairs(20, seed=3) == preference_pairs(20, seed=3)
-    assert corpus(20, seed=3) == corpus(20, seed=3)
-    assert evaluation_prompts(20, seed=3) == evaluation_prompts(20, seed=3)
-    assert preference_pairs(20, seed=3) != preference_pairs(20, seed=4)
+    assert ENVIRONMENT.preference_pairs(20, seed=3) == ENVIRONMENT.preference_pairs(20, seed=3)
+    assert ENVIRONMENT.corpus(20, seed=3) == ENVIRONMENT.corpus(20, seed=3)
+    assert ENVIRONMENT.evaluation_prompts(20, seed=3) == ENVIRONMENT.evaluation_prompts(20, seed=3)
+    assert ENVIRONMENT.preference_pairs(20, seed=3) != ENVIRONMENT.preference_pairs(20, seed=4)
 
 
 def test_drawing_leaves_the_global_generator_alone() -> None:
     np.random.seed(0)
     expected = np.random.random()
     np.random.seed(0)
-    preference_pairs(5, seed=0)
+    ENVIRONMENT.preference_pairs(5, seed=0)
     assert np.random.random() == expected
 
 
 def test_a_longer_draw_begins_with_the_shorter_one() -> None:
-    assert preference_pairs(20, seed=0)[:5] == preference_pairs(5, seed=0)
+    assert ENVIRONMENT.preference_pairs(20, seed=0)[:5] == ENVIRONMENT.preference_pairs(5, seed=0)
 
 
 def test_no_evaluation_prompt_is_a_training_prompt() -> None:
-    trained = {pair.prompt for pair in preference_pairs(500, seed=0)}
-    trained |= {prompt for prompt, _ in corpus(500, seed=0)}
-    assert trained.isdisjoint(evaluation_prompts(500, seed=0))
+    trained = {pair.prompt for pair in ENVIRONMENT.preference_pairs(500, seed=0)}
+    trained |= {prompt for prompt, _ in ENVIRONMENT.corpus(500, seed=0)}
+    assert trained.isdisjoint(ENVIRONMENT.evaluation_prompts(500, seed=0))
 
 
 def test_every_word_is_in_the_vocabulary() -> None:
-    pairs = preference_pairs(500, seed=0)
+    pairs = ENVIRONMENT.preference_pairs(500, seed=0)
     texts = [text for pair in pairs for text in (pair.prompt.text, pair.chosen, pair.rejected)]
     assert {word for text in texts for word in text.split()} == set(WORDS)
 
 
 def test_rows_are_conversations_in_plain_json() -> None:
-    pair = preference_pairs(1, seed=0)[0]
+    pair = ENVIRONMENT.preference_pairs(1, seed=0)[0]
     row = preference_row(pair)
     assert row == {
         "prompt": [{"role": "user", "content": pair.prompt.text}],

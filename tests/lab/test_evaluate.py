@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adpa.lab.environment import evaluation_prompts
+from adpa.lab.environment import Environment
 from adpa.lab.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate, respond, win_rate
 from adpa.lab.tokenizer import build_tokenizer
 
-PROMPTS = evaluation_prompts(30, seed=0)
+ENVIRONMENT = Environment()
+PROMPTS = ENVIRONMENT.evaluation_prompts(30, seed=0)
 
 
 @pytest.fixture(scope="module")

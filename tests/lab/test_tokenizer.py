@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from adpa.lab.environment import WORDS, Pair, preference_pairs, preference_row
+from adpa.lab.environment import WORDS, Environment, Pair, preference_row
 from adpa.lab.tokenizer import TURN_END, VOCABULARY, build_tokenizer
 
-PAIRS = preference_pairs(50, seed=0)
+PAIRS = Environment().preference_pairs(50, seed=0)
 
 
 @pytest.fixture(scope="module")
