@@ -138,6 +138,9 @@ class SignalTable:
         self._ends = np.cumsum([len(table) for table in self._tables])
         self._keys = pa.chunked_array([chunk for table in self._tables for chunk in table["key"].chunks], pa.binary(16))
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def locate(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """The row number of each key, −1 where there is none; int64 [len(keys)]."""
         found = pc.index_in(keys, value_set=self._keys)

@@ -1,0 +1,79 @@
+"""The ways from a student to a better one that a study compares, each by the functions that users call."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from adpa.data.signals import read_scorings, read_signals
+from adpa.lab.advantages import CHANGES, AdvantageName, change_signals, towards_prior
+from adpa.lab.checkpoints import Laboratory, align
+from adpa.lab.evaluate import MAX_NEW_TOKENS
+from adpa.pipeline.distill import distill
+from adpa.pipeline.objectives import ObjectiveName
+from adpa.pipeline.precompute import precompute
+
+OBJECTIVES = (*get_args(ObjectiveName), "dpo")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training.
+
+    Attributes:
+        objective: one of ``adpa distill``, or ``dpo`` by TRL.
+        options: of ``distill``, or of ``align``.
+        after: the method whose student this one begins with; the SFT student unless given.
+        control: the method whose reward is subtracted from this one's in the table.
+        top_k: ids that the teacher is asked for.
+        advantages: what stands for log π_teacher − log π_reference; see ``adpa.lab.advantages``.
+        prior: whether KL terms pull towards the SFT student instead of the teacher.
+        trials: options tried on the tuning seeds, of which the best are taken.
+    """
+
+    objective: ObjectiveName | Literal["dpo"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    after: str | None = None
+    control: str | None = None
+    top_k: int = 16
+    advantages: AdvantageName = "log ratio"
+    prior: bool = False
+    trials: tuple[Mapping[str, Any], ...] = ()
+
+
+def method_options(objective: str) -> list[str]:
+    """The names of the options that a method of this objective can have."""
+    parameters = inspect.signature(align if objective == "dpo" else distill).parameters.values()
+    given_here = {"seed", "scoring"}
+    return [one.name for one in parameters if one.default is not inspect.Parameter.empty and one.name not in given_here]
+
+
+def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, output: Path, seed: int) -> None:
+    """Trains the student in ``start`` and saves it in ``output``; what the teacher said is shared through ``cache``."""
+    if method.objective == "dpo":
+        align(start, laboratory.preferences, output, seed, **method.options)
+        return
+    on = method.options.get("on", "sampled" if method.objective == "adpa" else "chosen")
+
+    def scored(reference: Path) -> str:
+        return precompute(
+            str(laboratory.teacher),
+            str(laboratory.preferences),
+            cache,
+            reference=str(reference),
+            student=str(start) if on == "sampled" else None,
+            top_k=method.top_k,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=seed,
+            engine="hf",
+        ).scoring
+
+    scoring = scored(laboratory.reference)
+    if method.prior:
+        of_student = scored(laboratory.student)
+        prior = next(read_signals(cache, found) for found in read_scorings(cache) if found.id == of_student)
+        scoring = change_signals(cache, scoring, "the student's KL", towards_prior(prior))
+    if method.advantages != "log ratio":
+        scoring = change_signals(cache, scoring, f"{method.advantages} advantages", CHANGES[method.advantages])
+    distill(method.objective, str(start), cache, output, scoring=scoring, seed=seed, **method.options)
