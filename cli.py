@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adpa.errors import AdpaError, OptionError
+from adpa.lab.conduct import lab
 from adpa.pipeline.distill import distill
 from adpa.pipeline.precompute import precompute
 
@@ -168,5 +169,5 @@ def _print_summary(title: str, summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-for _stage in (precompute, distill):
+for _stage in (precompute, distill, lab):
     app.command(_stage.__name__)(as_command(_stage))

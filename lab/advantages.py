@@ -22,7 +22,7 @@ from adpa.data.signals import (
 from adpa.lab.tokenizer import VOCABULARY
 
 AdvantageName = Literal["log ratio", "clipped", "centred", "uniform reference"]
-Change = Callable[[SignalRow], SignalRow]
+Change = Callable[[SignalRow], SignalRow | None]
 
 CLIP = 1.0
 
@@ -56,12 +56,14 @@ def towards_prior(prior: SignalTable) -> Change:
 
     Args:
         prior: signals of the same sequences and ids, whose reference is that model: its log-probabilities are the
-            teacher's minus the advantages.
+            teacher's minus the advantages. A sequence that is not among them has no changed row.
     """
     rows = {row.key: row for row in map(prior.row, range(len(prior)))}
 
-    def change(row: SignalRow) -> SignalRow:
-        found = rows[row.key]
+    def change(row: SignalRow) -> SignalRow | None:
+        found = rows.get(row.key)
+        if found is None:
+            return None
         assert np.array_equal(row.topk_ids, found.topk_ids), "signals of other ids"
         logprobs_TK = found.topk_logprobs - _advantages(found)
         outside_T = 1 - np.exp(logprobs_TK).sum(1)
@@ -77,7 +79,7 @@ def change_signals(cache: Path, scoring_id: str, name: str, change: Change) -> s
     signals, done = read_signals(cache, scoring), read_signals(cache, changed).keys()
     rows = map(signals.row, range(len(signals)))
     write_scoring(cache, changed)
-    new = [change(row) for row in rows if row.key not in done]
+    new = [new for row in rows if row.key not in done and (new := change(row))]
     if new:
         write_signals(cache, changed, new)
     return changed.id

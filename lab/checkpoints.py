@@ -3,6 +3,8 @@
 The teacher is pretrained on responses of mixed quality; fine-tuned on the chosen responses it is the
 reference; after DPO against that reference it is the teacher. The student takes the same first two steps and
 is too small to do as well.
+
+TRL is imported where it is used: it takes seconds, and no other command needs it.
 """
 
 import json
@@ -26,10 +28,6 @@ from transformers import (
     set_seed,
 )
 from transformers import logging as transformers_logging
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from adpa.lab.environment import Environment, Pair, Prompt, completion_row, preference_row
 from adpa.lab.tokenizer import build_tokenizer
@@ -197,6 +195,9 @@ def _fine_tune(
     output: Path,
     seed: int,
 ) -> None:
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
     rows = [completion_row(pair.prompt, pair.chosen) for pair in pairs]
     arguments = SFTConfig(
         **_trainer_settings(output, seed),
@@ -219,6 +220,9 @@ def align(
     beta: float = DPO_BETA,
 ) -> None:
     """DPO of a checkpoint against itself, by TRL."""
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
     rows = [json.loads(line) for line in preferences.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = LlamaForCausalLM.from_pretrained(checkpoint)

@@ -30,6 +30,7 @@ class Method:
         advantages: what stands for log π_teacher − log π_reference; see ``adpa.lab.advantages``.
         prior: whether KL terms pull towards the SFT student instead of the teacher.
         trials: options tried on the tuning seeds, of which the best are taken.
+        swept: the options that make the difference between a sweep's methods.
     """
 
     objective: ObjectiveName | Literal["dpo"]
@@ -40,6 +41,7 @@ class Method:
     advantages: AdvantageName = "log ratio"
     prior: bool = False
     trials: tuple[Mapping[str, Any], ...] = ()
+    swept: Mapping[str, float] = field(default_factory=dict)
 
 
 def method_options(objective: str) -> list[str]:

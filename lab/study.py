@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -28,7 +29,8 @@ class Study:
         tuning_seeds: of the laboratories on which each method's options are chosen.
         prompts: held-out prompts that every student answers.
         plan: what a laboratory is built of.
-        methods: by name, each after the one that it begins with.
+        methods: what is compared, by name; each stands after the one that it begins with.
+        variants: what is measured beside them, with the options that are written down.
     """
 
     seeds: tuple[int, ...]
@@ -36,11 +38,12 @@ class Study:
     prompts: int
     plan: Plan
     methods: Mapping[str, Method]
+    variants: Mapping[str, Method]
 
     def settings(self) -> dict[str, Any]:
         """Everything but the seeds, as JSON has it: what two runs of one study share."""
         values = asdict(self)
-        return {name: values[name] for name in ("tuning_seeds", "prompts", "plan", "methods")}
+        return {name: values[name] for name in ("tuning_seeds", "prompts", "plan", "methods", "variants")}
 
 
 def read_study(path: Path = OWN_STUDY) -> Study:
@@ -54,24 +57,30 @@ def read_study(path: Path = OWN_STUDY) -> Study:
     except (OSError, yaml.YAMLError) as error:
         raise OptionError(f"--study {path}: {' '.join(str(error).split())}") from error
     where = f"--study {path}"
-    known = ("seeds", "tuning_seeds", "prompts", "laboratory", "options", "methods")
+    known = ("seeds", "tuning_seeds", "prompts", "laboratory", "options", "methods", "variants", "sweeps")
     content = _mapping(content, where, known)
     if missing := {"seeds", "methods"} - content.keys():
         raise OptionError(f"{where}: lacks {sorted(missing)[0]}")
     common = _mapping(content.get("options", {}), f"{where}: options", method_options("adpa"))
-    methods = {
-        str(name): _method(method, common, f"{where}: method {name!r}")
-        for name, method in _mapping(content["methods"], f"{where}: methods").items()
-    }
+    methods, variants = (
+        {
+            str(name): _method(method, common, f"{where}: {part}: {name!r}")
+            for name, method in _mapping(content.get(part, {}), f"{where}: {part}").items()
+        }
+        for part in ("methods", "variants")
+    )
+    for sweep in content.get("sweeps", []):
+        variants |= _sweep(sweep, common, f"{where}: sweeps")
     tuning_seeds = check_seeds(content.get("tuning_seeds", []), f"{where}: tuning_seeds")
     seeds = check_seeds(content["seeds"], f"{where}: seeds")
-    _check_methods(methods, tuning_seeds, where)
+    _check_methods(methods, variants, tuning_seeds, where)
     if shared := set(seeds) & set(tuning_seeds):
         raise OptionError(f"{where}: seed {min(shared)} is both tuned on and reported", "choose other seeds")
     prompts = content.get("prompts", 500)
     if not isinstance(prompts, int) or prompts < 1:
         raise OptionError(f"{where}: prompts {prompts!r}; expected a number of at least 1")
-    return Study(seeds, tuning_seeds, prompts, _plan(content.get("laboratory", {}), f"{where}: laboratory"), methods)
+    plan = _plan(content.get("laboratory", {}), f"{where}: laboratory")
+    return Study(seeds, tuning_seeds, prompts, plan, methods, variants)
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
@@ -89,7 +98,7 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
 
 
 def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
-    own = {one.name for one in fields(Method)} - {"options"}
+    own = {one.name for one in fields(Method)} - {"options", "swept"}
     objective = str(_mapping(content, where).get("objective"))
     if objective not in OBJECTIVES:
         raise OptionError(f"{where}: objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
@@ -108,16 +117,36 @@ def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
     return method
 
 
-def _check_methods(methods: Mapping[str, Method], tuning_seeds: Sequence[int], where: str) -> None:
-    before: set[str] = set()
-    for name, method in methods.items():
-        if method.after is not None and method.after not in before:
-            raise OptionError(f"{where}: method {name!r} comes after {method.after!r}, which does not stand above it")
+def _sweep(content: Any, common: Mapping[str, Any], where: str) -> dict[str, Method]:
+    """A method with every combination of the values of some of its options."""
+    content = _mapping(content, where)
+    lists = {name: values for name, values in content.items() if isinstance(values, list) and name != "trials"}
+    fixed = {name: value for name, value in content.items() if name not in lists and name != "name"}
+    combinations = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+    title = content.get("name", content.get("objective"))
+    return {
+        ", ".join([str(title), *(f"{name}={value:g}" for name, value in one.items())]): replace(
+            _method(fixed | one, common, where), swept=one
+        )
+        for one in combinations
+    }
+
+
+def _check_methods(
+    methods: Mapping[str, Method], variants: Mapping[str, Method], tuning_seeds: Sequence[int], where: str
+) -> None:
+    if both := methods.keys() & variants.keys():
+        raise OptionError(f"{where}: {min(both)!r} is there twice", "give every method a name of its own")
+    for name, method in {**methods, **variants}.items():
+        if method.after is not None and (method.after not in methods or methods[method.after].after is not None):
+            expected = "expected a method that begins with the SFT student"
+            raise OptionError(f"{where}: {name!r} comes after {method.after!r}; {expected}")
         if method.control is not None and method.control not in methods:
-            raise OptionError(f"{where}: method {name!r} has the control {method.control!r}, which is not there")
+            raise OptionError(f"{where}: {name!r} has the control {method.control!r}, which is no method")
+        if method.trials and name in variants:
+            raise OptionError(f"{where}: the variant {name!r} has trials", "make it a method, or leave them out")
         if method.trials and not tuning_seeds:
-            raise OptionError(f"{where}: method {name!r} has trials", "name tuning_seeds, or leave the trials out")
-        before.add(name)
+            raise OptionError(f"{where}: {name!r} has trials", "name tuning_seeds, or leave the trials out")
 
 
 def _plan(content: Any, where: str) -> Plan:

@@ -76,8 +76,12 @@ def distill(
     ] = None,
     advantage_weight: Annotated[float, Doc("γ, the weight of the advantage term of adpa.")] = 0.5,
     plausibility: Annotated[
-        float, Doc("Keep a positive advantage only where the teacher's probability is at least this; 0 keeps all.")
-    ] = 0.0,
+        float,
+        Doc(
+            "Keep a positive advantage only where the teacher's probability is at least this: for tokens that both "
+            "models find implausible it says little, and a large γ would follow it there. 0 is the published form."
+        ),
+    ] = 0.05,
     scoring: Annotated[str | None, Doc("Scoring to learn from (the beginning of its id), if several fit.")] = None,
     response_set: Annotated[
         list[str] | None, Doc("Response set to train on (the beginning of its id), if several fit; repeatable.")

@@ -1,0 +1,156 @@
+"""``adpa lab``: conducts a study, seed by seed, and reports it."""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import replace
+from importlib.util import find_spec
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from adpa.data.shards import write_file
+from adpa.data.signals import SignalTable, read_scorings, read_signals
+from adpa.errors import OptionError
+from adpa.lab.evaluate import mean
+from adpa.lab.methods import Method
+from adpa.lab.report import StudyReport, report_study
+from adpa.lab.runs import STUDENT, TEACHER, Run, conduct_seed, has_result, read_result
+from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
+from adpa.pipeline.directories import check_writable
+from adpa.pipeline.progress import progress
+
+SETTINGS = "study.json"
+
+
+def lab(
+    output: Annotated[Path, Doc("Directory of the study; one that was begun with the same settings is finished.")],
+    study: Annotated[
+        Path, Doc("YAML file of seeds, methods and settings; the laboratory's own study unless given.")
+    ] = (OWN_STUDY),
+    seed: Annotated[list[int] | None, Doc("Seed to report, instead of the study's; repeatable.")] = None,
+    workers: Annotated[int, Doc("Seeds that are worked on at a time, each on one core.")] = 2,
+) -> StudyReport:
+    """Measure the methods where a formula computes the preferences: no judge, no network.
+
+    For every seed a teacher pair and a student are trained from scratch, the student is trained on by every method of
+    the study, each through adpa precompute and adpa distill, and what the students say is scored by the formula.
+
+    Raises:
+        AdpaError: something about the arguments, the study or the directory that the caller can put right.
+    """
+    started = time.perf_counter()
+    chosen = read_study(study)
+    if seed:
+        chosen = replace(chosen, seeds=check_seeds(seed, "--seed"))
+    if shared := set(chosen.seeds) & set(chosen.tuning_seeds):
+        raise OptionError(f"seed {min(shared)} is both tuned on and reported", "choose other seeds to report")
+    for package in ("trl", "matplotlib"):
+        if find_spec(package) is None:
+            raise OptionError(f"adpa lab needs {package}, which is not installed", "pip install 'adpa[lab]'")
+    if workers < 1:
+        raise OptionError(f"--workers {workers}; expected at least 1")
+    check_writable("--output", output)
+    _begin(output, chosen)
+    tuned = _tune(output, chosen, workers)
+    methods = {**tuned, **chosen.variants}
+    runs = [
+        STUDENT,
+        TEACHER,
+        *(Run(name, method, method.after) for name, method in methods.items() if method.after is None),
+        *(Run(name, method, method.after) for name, method in methods.items() if method.after is not None),
+    ]
+    _conduct("students", output, chosen, chosen.seeds, runs, workers)
+    results = [read_result(output, each, run) for each in chosen.seeds for run in runs]
+    report = report_study(output, tuned, chosen.variants, results, time.perf_counter() - started)
+    from adpa.lab.plots import plot_study  # matplotlib: only this command needs it
+
+    plot_study(output, report, _signals(output, chosen.seeds[0]))
+    return report
+
+
+def _begin(output: Path, study: Study) -> None:
+    """Writes down the settings of a study in its directory, or checks that they are those it was begun with."""
+    path = output / SETTINGS
+    settings = json.loads(json.dumps(study.settings()))
+    if path.exists():
+        begun = json.loads(path.read_text())
+        different = [name for name, value in settings.items() if begun.get(name) != value]
+        if different:
+            raise OptionError(
+                f"--output {output}: a study of other settings was begun there: its {' and '.join(different)} differ",
+                "name another directory",
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise OptionError(f"--output {output}: not empty, and no study", "name another directory")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(settings, indent=2).encode())
+
+
+def _tune(output: Path, study: Study, workers: int) -> dict[str, Method]:
+    """The methods, with the options of the trial whose students had the highest mean sampled reward.
+
+    A method that comes after another one is tuned on the students of that one's best trial.
+    """
+    tuned = {name for name, method in study.methods.items() if method.trials}
+    tuned |= {method.after for name, method in study.methods.items() if name in tuned and method.after}
+    best: dict[str, Run] = {}
+
+    def trials_of(name: str, method: Method) -> list[Run]:
+        start = best[method.after].name if method.after else None
+        options = [{**method.options, **trial} for trial in method.trials or ({},)]
+        return [
+            Run(f"{name}, trial {n}", replace(method, options=one), start) for n, one in enumerate(options, start=1)
+        ]
+
+    def reward(run: Run) -> float:
+        return mean([mean(read_result(output, seed, run).evaluation.sampled) for seed in study.tuning_seeds])
+
+    for comes_after in (False, True):
+        trials = {
+            name: trials_of(name, method)
+            for name, method in study.methods.items()
+            if name in tuned and (method.after is not None) == comes_after
+        }
+        _conduct(
+            "trials", output, study, study.tuning_seeds, [run for runs in trials.values() for run in runs], workers
+        )
+        best |= {name: max(runs, key=reward) for name, runs in trials.items()}
+    return {name: best[name].method or method if name in best else method for name, method in study.methods.items()}
+
+
+def _signals(output: Path, seed: int) -> SignalTable:
+    """What the teacher and its reference said on one seed."""
+    cache = output / f"seed-{seed}" / "cache"
+    scorings = [found for found in read_scorings(cache) if found.reference is not None and found.engine == "hf"]
+    return max((read_signals(cache, found) for found in scorings), key=len, default=SignalTable([]))
+
+
+def _conduct(what: str, output: Path, study: Study, seeds: Sequence[int], runs: Sequence[Run], workers: int) -> None:
+    """Does the runs of all seeds, some seeds at a time, and shows progress."""
+
+    def done() -> int:
+        return sum(has_result(output, seed, run) for seed in seeds for run in runs)
+
+    unfinished = [seed for seed in seeds if not all(has_result(output, seed, run) for run in runs)]
+    shown = done()
+    total = len(seeds) * len(runs) - shown
+    # Processes of their own, one for each seed, so that nothing of one seed reaches another.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    with progress(what, total) as advance, pool:
+        pending = {pool.submit(conduct_seed, output, seed, study.plan, study.prompts, runs) for seed in unfinished}
+        while pending:
+            finished, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
+            advance(done() - shown)
+            shown = done()
+            try:
+                for future in finished:
+                    future.result()
+            except BaseException:  # the other seeds need not be finished for it to be told
+                for process in active_children():
+                    process.terminate()
+                raise

@@ -1,0 +1,90 @@
+"""The pictures of a study. Shapes: S points."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from adpa.data.signals import SignalTable
+from adpa.lab.report import MethodResult, StudyReport
+from adpa.pipeline.bootstrap import Interval
+
+WIDTH, DPI = 8.0, 150
+BLUE, RED, GREY = "#1f77b4", "#c0392b", "#666666"
+SHOWN_ROWS = 500
+
+
+def plot_study(output: Path, report: StudyReport, signals: SignalTable) -> None:
+    """Writes ``rewards.png``, ``gamma.png`` if γ was swept, and ``advantages.png`` if there are signals."""
+    figure, axes = _figure(1 + 0.4 * len(report.methods))
+    plot_rewards(axes, report.methods)
+    figure.savefig(output / "rewards.png", dpi=DPI)
+    swept = [one for one in report.variants if {"advantage_weight", "plausibility"} <= one.swept.keys()]
+    if swept:
+        figure, axes = _figure(4)
+        plot_gamma(axes, swept, student=report.methods[0].reward.mean)
+        figure.savefig(output / "gamma.png", dpi=DPI)
+    if len(signals):
+        figure, axes = _figure(4)
+        plot_advantages(axes, signals)
+        figure.savefig(output / "advantages.png", dpi=DPI)
+
+
+def plot_rewards(axes: Axes, results: Sequence[MethodResult]) -> None:
+    """A line for each method: sampled and greedy reward with their intervals."""
+    places_S = np.arange(len(results), dtype=np.float64)[::-1]
+    _points(axes, places_S + 0.12, [one.reward for one in results], BLUE, "sampled")
+    _points(axes, places_S - 0.12, [one.greedy_reward for one in results], GREY, "greedy")
+    axes.set_yticks(places_S, [one.name for one in results])
+    axes.set_xlabel("mean reward on held-out prompts, 95 % interval over seeds and prompts")
+    axes.legend()
+
+
+def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> None:
+    """Sampled reward against γ, with its interval, a line for each plausibility."""
+    for plausibility, color in zip(
+        sorted({one.swept["plausibility"] for one in results}), (RED, BLUE, GREY), strict=False
+    ):
+        line = [one for one in results if one.swept["plausibility"] == plausibility]
+        gammas_S = [one.swept["advantage_weight"] for one in line]
+        axes.plot(
+            gammas_S, [one.reward.mean for one in line], "o-", color=color, label=f"plausibility {plausibility:g}"
+        )
+        low_S, high_S = [one.reward.low for one in line], [one.reward.high for one in line]
+        axes.fill_between(gammas_S, low_S, high_S, color=color, alpha=0.2, linewidth=0)
+    axes.axhline(student, color="black", linestyle="--", linewidth=1, label="SFT student")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("γ (--advantage-weight)")
+    axes.set_ylabel("mean sampled reward")
+    axes.legend()
+
+
+def plot_advantages(axes: Axes, signals: SignalTable) -> None:
+    """Every token id of some responses' S_t: its advantage against the teacher's probability of it."""
+    rows = [signals.row(number) for number in range(min(SHOWN_ROWS, len(signals)))]
+    p_S = np.exp(np.concatenate([row.topk_logprobs.ravel() for row in rows]).astype(np.float64))
+    advantages_S = np.concatenate([np.ravel(np.asarray(row.topk_advantages)) for row in rows]).astype(np.float64)
+    axes.plot(p_S, advantages_S, ".", markersize=1, color=BLUE, alpha=0.3, rasterized=True)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.axvline(0.05, color=RED, linestyle="--", linewidth=1, label="plausibility 0.05")
+    axes.set_xscale("log")
+    axes.set_xlabel("probability that the teacher gives to the token")
+    axes.set_ylabel("advantage, nats")
+    axes.legend()
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _points(axes: Axes, places_S: NDArray[np.floating], intervals: Sequence[Interval], color: str, label: str) -> None:
+    means_S = np.array([one.mean for one in intervals])
+    errors_2S = [means_S - [one.low for one in intervals], [one.high for one in intervals] - means_S]
+    axes.errorbar(means_S, places_S, xerr=errors_2S, fmt="o", markersize=4, color=color, label=label, capsize=2)

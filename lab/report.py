@@ -1,0 +1,202 @@
+"""What a study found: tables with intervals, plots, and every reward in a Parquet file.
+
+Intervals are 95 % bootstrap intervals over seeds and, within a seed, its prompts. Differences and wins are between the
+responses of two students to the same prompt.
+
+Shapes: S seeds, P prompts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from adpa.data.shards import write_file
+from adpa.lab.methods import Method
+from adpa.lab.runs import STUDENT, TEACHER, Result
+from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """How the students of a method are on all seeds.
+
+    Attributes:
+        name: the method's.
+        options: what it was trained with.
+        swept: see ``Method``.
+        reward: mean reward of responses sampled at temperature 1.
+        greedy_reward: mean reward of greedy responses.
+        wins: share of prompts on which the sampled response is better than the SFT student's; a tie counts one half.
+        greedy_wins: the same of greedy responses.
+        control: the method that ``gain`` is over, if any.
+        gain: sampled reward minus the control's.
+        worse_seeds: the seeds on which the mean sampled reward is below the SFT student's.
+        implausible_mass: probability that the student gives to tokens which the teacher finds implausible, at the last
+            log of training, mean over seeds; where it was logged.
+    """
+
+    name: str
+    options: Mapping[str, object]
+    swept: Mapping[str, float]
+    reward: Interval
+    greedy_reward: Interval
+    wins: Interval
+    greedy_wins: Interval
+    control: str | None
+    gain: Interval | None
+    worse_seeds: list[int]
+    implausible_mass: float | None
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What ``adpa lab`` found.
+
+    Attributes:
+        output: the study's directory.
+        seeds: the seeds that are reported.
+        prompts: held-out prompts of each.
+        methods: the SFT student, the teacher and the tuned methods.
+        variants: the others.
+        seconds: wall-clock time of this run of the command.
+    """
+
+    output: str
+    seeds: list[int]
+    prompts: int
+    methods: list[MethodResult]
+    variants: list[MethodResult]
+    seconds: float
+
+
+def report_study(
+    output: Path,
+    methods: Mapping[str, Method],
+    variants: Mapping[str, Method],
+    results: Sequence[Result],
+    seconds: float,
+) -> StudyReport:
+    """Summarises the results of all seeds, and writes ``results.parquet`` and ``tables.md``."""
+    by_name: dict[str, list[Result]] = {}
+    for result in results:
+        by_name.setdefault(result.name, []).append(result)
+    everything = {STUDENT.name: None, TEACHER.name: None, **methods, **variants}
+    summaries = {name: summarize(name, method, by_name) for name, method in everything.items()}
+    first = by_name[STUDENT.name]
+    report = StudyReport(
+        output=str(output),
+        seeds=[result.seed for result in first],
+        prompts=len(first[0].evaluation.sampled),
+        methods=[summary for name, summary in summaries.items() if name not in variants],
+        variants=[summary for name, summary in summaries.items() if name in variants],
+        seconds=seconds,
+    )
+    write_rewards(output / "results.parquet", everything, results)
+    write_file(output / "tables.md", markdown_tables(report).encode())
+    return report
+
+
+def summarize(name: str, method: Method | None, by_name: Mapping[str, Sequence[Result]]) -> MethodResult:
+    """The means and intervals of one method."""
+    sampled_SP, greedy_SP = _rewards(by_name[name])
+    student_sampled_SP, student_greedy_SP = _rewards(by_name[STUDENT.name])
+    control = method.control if method else None
+    masses = [result.last_log.get("student/implausible_mass") for result in by_name[name]]
+    known = [mass for mass in masses if mass is not None]
+    worse = sampled_SP.mean(1) < student_sampled_SP.mean(1)
+    return MethodResult(
+        name=name,
+        options=method.options if method else {},
+        swept=method.swept if method else {},
+        reward=bootstrap_interval(sampled_SP),
+        greedy_reward=bootstrap_interval(greedy_SP),
+        wins=bootstrap_interval(win_share(sampled_SP, student_sampled_SP)),
+        greedy_wins=bootstrap_interval(win_share(greedy_SP, student_greedy_SP)),
+        control=control,
+        gain=bootstrap_interval(sampled_SP - _rewards(by_name[control])[0]) if control else None,
+        worse_seeds=[result.seed for result, is_worse in zip(by_name[name], worse, strict=True) if is_worse],
+        implausible_mass=float(np.mean(known)) if known else None,
+    )
+
+
+def _rewards(results: Sequence[Result]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    evaluations = [result.evaluation for result in results]
+    return np.array([one.sampled for one in evaluations]), np.array([one.greedy for one in evaluations])
+
+
+def write_rewards(path: Path, methods: Mapping[str, Method | None], results: Sequence[Result]) -> None:
+    """A row for each student, with the rewards of all its responses in the order of the prompts."""
+    rows = [
+        {
+            "seed": result.seed,
+            "method": result.name,
+            "options": json.dumps(getattr(methods[result.name], "options", {})),
+            "sampled": result.evaluation.sampled,
+            "greedy": result.evaluation.greedy,
+            "seconds": result.seconds,
+            "last_log": json.dumps(result.last_log),
+        }
+        for result in results
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+HEADINGS = (
+    "",
+    "sampled reward",
+    "greedy reward",
+    "sampled wins",
+    "greedy wins",
+    "gain over control",
+    "implausible",
+    "seeds below",
+)
+
+
+def table_cells(result: MethodResult) -> tuple[str, ...]:
+    """A line of the table: means with the ends of their intervals."""
+    return (
+        result.name,
+        _interval(result.reward),
+        _interval(result.greedy_reward),
+        _interval(result.wins),
+        _interval(result.greedy_wins),
+        f"{_interval(result.gain, sign='+')} ({result.control})" if result.gain else "",
+        "" if result.implausible_mass is None else f"{result.implausible_mass:.3f}",
+        ", ".join(map(str, result.worse_seeds)) or "none",
+    )
+
+
+def markdown_tables(report: StudyReport) -> str:
+    """Both tables, and the options that tuning chose."""
+    parts = [f"{len(report.seeds)} seeds ({', '.join(map(str, report.seeds))}), {report.prompts} prompts each\n"]
+    for results in (report.methods, report.variants):
+        lines = [HEADINGS, ("---",) * len(HEADINGS), *map(table_cells, results)]
+        parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    chosen = [f"- {one.name}: {json.dumps(dict(one.options))}\n" for one in report.methods if one.options]
+    return "\n".join([*parts, "".join(chosen)])
+
+
+def show_study(report: StudyReport) -> RenderableType:
+    """Both tables in a terminal."""
+    tables = []
+    for title, results in (("methods", report.methods), ("variants", report.variants)):
+        table = Table(title=f"{title}: {len(report.seeds)} seeds, {report.prompts} prompts each")
+        for heading in HEADINGS:
+            table.add_column(heading)
+        for result in results:
+            table.add_row(*table_cells(result))
+        tables.append(table)
+    return Group(*tables, f"everything: {report.output}")
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
