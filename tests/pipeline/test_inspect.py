@@ -203,7 +203,8 @@ def test_without_a_reference_colours_are_of_the_log_probability(hostile: Path, t
     file = tmp_path / "page.html"
     report = inspect_cache(hostile, response_set="chosen", html=file)
     (summary,), (response,) = report.summaries, report.responses
-    assert summary.token_advantage is summary.topk_advantage is summary.plausible is summary.implausible is None
+    assert (summary.token_advantage, summary.topk_advantage) == (None, None)
+    assert (summary.plausible, summary.implausible) == (None, None)
     assert all(token.advantage is None and token.value == token.logprob <= 0 for token in response.tokens)
     assert all(len(token.alternatives) == 3 for token in response.tokens), "K is 3"
     text = as_text(report)
