@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -17,12 +18,16 @@ import torch
 import transformers
 import typer
 import yaml
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
+from adpa.lab.report import show_study
+from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.distill import distill
+from adpa.pipeline.inspect import inspect_cache
+from adpa.pipeline.inspect_terminal import show_inspection
 from adpa.pipeline.precompute import precompute
 
 app = typer.Typer(
@@ -59,14 +64,28 @@ def main() -> None:
     sys.exit(exit_code)
 
 
-def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
-    """The command of a stage: its parameters as options, and what every command has beside them."""
+def as_command(
+    stage: Callable[..., Any], show: Callable[[Any], RenderableType] | None = None, argument: str = ""
+) -> Callable[..., None]:
+    """The command of a stage: its parameters as options, and what every command has beside them.
+
+    Args:
+        stage: the function.
+        show: how its report looks in a terminal; a table of its fields unless given.
+        argument: the parameter that is given by its place instead of as an option.
+    """
+    show = show or partial(_fields_table, stage.__name__)
     parameters = [
         inspect.Parameter(
             parameter.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=parameter.default,
-            annotation=Annotated[get_args(parameter.annotation)[0], typer.Option(help=_documentation(parameter))],
+            annotation=Annotated[
+                get_args(parameter.annotation)[0],
+                typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
+                if parameter.name == argument
+                else typer.Option(help=_documentation(parameter)),
+            ],
         )
         for parameter in inspect.signature(stage).parameters.values()
     ]
@@ -84,10 +103,11 @@ def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
         **options: Any,
     ) -> None:
         try:
-            _check_report(report)
-            summary = dataclasses.asdict(stage(**options))
             if report is not None:
-                report.write_text(json.dumps(summary, indent=2) + "\n")
+                check_writable_file("--report", report)
+            done = stage(**options)
+            if report is not None:
+                report.write_text(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
         except KeyboardInterrupt as error:
             _fail(error, debug, INTERRUPTED, "interrupted")
         except AdpaError as error:
@@ -103,7 +123,7 @@ def as_command(stage: Callable[..., Any]) -> Callable[..., None]:
             _fail(error, debug, 1)
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
             _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
-        _print_summary(stage.__name__, summary)
+        Console().print(show(done))
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
@@ -139,11 +159,6 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _check_report(path: Path | None) -> None:
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
-        raise OptionError(f"--report {path}: cannot be written there", "name a file in an existing directory")
-
-
 def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") -> None:
     if debug:
         raise error
@@ -156,9 +171,9 @@ def _print_error(text: str) -> None:
     print(f"adpa: {text}", file=sys.stderr)
 
 
-def _print_summary(title: str, summary: dict[str, Any]) -> None:
+def _fields_table(title: str, report: Any) -> Table:
     table = Table(title=f"adpa {title}", show_header=False)
-    for name, value in summary.items():
+    for name, value in dataclasses.asdict(report).items():
         if isinstance(value, dict):
             value = "\n".join(f"{key} {entry}" for key, entry in value.items())
         elif isinstance(value, float):
@@ -166,8 +181,10 @@ def _print_summary(title: str, summary: dict[str, Any]) -> None:
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
         table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
+    return table
 
 
-for _stage in (precompute, distill, lab):
-    app.command(_stage.__name__)(as_command(_stage))
+app.command("precompute")(as_command(precompute))
+app.command("distill")(as_command(distill))
+app.command("inspect")(as_command(inspect_cache, show_inspection, argument="cache"))
+app.command("lab")(as_command(lab, show_study))

@@ -1,4 +1,4 @@
-"""Which response sets and which scoring of a cache a training run reads."""
+"""Which response sets and which scoring of a cache a run reads."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,19 @@ class Selection:
         return [TrainingPart(self.sets[name], self.signals if need.signals else None) for name, need in needs.items()]
 
 
+@dataclass(frozen=True)
+class ScoredSet:
+    """A response set, and a scoring that has the signals of all its responses."""
+
+    responses: ResponseSet
+    scoring: Scoring
+    signals: SignalTable
+
+    def describe(self) -> str:
+        """One line for people who must choose."""
+        return f"{self.responses.describe()} with scoring {self.scoring.describe()}"
+
+
 def select(
     cache: Path,
     needs: Mapping[ResponseName, Need],
@@ -53,8 +66,7 @@ def select(
         CacheError: nothing fits, or more than one combination does.
         DamagedFileError: a file of the cache is damaged.
     """
-    if not (cache / "responses").is_dir():
-        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check --cache")
+    _check_cache(cache)
     present = _narrow([found for found in read_response_sets(cache) if found.info.name in needs], response_sets)
     usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
     groups = _complete_groups(usable, list(needs))
@@ -63,10 +75,7 @@ def select(
         raise CacheError(f"{cache}: {problem}", fix)
     if not any(need.signals for need in needs.values()):
         return _only([Selection(group, None, None) for group in groups])
-    scorings = [found for found in read_scorings(cache) if found.id.startswith(scoring or "")]
-    if not scorings:
-        wanted = "scorings" if scoring is None else f"scoring {scoring}"
-        raise CacheError(f"{cache}: found no {wanted}", "make one with adpa precompute")
+    scorings = _read_scorings(cache, scoring)
     tables = {found.id: read_signals(cache, found) for found in scorings}
     pairs = [(group, found) for group in groups for found in scorings]
     lacks = [_lacks(group, found, tables[found.id], needs) for group, found in pairs]
@@ -80,6 +89,61 @@ def select(
             "run adpa precompute with these responses, and with --reference for advantages",
         )
     return _only(fitting)
+
+
+def select_scored(
+    cache: Path, scoring: str | None = None, response_set: str | None = None
+) -> tuple[list[ScoredSet], list[str]]:
+    """Finds every response set with every scoring that has all its signals.
+
+    Args:
+        cache: the cache's directory.
+        scoring: the beginning of a scoring's id, to see no other.
+        response_set: the beginning of a response set's id, with or without its name before it, to see no other.
+
+    Returns:
+        The scored sets, and a line about each set that no scoring has whole.
+
+    Raises:
+        CacheError: there is none.
+        DamagedFileError: a file of the cache is damaged.
+    """
+    _check_cache(cache)
+    present = list(read_response_sets(cache))
+    wanted = response_set or ""
+    matching = [found for found in present if found.id.startswith(wanted) or found.shard_prefix().startswith(wanted)]
+    if not matching:
+        listing = "; ".join(found.describe() for found in present) or "no response sets"
+        raise CacheError(f"{cache}: has no response set {wanted}; found {listing}", "check --response-set")
+    tables = [(found, read_signals(cache, found)) for found in _read_scorings(cache, scoring)]
+    scored, left_out = [], []
+    for responses in matching:
+        name = responses.info.name
+        lacks = [_lacks({name: responses}, found, table, {name: Need(True, False)}) for found, table in tables]
+        scored += [ScoredSet(responses, *pair) for pair, lack in zip(tables, lacks, strict=True) if not lack]
+        if all(lacks):
+            reasons = "; ".join(f"scoring {found.id} {lack}" for (found, _), lack in zip(tables, lacks, strict=True))
+            left_out.append(f"{responses.describe()}: {reasons}")
+    if not scored:
+        raise CacheError(
+            f"{cache}: no response set has the signals of all its responses: {'; '.join(left_out)}",
+            "finish scoring with the same adpa precompute",
+        )
+    return scored, left_out
+
+
+def _check_cache(cache: Path) -> None:
+    if not (cache / "responses").is_dir():
+        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check the path")
+
+
+def _read_scorings(cache: Path, beginning: str | None) -> list[Scoring]:
+    scorings = list(read_scorings(cache))
+    scorings = [found for found in read_scorings(cache) if found.id.startswith(beginning or "")]
+    if not scorings:
+        wanted = "scorings" if beginning is None else f"scoring {beginning}"
+        raise CacheError(f"{cache}: found no {wanted}", "make one with adpa precompute")
+    return scorings
 
 
 def _narrow(present: list[ResponseSet], beginnings: Sequence[str]) -> list[ResponseSet]:

@@ -150,6 +150,14 @@ class SignalTable:
         """The keys of all rows."""
         return set(self._keys.to_pylist())
 
+    def take(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+        """The rows of numbers that ``locate`` gave, shard by shard, each part with its places in ``numbers``."""
+        assert (numbers >= 0).all(), "a sequence without its row"
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        for shard in np.unique(shards):
+            table, places = self._tables[shard], np.flatnonzero(shards == shard)
+            yield places, table.take(numbers[places] - (self._ends[shard] - len(table)))
+
     def row(self, number: int) -> SignalRow:
         """The row of a number that ``locate`` gave; its arrays are read-only views."""
         assert 0 <= number < len(self._keys), "a sequence without its row"

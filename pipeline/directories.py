@@ -1,4 +1,4 @@
-"""Directories that a stage will write to, checked before its long work begins and without making them."""
+"""Directories and files that a stage will write, checked before its long work begins and without making them."""
 
 import os
 from pathlib import Path
@@ -17,3 +17,13 @@ def check_writable(option: str, directory: Path) -> None:
         raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")
     if not os.access(nearest, os.W_OK):
         raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")
+
+
+def check_writable_file(option: str, file: Path) -> None:
+    """Checks that a file can be written in a directory that is there.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")

@@ -14,9 +14,9 @@ import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
 
-from adpa import cli, distill, precompute
+from adpa import cli, distill, inspect_cache, precompute
 
-COMMANDS: dict[str, Callable[..., Any]] = {"precompute": precompute, "distill": distill}
+COMMANDS: dict[str, Callable[..., Any]] = {"precompute": precompute, "distill": distill, "inspect": inspect_cache}
 
 
 @pytest.fixture
@@ -48,6 +48,10 @@ def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
         assert option in output
     output = runner.invoke(cli.app, ["distill", "--help"]).output
     for option in ("--objective", "--on", "--plausibility", "--batch-size", "--micro-batch-size", "--set", "--output"):
+        assert option in output
+    output = runner.invoke(cli.app, ["inspect", "--help"]).output
+    assert "CACHE" in output.splitlines()[0]
+    for option in ("--response-set", "--scoring", "--example", "--count", "--html"):
         assert option in output
 
 
@@ -116,6 +120,40 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     assert report["scored"] == 6
     assert report["scoring"] in done.stdout
     assert "truncated responses" in done.stdout
+
+
+def test_a_cache_is_inspected_in_the_terminal_and_as_a_page(
+    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, runner: CliRunner
+) -> None:
+    cache, page, report, config = (tmp_path / name for name in ("cache", "page.html", "report.json", "adpa.yaml"))
+    precompute(teacher=str(models.teacher), data=str(write_rows(preference_rows[:2])), cache=cache, top_k=3)
+    config.write_text(f"cache: {cache}\nresponse-set: chosen\nreport: {report}\n")
+    done = runner.invoke(cli.app, ["inspect", "--config", str(config), "--html", str(page)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert preference_rows[0]["chosen"][0]["content"] in done.stdout
+    assert done.stdout.endswith("page.html\n")
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert len(json.loads(report.read_text())["responses"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no cache there; make it with adpa precompute, or check the path"),
+        ([".", "--count", "0"], "--count 0; expected at least 1"),
+        ([".", "--html", "no/page"], "--html no/page: cannot be written there; name a file in an existing directory"),
+    ],
+)
+def test_a_cache_that_cannot_be_inspected_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, runner: CliRunner
+) -> None:
+    done = runner.invoke(cli.app, ["inspect", *arguments])
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"adpa: {message}\n")
+
+
+def test_an_argument_has_its_place_and_no_option(runner: CliRunner) -> None:
+    assert "Missing argument 'CACHE'" in runner.invoke(cli.app, ["inspect"]).output
+    assert "No such option: --cache" in runner.invoke(cli.app, ["inspect", "--cache", "c"]).output
 
 
 @pytest.fixture

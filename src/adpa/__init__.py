@@ -10,6 +10,7 @@ The rooms of the house, in the order in which data flows through them:
 """
 
 from adpa.pipeline.distill import DistillReport, distill
+from adpa.pipeline.inspect import InspectReport, inspect_cache
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 
-__all__ = ["DistillReport", "PrecomputeReport", "distill", "precompute"]
+__all__ = ["DistillReport", "InspectReport", "PrecomputeReport", "distill", "inspect_cache", "precompute"]

@@ -8,7 +8,7 @@ import pytest
 from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_rows
 
 from adpa.data.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set, write_response_set
-from adpa.data.selection import Need, select
+from adpa.data.selection import Need, select, select_scored
 from adpa.data.signals import ModelIdentity, Scoring, write_scoring, write_signals
 from adpa.errors import CacheError
 
@@ -229,3 +229,42 @@ def test_sets_that_were_made_differently_do_not_go_together(difference: dict[str
     assert "no chosen and rejected responses made from the same data with the same tokenizer and limits" in message
     assert re.search(f"found .*{chosen.id}.*{rejected.id}", message)
     assert select(tmp_path, {"rejected": SIGNALS}, STUDENT).sets["rejected"].id == rejected.id
+
+
+def test_every_set_is_found_with_every_scoring_that_has_it_whole(tmp_path: Path) -> None:
+    chosen, rejected, sampled = (add_set(tmp_path, name, seed) for seed, name in enumerate(RESPONSE_NAMES))
+    add_signals(tmp_path, SCORING, chosen, rejected)
+    add_signals(tmp_path, WITHOUT_REFERENCE, chosen)
+    add_signals(tmp_path, WITHOUT_REFERENCE, sampled, rows=3)
+    found, left_out = select_scored(tmp_path)
+    assert {(one.responses.id, one.scoring.id) for one in found} == {
+        (chosen.id, SCORING.id),
+        (chosen.id, WITHOUT_REFERENCE.id),
+        (rejected.id, SCORING.id),
+    }
+    (line,) = left_out
+    assert line.startswith(sampled.describe())
+    assert f"scoring {SCORING.id} has 0 of 4 sampled responses" in line
+    assert f"scoring {WITHOUT_REFERENCE.id} has 3 of 4 sampled responses" in line
+
+
+def test_beginnings_of_ids_leave_fewer_of_them(tmp_path: Path) -> None:
+    chosen, rejected = add_set(tmp_path, "chosen", 1), add_set(tmp_path, "rejected", 2)
+    add_signals(tmp_path, SCORING, chosen, rejected)
+    add_signals(tmp_path, WITHOUT_REFERENCE, chosen, rejected)
+    for beginning in ("rejected", f"rejected-{rejected.id[:4]}", rejected.id[:5]):
+        (one,), _ = select_scored(tmp_path, SCORING.id[:6], beginning)
+        assert (one.responses.id, one.scoring) == (rejected.id, SCORING)
+
+
+def test_a_set_that_no_scoring_has_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="no cache there"):
+        select_scored(tmp_path)
+    chosen = add_set(tmp_path, "chosen")
+    with pytest.raises(CacheError, match="found no scorings"):
+        select_scored(tmp_path)
+    add_signals(tmp_path, SCORING, chosen, rows=1)
+    with pytest.raises(CacheError, match=f"scoring {SCORING.id} has 1 of 4 chosen responses; finish scoring"):
+        select_scored(tmp_path)
+    with pytest.raises(CacheError, match=f"has no response set sampled; found chosen-{chosen.id}"):
+        select_scored(tmp_path, response_set="sampled")

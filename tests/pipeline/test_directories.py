@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adpa.errors import OptionError
-from adpa.pipeline.directories import check_writable
+from adpa.pipeline.directories import check_writable, check_writable_file
 
 
 def test_a_directory_that_is_there_or_can_be_made_is_good(tmp_path: Path) -> None:
@@ -34,3 +34,10 @@ def test_a_directory_without_permission_is_refused_by_name(tmp_path: Path, monke
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
     with pytest.raises(OptionError, match="cannot be written; name another directory"):
         check_writable("--output", tmp_path / "out")
+
+
+def test_a_file_needs_a_directory_that_is_there(tmp_path: Path) -> None:
+    check_writable_file("--html", tmp_path / "page.html")
+    for file in (tmp_path, tmp_path / "nowhere" / "page.html"):
+        with pytest.raises(OptionError, match=f"--html {file}: cannot be written there; name a file in an existing"):
+            check_writable_file("--html", file)

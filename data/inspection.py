@@ -1,0 +1,100 @@
+"""A response token by token, with what a scoring says of each."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from adpa.data.pieces import texts_in_place
+from adpa.data.selection import ScoredSet
+
+ALTERNATIVES = 5
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token of the teacher's top K; ``advantage`` is none without a reference."""
+
+    id: int
+    text: str
+    probability: float
+    advantage: float | None
+
+
+@dataclass(frozen=True)
+class InspectedToken:
+    """A token of a response.
+
+    Attributes:
+        id: its id.
+        text: what it adds to the text; see ``texts_in_place``.
+        special: whether it is a special token.
+        logprob: the teacher's log-probability.
+        advantage: teacher minus reference; none without a reference.
+        alternatives: what the teacher finds most probable here, by falling probability.
+    """
+
+    id: int
+    text: str
+    special: bool
+    logprob: float
+    advantage: float | None
+    alternatives: list[Alternative]
+
+    @property
+    def probability(self) -> float:
+        """The teacher's probability."""
+        return math.exp(self.logprob)
+
+    @property
+    def value(self) -> float:
+        """What gives the token its colour: the advantage; the log-probability without a reference."""
+        return self.logprob if self.advantage is None else self.advantage
+
+
+@dataclass(frozen=True)
+class InspectedResponse:
+    """A response and the prompt that it answers, as text."""
+
+    example_id: str
+    prompt: str
+    tokens: list[InspectedToken]
+
+
+def inspect_responses(
+    scored: ScoredSet, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[InspectedResponse]:
+    """Reads some responses of a set, by their row numbers."""
+    table = scored.responses.table.take(list(rows))
+    special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = scored.signals.locate(table["key"])
+    responses = []
+    for place, number in enumerate(found):
+        signals = scored.signals.row(int(number))
+        ids = table["response_ids"][place].values.to_numpy()
+        top_ids = signals.topk_ids[:, :ALTERNATIVES]
+        top_probabilities = np.exp(signals.topk_logprobs[:, :ALTERNATIVES].astype(np.float64)).tolist()
+        top_advantages = (
+            [[None] * top_ids.shape[1]] * len(ids)
+            if signals.topk_advantages is None
+            else signals.topk_advantages[:, :ALTERNATIVES].tolist()
+        )
+        tokens = [
+            InspectedToken(
+                id=int(ids[t]),
+                text=text,
+                special=int(ids[t]) in special_ids,
+                logprob=float(signals.token_logprobs[t]),
+                advantage=None if signals.token_advantages is None else float(signals.token_advantages[t]),
+                alternatives=[
+                    Alternative(*fields)
+                    for fields in zip(top_ids[t].tolist(), others, top_probabilities[t], top_advantages[t], strict=True)
+                ],
+            )
+            for t, (text, *others) in enumerate(texts_in_place(tokenizer, ids, top_ids))
+        ]
+        prompt = tokenizer.decode(table["prompt_ids"][place].values.to_numpy(), clean_up_tokenization_spaces=False)
+        responses.append(InspectedResponse(table["example_id"][place].as_py(), str(prompt), tokens))
+    return responses

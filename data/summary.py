@@ -1,0 +1,170 @@
+"""A response set's signals in a few numbers: how much the top K captures, and how the advantages are distributed.
+
+Quantiles are the least value that is not below the given share of the values; no value is interpolated.
+
+Shapes: N response tokens, K ids of the teacher's top K.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adpa.data.ragged import flat_column
+from adpa.data.selection import ScoredSet
+
+QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
+PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible
+
+# All numbers that float16 has: counts of them hold a distribution of any number of values exactly.
+FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The mean of some values, and their quantiles by the names of ``QUANTILES``."""
+
+    mean: float
+    quantiles: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AdvantageGroup:
+    """Advantages of plausible, or of implausible, tokens among the top K.
+
+    Attributes:
+        entries: how many there are.
+        positive: how many of them are positive.
+        mean_positive: the mean of the positive ones; none without any.
+        largest: the largest; none without entries.
+    """
+
+    entries: int
+    positive: int
+    mean_positive: float | None
+    largest: float | None
+
+
+@dataclass(frozen=True)
+class SignalSummary:
+    """What a scoring says of a response set, in natural logarithms.
+
+    Attributes:
+        response_set: name and id of the set.
+        scoring: id of the scoring.
+        responses: responses of the set.
+        tokens: their tokens.
+        top_k: K.
+        in_top_k: share of the response tokens that are in the teacher's top K.
+        captured_mass: per token, the teacher's probability of its top K.
+        tail: per token, its probability of everything else.
+        token_logprob: its log-probability of the response's own tokens.
+        token_advantage: advantage of the response's own tokens; none without a reference, as what follows.
+        topk_advantage: advantage of all tokens of the top K.
+        plausible: those to which the teacher gives a probability of at least ``PLAUSIBLE``.
+        implausible: all others. Where these are large, the advantage term pulls the student towards tokens that the
+            teacher does not want.
+    """
+
+    response_set: str
+    scoring: str
+    responses: int
+    tokens: int
+    top_k: int
+    in_top_k: float
+    captured_mass: Distribution
+    tail: Distribution
+    token_logprob: Distribution
+    token_advantage: Distribution | None
+    topk_advantage: Distribution | None
+    plausible: AdvantageGroup | None
+    implausible: AdvantageGroup | None
+
+    @property
+    def colour_scale(self) -> float:
+        """The size of advantage (without a reference, of log-probability) from which a colour is full."""
+        quantiles = (self.token_advantage or self.token_logprob).quantiles
+        return max(abs(quantiles["5%"]), abs(quantiles["95%"])) or 1.0
+
+    @property
+    def legend(self) -> list[float]:
+        """Values over the whole range of colours."""
+        shares = (-1.0, -0.5, 0.0) if self.token_advantage is None else (-1.0, -0.5, 0.0, 0.5, 1.0)
+        return [share * self.colour_scale for share in shares]
+
+    def distributions(self) -> dict[str, Distribution]:
+        """Those that there are, by what people call them."""
+        named = {
+            f"top-{self.top_k} mass": self.captured_mass,
+            "tail": self.tail,
+            "log p": self.token_logprob,
+            "advantage": self.token_advantage,
+            f"top-{self.top_k} advantage": self.topk_advantage,
+        }
+        return {name: values for name, values in named.items() if values is not None}
+
+
+def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummary:
+    """Summarises a response set, a shard of signals at a time; ``advance`` is told of responses that were read."""
+    responses, with_reference = scored.responses.table, scored.scoring.reference is not None
+    in_top_k = 0
+    tails, logprobs, advantages = [], [], []
+    counts = np.zeros(
+        (2, len(FLOAT16)), dtype=np.int64
+    )  # of advantages, by the bits of float16: implausible, plausible
+    for rows, signals in scored.signals.take(scored.signals.locate(responses["key"])):
+        ids_N = flat_column(responses["response_ids"].take(rows))
+        in_top_k += int((flat_column(signals["topk_ids"]) == ids_N[:, None]).any(axis=1).sum())
+        tails.append(flat_column(signals["tail_logprob"]))
+        logprobs.append(flat_column(signals["token_logprobs"]))
+        if with_reference:
+            advantages.append(flat_column(signals["token_advantages"]))
+            bits_NK = flat_column(signals["topk_advantages"]).astype(np.float16, copy=False).view(np.uint16)
+            plausible_NK = flat_column(signals["topk_logprobs"]) >= np.float32(np.log(PLAUSIBLE))
+            for group, member_NK in enumerate((~plausible_NK, plausible_NK)):
+                counts[group] += np.bincount(bits_NK[member_NK], minlength=len(FLOAT16))
+        advance(len(rows))
+    tail_N = np.concatenate(tails).astype(np.float64)
+    return SignalSummary(
+        response_set=scored.responses.shard_prefix(),
+        scoring=scored.scoring.id,
+        responses=len(responses),
+        tokens=len(tail_N),
+        top_k=scored.scoring.top_k,
+        in_top_k=in_top_k / len(tail_N),
+        captured_mass=_distribution(-np.expm1(tail_N)),
+        tail=_distribution(np.exp(tail_N)),
+        token_logprob=_distribution(np.concatenate(logprobs)),
+        token_advantage=_distribution(np.concatenate(advantages)) if with_reference else None,
+        topk_advantage=_distribution(FLOAT16, counts.sum(axis=0)) if with_reference else None,
+        plausible=_advantage_group(counts[1]) if with_reference else None,
+        implausible=_advantage_group(counts[0]) if with_reference else None,
+    )
+
+
+def _distribution(values: NDArray[Any], counts: NDArray[np.int64] | None = None) -> Distribution:
+    """The distribution of values that occur as often as ``counts`` says, once unless given."""
+    if counts is not None:
+        values, counts = values[counts > 0], counts[counts > 0]
+    order = np.argsort(values)
+    reached = np.cumsum(np.ones(len(values), dtype=np.int64) if counts is None else counts[order])
+    places = np.searchsorted(reached, np.array(list(QUANTILES.values())) * reached[-1])
+    found = values[order][places].tolist()
+    return Distribution(
+        float(np.average(values.astype(np.float64), weights=counts)), dict(zip(QUANTILES, found, strict=True))
+    )
+
+
+def _advantage_group(counts: NDArray[np.int64]) -> AdvantageGroup:
+    present = counts > 0
+    values, counts = FLOAT16[present], counts[present]
+    above = values > 0
+    positive = int(counts[above].sum())
+    return AdvantageGroup(
+        entries=int(counts.sum()),
+        positive=positive,
+        mean_positive=float(counts[above] @ values[above] / positive) if positive else None,
+        largest=float(values.max()) if len(values) else None,
+    )

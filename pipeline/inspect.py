@@ -1,0 +1,97 @@
+"""Pictures of a cache: its signals in a few numbers, and responses token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from adpa.data.inspection import InspectedResponse, inspect_responses
+from adpa.data.responses import ResponseSet
+from adpa.data.selection import ScoredSet, select_scored
+from adpa.data.shards import write_file
+from adpa.data.summary import SignalSummary, summarize
+from adpa.data.vocabulary import read_tokenizer
+from adpa.errors import CacheError, OptionError
+from adpa.pipeline.directories import check_writable_file
+from adpa.pipeline.inspect_html import render_page
+from adpa.pipeline.progress import progress
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What ``inspect_cache`` found.
+
+    Attributes:
+        summaries: one for each response set and scoring.
+        left_out: a line about each response set that no scoring has whole.
+        responses: the responses, token by token; none where several response sets or scorings fit.
+        html: the page that was written.
+    """
+
+    summaries: list[SignalSummary]
+    left_out: list[str]
+    responses: list[InspectedResponse]
+    html: str | None
+
+
+def inspect_cache(
+    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    response_set: Annotated[
+        str | None, Doc("Response set to show: chosen, rejected or sampled, or the beginning of its id.")
+    ] = None,
+    scoring: Annotated[str | None, Doc("Scoring to show (the beginning of its id).")] = None,
+    example: Annotated[
+        str | None, Doc("Example to show (the beginning of its id); the first ones unless given.")
+    ] = None,
+    count: Annotated[int, Doc("Responses to show, unless --example names one.")] = 3,
+    html: Annotated[Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token.")] = None,
+) -> InspectReport:
+    """Show what a cache says: its signals in a few numbers, and responses token by token.
+
+    Every response set is summarised with every scoring that has its signals. Where only one is left of each, some of
+    its responses are shown too, each token in the colour of its advantage (without a reference, of its
+    log-probability).
+
+    Raises:
+        AdpaError: something about the arguments or the cache that the caller can put right.
+    """
+    if count < 1:
+        raise OptionError(f"--count {count}; expected at least 1")
+    if html is not None:
+        check_writable_file("--html", html)
+    scored, left_out = select_scored(cache, scoring, response_set)
+    if len(scored) > 1 and (example is not None or html is not None):
+        raise CacheError(
+            f"{len(scored)} combinations of responses and scoring fit: {'; '.join(one.describe() for one in scored)}",
+            "choose with --response-set ID and --scoring ID",
+        )
+    rows = _rows(scored[0].responses, example, count) if len(scored) == 1 else []
+    summaries = [_summarize(one) for one in scored]
+    responses = []
+    if rows:
+        responses = inspect_responses(scored[0], rows, read_tokenizer(cache, scored[0].responses.info.tokenizer))
+    if html is not None:
+        write_file(html, render_page(summaries[0], responses).encode())
+    return InspectReport(summaries, left_out, responses, None if html is None else str(html))
+
+
+def _rows(responses: ResponseSet, example: str | None, count: int) -> Sequence[int]:
+    """The rows of the responses to show."""
+    if example is None:
+        return range(min(count, len(responses)))
+    example_ids = responses.table["example_id"].to_pylist()
+    matching = {found for found in example_ids if found.startswith(example)}
+    chosen = {example} & matching or matching
+    if len(chosen) != 1:
+        several = sorted(chosen or set(example_ids))
+        listing = ", ".join(several[:5]) + (f" and {len(several) - 5} more" if len(several) > 5 else "")
+        problem = f"{len(chosen)} examples fit: {listing}" if chosen else f"no such example; found {listing}"
+        raise CacheError(f"--example {example}: {problem}", "name one of them")
+    return [row for row, found in enumerate(example_ids) if found in chosen]
+
+
+def _summarize(scored: ScoredSet) -> SignalSummary:
+    with progress(f"reading the signals of {scored.responses.info.name} responses", len(scored.responses)) as advance:
+        return summarize(scored, advance)
