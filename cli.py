@@ -22,6 +22,7 @@ from rich.table import Table
 
 from adpa.errors import AdpaError, OptionError
 from adpa.pipeline.distill import distill
+from adpa.pipeline.evaluate import evaluate
 from adpa.pipeline.precompute import precompute
 
 app = typer.Typer(
@@ -158,15 +159,19 @@ def _print_error(text: str) -> None:
 def _print_summary(title: str, summary: dict[str, Any]) -> None:
     table = Table(title=f"adpa {title}", show_header=False)
     for name, value in summary.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{key} {entry}" for key, entry in value.items())
-        elif isinstance(value, float):
-            value = f"{value:,.4g}"
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = f"{value:,}"
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(name.replace("_", " "), _summary_text(value))
     Console().print(table)
 
 
-for _stage in (precompute, distill):
+def _summary_text(value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{str(key).replace('_', ' ')} {_summary_text(entry)}" for key, entry in value.items())
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+for _stage in (precompute, distill, evaluate):
     app.command(_stage.__name__)(as_command(_stage))

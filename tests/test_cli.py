@@ -14,9 +14,9 @@ import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
 
-from adpa import cli, distill, precompute
+from adpa import cli, distill, evaluate, precompute
 
-COMMANDS: dict[str, Callable[..., Any]] = {"precompute": precompute, "distill": distill}
+COMMANDS: dict[str, Callable[..., Any]] = {"precompute": precompute, "distill": distill, "evaluate": evaluate}
 
 
 @pytest.fixture
@@ -49,6 +49,26 @@ def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
     output = runner.invoke(cli.app, ["distill", "--help"]).output
     for option in ("--objective", "--on", "--plausibility", "--batch-size", "--micro-batch-size", "--set", "--output"):
         assert option in output
+    output = runner.invoke(cli.app, ["evaluate", "--help"]).output
+    for option in (
+        "--student",
+        "--baseline",
+        "--teacher",
+        "--reference",
+        "--data",
+        "--cache",
+        "--temperature",
+        "--engine",
+    ):
+        assert option in output
+
+
+def test_an_option_means_the_same_when_samples_are_evaluated_as_when_they_are_trained_on() -> None:
+    of_precompute, of_evaluate = (inspect.signature(stage).parameters for stage in (precompute, evaluate))
+    differing = [
+        name for name in of_evaluate.keys() & of_precompute.keys() if str(of_evaluate[name]) != str(of_precompute[name])
+    ]
+    assert sorted(differing) == ["cache", "data", "reference", "student"]
 
 
 def adpa(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -116,6 +136,24 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     assert report["scored"] == 6
     assert report["scoring"] in done.stdout
     assert "truncated responses" in done.stdout
+
+
+def test_an_evaluation_is_printed_line_by_line(
+    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows
+) -> None:
+    roles = {"student": models.student, "baseline": models.other_student}
+    roles |= {"teacher": models.teacher, "reference": models.reference, "data": write_rows(preference_rows[:3])}
+    options = [part for role, path in roles.items() for part in (f"--{role}", path)]
+    done = adpa("evaluate", *options, "--max-new-tokens", 5, "--report", "report.json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    lines = [" ".join(line.strip("│ ").replace("│", " ").split()) for line in done.stdout.splitlines()]
+    student = report["student"]
+    assert f"student implicit reward {student['implicit_reward']:,.4g}" in lines
+    assert f"implicit reward per token {student['implicit_reward_per_token']:,.4g}" in lines
+    assert f"win rate mean {report['win_rate']['mean']:,.4g}" in lines
+    assert f"low {report['win_rate']['low']:,.4g}" in lines
+    assert "is also what ADPA trains on" in " ".join(lines)
 
 
 @pytest.fixture
