@@ -138,9 +138,10 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     assert "truncated responses" in done.stdout
 
 
-def test_an_evaluation_is_printed_line_by_line(
-    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows
+def test_an_evaluation_is_printed_line_by_line_and_leaves_nothing_without_a_cache(
+    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     roles = {"student": models.student, "baseline": models.other_student}
     roles |= {"teacher": models.teacher, "reference": models.reference, "data": write_rows(preference_rows[:3])}
     options = [part for role, path in roles.items() for part in (f"--{role}", path)]
@@ -154,6 +155,7 @@ def test_an_evaluation_is_printed_line_by_line(
     assert f"win rate mean {report['win_rate']['mean']:,.4g}" in lines
     assert f"low {report['win_rate']['low']:,.4g}" in lines
     assert "is also what ADPA trains on" in " ".join(lines)
+    assert not list(tmp_path.glob("adpa-evaluation-*"))
 
 
 @pytest.fixture

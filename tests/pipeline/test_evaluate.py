@@ -1,7 +1,6 @@
 """Evaluation of real models: its numbers against transformers in float64, what it keeps, what it refuses."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
-from tests.pipeline.conftest import Filled, change_weights
+from tests.pipeline.conftest import change_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -42,9 +41,9 @@ def students(make_model: MakeModel, models: Models) -> Models:
 
 @pytest.fixture(scope="module")
 def options(students: Models, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the tests evaluate: eight prompts, one of them twice."""
+    """What the tests evaluate: eight prompts, one of them twice, and a row without one."""
     data = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
-    rows = [*preference_rows[:8], {**preference_rows[3], "chosen": preference_rows[4]["chosen"]}]
+    rows = [*preference_rows[:8], {**preference_rows[3], "chosen": preference_rows[4]["chosen"]}, {"chosen": "Yes."}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "student": str(students.student),
@@ -54,6 +53,7 @@ def options(students: Models, preference_rows: list[Row], tmp_path_factory: pyte
         "data": str(data),
         "samples_per_prompt": SAMPLES,
         "max_new_tokens": 7,
+        "drop_invalid": True,
     }
 
 
@@ -129,8 +129,10 @@ def test_some_responses_end_by_themselves_and_the_others_are_cut(report: Evaluat
     assert report.student.tokens < report.baseline.tokens <= 7
 
 
-def test_a_prompt_that_is_there_twice_counts_once(report: EvaluateReport) -> None:
-    assert (report.prompts, report.repeated_prompts) == (8, 1)
+def test_a_prompt_that_is_there_twice_counts_once_and_a_row_that_cannot_be_used_is_counted(
+    report: EvaluateReport,
+) -> None:
+    assert (report.prompts, report.repeated_prompts, report.dropped) == (8, 1, 1)
     assert report.sampled == 2 * SAMPLES * 8
 
 
@@ -171,23 +173,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert replace(resumed, sampled=0, scored=0, seconds=0) == replace(report, sampled=0, scored=0, seconds=0)
 
 
-def test_without_a_cache_nothing_is_left_behind(
-    report: EvaluateReport, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert replace(evaluate(**options), seconds=0) == replace(report, seconds=0)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_cache_that_trains_students_gets_no_responses_from_an_evaluation(
-    filled: Filled, options: dict[str, Any], tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    shutil.copytree(filled.cache, cache)
-    evaluate(**options | {"samples_per_prompt": 1, "max_new_tokens": 2}, cache=cache)
-    shutil.rmtree(cache / "evaluation")
-    names = [{p.relative_to(root) for p in root.rglob("*")} for root in (cache, filled.cache)]
-    assert names[0] == names[1]
+def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: EvaluateReport, cache: Path) -> None:
+    assert [path.name for path in cache.iterdir()] == ["evaluation"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +184,7 @@ def test_a_cache_that_trains_students_gets_no_responses_from_an_evaluation(
         (lambda o: {"reference": o["teacher"]}, r"--reference .*: it has the teacher's weights"),
         (lambda _: {"baseline": "./nowhere"}, r"\./nowhere: no such directory"),
         (lambda _: {"data": "./nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+        (lambda _: {"drop_invalid": False}, "line 10"),
         (lambda _: {"samples_per_prompt": 0}, "--samples-per-prompt 0; expected at least 1"),
         (lambda _: {"max_new_tokens": 0}, "--max-new-tokens 0; expected at least 1"),
         (lambda _: {"max_prompt_length": 0}, "--max-prompt-length 0"),
@@ -225,17 +213,6 @@ def test_a_baseline_of_another_vocabulary_is_refused_before_the_student_is_asked
 def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: WriteRows, tmp_path: Path) -> None:
     with pytest.raises(AdpaError, match=r"heldout\.jsonl"):
         evaluate(**options | {"data": str(write_rows([], "heldout.jsonl"))}, cache=tmp_path / "cache")
-
-
-def test_a_pair_that_cannot_be_used_is_dropped_and_counted_when_asked(
-    options: dict[str, Any], preference_rows: list[Row], write_rows: WriteRows
-) -> None:
-    few = options | {"data": str(write_rows([*preference_rows[:2], {"chosen": ""}])), "samples_per_prompt": 1}
-    few["max_new_tokens"] = 2
-    with pytest.raises(AdpaError, match="line 3"):
-        evaluate(**few)
-    report = evaluate(**few, drop_invalid=True)
-    assert (report.prompts, report.dropped) == (2, 1)
 
 
 @pytest.mark.parametrize(
