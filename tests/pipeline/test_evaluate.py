@@ -19,6 +19,7 @@ from adpa import EvaluateReport, evaluate
 from adpa.data.encoding import TokenSequence
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.errors import AdpaError
+from adpa.pipeline import sampler_hf
 from adpa.pipeline.bootstrap import bootstrap_interval
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.evaluate import repetition
@@ -154,8 +155,6 @@ def test_the_two_models_may_change_places_and_nothing_is_sampled_again(
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     report: EvaluateReport, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adpa.pipeline import sampler_hf
-
     sample = sampler_hf.sample
     baseline = str(open_checkpoint(options["baseline"]).directory)
 
