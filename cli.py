@@ -26,6 +26,7 @@ from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
 from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.distill import distill
+from adpa.pipeline.evaluate import evaluate
 from adpa.pipeline.inspect import inspect_cache
 from adpa.pipeline.inspect_terminal import show_inspection
 from adpa.pipeline.precompute import precompute
@@ -174,17 +175,22 @@ def _print_error(text: str) -> None:
 def _fields_table(title: str, report: Any) -> Table:
     table = Table(title=f"adpa {title}", show_header=False)
     for name, value in dataclasses.asdict(report).items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{key} {entry}" for key, entry in value.items())
-        elif isinstance(value, float):
-            value = f"{value:,.4g}"
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = f"{value:,}"
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(name.replace("_", " "), _field_text(value))
     return table
+
+
+def _field_text(value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{str(key).replace('_', ' ')} {_field_text(entry)}" for key, entry in value.items())
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
 
 
 app.command("precompute")(as_command(precompute))
 app.command("distill")(as_command(distill))
+app.command("evaluate")(as_command(evaluate))
 app.command("inspect")(as_command(inspect_cache, show_inspection, argument="cache"))
 app.command("lab")(as_command(lab, show_study))

@@ -14,9 +14,16 @@ import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
 
-from adpa import cli, distill, inspect_cache, precompute
+from adpa import cli, distill, evaluate, inspect_cache, precompute
+from adpa.lab.conduct import lab
 
-COMMANDS: dict[str, Callable[..., Any]] = {"precompute": precompute, "distill": distill, "inspect": inspect_cache}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "precompute": precompute,
+    "distill": distill,
+    "evaluate": evaluate,
+    "inspect": inspect_cache,
+    "lab": lab,
+}
 
 
 @pytest.fixture
@@ -53,6 +60,26 @@ def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
     assert "CACHE" in output.splitlines()[0]
     for option in ("--response-set", "--scoring", "--example", "--count", "--html"):
         assert option in output
+    output = runner.invoke(cli.app, ["evaluate", "--help"]).output
+    for option in (
+        "--student",
+        "--baseline",
+        "--teacher",
+        "--reference",
+        "--data",
+        "--cache",
+        "--temperature",
+        "--engine",
+    ):
+        assert option in output
+
+
+def test_an_option_means_the_same_when_samples_are_evaluated_as_when_they_are_trained_on() -> None:
+    of_precompute, of_evaluate = (inspect.signature(stage).parameters for stage in (precompute, evaluate))
+    differing = [
+        name for name in of_evaluate.keys() & of_precompute.keys() if str(of_evaluate[name]) != str(of_precompute[name])
+    ]
+    assert sorted(differing) == ["cache", "data", "reference", "student"]
 
 
 def adpa(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -154,6 +181,26 @@ def test_a_cache_that_cannot_be_inspected_is_one_line_and_exit_code_2(
 def test_an_argument_has_its_place_and_no_option(runner: CliRunner) -> None:
     assert "Missing argument 'CACHE'" in runner.invoke(cli.app, ["inspect"]).output
     assert "No such option: --cache" in runner.invoke(cli.app, ["inspect", "--cache", "c"]).output
+
+
+def test_an_evaluation_is_printed_line_by_line_and_leaves_nothing_without_a_cache(
+    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    roles = {"student": models.student, "baseline": models.other_student}
+    roles |= {"teacher": models.teacher, "reference": models.reference, "data": write_rows(preference_rows[:3])}
+    options = [part for role, path in roles.items() for part in (f"--{role}", path)]
+    done = adpa("evaluate", *options, "--max-new-tokens", 5, "--report", "report.json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    lines = [" ".join(line.strip("│ ").replace("│", " ").split()) for line in done.stdout.splitlines()]
+    student = report["student"]
+    assert f"student implicit reward {student['implicit_reward']:,.4g}" in lines
+    assert f"implicit reward per token {student['implicit_reward_per_token']:,.4g}" in lines
+    assert f"win rate mean {report['win_rate']['mean']:,.4g}" in lines
+    assert f"low {report['win_rate']['low']:,.4g}" in lines
+    assert "is also what ADPA trains on" in " ".join(lines)
+    assert not list(tmp_path.glob("adpa-evaluation-*"))
 
 
 @pytest.fixture

@@ -60,5 +60,5 @@ def test_no_room_is_a_regular_package() -> None:
 
 
 def test_the_stages_are_functions_of_the_package() -> None:
-    assert set(adpa.__all__) >= {"precompute", "distill"}
+    assert set(adpa.__all__) >= {"precompute", "distill", "evaluate"}
     assert all(callable(getattr(adpa, name)) for name in adpa.__all__)

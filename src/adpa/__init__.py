@@ -3,14 +3,24 @@
 The rooms of the house, in the order in which data flows through them:
 
     adpa.data       preference pairs to token sequences; response sets, signals and batches in files
-    adpa.pipeline   models: scoring and sampling (stage one), training (stage two)
+    adpa.pipeline   models: scoring and sampling (stage one), training (stage two), evaluation
     adpa.kernels    tensors only: the student's losses, the teacher's rows
     adpa.cli        the command line
     adpa.lab        a laboratory with a programmatic preference; the demo
 """
 
 from adpa.pipeline.distill import DistillReport, distill
+from adpa.pipeline.evaluate import EvaluateReport, evaluate
 from adpa.pipeline.inspect import InspectReport, inspect_cache
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 
-__all__ = ["DistillReport", "InspectReport", "PrecomputeReport", "distill", "inspect_cache", "precompute"]
+__all__ = [
+    "DistillReport",
+    "EvaluateReport",
+    "InspectReport",
+    "PrecomputeReport",
+    "distill",
+    "evaluate",
+    "inspect_cache",
+    "precompute",
+]

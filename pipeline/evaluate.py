@@ -1,0 +1,258 @@
+"""Compares two trained models on held-out prompts by the implicit reward of a teacher and its reference.
+
+The implicit reward of a response y to a prompt x is Σ_t log π_teacher(y_t) − log π_reference(y_t), the reward that DPO
+gave the teacher, divided by its β (Rafailov et al., Direct Preference Optimization, 2023, equation 5, without the
+constant of the prompt). It needs no judge and no reward that somebody programmed, but ADPA trains on it.
+
+Shapes: P distinct prompts, M responses to each, T tokens of a response.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Doc
+
+from adpa.data.encoding import TokenIds
+from adpa.data.responses import read_response_sets
+from adpa.data.signals import read_scorings, read_signals
+from adpa.errors import OptionError
+from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
+from adpa.pipeline.checkpoint import DtypeName, open_checkpoint
+from adpa.pipeline.engine import EngineName
+from adpa.pipeline.precompute import PrecomputeReport, precompute
+
+NGRAM = 4
+NOTE = (
+    "The implicit reward, log π_teacher − log π_reference of a response, is also what ADPA trains on: a win here shows "
+    "that training did what it was asked to, and is no proof of better answers. low and high are the ends of 95 % "
+    "bootstrap intervals over the prompts."
+)
+
+
+@dataclass(frozen=True)
+class AnswerSummary:
+    """What a model's responses are like; every number is a mean over its responses.
+
+    Attributes:
+        implicit_reward: the sum over the response's tokens, in nats.
+        implicit_reward_per_token: the mean over the response's tokens, in nats.
+        tokens: length, with the end-of-turn token.
+        ended: share of the responses that ended by themselves and were not cut at ``max_new_tokens``.
+        repetition: see ``repetition``.
+    """
+
+    implicit_reward: float
+    implicit_reward_per_token: float
+    tokens: float
+    ended: float
+    repetition: float
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What ``evaluate`` found. Intervals are of 95 %, of the bootstrap over the prompts, which both models share.
+
+    Attributes:
+        student: what the student's responses are like.
+        baseline: what the baseline's responses are like.
+        win_rate: share of responses whose implicit reward is above that of the baseline's; a tie counts one half.
+        win_rate_per_token: the same by the implicit reward per token, which a longer response does not raise.
+        difference: the student's implicit reward minus the baseline's, in nats.
+        difference_per_token: the same per token.
+        prompts: distinct prompts.
+        repeated_prompts: pairs left out because another one has the same prompt.
+        truncated_prompts: prompts cut to ``max_prompt_length``.
+        dropped: pairs left out because of ``drop_invalid``.
+        sampled: responses sampled now, by both models.
+        scored: responses scored now.
+        engine: what ran the models.
+        engine_reason: why it was this one.
+        note: what the numbers do not show.
+        seconds: wall-clock time.
+    """
+
+    student: AnswerSummary
+    baseline: AnswerSummary
+    win_rate: Interval
+    win_rate_per_token: Interval
+    difference: Interval
+    difference_per_token: Interval
+    prompts: int
+    repeated_prompts: int
+    truncated_prompts: int
+    dropped: int
+    sampled: int
+    scored: int
+    engine: str
+    engine_reason: str
+    note: str
+    seconds: float
+
+
+def evaluate(
+    student: Annotated[str, Doc("The trained model: a directory, or org/name[@revision] of the Hub.")],
+    baseline: Annotated[str, Doc("The model that it is compared with, such as the student before training.")],
+    teacher: Annotated[str, Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub.")],
+    reference: Annotated[str, Doc("The large model before preference training.")],
+    data: Annotated[str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered.")],
+    cache: Annotated[
+        Path | None,
+        Doc("Directory whose evaluation/ keeps samples and scores, so that a run can go on; nothing is kept without."),
+    ] = None,
+    split: Annotated[str | None, Doc("Split of a data set that has several.")] = None,
+    max_prompt_length: Annotated[int, Doc("Tokens of a prompt that are kept, from its end.")] = 1024,
+    drop_invalid: Annotated[bool, Doc("Leave out pairs that cannot be used, and count them.")] = False,
+    samples_per_prompt: Annotated[int, Doc("Responses sampled for each prompt.")] = 1,
+    temperature: Annotated[float, Doc("Sampling temperature; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, Doc("Nucleus of the sampling distribution.")] = 1.0,
+    max_new_tokens: Annotated[int, Doc("Tokens of a sampled response at most.")] = 512,
+    seed: Annotated[int, Doc("Seed of the sampling.")] = 0,
+    engine: Annotated[
+        EngineName,
+        Doc("What runs the models: vllm, hf (transformers), or auto: vllm where it is installed and there is a GPU."),
+    ] = "auto",
+    tensor_parallel: Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference.")] = 1,
+    quantization: Annotated[str | None, Doc("vLLM: how to quantize teacher and reference, such as fp8.")] = None,
+    gpu_memory_utilization: Annotated[float, Doc("vLLM: share of a GPU's memory that it may take.")] = 0.9,
+    engine_arg: Annotated[
+        list[str] | None,
+        Doc("vLLM: key=value of any engine argument, for one model with teacher:, reference: or student:; repeatable."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, Doc("Tokens of a batch, which becomes a file; 8192 with hf, 262144 with vLLM unless given.")
+    ] = None,
+    dtype: Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")] = "auto",
+    device: Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")] = "auto",
+) -> EvaluateReport:
+    """Compare a student with a baseline on held-out prompts, without a judge.
+
+    Both answer every prompt, with the same seed; teacher and reference score the answers. The implicit reward of an
+    answer, log π_teacher − log π_reference, is also what ADPA trains on: a win is no proof of better answers. Lengths
+    and repetition are reported beside it, because they show what a reward of this kind is won by when it goes wrong.
+
+    Raises:
+        AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
+    """
+    started = time.perf_counter()
+    if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
+        raise OptionError(
+            f"--baseline {baseline}: it has the weights of --student {student}, so that there is nothing to compare",
+            "name the model before training, or another one",
+        )
+    with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
+        folder = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
+        ask = partial(
+            precompute,
+            teacher=teacher,
+            reference=reference,
+            data=data,
+            cache=folder,
+            split=split,
+            top_k=1,  # only the response's own tokens are read
+            max_prompt_length=max_prompt_length,
+            max_length=max_prompt_length + max_new_tokens,
+            drop_invalid=drop_invalid,
+            samples_per_prompt=samples_per_prompt,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            engine=engine,
+            tensor_parallel=tensor_parallel,
+            quantization=quantization,
+            gpu_memory_utilization=gpu_memory_utilization,
+            engine_arg=engine_arg,
+            batch_tokens=batch_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        ask(student=baseline, dry_run=True)  # what is wrong with it is said before the student's long work
+        by_student, by_baseline = ask(student=student), ask(student=baseline)
+        mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
+    assert mine.prompts == theirs.prompts, "both answer the same data"
+    return EvaluateReport(
+        student=mine.summary(),
+        baseline=theirs.summary(),
+        win_rate=_over_prompts(win_share(mine.reward, theirs.reward)),
+        win_rate_per_token=_over_prompts(win_share(mine.per_token, theirs.per_token)),
+        difference=_over_prompts(mine.reward - theirs.reward),
+        difference_per_token=_over_prompts(mine.per_token - theirs.per_token),
+        prompts=len(mine.prompts),
+        repeated_prompts=mine.repeated_prompts,
+        truncated_prompts=by_student.truncated_prompts,
+        dropped=by_student.dropped,
+        sampled=by_student.sampled + by_baseline.sampled,
+        scored=by_student.scored + by_baseline.scored,
+        engine=by_student.engine,
+        engine_reason=by_student.engine_reason,
+        note=NOTE,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def repetition(response_ids: TokenIds) -> float:
+    """The share of repeated 4-grams of tokens: 1 − distinct / all; 0 for a response of fewer than 4 tokens.
+
+    Args:
+        response_ids: int32 [T].
+    """
+    if len(response_ids) < NGRAM:
+        return 0.0
+    ngrams = np.lib.stride_tricks.sliding_window_view(response_ids, NGRAM)
+    return 1 - len(np.unique(ngrams, axis=0)) / len(ngrams)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A model's answers; arrays are float64 [P, M]."""
+
+    prompts: list[bytes]
+    repeated_prompts: int
+    reward: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    ended: NDArray[np.float64]
+    repetition: NDArray[np.float64]
+
+    @property
+    def per_token(self) -> NDArray[np.float64]:
+        return self.reward / self.tokens
+
+    def summary(self) -> AnswerSummary:
+        return AnswerSummary(
+            implicit_reward=float(self.reward.mean()),
+            implicit_reward_per_token=float(self.per_token.mean()),
+            tokens=float(self.tokens.mean()),
+            ended=float(self.ended.mean()),
+            repetition=float(self.repetition.mean()),
+        )
+
+
+def _read_answers(cache: Path, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
+    """What a run of ``precompute`` sampled and scored; the first one of several pairs with the same prompt."""
+    responses = next(found for found in read_response_sets(cache) if found.id == done.responses["sampled"])
+    signals = read_signals(cache, next(found for found in read_scorings(cache) if found.id == done.scoring))
+    sequences, numbers = responses.sequences(), signals.locate(responses.table["key"])
+    firsts: dict[bytes, int] = {}  # where the M responses to a prompt begin; they stand together
+    for start in range(0, len(sequences), samples_per_prompt):
+        firsts.setdefault(sequences[start].prompt_ids.tobytes(), start)
+
+    def measure(row: int) -> tuple[float, float, float, float]:
+        advantages_T = signals.row(int(numbers[row])).token_advantages
+        assert advantages_T is not None, "a scoring without a reference"
+        response_ids = sequences[row].response_ids
+        ended = response_ids[-1] == responses.info.turn_end
+        return float(advantages_T.sum(dtype=np.float64)), len(response_ids), float(ended), repetition(response_ids)
+
+    measured = np.array([[measure(start + m) for m in range(samples_per_prompt)] for start in firsts.values()])
+    repeated = len(sequences) // samples_per_prompt - len(firsts)
+    return _Answers(list(firsts), repeated, *np.moveaxis(measured, -1, 0))
+
+
+def _over_prompts(values_PM: NDArray[np.float64]) -> Interval:
+    return bootstrap_interval(values_PM.mean(axis=1)[None])

@@ -1,0 +1,228 @@
+"""Evaluation of real models: its numbers against transformers in float64, what it keeps, what it refuses."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
+from tests.pipeline.conftest import change_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from adpa import EvaluateReport, evaluate
+from adpa.data.encoding import TokenSequence
+from adpa.data.responses import ResponseSet, read_response_sets
+from adpa.errors import AdpaError
+from adpa.pipeline import sampler_hf
+from adpa.pipeline.bootstrap import bootstrap_interval
+from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.evaluate import repetition
+
+SAMPLES = 2
+
+
+@pytest.fixture(scope="module")
+def students(make_model: MakeModel, models: Models) -> Models:
+    """The student ends about a third of its turns at any token; the baseline hardly ever ends one."""
+    ending = open_checkpoint(str(make_model(50, layers=1, tie_word_embeddings=False)))
+    turn_end = ending.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def end_often(weights: dict[str, Tensor]) -> None:
+        weights["lm_head.weight"][turn_end] *= 10
+
+    change_weights(ending, end_often)
+    return replace(models, student=ending.directory)
+
+
+@pytest.fixture(scope="module")
+def options(students: Models, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the tests evaluate: eight prompts, one of them twice, and a row without one."""
+    data = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    rows = [*preference_rows[:8], {**preference_rows[3], "chosen": preference_rows[4]["chosen"]}, {"chosen": "Yes."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "student": str(students.student),
+        "baseline": str(students.other_student),
+        "teacher": str(students.teacher),
+        "reference": str(students.reference),
+        "data": str(data),
+        "samples_per_prompt": SAMPLES,
+        "max_new_tokens": 7,
+        "drop_invalid": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def report(options: dict[str, Any], cache: Path) -> EvaluateReport:
+    return evaluate(**options, cache=cache)
+
+
+def answers(cache: Path, student: str) -> list[TokenSequence]:
+    """What a model said, one prompt after the other and each prompt once."""
+
+    def is_its_own(found: ResponseSet) -> bool:
+        sampling = found.info.sampling
+        return sampling is not None and sampling.student == open_checkpoint(student).identity.digest
+
+    (sampled,) = filter(is_its_own, read_response_sets(cache / "evaluation"))
+    by_prompt: dict[bytes, list[TokenSequence]] = {}
+    for sequence in sampled.sequences():
+        by_prompt.setdefault(sequence.prompt_ids.tobytes(), []).append(sequence)
+    return [sequence for said in by_prompt.values() for sequence in said[:SAMPLES]]
+
+
+def log_probability(model: Any, sequence: TokenSequence) -> float:
+    """Of the response given the prompt, in float64."""
+    whole = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
+    with torch.inference_mode():
+        logprobs = model(input_ids=whole[None]).logits[0].log_softmax(-1)
+    start = len(sequence.prompt_ids)
+    return sum(float(logprobs[place - 1, whole[place]]) for place in range(start, len(whole)))
+
+
+def test_the_numbers_are_those_of_transformers_in_float64(
+    report: EvaluateReport, options: dict[str, Any], cache: Path
+) -> None:
+    judges = {
+        name: AutoModelForCausalLM.from_pretrained(options[name], dtype=torch.float64).eval()
+        for name in ("teacher", "reference")
+    }
+    rewards: dict[str, NDArray[np.float64]] = {}
+    lengths: dict[str, NDArray[np.float64]] = {}
+    for name in ("student", "baseline"):
+        said = answers(cache, options[name])
+        summary = getattr(report, name)
+        reward = np.array(
+            [log_probability(judges["teacher"], s) - log_probability(judges["reference"], s) for s in said]
+        )
+        length = np.array([len(s.response_ids) for s in said], dtype=float)
+        assert summary.implicit_reward == pytest.approx(reward.mean(), abs=1e-5)
+        assert summary.implicit_reward_per_token == pytest.approx((reward / length).mean(), abs=1e-5)
+        assert summary.tokens == length.mean()
+        turn_end = open_checkpoint(options["teacher"]).tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert summary.ended == np.mean([turn_end in s.response_ids for s in said])
+        rewards[name], lengths[name] = reward.reshape(-1, SAMPLES), length.reshape(-1, SAMPLES)
+    assert report.prompts == len(rewards["student"]) == 8
+    for ending, mine, theirs in (
+        ("", rewards["student"], rewards["baseline"]),
+        ("_per_token", rewards["student"] / lengths["student"], rewards["baseline"] / lengths["baseline"]),
+    ):
+        difference = bootstrap_interval([(mine - theirs).mean(axis=1)])
+        wins = bootstrap_interval([((mine > theirs) + 0.5 * (mine == theirs)).mean(axis=1)])
+        assert asdict(getattr(report, f"difference{ending}")) == pytest.approx(asdict(difference), abs=1e-5)
+        assert asdict(getattr(report, f"win_rate{ending}")) == pytest.approx(asdict(wins), abs=1e-12)
+        assert difference.low < difference.mean < difference.high
+
+
+def test_some_responses_end_by_themselves_and_the_others_are_cut(report: EvaluateReport) -> None:
+    assert 0 < report.student.ended < 1
+    assert report.student.tokens < report.baseline.tokens <= 7
+
+
+def test_a_prompt_that_is_there_twice_counts_once_and_a_row_that_cannot_be_used_is_counted(
+    report: EvaluateReport,
+) -> None:
+    assert (report.prompts, report.repeated_prompts, report.dropped) == (8, 1, 1)
+    assert report.sampled == 2 * SAMPLES * 8
+
+
+def test_the_report_says_that_adpa_trains_on_this_reward(report: EvaluateReport) -> None:
+    assert "is also what ADPA trains on" in report.note
+    assert "no proof of better answers" in report.note
+
+
+def test_the_two_models_may_change_places_and_nothing_is_sampled_again(
+    report: EvaluateReport, options: dict[str, Any], cache: Path
+) -> None:
+    turned = evaluate(**options | {"student": options["baseline"], "baseline": options["student"]}, cache=cache)
+    assert (turned.sampled, turned.scored) == (0, 0)
+    assert (turned.student, turned.baseline) == (report.baseline, report.student)
+    assert turned.win_rate.mean == pytest.approx(1 - report.win_rate.mean)
+    assert turned.difference.low == pytest.approx(-report.difference.high)
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(
+    report: EvaluateReport, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = sampler_hf.sample
+    baseline = str(open_checkpoint(options["baseline"]).directory)
+
+    def stopped(model: Any, *arguments: Any) -> Any:
+        if model.name_or_path == baseline:
+            raise KeyboardInterrupt
+        return sample(model, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_hf, "sample", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(**options, cache=tmp_path)
+    resumed = evaluate(**options, cache=tmp_path)
+    assert resumed.sampled == report.sampled // 2
+    assert replace(resumed, sampled=0, scored=0, seconds=0) == replace(report, sampled=0, scored=0, seconds=0)
+
+
+def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: EvaluateReport, cache: Path) -> None:
+    assert [path.name for path in cache.iterdir()] == ["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: {"baseline": o["student"]}, "it has the weights of --student .* nothing to compare"),
+        (lambda o: {"reference": o["teacher"]}, r"--reference .*: it has the teacher's weights"),
+        (lambda _: {"baseline": "./nowhere"}, r"\./nowhere: no such directory"),
+        (lambda _: {"data": "./nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+        (lambda _: {"drop_invalid": False}, "line 10"),
+        (lambda _: {"samples_per_prompt": 0}, "--samples-per-prompt 0; expected at least 1"),
+        (lambda _: {"max_new_tokens": 0}, "--max-new-tokens 0; expected at least 1"),
+        (lambda _: {"max_prompt_length": 0}, "--max-prompt-length 0"),
+        (lambda _: {"max_new_tokens": 2048}, "positions"),
+        (lambda _: {"tensor_parallel": 2, "device": "cpu"}, "--tensor-parallel is for vLLM"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
+    change: Callable[[dict[str, Any]], dict[str, Any]], message: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(AdpaError, match=message):
+        evaluate(**options | change(options), cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_baseline_of_another_vocabulary_is_refused_before_the_student_is_asked(
+    make_model: MakeModel, options: dict[str, Any], tmp_path: Path
+) -> None:
+    other = make_model(51)
+    swap_two_tokens(other)
+    with pytest.raises(AdpaError, match="different vocabularies"):
+        evaluate(**options | {"baseline": str(other)}, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: WriteRows, tmp_path: Path) -> None:
+    with pytest.raises(AdpaError, match=r"heldout\.jsonl"):
+        evaluate(**options | {"data": str(write_rows([], "heldout.jsonl"))}, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([5, 5, 5], 0.0),
+        ([5, 5, 5, 5], 0.0),
+        ([5] * 10, 1 - 1 / 7),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 - 4 / 5),
+        (range(20), 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_4_grams_that_were_there_before(tokens: list[int], expected: float) -> None:
+    assert repetition(np.array(tokens, dtype=np.int32)) == pytest.approx(expected, abs=1e-15)
