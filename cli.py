@@ -6,6 +6,7 @@ A command's options are the parameters of its function; their help is the ``Doc`
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from tqdm.contrib import DummyTqdmFile
 
 from adpa.errors import AdpaError, OptionError
 from adpa.pipeline.distill import distill
@@ -40,6 +42,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # So that engines are stopped when a scheduler stops us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    warnings = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # a line of its own above Trainer's progress bar
+    warnings.setFormatter(logging.Formatter("adpa: warning: %(message)s"))
+    logging.getLogger("adpa").addHandler(warnings)
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -160,6 +165,8 @@ def _print_summary(title: str, summary: dict[str, Any]) -> None:
     for name, value in summary.items():
         if isinstance(value, dict):
             value = "\n".join(f"{key} {entry}" for key, entry in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(value) or "none"
         elif isinstance(value, float):
             value = f"{value:,.4g}"
         elif isinstance(value, int) and not isinstance(value, bool):
