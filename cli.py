@@ -6,6 +6,7 @@ A command's options are the parameters of its function; their help is the ``Doc`
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ import typer
 import yaml
 from rich.console import Console, RenderableType
 from rich.table import Table
+from tqdm.contrib import DummyTqdmFile
 
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
@@ -47,6 +49,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # So that engines are stopped when a scheduler stops us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    warnings = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # a line of its own above Trainer's progress bar
+    warnings.setFormatter(logging.Formatter("adpa: warning: %(message)s"))
+    logging.getLogger("adpa").addHandler(warnings)
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -182,6 +187,8 @@ def _fields_table(title: str, report: Any) -> Table:
 def _field_text(value: object) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{str(key).replace('_', ' ')} {_field_text(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(_field_text, value)) or "none"
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

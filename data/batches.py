@@ -107,7 +107,10 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
         return TrainingSequence(role, self._sequences[role][row], signal_row)
 
 
-def make_collator(top_k: int) -> Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]:
+Collator = Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]
+
+
+def make_collator(top_k: int) -> Collator:
     """The function that turns examples into the tensors of a batch.
 
     It gives the tensors of ``PaddedSequences`` and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32

@@ -117,7 +117,7 @@ def losses_and_gradients(
         logits_CV = (hidden_Cd @ weight_Vd.T).to(dtype)
         if bias_V is not None:
             logits_CV += bias_V
-        slope_CV = _scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(wanted))
+        slope_CV = scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(wanted))
         losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(wanted))
         if not any(wanted):
             continue
@@ -144,7 +144,7 @@ def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor) -> None:
         sum_Vd.add_(left_VC @ right_Cd)
 
 
-def _scale_and_cap_(
+def scale_and_cap_(
     products_CV: Tensor, logit_scale: float, softcap: float | None, *, with_slope: bool
 ) -> Tensor | float | None:
     """Turn products into logits; the derivative of the logits by the products, None where it is 1."""

@@ -49,6 +49,7 @@ class DistillReport:
         first_loss: loss at the first log.
         last_loss: loss at the last log.
         seconds: wall-clock time.
+        warnings: what the run warned of.
     """
 
     objective: ObjectiveName
@@ -60,6 +61,7 @@ class DistillReport:
     first_loss: float
     last_loss: float
     seconds: float
+    warnings: list[str]
 
 
 def distill(
@@ -192,6 +194,7 @@ def distill(
         first_loss=logs[0]["loss"],
         last_loss=logs[-1]["loss"],
         seconds=time.perf_counter() - started,
+        warnings=trainer.warnings,
     )
     if trainer.is_world_process_zero():
         _write_record(
@@ -209,6 +212,8 @@ def distill(
                 },
                 "versions": {"python": platform.python_version()}
                 | {name: version(name) for name in ("adpa", "torch", "transformers")},
+                "warnings": report.warnings,
+                "student_before": trainer.student_before,
                 "losses": logs,
             },
         )

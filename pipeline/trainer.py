@@ -1,14 +1,31 @@
 """The training step: transformers' Trainer with the loss of adpa, normalised over the whole optimizer step."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adpa.data.batches import Collator, TrainingExamples
 from adpa.errors import ModelError
 from adpa.pipeline.objectives import TermWeights, plausible_advantages
+from adpa.pipeline.probe import Probe, collapse
+
+logger = logging.getLogger(__name__)
+
+
+class LogStart(TrainerCallback):
+    """Calls a function before the first step of a run; a resumed run has done it."""
+
+    def __init__(self, log_start: Callable[[], None]) -> None:
+        self._log_start = log_start
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Calls it, if no step was done."""
+        if state.global_step == 0:
+            self._log_start()
 
 
 class LogLastStep(TrainerCallback):
@@ -31,11 +48,26 @@ class DistillTrainer(Trainer):
     Args:
         terms: name and term weights of each role, in the order of the roles.
         plausibility: see ``plausible_advantages``.
-        arguments: of ``Trainer``.
+        model: the student.
+        train_dataset: the examples.
+        data_collator: what makes batches of them.
+        arguments: further ones of ``Trainer``.
+
+    Attributes:
+        warnings: what the user was warned of.
     """
 
-    def __init__(self, *, terms: Sequence[tuple[str, TermWeights]], plausibility: float, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(
+        self,
+        *,
+        terms: Sequence[tuple[str, TermWeights]],
+        plausibility: float,
+        model: PreTrainedModel,
+        train_dataset: TrainingExamples,
+        data_collator: Collator,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(model=model, train_dataset=train_dataset, data_collator=data_collator, **arguments)
         self.loss_is_scaled_for_ga = True
         self.add_callback(LogLastStep())
         self._plausibility = plausibility
@@ -43,6 +75,16 @@ class DistillTrainer(Trainer):
         self._weights_R3 = torch.tensor([weights for _, weights in terms])
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
+        self._student = model  # self.model may become a wrapper of it
+        self._probe = Probe(
+            train_dataset,
+            data_collator,
+            [weights for _, weights in terms],
+            self.args.per_device_train_batch_size,
+            self.accelerator,
+        )
+        self.add_callback(LogStart(self._log_start))
+        self.warnings: list[str] = []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -79,8 +121,19 @@ class DistillTrainer(Trainer):
         loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, parts) if return_outputs else loss
 
+    @property
+    def student_before(self) -> dict[str, float]:
+        """The log before the first step; empty where no term needs signals."""
+        return next((entry for entry in self.state.log_history if entry["step"] == 0), {})
+
+    def _log_start(self) -> None:
+        if statistics := self._probe.measure(self._student):
+            self.log(statistics)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the mean of every term since the last time beside what Trainer logs.
+        """Logs the mean of every term since the last time, and the student's statistics, beside what Trainer logs.
+
+        The first time that these look like a collapse, it warns.
 
         Raises:
             ModelError: the loss is not finite.
@@ -91,8 +144,13 @@ class DistillTrainer(Trainer):
                     f"step {self.state.global_step}: the loss is {logs['loss']}",
                     "lower --learning-rate or the weights of the terms, or check the student",
                 )
-            logs |= self._take_terms()
+            logs |= self._take_terms() | self._probe.measure(self._student)
         super().log(logs, start_time)
+        warning = collapse(self.state.log_history, self._plausibility)
+        if warning is not None and not self.warnings:
+            self.warnings.append(warning)
+            if self.is_world_process_zero():
+                logger.warning(warning)
 
     def _take_terms(self) -> dict[str, float]:
         means_R3 = self.accelerator.reduce(self._term_sums_R3, reduction="sum") / max(self._steps_summed, 1)

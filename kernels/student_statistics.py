@@ -1,0 +1,85 @@
+"""What a student's distribution looks like beside its teacher's: numbers to watch in training, without gradients.
+
+Shapes: N rows; C rows of a chunk; d hidden size; V vocabulary; K teacher ids.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.special import entr
+
+from adpa.kernels.torch_head import CHUNK_ROWS, scale_and_cap_, select_targets
+
+# At temperature 1 the teacher itself would say such a token at fewer than one in a hundred positions.
+IMPLAUSIBLE = 0.01
+
+
+class StudentStatistics(NamedTuple):
+    """Of each row, [N] each, with q the student's probabilities over the vocabulary and S the teacher's top K.
+
+    Attributes:
+        entropy: −Σ_V q log q, in nats.
+        mass_on_topk: Σ_S q.
+        implausible_mass: the share of q that is on tokens to which the teacher gives less than ``IMPLAUSIBLE``. What is
+            outside S counts: the cache knows only that it is less than the least of S.
+        advantage: Σ_S q·A, what the advantage term of ADPA raises.
+    """
+
+    entropy: Tensor
+    mass_on_topk: Tensor
+    implausible_mass: Tensor
+    advantage: Tensor
+
+
+@torch.no_grad()
+def student_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    topk_ids: Tensor,
+    teacher_logprobs: Tensor,
+    advantages: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> StudentStatistics:
+    """The statistics of each row, in chunks of rows: [N, V] is never held.
+
+    The arguments, and what in them counts, are those of ``adpa.kernels.head.distill_head``: an id that is negative, at
+    least V or a repetition is not in S, and an advantage that is not finite is 0.
+
+    Args:
+        hidden: [N, d] float32, bfloat16, float16 or float64; the matrix product runs in this dtype, all else in float32
+            (float64 for float64).
+        weight: [V, d], the dtype of hidden.
+        topk_ids: [N, K] int32 or int64.
+        teacher_logprobs: [N, K] log p_k.
+        advantages: [N, K] A_k.
+        bias: [V] or None.
+        softcap: bound of the logits; None or 0 = none.
+        logit_scale: factor of the logits.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    zeros_N = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    all_terms_N3 = torch.ones(len(hidden), 3, dtype=dtype, device=hidden.device)
+    _, targets = select_targets(
+        len(weight), zeros_N, topk_ids, teacher_logprobs, zeros_N, advantages, all_terms_N3
+    )  # every row; labels and tail are of no account here
+    plausible_NK = targets.logprobs[:, :-1] >= math.log(IMPLAUSIBLE)
+    table = (hidden, targets.ids, targets.counts, plausible_NK, targets.advantages[:, :-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunks = []
+        for hidden_Cd, ids_CK, counts_CK, plausible_CK, advantages_CK in zip(
+            *(rows.split(CHUNK_ROWS) for rows in table), strict=True
+        ):
+            logits_CV = (hidden_Cd @ weight.T).to(dtype)
+            if bias is not None:
+                logits_CV += bias
+            scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=False)
+            q_CV = logits_CV.softmax(dim=1)
+            q_CK = q_CV.gather(1, ids_CK).masked_fill_(~counts_CK, 0)
+            implausible_C = 1 - (q_CK * plausible_CK).sum(dim=1)
+            columns = (entr(q_CV).sum(dim=1), q_CK.sum(dim=1), implausible_C, (q_CK * advantages_CK).sum(dim=1))
+            chunks.append(torch.stack(columns))
+    return StudentStatistics(*torch.cat(chunks, dim=1))

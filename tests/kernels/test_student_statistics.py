@@ -1,0 +1,81 @@
+"""The statistics are their definitions, in float64 and one token at a time, in every case the head meets.
+
+Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.kernels.oracle import Problem, logits_of, random_problem
+from tests.kernels.test_head import CASES, in_float64
+from tests.kernels.test_head_costs import Watch
+
+from adpa.kernels import student_statistics as module
+from adpa.kernels.student_statistics import IMPLAUSIBLE, StudentStatistics, student_statistics
+
+
+def statistics_of(problem: Problem) -> StudentStatistics:
+    return student_statistics(
+        problem.hidden,
+        problem.weight,
+        problem.topk_ids,
+        problem.teacher_logprobs,
+        problem.advantages,
+        bias=problem.bias,
+        softcap=problem.softcap,
+        logit_scale=problem.logit_scale,
+    )
+
+
+def definition(problem: Problem) -> list[tuple[float, ...]]:
+    rows: list[tuple[float, ...]] = []
+    q_NV = logits_of(in_float64(problem)).detach().softmax(dim=1)
+    table = (problem.topk_ids, problem.teacher_logprobs.double(), problem.advantages.double())
+    for q_V, *row in zip(q_NV.tolist(), *(column.tolist() for column in table), strict=True):
+        in_s: dict[int, tuple[float, float]] = {}
+        for token, logprob, advantage in zip(*row, strict=True):
+            if 0 <= token < len(q_V):
+                in_s.setdefault(token, (logprob, advantage))
+        plausible = [token for token, (logprob, _) in in_s.items() if logprob >= math.log(IMPLAUSIBLE)]
+        rows.append(
+            (
+                -sum(q * math.log(q) for q in q_V if q > 0),
+                sum(q_V[token] for token in in_s),
+                sum(q for token, q in enumerate(q_V) if token not in plausible),
+                sum(q_V[token] * advantage for token, (_, advantage) in in_s.items() if math.isfinite(advantage)),
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def test_the_statistics_are_the_definitions_when(make: Callable[[], Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", 4)
+    problem = make()
+    tolerance = 1e-5 if problem.hidden.dtype in (torch.float32, torch.float64) else 0.05
+    found_4N = torch.stack(statistics_of(problem))
+    expected_4N = torch.tensor(definition(problem), dtype=torch.float64).reshape(-1, 4).mT
+    finite_N = logits_of(problem).isfinite().all(dim=1) | ~problem.hidden.isnan().any(dim=1)
+    torch.testing.assert_close(found_4N[:, finite_N].double(), expected_4N[:, finite_N], rtol=tolerance, atol=tolerance)
+    assert not found_4N.requires_grad
+
+
+def test_a_token_the_teacher_gives_less_than_one_in_a_hundred_is_implausible() -> None:
+    equal = random_problem(N=1, V=4, d=2, K=3)._replace(
+        hidden=torch.zeros(1, 2),
+        topk_ids=torch.tensor([[2, 0, 1]]),
+        teacher_logprobs=torch.tensor([[0.97, 0.011, 0.009]]).log(),
+    )
+    assert statistics_of(equal).implausible_mass.item() == pytest.approx(0.5)
+    assert statistics_of(equal).entropy.item() == pytest.approx(math.log(4))
+
+
+def test_the_logits_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", 8)
+    problem = random_problem(N=64, V=1000)
+    with Watch() as watch:
+        statistics_of(problem)
+    transposed_weight = 1000 * 8 * 4
+    assert watch.largest == max(8 * 1000 * 4, transposed_weight)
