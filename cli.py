@@ -150,7 +150,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         options = yaml.safe_load(path.read_text())
         if not isinstance(options, dict):
             raise OptionError(f"--config {path}: expected a mapping of options to values")
-        options = {str(key).replace("-", "_"): value for key, value in options.items()}
+        # YAML reads the word on, which is an option of distill, as true.
+        options = {"on" if key is True else str(key).replace("-", "_"): value for key, value in options.items()}
         known = {parameter.name: parameter for parameter in context.command.params}
         unknown = sorted(options.keys() - known.keys())
         if unknown:

@@ -167,7 +167,8 @@ def _plan(content: Any, where: str) -> Plan:
 def _mapping(content: Any, where: str, known: Any = None) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise OptionError(f"{where}: {content!r}; expected a mapping")
+    content = {"on" if name is True else name: value for name, value in content.items()}  # YAML's own reading of it
     unknown = [] if known is None else sorted(map(str, content.keys() - set(known)))
     if unknown:
         raise OptionError(f"{where}: {unknown[0]!r} is unknown; expected some of {', '.join(sorted(known))}")
-    return dict(content)
+    return content
