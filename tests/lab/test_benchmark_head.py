@@ -66,7 +66,7 @@ def test_eager_logits_take_more_memory_than_a_chunk_of_them() -> None:
     ours, theirs = (one.memory for one in benchmark.measure_cpu(case, chosen, rounds=1))
     logits = 4 * case.N * case.V
     assert theirs >= 2 * logits
-    assert 0.2 * logits <= ours <= 0.6 * logits  # a chunk is a quarter of the rows
+    assert 0.2 * logits <= ours <= 0.4 * logits  # a chunk is a quarter of the rows
 
 
 def test_a_peer_that_cannot_run_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_a_run_prints_errors_times_and_goals_and_writes_numbers_and_a_plot(tmp_p
     assert written["versions"]["torch"] == torch.__version__
     assert all(len(one["seconds"]) == 2 for one in written["measurements"])
     assert [one["way"] for one in written["measurements"] if not one["case"]["with_dX"]] == [OURS]
-    assert {goal["verdict"] for goal in written["goals"]} <= {"met", "missed"}
+    assert [goal["must"] for goal in written["goals"]] == [1.1, 0.15, 2.0]
 
 
 def test_without_matplotlib_there_is_no_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
