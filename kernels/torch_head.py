@@ -119,16 +119,17 @@ def losses_and_gradients(
             logits_CV += bias_V
         slope_CV = scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(wanted))
         losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(wanted))
-        if not any(wanted):
-            continue
-        gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
-        if dbias_V is not None:
-            dbias_V += gradient_CV.sum(dim=0)
-        gradient_CV = gradient_CV.to(hidden_Nd.dtype)
-        if dhidden_Nd is not None:
-            dhidden_Nd[rows_C] = gradient_CV @ weight_Vd
-        if dweight_Vd is not None:
-            _add_product_(dweight_Vd, gradient_CV.T, hidden_Cd)
+        if any(wanted):
+            gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
+            if dbias_V is not None:
+                dbias_V += gradient_CV.sum(dim=0)
+            gradient_CV = gradient_CV.to(hidden_Nd.dtype)
+            if dhidden_Nd is not None:
+                dhidden_Nd[rows_C] = gradient_CV @ weight_Vd
+            if dweight_Vd is not None:
+                _add_product_(dweight_Vd, gradient_CV.T, hidden_Cd)
+            del gradient_CV
+        del logits_CV, slope_CV  # before the next chunk has its own
     return losses_N3, Gradients(
         hidden=dhidden_Nd,
         weight=None if dweight_Vd is None else dweight_Vd.to(weight_Vd.dtype),

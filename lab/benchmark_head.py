@@ -3,292 +3,194 @@
     python -m adpa.lab.benchmark_head --device cpu     (part of `make bench`)
     python -m adpa.lab.benchmark_head --device cuda    (`make bench-gpu`, after the tests have passed on the GPU)
 
-Every way computes the loss and the gradients of hidden states and weight. The ways have their turns round by round in
-one process, on inputs drawn anew for each round; quoted are medians of the rounds' ratios, with the lowest and highest.
-Extra memory is the peak beyond the inputs; on a CPU it is the growth of a process of its own.
+First the gradients' errors against float64, in bfloat16. Then time and memory: every way computes the loss and the
+gradients of hidden states and weight. The ways have their turns round by round in one process, on inputs drawn anew for
+each round; quoted are medians of the rounds' ratios, with the lowest and highest. Extra memory is the peak beyond the
+inputs. Last, what was to be reached, and whether it was.
 
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
 """
 
 import argparse
-import importlib
 import itertools
-import json
-import multiprocessing
-import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from adpa.kernels.head import distill_head
+from adpa.kernels import reference
+from adpa.lab import benchmark_head_report as report
+from adpa.lab.benchmark_head_report import Error, Findings, Measurement
+from adpa.lab.benchmark_head_ways import DTYPES, EAGER, OURS, Case, Inputs, Way, random_inputs, step, ways_on
 
-CPU_CASE = (2048, 49152, 576, 50)
+CPU_CASE = Case(2048, 49152, 576, 50)
+CPU_ERROR_CASE = Case(512, 4096, 64, 50)
 GPU_VOCABULARIES = ((128256, 896), (128256, 2048), (151936, 896), (151936, 2048))
 GPU_ROWS = (4096, 16384, 32768)
-GPU_IDS = (16, 50, 128)
-SHARES = (0.25, 0.5, 1.0)
+GPU_IDS = (16, 128)
+GPU_SHARES = (0.25, 0.5)
+GPU_ERROR_CASES = (Case(8192, 151936, 896, 50), Case(8192, 151936, 2048, 50))
+REFERENCE_ROWS = 1024
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "veomni")
 
 
-@dataclass(frozen=True)
-class Case:
-    """The shape of a step; ``share`` is the part of the rows that any term counts in."""
-
-    N: int
-    V: int
-    d: int
-    K: int
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What ``distill_head`` takes, with random numbers; hidden and weight require gradients."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    topk_ids: Tensor
-    teacher_logprobs: Tensor
-    tail_logprob: Tensor
-    advantages: Tensor
-    nll_weight: Tensor
-    kl_weight: Tensor
-    advantage_weight: Tensor
+def gpu_cases() -> list[Case]:
+    """Every vocabulary and number of rows at K = 50; at one of them every K, every share, and memory without dX."""
+    V, d = GPU_VOCABULARIES[2]
+    return [
+        *(Case(N, V, d, 50) for (V, d), N in itertools.product(GPU_VOCABULARIES, GPU_ROWS)),
+        *(Case(16384, V, d, K) for K in GPU_IDS),
+        *(Case(16384, V, d, 50, share) for share in GPU_SHARES),
+        *(Case(N, V, d, 50, with_dX=False) for N in (GPU_ROWS[0], GPU_ROWS[-1])),
+    ]
 
 
-Way = Callable[[Inputs], Tensor]
+def gradient_errors(case: Case, device: str, ways: dict[str, Way]) -> list[Error]:
+    """Of our head and of eager losses in bfloat16, against float64 on the same inputs."""
+    inputs = random_inputs(case, device, torch.bfloat16, seed=0)
+    exact_Nd, exact_Vd = exact_gradients(inputs)
+    errors = []
+    for name in (OURS, EAGER):
+        gradients = torch.autograd.grad(ways[name](inputs), (inputs.hidden, inputs.weight))
+        dX, dW = (
+            float((found.double() - exact).norm() / exact.norm())
+            for found, exact in zip(gradients, (exact_Nd, exact_Vd), strict=True)
+        )
+        errors.append(Error(case, name, dX, dW))
+    return errors
 
 
-def random_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> Inputs:
-    """Inputs of a case, other ones for each seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-
-    first = torch.randint(case.V, (case.N, 1), generator=generator, device=device)
-    gaps = torch.randint(1, case.V // case.K, (1, case.K), generator=generator, device=device)
-    logprobs = (normal(case.N, case.K) - 0.1 * torch.arange(case.K, device=device)).log_softmax(1) - 0.05
-    counts = (torch.rand(case.N, generator=generator, device=device) < case.share).float() / case.N
-    return Inputs(
-        hidden=normal(case.N, case.d).to(dtype).requires_grad_(),
-        weight=(normal(case.V, case.d) / case.d**0.5).to(dtype).requires_grad_(),
-        labels=torch.randint(case.V, (case.N,), generator=generator, device=device),
-        topk_ids=(first + gaps.cumsum(1)) % case.V,
-        teacher_logprobs=logprobs,
-        tail_logprob=torch.log1p(-logprobs.exp().sum(1)),
-        advantages=normal(case.N, case.K),
-        nll_weight=counts,
-        kl_weight=counts,
-        advantage_weight=counts,
-    )
+def exact_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """dX and dW in float64, the rows one chunk after the other: the reference is dense."""
+    parts = {name: tensor.split(REFERENCE_ROWS) for name, tensor in vars(inputs).items() if name != "weight"}
+    weight_Vd = inputs.weight.detach().double()
+    dhidden, dweight_Vd = [], torch.zeros_like(weight_Vd)
+    weight_Vd.requires_grad_()
+    for values in zip(*parts.values(), strict=True):
+        part = dict(zip(parts, values, strict=True))
+        part["hidden"] = part["hidden"].detach().double().requires_grad_()
+        loss, _ = reference.distill_head(weight=weight_Vd, **part)
+        dhidden_Cd, dweight_of_chunk_Vd = torch.autograd.grad(loss, (part["hidden"], weight_Vd))
+        dhidden.append(dhidden_Cd)
+        dweight_Vd += dweight_of_chunk_Vd
+    return torch.cat(dhidden), dweight_Vd
 
 
-def adpa_head(inputs: Inputs) -> Tensor:
-    return distill_head(**vars(inputs))[0]
-
-
-def eager(inputs: Inputs) -> Tensor:
-    """Logits in the inputs' dtype, losses in float32, the tail as 1 − Σq: the cheapest that plain torch has."""
-    logq_NV = (inputs.hidden @ inputs.weight.T).float().log_softmax(1)
-    nll_N = -logq_NV.gather(1, inputs.labels[:, None]).squeeze(1)
-    logq_NK = logq_NV.gather(1, inputs.topk_ids)
-    tail_N = torch.log1p(-logq_NK.exp().sum(1).clamp(max=1 - 1e-6))
-    p_NK, p_N = inputs.teacher_logprobs.exp(), inputs.tail_logprob.exp()
-    kl_N = (p_NK * (inputs.teacher_logprobs - logq_NK)).sum(1) + p_N * (inputs.tail_logprob - tail_N)
-    advantage_N = -(logq_NK.exp() * inputs.advantages).sum(1)
-    return (inputs.nll_weight * nll_N + inputs.kl_weight * kl_N + inputs.advantage_weight * advantage_N).sum()
-
-
-class _ThreeProducts(torch.autograd.Function):
-    """The products of any head without its losses: logits, dX and dW, the logits standing in for their gradient."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden_Nd: Tensor, weight_Vd: Tensor) -> Tensor:
-        logits_NV = hidden_Nd @ weight_Vd.T
-        ctx.save_for_backward(logits_NV @ weight_Vd, logits_NV.T @ hidden_Nd)
-        return logits_NV[0, 0].float()
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple[Tensor, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-        return saved
-
-
-def three_products(inputs: Inputs) -> Tensor:
-    loss: Tensor = _ThreeProducts.apply(inputs.hidden, inputs.weight)
-    return loss
-
-
-def liger(chunk: int) -> Way:
-    """Liger's fused linear cross-entropy, which has the NLL alone; its default is ``chunk`` 1."""
-    module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    head = module.LigerFusedLinearCrossEntropyFunction.apply
-    defaults = (None, None, -100, 0.0, 0.0, "mean", None, False, None, False, False, False, None, None)
-
-    def way(inputs: Inputs) -> Tensor:
-        loss: Tensor = head(inputs.hidden, inputs.weight, inputs.labels, *defaults, chunk)[0]
-        return loss
-
-    return way
-
-
-def cut_cross_entropy(inputs: Inputs) -> Tensor:
-    """Apple's cut cross-entropy, which has the NLL alone."""
-    loss: Tensor = importlib.import_module("cut_cross_entropy").linear_cross_entropy(
-        inputs.hidden, inputs.weight, inputs.labels
-    )
-    return loss
-
-
-def native(inputs: Inputs) -> Tensor:
-    """PyTorch's own linear cross-entropy, which has the NLL alone."""
-    loss: Tensor = torch.nn.functional.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels)
-    return loss
-
-
-def ways_on(device: str) -> dict[str, Way]:
-    """What is compared, as far as it is installed."""
-    ways: dict[str, Way] = {"adpa": adpa_head, "three products": three_products, "eager": eager}
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        ways["torch, NLL only"] = native
-    if device == "cuda":
-        if importlib.util.find_spec("liger_kernel"):
-            ways |= {f"Liger, NLL only, chunk ×{chunk}": liger(chunk) for chunk in (1, 2, 4, 8)}
-        if importlib.util.find_spec("cut_cross_entropy"):
-            ways["cut cross-entropy, NLL only"] = cut_cross_entropy
-    return ways
-
-
-def step(way: Way, inputs: Inputs) -> None:
-    """Loss and gradients, which are then dropped."""
-    way(inputs).backward()
-    inputs.hidden.grad = inputs.weight.grad = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A way on a case: seconds of each round, or none where memory ran out, and extra peak memory in bytes."""
-
-    case: Case
-    way: str
-    seconds: list[float]
-    memory: int
-
-
-def measure_cuda(case: Case, dtype: torch.dtype, ways: dict[str, Way], rounds: int) -> list[Measurement]:
-    """Times with device events, after a round of warm-up."""
+def measure_cuda(case: Case, ways: dict[str, Way], rounds: int) -> list[Measurement]:
+    """In each turn a step for the peak of memory, and then, with that memory at hand, one for the time."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, int] = {}
     for number in range(rounds + 1):
-        inputs = random_inputs(case, "cuda", dtype, seed=number)
-        for name, way in ways.items():
+        inputs = random_inputs(case, "cuda", DTYPES["cuda"], seed=number)
+        for name in list(memory if number else ways):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             try:
+                step(ways[name], inputs)
+                memory[name] = torch.cuda.max_memory_allocated() - before
                 start.record()
-                step(way, inputs)
+                step(ways[name], inputs)
                 end.record()
             except torch.OutOfMemoryError:
                 inputs.hidden.grad = inputs.weight.grad = None
+                seconds[name].clear()
+                memory.pop(name, None)
                 continue
             torch.cuda.synchronize()
-            if number:
+            if number:  # the first round is a warm-up
                 seconds[name].append(start.elapsed_time(end) / 1e3)
-            memory[name] = torch.cuda.max_memory_allocated() - before
     return [Measurement(case, name, seconds[name], memory.get(name, 0)) for name in ways]
 
 
-def measure_cpu(case: Case, dtype: torch.dtype, ways: dict[str, Way], rounds: int) -> list[Measurement]:
-    """Times in this process, and memory in a process for each way."""
+def measure_cpu(case: Case, ways: dict[str, Way], rounds: int) -> list[Measurement]:
+    """Extra memory is by how much the resident size of the process grows in a step, at its peak; Linux tells it."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    memory = dict.fromkeys(ways, 0)
     for number in range(rounds + 1):
-        inputs = random_inputs(case, "cpu", dtype, seed=number)
+        inputs = random_inputs(case, "cpu", DTYPES["cpu"], seed=number)
         for name, way in ways.items():
-            start = time.perf_counter()
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            before, start = resident_size("VmRSS"), time.perf_counter()
             step(way, inputs)
-            if number:
+            if number:  # the first round is a warm-up
                 seconds[name].append(time.perf_counter() - start)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(extra_memory, (case, dtype, name)) for name in ways}
+                memory[name] = max(memory[name], resident_size("VmHWM") - before)
     return [Measurement(case, name, seconds[name], memory[name]) for name in ways]
 
 
-def extra_memory(case: Case, dtype: torch.dtype, name: str) -> int:
-    """By how many bytes a step makes the largest resident size of this process grow."""
-    inputs = random_inputs(case, "cpu", dtype, seed=0)
-    small = random_inputs(Case(8, 64, case.d, 4), "cpu", dtype, seed=0)
-    way = ways_on("cpu")[name]
-    step(way, small)  # what is imported and started once is no memory of the step
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(way, inputs)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+def resident_size(name: str) -> int:
+    """VmRSS, bytes now, or VmHWM, bytes at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def table_of(measurements: list[Measurement], baseline: str) -> Table:
-    """One line for each way and case: time against the baseline in the same round, and memory against it."""
-    table = Table("N", "V", "d", "K", "rows", "way", "ms", f"time / {baseline}", "extra MB", f"memory / {baseline}")
-    for _, group in itertools.groupby(measurements, key=lambda one: one.case):
-        ways = {one.way: one for one in group}
-        base = ways[baseline]
-        for name, one in ways.items():
-            ratios = [mine / theirs for mine, theirs in zip(one.seconds, base.seconds, strict=False)]
-            shape = (one.case.N, one.case.V, one.case.d, one.case.K, f"{one.case.share:.0%}")
-            table.add_row(
-                *map(str, shape),
-                name,
-                f"{1e3 * statistics.median(one.seconds):,.1f}" if one.seconds else "out of memory",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "",
-                f"{one.memory / 1e6:,.0f}",
-                f"{one.memory / base.memory:.2f}" if base.memory else "",
-            )
-    return table
+def measured(device: str, cases: Sequence[Case], ways: dict[str, Way], rounds: int) -> Iterator[list[Measurement]]:
+    """Case by case; without dX, our head alone."""
+    measure = measure_cuda if device == "cuda" else measure_cpu
+    for case in cases:
+        yield measure(case, ways if case.with_dX else {OURS: ways[OURS]}, rounds)
 
 
-def gpu_cases() -> list[Case]:
-    """Every vocabulary and number of rows at K = 50, and every K and share at one of them."""
-    sizes = [Case(N, V, d, 50) for (V, d), N in itertools.product(GPU_VOCABULARIES, GPU_ROWS)]
-    V, d = GPU_VOCABULARIES[2]
-    return (
-        sizes
-        + [Case(16384, V, d, K) for K in GPU_IDS if K != 50]
-        + [Case(16384, V, d, 50, share) for share in SHARES if share != 1]
-    )
+def versions() -> dict[str, str]:
+    """Of what is compared, as far as it is installed."""
+    found = {"python": sys.version.partition(" ")[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def benchmark(
+    device: str, cases: Sequence[Case], error_cases: Sequence[Case], rounds: int, output: Path | None, console: Console
+) -> Findings:
+    """Measures and prints; with ``output``, the numbers are written there case by case, and at the end a plot."""
+    on_gpu = device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    ways, missing = ways_on(device)
+    findings = Findings(name, versions(), missing)
+    console.print(f"{name}; {', '.join(map(' '.join, findings.versions.items()))}; {rounds} rounds")
+    for reason in dict.fromkeys(missing.values()):
+        peers = "; ".join(peer for peer, its_reason in missing.items() if its_reason == reason)
+        console.print(f"not here: {peers} ({reason})", markup=False)
+
+    for case in error_cases:
+        findings.errors.extend(gradient_errors(case, device, ways))
+    console.print("Errors of the gradients in bfloat16, against float64:")
+    console.print(report.error_table(findings.errors))
+
+    for number, measurements in enumerate(measured(device, cases, ways, rounds), start=1):
+        findings.measurements.extend(measurements)
+        console.print(f"case {number} of {len(cases)} is measured")
+        if output is not None:
+            report.write_numbers(findings, on_gpu, output)
+    console.print(report.time_table(findings.measurements))
+    console.print(report.goal_table(report.goals_of(findings, on_gpu)))
+    if output is not None:
+        plot = report.draw(findings, output)
+        console.print(plot or "no plot: matplotlib is not installed (pip install 'adpa[lab]')", markup=False)
+    return findings
 
 
 def main() -> None:
-    """Measures, prints the table and writes the numbers, on a GPU with the errors first."""
+    """Measures the cases of a device."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_head")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="how often every way has its turn")
-    parser.add_argument("--output", type=Path, help="directory for the numbers as JSON")
+    parser.add_argument("--output", type=Path, help="directory for head-DEVICE.json and head-DEVICE.png")
     arguments = parser.parse_args()
-    ways = ways_on(arguments.device)
-    if arguments.device == "cuda":
-        name = torch.cuda.get_device_name()
-        measurements = [
-            one for case in gpu_cases() for one in measure_cuda(case, torch.bfloat16, ways, arguments.rounds)
-        ]
-    else:
-        name = f"CPU, {torch.get_num_threads()} threads"
-        measurements = measure_cpu(Case(*CPU_CASE), torch.float32, ways, arguments.rounds)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(f"{name}, torch {torch.__version__}, {arguments.rounds} rounds")
-    console.print(table_of(measurements, "eager"))
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        record = {"device": name, "torch": torch.__version__, "measurements": [asdict(one) for one in measurements]}
-        (arguments.output / "head.json").write_text(json.dumps(record, indent=1) + "\n")
+    on_gpu = arguments.device == "cuda"
+    cases, error_cases = (gpu_cases(), GPU_ERROR_CASES) if on_gpu else ([CPU_CASE], [CPU_ERROR_CASE])
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    benchmark(arguments.device, cases, error_cases, arguments.rounds, arguments.output, console)
 
 
 if __name__ == "__main__":

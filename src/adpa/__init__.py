@@ -9,10 +9,14 @@ The rooms of the house, in the order in which data flows through them:
     adpa.lab        a laboratory with a programmatic preference; the demo
 """
 
-from adpa.pipeline.distill import DistillReport, distill
-from adpa.pipeline.evaluate import EvaluateReport, evaluate
-from adpa.pipeline.inspect import InspectReport, inspect_cache
-from adpa.pipeline.precompute import PrecomputeReport, precompute
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adpa.pipeline.distill import DistillReport, distill
+    from adpa.pipeline.evaluate import EvaluateReport, evaluate
+    from adpa.pipeline.inspect import InspectReport, inspect_cache
+    from adpa.pipeline.precompute import PrecomputeReport, precompute
 
 __all__ = [
     "DistillReport",
@@ -24,3 +28,11 @@ __all__ = [
     "inspect_cache",
     "precompute",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A stage, imported when it is asked for: ``adpa.kernels`` needs torch alone, not what reads data and models."""
+    if name not in __all__:
+        raise AttributeError(f"module 'adpa' has no attribute {name!r}")
+    stage = name.lower().removesuffix("report").removesuffix("_cache")
+    return getattr(import_module(f"adpa.pipeline.{stage}"), name)

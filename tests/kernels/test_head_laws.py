@@ -5,7 +5,11 @@ Shapes: N rows, V vocabulary, K teacher ids.
 
 from typing import Any
 
+import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # a machine with a GPU may lack it
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.oracle import BACKENDS, Problem, logits_of, problem_of_logits, random_problem, run
