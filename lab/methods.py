@@ -44,11 +44,15 @@ class Method:
     swept: Mapping[str, float] = field(default_factory=dict)
 
 
-def method_options(objective: str) -> list[str]:
-    """The names of the options that a method of this objective can have."""
+def method_options(objective: str) -> dict[str, Any]:
+    """The options that a method of this objective can have, with their defaults."""
     parameters = inspect.signature(align if objective == "dpo" else distill).parameters.values()
     given_here = {"seed", "scoring"}
-    return [one.name for one in parameters if one.default is not inspect.Parameter.empty and one.name not in given_here]
+    return {
+        one.name: one.default
+        for one in parameters
+        if one.default is not inspect.Parameter.empty and one.name not in given_here
+    }
 
 
 def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, output: Path, seed: int) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from adpa.errors import OptionError
 from adpa.lab.advantages import AdvantageName
-from adpa.lab.checkpoints import Plan, Recipe
+from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, method_options
 
@@ -57,30 +57,32 @@ def read_study(path: Path = OWN_STUDY) -> Study:
     except (OSError, yaml.YAMLError) as error:
         raise OptionError(f"--study {path}: {' '.join(str(error).split())}") from error
     where = f"--study {path}"
-    known = ("seeds", "tuning_seeds", "prompts", "laboratory", "options", "methods", "variants", "sweeps")
-    content = _mapping(content, where, known)
+    defaults: dict[str, Any] = {"seeds": [], "tuning_seeds": [], "prompts": 500, "laboratory": {}, "options": {}}
+    defaults |= {"methods": {}, "variants": {}, "sweeps": []}
+    content = _read(content, where, defaults)
     if missing := {"seeds", "methods"} - content.keys():
         raise OptionError(f"{where}: lacks {sorted(missing)[0]}")
-    common = _mapping(content.get("options", {}), f"{where}: options", method_options("adpa"))
+    content = defaults | content
+    common = _read(content["options"], f"{where}: options", method_options("adpa"))
     methods, variants = (
         {
             str(name): _method(method, common, f"{where}: {part}: {name!r}")
-            for name, method in _mapping(content.get(part, {}), f"{where}: {part}").items()
+            for name, method in _read(content[part], f"{where}: {part}").items()
         }
         for part in ("methods", "variants")
     )
-    for sweep in content.get("sweeps", []):
+    for sweep in content["sweeps"]:
         variants |= _sweep(sweep, common, f"{where}: sweeps")
-    tuning_seeds = check_seeds(content.get("tuning_seeds", []), f"{where}: tuning_seeds")
-    seeds = check_seeds(content["seeds"], f"{where}: seeds")
+    seeds, tuning_seeds = check_seeds(content["seeds"], f"{where}: seeds"), content["tuning_seeds"]
+    if tuning_seeds:
+        tuning_seeds = check_seeds(tuning_seeds, f"{where}: tuning_seeds")
     _check_methods(methods, variants, tuning_seeds, where)
     if shared := set(seeds) & set(tuning_seeds):
         raise OptionError(f"{where}: seed {min(shared)} is both tuned on and reported", "choose other seeds")
-    prompts = content.get("prompts", 500)
-    if not isinstance(prompts, int) or prompts < 1:
-        raise OptionError(f"{where}: prompts {prompts!r}; expected a number of at least 1")
-    plan = _plan(content.get("laboratory", {}), f"{where}: laboratory")
-    return Study(seeds, tuning_seeds, prompts, plan, methods, variants)
+    if content["prompts"] < 1:
+        raise OptionError(f"{where}: prompts {content['prompts']}; expected at least 1")
+    plan = _plan(content["laboratory"], f"{where}: laboratory")
+    return Study(seeds, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
@@ -91,6 +93,8 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
     """
     if not isinstance(seeds, Sequence) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise OptionError(f"{where}: {seeds!r}; expected a list of numbers of at least 0")
+    if not seeds:
+        raise OptionError(f"{where}: {seeds!r}; expected at least one")
     twice = [seed for seed, count in Counter(seeds).items() if count > 1]
     if twice:
         raise OptionError(f"{where}: seed {twice[0]} is there twice", "name every seed once")
@@ -98,18 +102,17 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
 
 
 def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
-    own = {one.name for one in fields(Method)} - {"options", "swept"}
-    objective = str(_mapping(content, where).get("objective"))
+    objective = str(_read(content, where).get("objective"))
     if objective not in OBJECTIVES:
         raise OptionError(f"{where}: objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    own = {one.name: one.default for one in fields(Method) if one.name not in ("options", "swept")}
     options = method_options(objective)
-    content = _mapping(content, where, own | set(options))
-    trials = tuple(_mapping(trial, f"{where}: a trial", options) for trial in content.pop("trials", []))
+    content = _read(content, where, own | options)
+    trials = [_read(trial, f"{where}: a trial", options) for trial in content.pop("trials", ())]
     method = Method(
         **{name: value for name, value in content.items() if name in own},
-        options={name: value for name, value in common.items() if name in options}
-        | {name: value for name, value in content.items() if name in options},
-        trials=trials,
+        options={name: value for name, value in {**common, **content}.items() if name in options},
+        trials=tuple(trials),
     )
     if method.advantages not in get_args(AdvantageName):
         expected = ", ".join(get_args(AdvantageName))
@@ -118,15 +121,14 @@ def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
 
 
 def _sweep(content: Any, common: Mapping[str, Any], where: str) -> dict[str, Method]:
-    """A method with every combination of the values of some of its options."""
-    content = _mapping(content, where)
-    lists = {name: values for name, values in content.items() if isinstance(values, list) and name != "trials"}
-    fixed = {name: value for name, value in content.items() if name not in lists and name != "name"}
+    """A method with every combination of the values of those options that have several."""
+    content = _read(content, where)
+    title = content.pop("name", content.get("objective"))
+    lists = {name: values for name, values in content.items() if isinstance(values, list)}
     combinations = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
-    title = content.get("name", content.get("objective"))
     return {
         ", ".join([str(title), *(f"{name}={value:g}" for name, value in one.items())]): replace(
-            _method(fixed | one, common, where), swept=one
+            _method({**content, **one}, common, where), swept=one
         )
         for one in combinations
     }
@@ -151,24 +153,46 @@ def _check_methods(
 
 def _plan(content: Any, where: str) -> Plan:
     plan = Plan()
-    content = dict(
-        _mapping(content, where, {"pairs", "teacher", "student"} | {one.name for one in fields(Environment)})
-    )
-    environment = {one.name: content.pop(one.name) for one in fields(Environment) if one.name in content}
-    environment["operations"] = tuple(environment.get("operations", OPERATIONS))
-    if unknown := set(environment["operations"]) - set(OPERATIONS):
-        raise OptionError(f"{where}: operation {sorted(unknown)[0]!r}; expected some of {', '.join(OPERATIONS)}")
-    recipes = {one.name for one in fields(Recipe)}
-    for role in ("teacher", "student"):
-        content[role] = replace(getattr(plan, role), **_mapping(content.get(role, {}), f"{where}: {role}", recipes))
-    return replace(plan, environment=Environment(**environment), **content)
+    settings = vars(plan.environment) | {"pairs": plan.pairs, "teacher": {}, "student": {}}
+    content = _read(content, where, settings)
+    operations = content.get("operations", OPERATIONS)
+    if not operations or (unknown := set(operations) - set(OPERATIONS)):
+        found = f"operation {min(unknown)!r}" if operations else "no operations"
+        raise OptionError(f"{where}: {found}; expected some of {', '.join(OPERATIONS)}")
+    recipes = {
+        role: replace(recipe, **_read(content.get(role, {}), f"{where}: {role}", vars(recipe)))
+        for role, recipe in (("teacher", plan.teacher), ("student", plan.student))
+    }
+    drawn = {one.name: content[one.name] for one in fields(Environment) if one.name in content}
+    environment = Environment(**drawn | {"operations": tuple(operations)})
+    return Plan(environment, content.get("pairs", plan.pairs), **recipes)
 
 
-def _mapping(content: Any, where: str, known: Any = None) -> dict[str, Any]:
+def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A mapping whose names are among those of ``defaults``, with a number or a list where these have one."""
     if not isinstance(content, Mapping):
         raise OptionError(f"{where}: {content!r}; expected a mapping")
-    content = {"on" if name is True else name: value for name, value in content.items()}  # YAML's own reading of it
-    unknown = [] if known is None else sorted(map(str, content.keys() - set(known)))
-    if unknown:
-        raise OptionError(f"{where}: {unknown[0]!r} is unknown; expected some of {', '.join(sorted(known))}")
+    # YAML reads the word on as true, and 1e-3 as text.
+    content = {"on" if name is True else str(name): _number(value) for name, value in content.items()}
+    if defaults is None:
+        return content
+    if unknown := sorted(content.keys() - defaults.keys()):
+        raise OptionError(f"{where}: {unknown[0]!r} is unknown; expected some of {', '.join(sorted(defaults))}")
+    for name, value in content.items():
+        default = defaults[name]
+        if _is_number(default) and not (_is_number(value) and (value >= 0 or name == "max_steps")):
+            raise OptionError(f"{where}: {name} {value!r}; expected a number of at least 0")
+        if isinstance(default, list | tuple) and not isinstance(value, list):
+            raise OptionError(f"{where}: {name} {value!r}; expected a list")
     return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
