@@ -53,7 +53,7 @@ def test_a_sweep_is_a_variant_for_every_combination(tmp_path: Path) -> None:
     ]
     last = list(variants.values())[-1]
     assert last.swept == {"advantage_weight": 2, "plausibility": 0.05}
-    assert last.options == {"num_train_epochs": 2, "learning_rate": 1e-3, "kl_weight": 2} | last.swept
+    assert last.options == {"num_train_epochs": 2, "learning_rate": 1e-3, "kl_weight": 2, **last.swept}
 
 
 def test_the_laboratory_is_an_option(tmp_path: Path) -> None:
