@@ -150,7 +150,7 @@ def write_rewards(path: Path, methods: Mapping[str, Method | None], results: Seq
 
 
 HEADINGS = (
-    "",
+    "method",
     "sampled reward",
     "greedy reward",
     "sampled wins",
@@ -159,6 +159,7 @@ HEADINGS = (
     "implausible",
     "seeds below",
 )
+SHOWN = 4  # columns in a terminal
 
 
 def table_cells(result: MethodResult) -> tuple[str, ...]:
@@ -186,16 +187,16 @@ def markdown_tables(report: StudyReport) -> str:
 
 
 def show_study(report: StudyReport) -> RenderableType:
-    """Both tables in a terminal."""
+    """The first columns of both tables, as wide as a terminal, and where the rest is."""
     tables = []
     for title, results in (("methods", report.methods), ("variants", report.variants)):
         table = Table(title=f"{title}: {len(report.seeds)} seeds, {report.prompts} prompts each")
-        for heading in HEADINGS:
+        for heading in HEADINGS[:SHOWN]:
             table.add_column(heading)
         for result in results:
-            table.add_row(*table_cells(result))
+            table.add_row(*table_cells(result)[:SHOWN])
         tables.append(table)
-    return Group(*tables, f"everything: {report.output}")
+    return Group(*tables, f"all columns, every reward and the pictures: {report.output}")
 
 
 def _interval(interval: Interval, sign: str = "") -> str:
