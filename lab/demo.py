@@ -29,7 +29,7 @@ SCORING = ("--top-k", "16", "--engine", "hf")
 SAMPLING = ("--max-new-tokens", "20")
 TRAINING = ("--batch-size", "64", "--micro-batch-size", "64", "--learning-rate", "3e-3")
 DCKD = (*TRAINING, "--num-train-epochs", "5")
-ADPA = (*TRAINING, "--num-train-epochs", "3", "--advantage-weight", "1.0", "--plausibility", "0.05")
+ADPA = (*TRAINING, "--num-train-epochs", "3", "--advantage-weight", "1.0")
 
 # by model, by way of decoding, `reward` and `win_rate`
 Results = dict[str, dict[str, dict[str, float]]]
