@@ -138,7 +138,6 @@ def _check_cache(cache: Path) -> None:
 
 
 def _read_scorings(cache: Path, beginning: str | None) -> list[Scoring]:
-    scorings = list(read_scorings(cache))
     scorings = [found for found in read_scorings(cache) if found.id.startswith(beginning or "")]
     if not scorings:
         wanted = "scorings" if beginning is None else f"scoring {beginning}"

@@ -1,24 +1,27 @@
 """``adpa lab``: conducts a study, seed by seed, and reports it."""
 
 import json
+import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing import active_children, get_context
+from multiprocessing import connection
 from pathlib import Path
 from typing import Annotated
 
+from filelock import FileLock, Timeout
 from typing_extensions import Doc
 
 from adpa.data.shards import write_file
 from adpa.data.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
 from adpa.lab.evaluate import mean
-from adpa.lab.methods import Method
+from adpa.lab.methods import Method, trial_name
 from adpa.lab.report import StudyReport, report_study
-from adpa.lab.runs import STUDENT, TEACHER, Run, conduct_seed, has_result, read_result
+from adpa.lab.runs import STUDENT, TEACHER, Run, has_result, read_result
+from adpa.lab.seed_process import SeedProcess
 from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
@@ -29,8 +32,8 @@ SETTINGS = "study.json"
 def lab(
     output: Annotated[Path, Doc("Directory of the study; one that was begun with the same settings is finished.")],
     study: Annotated[
-        Path, Doc("YAML file of seeds, methods and settings; the laboratory's own study unless given.")
-    ] = (OWN_STUDY),
+        Path | None, Doc("YAML file of seeds, methods and settings; the laboratory's own study unless given.")
+    ] = None,
     seed: Annotated[list[int] | None, Doc("Seed to report, instead of the study's; repeatable.")] = None,
     workers: Annotated[int, Doc("Seeds that are worked on at a time, each on one core.")] = 2,
 ) -> StudyReport:
@@ -43,7 +46,7 @@ def lab(
         AdpaError: something about the arguments, the study or the directory that the caller can put right.
     """
     started = time.perf_counter()
-    chosen = read_study(study)
+    chosen = read_study(study or OWN_STUDY)
     if seed:
         chosen = replace(chosen, seeds=check_seeds(seed, "--seed"))
     if shared := set(chosen.seeds) & set(chosen.tuning_seeds):
@@ -55,21 +58,22 @@ def lab(
         raise OptionError(f"--workers {workers}; expected at least 1")
     check_writable("--output", output)
     _begin(output, chosen)
-    tuned = _tune(output, chosen, workers)
-    methods = {**tuned, **chosen.variants}
-    runs = [
-        STUDENT,
-        TEACHER,
-        *(Run(name, method, method.after) for name, method in methods.items() if method.after is None),
-        *(Run(name, method, method.after) for name, method in methods.items() if method.after is not None),
-    ]
-    _conduct("students", output, chosen, chosen.seeds, runs, workers)
-    results = [read_result(output, each, run) for each in chosen.seeds for run in runs]
-    report = report_study(output, tuned, chosen.variants, results, time.perf_counter() - started)
-    from adpa.lab.plots import plot_study  # matplotlib: only this command needs it
+    with _alone(output):
+        tuned = _tune(output, chosen, workers)
+        methods = {**tuned, **chosen.variants}
+        runs = [
+            STUDENT,
+            TEACHER,
+            *(Run(name, method, method.after) for name, method in methods.items() if method.after is None),
+            *(Run(name, method, method.after) for name, method in methods.items() if method.after is not None),
+        ]
+        _conduct("students", output, chosen, chosen.seeds, runs, workers)
+        results = [read_result(output, each, run) for each in chosen.seeds for run in runs]
+        report = report_study(output, tuned, chosen.variants, results, time.perf_counter() - started)
+        from adpa.lab.plots import plot_study  # matplotlib: only this command needs it
 
-    plot_study(output, report, _signals(output, chosen.seeds[0]))
-    return report
+        plot_study(output, report, _signals(output, chosen.seeds[0]))
+        return report
 
 
 def _begin(output: Path, study: Study) -> None:
@@ -77,7 +81,10 @@ def _begin(output: Path, study: Study) -> None:
     path = output / SETTINGS
     settings = json.loads(json.dumps(study.settings()))
     if path.exists():
-        begun = json.loads(path.read_text())
+        try:
+            begun = json.loads(path.read_text())
+        except ValueError as error:
+            raise OptionError(f"{path}: damaged: {error}", "delete it if the study beside it is this one") from error
         different = [name for name, value in settings.items() if begun.get(name) != value]
         if different:
             raise OptionError(
@@ -89,6 +96,16 @@ def _begin(output: Path, study: Study) -> None:
     else:
         output.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(settings, indent=2).encode())
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """While no other process works in the directory."""
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise OptionError(f"--output {output}: another adpa lab is working there", "wait for it, or stop it") from error
 
 
 def _tune(output: Path, study: Study, workers: int) -> dict[str, Method]:
@@ -103,9 +120,7 @@ def _tune(output: Path, study: Study, workers: int) -> dict[str, Method]:
     def trials_of(name: str, method: Method) -> list[Run]:
         start = best[method.after].name if method.after else None
         options = [{**method.options, **trial} for trial in method.trials or ({},)]
-        return [
-            Run(f"{name}, trial {n}", replace(method, options=one), start) for n, one in enumerate(options, start=1)
-        ]
+        return [Run(trial_name(name, n), replace(method, options=one), start) for n, one in enumerate(options, start=1)]
 
     def reward(run: Run) -> float:
         return mean([mean(read_result(output, seed, run).evaluation.sampled) for seed in study.tuning_seeds])
@@ -131,26 +146,27 @@ def _signals(output: Path, seed: int) -> SignalTable:
 
 
 def _conduct(what: str, output: Path, study: Study, seeds: Sequence[int], runs: Sequence[Run], workers: int) -> None:
-    """Does the runs of all seeds, some seeds at a time, and shows progress."""
+    """Does the runs of all seeds, each seed in a process of its own, some at a time, and shows progress."""
 
     def done() -> int:
         return sum(has_result(output, seed, run) for seed in seeds for run in runs)
 
-    unfinished = [seed for seed in seeds if not all(has_result(output, seed, run) for run in runs)]
+    waiting = [seed for seed in seeds if not all(has_result(output, seed, run) for run in runs)]
+    working: list[SeedProcess] = []
     shown = done()
-    total = len(seeds) * len(runs) - shown
-    # Processes of their own, one for each seed, so that nothing of one seed reaches another.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    with progress(what, total) as advance, pool:
-        pending = {pool.submit(conduct_seed, output, seed, study.plan, study.prompts, runs) for seed in unfinished}
-        while pending:
-            finished, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
-            advance(done() - shown)
-            shown = done()
-            try:
-                for future in finished:
-                    future.result()
-            except BaseException:  # the other seeds need not be finished for it to be told
-                for process in active_children():
-                    process.terminate()
-                raise
+    with progress(what, len(seeds) * len(runs) - shown) as advance:
+        try:
+            while waiting or working:
+                while waiting and len(working) < workers:
+                    working.append(SeedProcess(output, waiting.pop(0), study.plan, study.prompts, runs))
+                connection.wait([one.sentinel for one in working], timeout=1)
+                advance(done() - shown)
+                shown = done()
+                for ended in [one for one in working if one.exitcode is not None]:
+                    working.remove(ended)
+                    ended.check()
+                    print(f"{what} of seed {ended.seed}: done", file=sys.stderr, flush=True)
+        finally:
+            for one in working:
+                one.terminate()
+                one.join()

@@ -1,6 +1,7 @@
 """The ways from a student to a better one that a study compares, each by the functions that users call."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +45,20 @@ class Method:
     swept: Mapping[str, float] = field(default_factory=dict)
 
 
+def file_name(name: str) -> str:
+    """A method's name as that of a file or a directory."""
+    return re.sub(r"[^\w.+=]+", "-", name).strip("-.")
+
+
+def trial_name(name: str, number: int) -> str:
+    """The name of a method's trial, counted from 1."""
+    return f"{name}, trial {number}"
+
+
 def method_options(objective: str) -> dict[str, Any]:
     """The options that a method of this objective can have, with their defaults."""
     parameters = inspect.signature(align if objective == "dpo" else distill).parameters.values()
-    given_here = {"seed", "scoring"}
+    given_here = {"seed", "scoring", "response_set", "save_steps", "resume_from_checkpoint", "report_to"}
     return {
         one.name: one.default
         for one in parameters

@@ -45,10 +45,10 @@ def plot_rewards(axes: Axes, results: Sequence[MethodResult]) -> None:
 
 def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> None:
     """Sampled reward against γ, with its interval, a line for each plausibility."""
-    for plausibility, color in zip(
-        sorted({one.swept["plausibility"] for one in results}), (RED, BLUE, GREY), strict=False
-    ):
+    for number, plausibility in enumerate(sorted({one.swept["plausibility"] for one in results})):
+        color = (RED, BLUE)[number] if number < 2 else f"C{number}"
         line = [one for one in results if one.swept["plausibility"] == plausibility]
+        line.sort(key=lambda one: one.swept["advantage_weight"])
         gammas_S = [one.swept["advantage_weight"] for one in line]
         axes.plot(
             gammas_S, [one.reward.mean for one in line], "o-", color=color, label=f"plausibility {plausibility:g}"
@@ -56,7 +56,8 @@ def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> N
         low_S, high_S = [one.reward.low for one in line], [one.reward.high for one in line]
         axes.fill_between(gammas_S, low_S, high_S, color=color, alpha=0.2, linewidth=0)
     axes.axhline(student, color="black", linestyle="--", linewidth=1, label="SFT student")
-    axes.set_xscale("log", base=2)
+    if all(one.swept["advantage_weight"] > 0 for one in results):
+        axes.set_xscale("log", base=2)
     axes.set_xlabel("γ (--advantage-weight)")
     axes.set_ylabel("mean sampled reward")
     axes.legend()

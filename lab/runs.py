@@ -7,7 +7,6 @@ again; what a killed run left is removed.
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from transformers import logging as transformers_logging
 from adpa.data.shards import write_file
 from adpa.lab.checkpoints import Laboratory, Plan, build_laboratory
 from adpa.lab.evaluate import Evaluation, evaluate
-from adpa.lab.methods import Method, train
+from adpa.lab.methods import Method, file_name, train
+from adpa.lab.study import RESERVED
 from adpa.pipeline.distill import RECORD
 
 
@@ -40,7 +40,7 @@ class Run:
     start: str | None = None
 
 
-STUDENT, TEACHER = Run("SFT student", None), Run("teacher", None)
+STUDENT, TEACHER = (Run(name, None) for name in RESERVED)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Result:
         name: the run's.
         seed: the laboratory's.
         evaluation: the rewards of its responses to the held-out prompts.
-        seconds: of scoring and training.
+        seconds: of training, and of scoring what no run before it needed.
         last_log: what ``distill`` logged last.
     """
 
@@ -96,12 +96,7 @@ def read_result(directory: Path, seed: int, run: Run) -> Result:
 
 
 def _result_path(directory: Path, seed: int, name: str) -> Path:
-    return directory / f"seed-{seed}" / "results" / f"{_slug(name)}.json"
-
-
-def _slug(name: str) -> str:
-    """A name as a file name; two names of one study that differ in their letters and digits keep differing."""
-    return re.sub(r"[^\w.+=]+", "-", name).strip("-")
+    return directory / f"seed-{seed}" / "results" / f"{file_name(name)}.json"
 
 
 def _laboratory(directory: Path, seed: int, plan: Plan) -> Laboratory:
@@ -117,9 +112,9 @@ def _train(run: Run, laboratory: Laboratory, home: Path, seed: int) -> tuple[Pat
     """The checkpoint of a run, and the seconds it took."""
     if run.method is None:
         return laboratory.teacher if run == TEACHER else laboratory.student, 0.0
-    output = home / "students" / _slug(run.name)
+    output = home / "students" / file_name(run.name)
     shutil.rmtree(output, ignore_errors=True)
-    start = laboratory.student if run.start is None else home / "students" / _slug(run.start)
+    start = laboratory.student if run.start is None else home / "students" / file_name(run.start)
     started = time.perf_counter()
     train(run.method, laboratory, start, home / "cache", output, seed)
     return output, time.perf_counter() - started

@@ -13,8 +13,10 @@ from adpa.errors import OptionError
 from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
-from adpa.lab.methods import OBJECTIVES, Method, method_options
+from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, trial_name
+from adpa.pipeline.objectives import check_plausibility, objective_terms
 
+RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
 OWN_STUDY = Path(__file__).with_name("study.yaml")
 
 Made = TypeVar("Made")
@@ -53,8 +55,8 @@ def read_study(path: Path = OWN_STUDY) -> Study:
         OptionError: the file cannot be read, or something in it is unknown or out of range.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"--study {path}: {' '.join(str(error).split())}") from error
     where = f"--study {path}"
     defaults: dict[str, Any] = {"seeds": [], "tuning_seeds": [], "prompts": 500, "laboratory": {}, "options": {}}
@@ -72,15 +74,20 @@ def read_study(path: Path = OWN_STUDY) -> Study:
         for part in ("methods", "variants")
     )
     for sweep in content["sweeps"]:
-        variants |= _sweep(sweep, common, f"{where}: sweeps")
+        for name, method in _sweep(sweep, common, f"{where}: sweeps").items():
+            if name in variants:
+                raise OptionError(f"{where}: sweeps: {name!r} is there twice", "give every sweep a name of its own")
+            variants[name] = method
     seeds, tuning_seeds = check_seeds(content["seeds"], f"{where}: seeds"), content["tuning_seeds"]
     if tuning_seeds:
         tuning_seeds = check_seeds(tuning_seeds, f"{where}: tuning_seeds")
     _check_methods(methods, variants, tuning_seeds, where)
     if shared := set(seeds) & set(tuning_seeds):
         raise OptionError(f"{where}: seed {min(shared)} is both tuned on and reported", "choose other seeds")
-    if content["prompts"] < 1:
-        raise OptionError(f"{where}: prompts {content['prompts']}; expected at least 1")
+    if content["prompts"] < 2:
+        raise OptionError(f"{where}: prompts {content['prompts']}; expected at least 2")
+    if not methods:
+        raise OptionError(f"{where}: no methods; expected at least one")
     plan = _plan(content["laboratory"], f"{where}: laboratory")
     return Study(seeds, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
 
@@ -91,7 +98,7 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
     Raises:
         OptionError: they are not.
     """
-    if not isinstance(seeds, Sequence) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise OptionError(f"{where}: {seeds!r}; expected a list of numbers of at least 0")
     if not seeds:
         raise OptionError(f"{where}: {seeds!r}; expected at least one")
@@ -108,6 +115,9 @@ def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
     own = {one.name: one.default for one in fields(Method) if one.name not in ("options", "swept")}
     options = method_options(objective)
     content = _read(content, where, own | options)
+    for name in ("after", "control", "advantages"):
+        if not isinstance(content.get(name, ""), str):
+            raise OptionError(f"{where}: {name} {content[name]!r}; expected a name")
     trials = [_read(trial, f"{where}: a trial", options) for trial in content.pop("trials", ())]
     method = Method(
         **{name: value for name, value in content.items() if name in own},
@@ -117,7 +127,26 @@ def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
     if method.advantages not in get_args(AdvantageName):
         expected = ", ".join(get_args(AdvantageName))
         raise OptionError(f"{where}: advantages {method.advantages!r}; expected one of {expected}")
+    if method.objective != "adpa" and (method.advantages != "log ratio" or method.prior):
+        raise OptionError(f"{where}: advantages or prior with {objective}", "leave them out, or use adpa")
+    if method.top_k < 1:
+        raise OptionError(f"{where}: top_k {method.top_k}; expected at least 1")
+    for trial in method.trials or ({},):
+        _check_options(method, {**method.options, **trial}, where)
     return method
+
+
+def _check_options(method: Method, options: Mapping[str, Any], where: str) -> None:
+    """Refuses before anything is trained what ``distill`` would refuse after an hour."""
+    if method.objective == "dpo":
+        return
+    defaults = method_options(method.objective)
+    terms = ("on", "kl_weight", "advantage_weight")
+    try:
+        objective_terms(method.objective, *(options.get(name, defaults[name]) for name in terms))
+        check_plausibility(options.get("plausibility", defaults["plausibility"]))
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from error
 
 
 def _sweep(content: Any, common: Mapping[str, Any], where: str) -> dict[str, Method]:
@@ -127,7 +156,7 @@ def _sweep(content: Any, common: Mapping[str, Any], where: str) -> dict[str, Met
     lists = {name: values for name, values in content.items() if isinstance(values, list)}
     combinations = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
     return {
-        ", ".join([str(title), *(f"{name}={value:g}" for name, value in one.items())]): replace(
+        ", ".join([str(title), *(f"{name}={value}" for name, value in one.items())]): replace(
             _method({**content, **one}, common, where), swept=one
         )
         for one in combinations
@@ -137,8 +166,15 @@ def _sweep(content: Any, common: Mapping[str, Any], where: str) -> dict[str, Met
 def _check_methods(
     methods: Mapping[str, Method], variants: Mapping[str, Method], tuning_seeds: Sequence[int], where: str
 ) -> None:
-    if both := methods.keys() & variants.keys():
-        raise OptionError(f"{where}: {min(both)!r} is there twice", "give every method a name of its own")
+    names = [*RESERVED, *methods, *variants]
+    names += [trial_name(name, number + 1) for name, method in methods.items() for number in range(len(method.trials))]
+    files = Counter(map(file_name, names))
+    for name in names[len(RESERVED) :]:
+        if files[file_name(name)] > 1 or not 0 < len(file_name(name)) <= 100:
+            expected = "expected letters and digits, 100 at most, that no other method has, nor teacher or SFT student"
+            raise OptionError(f"{where}: the name {name!r}; {expected}")
+    if len({len(method.trials) for method in methods.values() if method.trials}) > 1:
+        raise OptionError(f"{where}: methods with different numbers of trials", "give each the same number, or none")
     for name, method in {**methods, **variants}.items():
         if method.after is not None and (method.after not in methods or methods[method.after].after is not None):
             expected = "expected a method that begins with the SFT student"
@@ -156,13 +192,22 @@ def _plan(content: Any, where: str) -> Plan:
     settings = vars(plan.environment) | {"pairs": plan.pairs, "teacher": {}, "student": {}}
     content = _read(content, where, settings)
     operations = content.get("operations", OPERATIONS)
-    if not operations or (unknown := set(operations) - set(OPERATIONS)):
-        found = f"operation {min(unknown)!r}" if operations else "no operations"
+    unknown = [operation for operation in operations if operation not in OPERATIONS]
+    if unknown or not operations:
+        found = f"operation {unknown[0]!r}" if unknown else "no operations"
         raise OptionError(f"{where}: {found}; expected some of {', '.join(OPERATIONS)}")
     recipes = {
         role: replace(recipe, **_read(content.get(role, {}), f"{where}: {role}", vars(recipe)))
         for role, recipe in (("teacher", plan.teacher), ("student", plan.student))
     }
+    for role, recipe in recipes.items():
+        if recipe.layers < 1 or recipe.width < 8 or recipe.width % 8:
+            raise OptionError(f"{where}: {role}: {recipe.layers} layers of width {recipe.width}; expected 8, 16, …")
+    for name, low, high in (("pairs", 1, None), ("candidates", 2, None), ("flipped", 0, 1), ("noise", 0, 2.5)):
+        value = content.get(name, low)
+        if value < low or (high is not None and value > high):
+            expected = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise OptionError(f"{where}: {name} {value}; expected {expected}")
     drawn = {one.name: content[one.name] for one in fields(Environment) if one.name in content}
     environment = Environment(**drawn | {"operations": tuple(operations)})
     return Plan(environment, content.get("pairs", plan.pairs), **recipes)
@@ -182,9 +227,21 @@ def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -
         default = defaults[name]
         if _is_number(default) and not (_is_number(value) and (value >= 0 or name == "max_steps")):
             raise OptionError(f"{where}: {name} {value!r}; expected a number of at least 0")
+        if type(default) is int and type(value) is not int:
+            raise OptionError(f"{where}: {name} {value!r}; expected a whole number")
         if isinstance(default, list | tuple) and not isinstance(value, list):
             raise OptionError(f"{where}: {name} {value!r}; expected a list")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that does not say one thing twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value)
+        if twice := [name for name, count in names.items() if count > 1 and name != "<<"]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _is_number(value: Any) -> bool:

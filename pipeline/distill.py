@@ -24,7 +24,7 @@ from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.objectives import ObjectiveName, objective_terms
+from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
 
@@ -104,7 +104,7 @@ def distill(
     dtype: Annotated[DtypeName, Doc("Dtype of the weights in training; auto is the checkpoint's own.")] = "float32",
     device: Annotated[str, Doc("cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     seed: Annotated[int, Doc("Seed of the order of the examples, and of dropout.")] = 0,
-    logging_steps: Annotated[int, Doc("Steps between two logs.")] = 10,
+    logging_steps: Annotated[int, Doc("Steps between two logs, each with a look at 32 examples.")] = 10,
     save_steps: Annotated[int, Doc("Steps between two checkpoints; 0 saves only the trained student.")] = 0,
     resume_from_checkpoint: Annotated[
         str | None, Doc("A checkpoint directory to go on from, or last for the newest one in --output.")
@@ -122,8 +122,11 @@ def distill(
     """
     started = time.perf_counter()
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
-    if not 0 <= plausibility < 1:
-        raise OptionError(f"--plausibility {plausibility:g}; expected at least 0 and less than 1")
+    check_plausibility(plausibility)
+    if max_steps != -1 and max_steps < 1:
+        raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
+    if not num_train_epochs > 0:
+        raise OptionError(f"--num-train-epochs {num_train_epochs:g}; expected more than 0")
     _check_output(output, resume_from_checkpoint)
     checkpoint = open_checkpoint(student)
     arguments = _training_arguments(

@@ -21,7 +21,7 @@ from typing_extensions import Doc
 from adpa.data.encoding import TokenIds
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
-from adpa.errors import OptionError
+from adpa.errors import DataError, OptionError
 from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
 from adpa.pipeline.checkpoint import DtypeName, open_checkpoint
 from adpa.pipeline.engine import EngineName
@@ -176,6 +176,8 @@ def evaluate(
         by_student, by_baseline = ask(student=student), ask(student=baseline)
         mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
     assert mine.prompts == theirs.prompts, "both answer the same data"
+    if len(mine.prompts) < 2:
+        raise DataError(f"{data}: all its prompts are one and the same", "give at least two, and better hundreds")
     return EvaluateReport(
         student=mine.summary(),
         baseline=theirs.summary(),

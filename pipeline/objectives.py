@@ -68,6 +68,16 @@ def objective_terms(
     return {"chosen": term._replace(nll=1.0)} if on == "chosen" else {"chosen": nll, on: term}
 
 
+def check_plausibility(plausibility: float) -> None:
+    """Checks what ``plausible_advantages`` is given.
+
+    Raises:
+        OptionError: it is no probability below 1.
+    """
+    if not 0 <= plausibility < 1:
+        raise OptionError(f"--plausibility {plausibility:g}; expected at least 0 and less than 1")
+
+
 def plausible_advantages(advantages: Tensor, teacher_logprobs: Tensor, plausibility: float) -> Tensor:
     """Keeps a positive advantage only where the teacher's probability is at least ``plausibility``.
 

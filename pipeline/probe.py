@@ -41,8 +41,8 @@ class Probe:
         with_advantage = {role for role, weights in enumerate(terms) if weights.advantage != 0}
         self._watches_advantage = bool(with_advantage)
         roles = with_advantage or {role for role, weights in enumerate(terms) if weights.kl != 0}
-        stride = max(1, len(examples) // PROBE_EXAMPLES)
-        numbers = list(range(0, len(examples), stride))[:PROBE_EXAMPLES]
+        watched_examples = min(PROBE_EXAMPLES, len(examples))
+        numbers = [place * len(examples) // watched_examples for place in range(watched_examples)]
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
         watched = [[sequence for sequence in examples[number] if sequence.role in roles] for number in mine]
         starts = range(0, len(watched), batch_size) if roles else ()
@@ -84,6 +84,8 @@ def collapse(log: Sequence[Mapping[str, Any]], plausibility: float) -> str | Non
         plausibility: what the run was given.
     """
     before, *watched = [entry for entry in log if "student/advantage" in entry] or [{}]
+    if before.get("step") != 0:  # a run that was begun by a version which did not watch
+        return None
     in_a_row = 0
     for entry in watched:
         more_mass = entry["student/implausible_mass"] > before["student/implausible_mass"] + RISE
@@ -92,8 +94,8 @@ def collapse(log: Sequence[Mapping[str, Any]], plausibility: float) -> str | Non
             guard = f"--plausibility {GUARD:g} or " if plausibility < GUARD else ""
             return (
                 f"step {entry['step']}: {entry['student/implausible_mass']:.0%} of the student's mass is on tokens to "
-                f"which the teacher gives less than {IMPLAUSIBLE:g}, {before['student/implausible_mass']:.0%} before "
-                "training: the advantage term pulls it towards tokens that nobody would say; start anew with "
-                f"{guard}a smaller --advantage-weight"
+                f"which the teacher gives less than {IMPLAUSIBLE:g} or that are not in its top K, "
+                f"{before['student/implausible_mass']:.0%} before training: the advantage term pulls it "
+                f"towards tokens that nobody would say; start anew with {guard}a smaller --advantage-weight"
             )
     return None

@@ -104,18 +104,33 @@ def test_a_study_that_was_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_a_stopped_study_leaves_no_process_behind(number: int, exit_code: int, tmp_path: Path, study: Path) -> None:
-    command = [sys.executable, "-m", "adpa", "lab", "--study", str(study), "--output", str(tmp_path / "lab")]
+    study.write_text(STUDY.replace("tuning_seeds: [1]", "tuning_seeds: [1, 2]"))
+    output = tmp_path / "lab"
+    command = [sys.executable, "-m", "adpa", "lab", "--study", str(study), "--output", str(output), "--workers", "1"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "lab" / "seed-1" / "log.txt").exists():
+    while not (output / "seed-1" / "log.txt").exists():
         assert process.poll() is None
         time.sleep(0.1)
+    with pytest.raises(OptionError, match="another adpa lab is working there; wait for it, or stop it"):
+        lab(output, study)
     children = psutil.Process(process.pid).children(recursive=True)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    assert process.wait(60) == exit_code
-    _, alive = psutil.wait_procs(children, timeout=30)
+    assert process.wait(20) == exit_code
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+    assert not (output / "seed-2").exists(), "the other seeds were begun"
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_study_with_the_seed_and_the_reason(tmp_path: Path, study: Path) -> None:
+    study.write_text(STUDY.replace("micro_batch_size: 32", "micro_batch_size: 5").replace("[3]", "[3, 4]"))
+    with pytest.raises(OptionError, match="seed 1: --micro-batch-size 5 does not divide the 32 examples"):
+        lab(tmp_path / "lab", study, workers=1)
+    assert not (tmp_path / "lab" / "seed-3").exists()

@@ -11,7 +11,7 @@ from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
 SMALL = """
 seeds: [3, 4]
 tuning_seeds: [1]
-options: {num_train_epochs: 2, learning_rate: 1.0e-3, kl_weight: 2}
+options: {num_train_epochs: 2, learning_rate: 1.0e-3, logging_steps: 5}
 methods:
   SFT: {objective: sft, trials: [{learning_rate: 1.0e-3}, {learning_rate: 3.0e-3}]}
   DPO: {objective: dpo, beta: 0.1}
@@ -29,7 +29,7 @@ def study(text: str, tmp_path: Path) -> Study:
 def test_options_of_the_study_are_those_of_every_method_that_has_them(tmp_path: Path) -> None:
     methods = study(SMALL, tmp_path).methods
     assert methods["DPO"].options == {"num_train_epochs": 2, "learning_rate": 1e-3, "beta": 0.1}
-    assert methods["DCKD"].options == {"num_train_epochs": 2, "learning_rate": 1e-3, "kl_weight": 2}
+    assert methods["DCKD"].options == {"num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 5}
     assert methods["SFT"].trials == ({"learning_rate": 1e-3}, {"learning_rate": 3e-3})
 
 
@@ -38,7 +38,7 @@ def test_the_word_on_is_an_option_although_yaml_reads_it_as_true(tmp_path: Path)
 
 
 def test_a_number_is_one_although_yaml_reads_it_as_text(tmp_path: Path) -> None:
-    text = SMALL.replace("learning_rate: 1.0e-3, kl_weight", "learning_rate: 1e-3, kl_weight")
+    text = SMALL.replace("learning_rate: 1.0e-3, logging", "learning_rate: 1e-3, logging")
     assert study(text, tmp_path).methods["DCKD"].options["learning_rate"] == 1e-3
 
 
@@ -53,7 +53,7 @@ def test_a_sweep_is_a_variant_for_every_combination(tmp_path: Path) -> None:
     ]
     last = list(variants.values())[-1]
     assert last.swept == {"advantage_weight": 2, "plausibility": 0.05}
-    assert last.options == {"num_train_epochs": 2, "learning_rate": 1e-3, "kl_weight": 2, **last.swept}
+    assert last.options == {"num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 5, **last.swept}
 
 
 def test_the_laboratory_is_an_option(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_laboratory_is_an_option(tmp_path: Path) -> None:
         ("seeds: []", r"seeds: \[\]; expected at least one"),
         ("tuning_seeds: [4]", "seed 4 is both tuned on and reported"),
         ("tuning_seeds: []", "'SFT' has trials; name tuning_seeds"),
-        ("prompts: 0", "prompts 0; expected at least 1"),
+        ("prompts: 0", "prompts 0; expected at least 2"),
         ("colour: blue", "'colour' is unknown; expected some of"),
         ("methods: [SFT]", r"methods: \['SFT'\]; expected a mapping"),
         ("methods: {X: {objective: ppo}}", "methods: 'X': objective 'ppo'; expected one of sft, kd, dckd, adpa, dpo"),
@@ -87,7 +87,26 @@ def test_the_laboratory_is_an_option(tmp_path: Path) -> None:
             "'X' comes after 'Y'; expected a method that begins",
         ),
         ("methods: {X: {objective: sft, control: Y}}", "'X' has the control 'Y', which is no method"),
-        ("variants: {SFT: {objective: sft}}", "'SFT' is there twice"),
+        ("variants: {SFT: {objective: sft}}", "the name 'SFT'; expected letters and digits"),
+        ("variants: {teacher: {objective: sft}}", "the name 'teacher'; expected letters and digits"),
+        ("variants: {A B: {objective: sft}, A-B: {objective: sft}}", "the name 'A B'; expected"),
+        ("variants: {'..': {objective: sft}}", "the name '..'; expected"),
+        ("methods: {}", "no methods; expected at least one"),
+        (
+            "methods: {X: {objective: kd, trials: [{kl_weight: 1}]}, Y: {objective: sft, trials: [{}, {}]}}",
+            "different n",
+        ),
+        ("methods: {X: {objective: sft, kl_weight: 1}}", "'X': --kl-weight with sft, which has no KL term"),
+        ("methods: {X: {objective: adpa, trials: [{plausibility: 2}]}}", "'X': --plausibility 2; expected"),
+        ("methods: {X: {objective: adpa, on: bogus}}", "'X': --on 'bogus'; expected one of"),
+        ("methods: {X: {objective: kd, prior: true}}", "'X': advantages or prior with kd"),
+        ("methods: {X: {objective: sft, after: [a]}}", r"'X': after \['a'\]; expected a name"),
+        ("methods: {X: {objective: sft, batch_size: 1.5}}", "batch_size 1.5; expected a whole number"),
+        ("sweeps: 3", "sweeps 3; expected a list"),
+        ("laboratory: {candidates: 1}", "candidates 1; expected at least 2"),
+        ("laboratory: {flipped: 7}", "flipped 7; expected between 0 and 1"),
+        ("laboratory: {operations: [[copy]]}", r"operation \['copy'\]; expected some of"),
+        ("laboratory: {teacher: {width: 5}}", "teacher: 2 layers of width 5; expected 8, 16"),
         ("variants: {X: {objective: sft, trials: [{}]}}", "the variant 'X' has trials"),
         ("laboratory: {size: 3}", "laboratory: 'size' is unknown"),
         ("laboratory: {operations: [sort]}", "laboratory: operation 'sort'; expected some of ascending"),
@@ -106,7 +125,13 @@ def test_a_study_that_cannot_be_run_is_refused(change: str, message: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[", "while parsing"), ("", "expected a mapping"), ("{}", "lacks methods")]
+    ("text", "message"),
+    [
+        ("[", "while parsing"),
+        ("", "expected a mapping"),
+        ("{}", "lacks methods"),
+        ("seeds: [1]\nseeds: [2]\n", "'seeds' is there twice"),
+    ],
 )
 def test_what_is_no_study_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=message):

@@ -209,6 +209,14 @@ def test_a_baseline_of_another_vocabulary_is_refused_before_the_student_is_asked
     assert not (tmp_path / "cache").exists()
 
 
+def test_one_prompt_is_too_few_for_an_interval(
+    options: dict[str, Any], preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    one = write_rows(preference_rows[:1] * 2, "heldout.jsonl")
+    with pytest.raises(AdpaError, match="all its prompts are one and the same; give at least two"):
+        evaluate(**options | {"data": str(one)}, cache=tmp_path / "cache")
+
+
 def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: WriteRows, tmp_path: Path) -> None:
     with pytest.raises(AdpaError, match=r"heldout\.jsonl"):
         evaluate(**options | {"data": str(write_rows([], "heldout.jsonl"))}, cache=tmp_path / "cache")

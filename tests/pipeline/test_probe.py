@@ -134,7 +134,7 @@ def test_a_run_that_collapses_warns_once(
 ) -> None:
     monkeypatch.setattr("adpa.pipeline.distill.make_collator", praise_the_implausible)
     with caplog.at_level(logging.WARNING, "adpa"):
-        report = train(advantage_weight=50.0)
+        report = train(advantage_weight=50.0, plausibility=0.0)
     (warning,) = report.warnings
     assert [record.getMessage() for record in caplog.records if record.name.startswith("adpa")] == [warning]
     assert json.loads((tmp_path / "out" / "adpa.json").read_text())["warnings"] == [warning]
