@@ -27,7 +27,7 @@ def show_inspection(report: InspectReport) -> RenderableType:
     for response in report.responses:
         parts += ["", *_show_response(response, report.summaries[0])]
     if report.html is not None:
-        parts.append(Text(f"wrote {report.html}", overflow="ignore", no_wrap=True))
+        parts.append(Text(f"wrote {report.html}", overflow="fold"))
     return Group(*parts)
 
 

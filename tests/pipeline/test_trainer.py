@@ -88,7 +88,7 @@ OBJECTIVES = {
     "sft": ({}, {"chosen": (1.0, 0.0, 0.0)}),
     "kd": ({"kl_weight": 0.7}, {"chosen": (1.0, 0.7, 0.0)}),
     "dckd": ({"kl_weight": 0.7}, {"chosen": (1.0, 0.7, 0.0), "rejected": (0.0, 0.7, 0.0)}),
-    "adpa": ({"advantage_weight": 0.4}, {"chosen": (1.0, 0.0, 0.0), "sampled": (0.0, 0.0, 0.4)}),
+    "adpa": ({"advantage_weight": 0.4, "plausibility": 0.0}, {"chosen": (1.0, 0.0, 0.0), "sampled": (0.0, 0.0, 0.4)}),
 }
 
 
