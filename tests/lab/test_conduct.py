@@ -122,8 +122,8 @@ def test_a_stopped_study_leaves_no_process_behind(number: int, exit_code: int, t
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    assert process.wait(20) == exit_code
-    _, alive = psutil.wait_procs(children, timeout=20)
+    assert process.wait(60) == exit_code
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert not (output / "seed-2").exists(), "the other seeds were begun"
 
