@@ -111,7 +111,13 @@ def test_a_stopped_study_leaves_no_process_behind(number: int, exit_code: int, t
     study.write_text(STUDY.replace("tuning_seeds: [1]", "tuning_seeds: [1, 2]"))
     output = tmp_path / "lab"
     command = [sys.executable, "-m", "adpa", "lab", "--study", str(study), "--output", str(output), "--workers", "1"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background a shell has it ignored
+    )
     while not (output / "seed-1" / "log.txt").exists():
         assert process.poll() is None
         time.sleep(0.1)
