@@ -123,7 +123,14 @@ class Running:
         self.output = cache.with_name("output.txt")
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background a shell ignores it
+            )
 
     def wait_for_files(self, count: int, pattern: str = "scorings/*/pending/*.arrow") -> None:
         """Until there are so many files, the teacher's unless told otherwise."""
