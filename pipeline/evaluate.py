@@ -23,8 +23,26 @@ from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
-from adpa.pipeline.checkpoint import DtypeName, open_checkpoint
-from adpa.pipeline.engine import EngineName
+from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.options import (
+    BatchTokensOption,
+    DeviceOption,
+    DropInvalidOption,
+    DtypeOption,
+    EngineArgOption,
+    EngineOption,
+    GpuMemoryUtilizationOption,
+    MaxNewTokensOption,
+    MaxPromptLengthOption,
+    QuantizationOption,
+    SamplesPerPromptOption,
+    SamplingSeedOption,
+    SplitOption,
+    TeacherOption,
+    TemperatureOption,
+    TensorParallelOption,
+    TopPOption,
+)
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 
 NGRAM = 4
@@ -98,37 +116,29 @@ class EvaluateReport:
 def evaluate(
     student: Annotated[str, Doc("The trained model: a directory, or org/name[@revision] of the Hub.")],
     baseline: Annotated[str, Doc("The model that it is compared with, such as the student before training.")],
-    teacher: Annotated[str, Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub.")],
+    teacher: TeacherOption,
     reference: Annotated[str, Doc("The large model before preference training.")],
     data: Annotated[str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered.")],
     cache: Annotated[
         Path | None,
         Doc("Directory whose evaluation/ keeps samples and scores, so that a run can go on; nothing is kept without."),
     ] = None,
-    split: Annotated[str | None, Doc("Split of a data set that has several.")] = None,
-    max_prompt_length: Annotated[int, Doc("Tokens of a prompt that are kept, from its end.")] = 1024,
-    drop_invalid: Annotated[bool, Doc("Leave out pairs that cannot be used, and count them.")] = False,
-    samples_per_prompt: Annotated[int, Doc("Responses sampled for each prompt.")] = 1,
-    temperature: Annotated[float, Doc("Sampling temperature; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, Doc("Nucleus of the sampling distribution.")] = 1.0,
-    max_new_tokens: Annotated[int, Doc("Tokens of a sampled response at most.")] = 512,
-    seed: Annotated[int, Doc("Seed of the sampling.")] = 0,
-    engine: Annotated[
-        EngineName,
-        Doc("What runs the models: vllm, hf (transformers), or auto: vllm where it is installed and there is a GPU."),
-    ] = "auto",
-    tensor_parallel: Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference.")] = 1,
-    quantization: Annotated[str | None, Doc("vLLM: how to quantize teacher and reference, such as fp8.")] = None,
-    gpu_memory_utilization: Annotated[float, Doc("vLLM: share of a GPU's memory that it may take.")] = 0.9,
-    engine_arg: Annotated[
-        list[str] | None,
-        Doc("vLLM: key=value of any engine argument, for one model with teacher:, reference: or student:; repeatable."),
-    ] = None,
-    batch_tokens: Annotated[
-        int | None, Doc("Tokens of a batch, which becomes a file; 8192 with hf, 262144 with vLLM unless given.")
-    ] = None,
-    dtype: Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")] = "auto",
-    device: Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")] = "auto",
+    split: SplitOption = None,
+    max_prompt_length: MaxPromptLengthOption = 1024,
+    drop_invalid: DropInvalidOption = False,
+    samples_per_prompt: SamplesPerPromptOption = 1,
+    temperature: TemperatureOption = 1.0,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 512,
+    seed: SamplingSeedOption = 0,
+    engine: EngineOption = "auto",
+    tensor_parallel: TensorParallelOption = 1,
+    quantization: QuantizationOption = None,
+    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    engine_arg: EngineArgOption = None,
+    batch_tokens: BatchTokensOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
 ) -> EvaluateReport:
     """Compare a student with a baseline on held-out prompts, without a judge.
 

@@ -24,10 +24,29 @@ from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.signals import ModelIdentity, Scoring, signal_bytes
 from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
+from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.engine import Engine, EngineName, choose_engine
+from adpa.pipeline.engine import Engine, choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmOptions
+from adpa.pipeline.options import (
+    BatchTokensOption,
+    DeviceOption,
+    DropInvalidOption,
+    DtypeOption,
+    EngineArgOption,
+    EngineOption,
+    GpuMemoryUtilizationOption,
+    MaxNewTokensOption,
+    MaxPromptLengthOption,
+    QuantizationOption,
+    SamplesPerPromptOption,
+    SamplingSeedOption,
+    SplitOption,
+    TeacherOption,
+    TemperatureOption,
+    TensorParallelOption,
+    TopPOption,
+)
 from adpa.pipeline.sampling import sample_responses
 from adpa.pipeline.scoring import Scorer, missing_sequences, score
 
@@ -70,7 +89,7 @@ class PrecomputeReport:
 
 
 def precompute(
-    teacher: Annotated[str, Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub.")],
+    teacher: TeacherOption,
     data: Annotated[str, Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name.")],
     cache: Annotated[Path, Doc("Directory of the teacher-signal cache, shared by all students.")],
     reference: Annotated[
@@ -81,38 +100,30 @@ def precompute(
         str | None,
         Doc("Responses to score, with commas; chosen,rejected unless given, or sampled with --student."),
     ] = None,
-    split: Annotated[str | None, Doc("Split of a data set that has several.")] = None,
+    split: SplitOption = None,
     top_k: Annotated[int, Doc("Ids of highest teacher probability kept for each response token.")] = 50,
-    max_prompt_length: Annotated[int, Doc("Tokens of a prompt that are kept, from its end.")] = 1024,
+    max_prompt_length: MaxPromptLengthOption = 1024,
     max_length: Annotated[int, Doc("Tokens of prompt and response together; the response is cut.")] = 2048,
-    drop_invalid: Annotated[bool, Doc("Leave out pairs that cannot be used, and count them.")] = False,
-    samples_per_prompt: Annotated[int, Doc("Responses sampled for each prompt.")] = 1,
-    temperature: Annotated[float, Doc("Sampling temperature; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, Doc("Nucleus of the sampling distribution.")] = 1.0,
-    max_new_tokens: Annotated[int, Doc("Tokens of a sampled response at most.")] = 512,
-    seed: Annotated[int, Doc("Seed of the sampling.")] = 0,
-    engine: Annotated[
-        EngineName,
-        Doc("What runs the models: vllm, hf (transformers), or auto: vllm where it is installed and there is a GPU."),
-    ] = "auto",
-    tensor_parallel: Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference.")] = 1,
-    quantization: Annotated[str | None, Doc("vLLM: how to quantize teacher and reference, such as fp8.")] = None,
+    drop_invalid: DropInvalidOption = False,
+    samples_per_prompt: SamplesPerPromptOption = 1,
+    temperature: TemperatureOption = 1.0,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 512,
+    seed: SamplingSeedOption = 0,
+    engine: EngineOption = "auto",
+    tensor_parallel: TensorParallelOption = 1,
+    quantization: QuantizationOption = None,
     max_model_len: Annotated[
         int | None, Doc("vLLM: refuse data with sequences of more tokens; room is made for the longest there is.")
     ] = None,
-    gpu_memory_utilization: Annotated[float, Doc("vLLM: share of a GPU's memory that it may take.")] = 0.9,
+    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
     head_dtype: Annotated[
         HeadDtype, Doc("vLLM: dtype of the head; model is vLLM's own head, auto is float32 unless it is quantized.")
     ] = "auto",
-    engine_arg: Annotated[
-        list[str] | None,
-        Doc("vLLM: key=value of any engine argument, for one model with teacher:, reference: or student:; repeatable."),
-    ] = None,
-    batch_tokens: Annotated[
-        int | None, Doc("Tokens of a batch, which becomes a file; 8192 with hf, 262144 with vLLM unless given.")
-    ] = None,
-    dtype: Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")] = "auto",
-    device: Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")] = "auto",
+    engine_arg: EngineArgOption = None,
+    batch_tokens: BatchTokensOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     dry_run: Annotated[bool, Doc("Count rows, tokens and bytes; ask no model and write nothing.")] = False,
 ) -> PrecomputeReport:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache.

@@ -1,0 +1,36 @@
+"""Options that precompute and evaluate share: one type and one help text for both."""
+
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from adpa.pipeline.checkpoint import DtypeName
+from adpa.pipeline.engine import EngineName
+
+TeacherOption = Annotated[
+    str, Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub.")
+]
+SplitOption = Annotated[str | None, Doc("Split of a data set that has several.")]
+MaxPromptLengthOption = Annotated[int, Doc("Tokens of a prompt that are kept, from its end.")]
+DropInvalidOption = Annotated[bool, Doc("Leave out pairs that cannot be used, and count them.")]
+SamplesPerPromptOption = Annotated[int, Doc("Responses sampled for each prompt.")]
+TemperatureOption = Annotated[float, Doc("Sampling temperature; 0 is greedy.")]
+TopPOption = Annotated[float, Doc("Nucleus of the sampling distribution.")]
+MaxNewTokensOption = Annotated[int, Doc("Tokens of a sampled response at most.")]
+SamplingSeedOption = Annotated[int, Doc("Seed of the sampling.")]
+EngineOption = Annotated[
+    EngineName,
+    Doc("What runs the models: vllm, hf (transformers), or auto: vllm where it is installed and there is a GPU."),
+]
+TensorParallelOption = Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference.")]
+QuantizationOption = Annotated[str | None, Doc("vLLM: how to quantize teacher and reference, such as fp8.")]
+GpuMemoryUtilizationOption = Annotated[float, Doc("vLLM: share of a GPU's memory that it may take.")]
+EngineArgOption = Annotated[
+    list[str] | None,
+    Doc("vLLM: key=value of any engine argument, for one model with teacher:, reference: or student:; repeatable."),
+]
+BatchTokensOption = Annotated[
+    int | None, Doc("Tokens of a batch, which becomes a file; 8192 with hf, 262144 with vLLM unless given.")
+]
+DtypeOption = Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")]
+DeviceOption = Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")]
