@@ -11,14 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.signals import (
-    SignalRow,
-    SignalTable,
-    read_scorings,
-    read_signals,
-    write_scoring,
-    write_signals,
-)
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.lab.tokenizer import VOCABULARY
 
 AdvantageName = Literal["log ratio", "clipped", "centred", "uniform reference"]

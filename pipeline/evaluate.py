@@ -37,11 +37,11 @@ from adpa.pipeline.options import (
     QuantizationOption,
     SamplesPerPromptOption,
     SamplingSeedOption,
+    SamplingTopPOption,
     SplitOption,
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
-    TopPOption,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 
@@ -128,7 +128,7 @@ def evaluate(
     drop_invalid: DropInvalidOption = False,
     samples_per_prompt: SamplesPerPromptOption = 1,
     temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
+    sampling_top_p: SamplingTopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 512,
     seed: SamplingSeedOption = 0,
     engine: EngineOption = "auto",
@@ -170,7 +170,7 @@ def evaluate(
             drop_invalid=drop_invalid,
             samples_per_prompt=samples_per_prompt,
             temperature=temperature,
-            top_p=top_p,
+            sampling_top_p=sampling_top_p,
             max_new_tokens=max_new_tokens,
             seed=seed,
             engine=engine,

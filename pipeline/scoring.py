@@ -8,7 +8,6 @@ rows. Both models need not be in memory at once, and advantages are subtracted i
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,17 +17,8 @@ from numpy.typing import NDArray
 
 from adpa.data.encoding import TokenSequence
 from adpa.data.shards import list_shards, read_shard, write_shard
-from adpa.data.signals import (
-    ModelIdentity,
-    Scoring,
-    SignalRow,
-    SignalTable,
-    read_signals,
-    signals_schema,
-    signals_table,
-    write_scoring,
-    write_signals,
-)
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import ModelError
 from adpa.pipeline.batching import make_batches, write_batches
 
@@ -74,8 +64,8 @@ def score(
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
     batch_tokens: int,
-) -> None:
-    """Scores sequences and adds their rows to the cache.
+) -> int:
+    """Scores sequences, adds their rows to the cache, and gives the bytes of the files with them.
 
     Args:
         cache: the cache's directory.
@@ -85,10 +75,16 @@ def score(
         batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
     """
     write_scoring(cache, scoring)
+    sizes: list[int] = []
+
+    def write(rows: list[SignalRow]) -> None:
+        sizes.append(write_signals(cache, scoring, rows))
+
     if scoring.reference is not None:
-        _score_with_both(cache, scoring, missing, open_scorer, batch_tokens)
+        _score_with_both(cache, scoring, missing, open_scorer, batch_tokens, write)
     elif missing:
-        _ask_teacher(scoring, missing, open_scorer, batch_tokens, partial(write_signals, cache, scoring))
+        _ask_teacher(scoring, missing, open_scorer, batch_tokens, write)
+    return sum(sizes)
 
 
 def _score_with_both(
@@ -97,21 +93,22 @@ def _score_with_both(
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
     batch_tokens: int,
+    write: Callable[[list[SignalRow]], None],
 ) -> None:
     folder = scoring.folder(cache) / "pending"
     pending = _open_pending(folder)
     judged = SignalTable(pending.values()).keys()
     unjudged = [sequence for sequence in missing if sequence.key not in judged]
     if unjudged:
-        schema = signals_schema(scoring.top_k, logprob_type=pa.float32())
+        schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
 
         def write_pending(rows: list[SignalRow]) -> None:
-            path = write_shard(folder, PENDING_PREFIX, signals_table(rows, schema))
+            path = write_shard(folder, PENDING_PREFIX, plain_table(rows, schema))
             pending[path] = read_shard(path)
 
         _ask_teacher(scoring, unjudged, open_scorer, batch_tokens, write_pending)
     if missing:
-        _ask_reference(cache, scoring, missing, SignalTable(pending.values()), open_scorer, batch_tokens)
+        _ask_reference(scoring, missing, SignalTable(pending.values()), open_scorer, batch_tokens, write)
     if pending:
         done = read_signals(cache, scoring).keys()
         for path, shard in pending.items():
@@ -133,12 +130,12 @@ def _ask_teacher(
 
 
 def _ask_reference(
-    cache: Path,
     scoring: Scoring,
     sequences: Sequence[TokenSequence],
     judged: SignalTable,
     open_scorer: OpenScorer,
     batch_tokens: int,
+    write: Callable[[list[SignalRow]], None],
 ) -> None:
     assert scoring.reference is not None
     batches = make_batches(sequences, len, batch_tokens)
@@ -155,7 +152,7 @@ def _ask_reference(
     with closing(open_scorer(scoring.reference)) as reference:
         topk_ids = ([row.topk_ids for row in teacher_rows(batch)] for batch in batches)
         answers = map(complete, batches, reference.logprobs_at(batches, topk_ids))
-        write_batches("reference: tokens", batches, len, answers, partial(write_signals, cache, scoring))
+        write_batches("reference: tokens", batches, len, answers, write)
 
 
 def _checked(rows: list[SignalRow], scoring: Scoring) -> list[SignalRow]:

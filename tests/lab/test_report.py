@@ -9,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from tests.lab.test_advantages import ROW
 
-from adpa.data.signals import SignalTable, signals_schema, signals_table
+from adpa.data.signal_rows import plain_schema, plain_table
+from adpa.data.signals import SignalTable
 from adpa.lab.evaluate import Evaluation
 from adpa.lab.methods import Method
 from adpa.lab.plots import plot_advantages, plot_gamma, plot_rewards, plot_study
@@ -86,13 +87,13 @@ def test_the_pictures_show_every_method_and_a_line_for_each_plausibility(report:
 
 def test_every_alternative_is_a_point_of_the_picture_of_advantages() -> None:
     axes = Figure().subplots()
-    plot_advantages(axes, SignalTable([signals_table([ROW], signals_schema(2))]))
+    plot_advantages(axes, SignalTable([plain_table([ROW], plain_schema(2))]))
     points = np.asarray(axes.lines[0].get_xydata())
     np.testing.assert_allclose(points[:, 0], np.exp(np.ravel(ROW.topk_logprobs).astype(float)))
     np.testing.assert_array_equal(points[:, 1], np.ravel(np.asarray(ROW.topk_advantages)))
 
 
 def test_pictures_are_files(report: StudyReport, tmp_path: Path) -> None:
-    plot_study(tmp_path, report, SignalTable([signals_table([ROW], signals_schema(2))]))
+    plot_study(tmp_path, report, SignalTable([plain_table([ROW], plain_schema(2))]))
     for name in ("rewards", "gamma", "advantages"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
