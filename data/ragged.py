@@ -31,16 +31,16 @@ def list_column(rows: Sequence[NDArray[Any]], type: pa.ListType) -> pa.ListArray
 
 def list_row(column: pa.ChunkedArray, index: int) -> NDArray[Any]:
     """One row of such a column: [T] or [T, K], a read-only view of the column's memory."""
-    values = column[index].values
-    if not pa.types.is_fixed_size_list(values.type):
-        return values.to_numpy(zero_copy_only=True)
-    width = values.type.list_size
-    return values.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
+    return _view(column[index].values)
 
 
 def flat_column(column: pa.ChunkedArray) -> NDArray[Any]:
     """All rows of such a column one after another: [sum of T] or [sum of T, K]."""
-    values = pc.list_flatten(column.combine_chunks())
+    return _view(pc.list_flatten(column.combine_chunks()))
+
+
+def _view(values: pa.Array) -> NDArray[Any]:
+    """Values, or lists of K values, as an array [T] or [T, K]."""
     if not pa.types.is_fixed_size_list(values.type):
         return values.to_numpy(zero_copy_only=True)
     width = values.type.list_size
