@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from adpa.data.signals import (
     SignalRow,
     SignalTable,
-    read_scorings,
+    read_scoring,
     read_signals,
     write_scoring,
     write_signals,
@@ -74,7 +74,7 @@ def towards_prior(prior: SignalTable) -> Change:
 
 def change_signals(cache: Path, scoring_id: str, name: str, change: Change) -> str:
     """Writes every row of a scoring, changed, to a scoring of its own; gives its id."""
-    scoring = next(scoring for scoring in read_scorings(cache) if scoring.id == scoring_id)
+    scoring = read_scoring(cache, scoring_id)
     changed = replace(scoring, engine=f"{scoring.engine}, {name}")
     signals, done = read_signals(cache, scoring), read_signals(cache, changed).keys()
     rows = map(signals.row, range(len(signals)))

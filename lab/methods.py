@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.signals import read_scoring, read_signals
 from adpa.lab.advantages import CHANGES, AdvantageName, change_signals, towards_prior
 from adpa.lab.checkpoints import Laboratory, align
 from adpa.lab.evaluate import MAX_NEW_TOKENS
@@ -88,8 +88,7 @@ def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, outp
 
     scoring = scored(laboratory.reference)
     if method.prior:
-        of_student = scored(laboratory.student)
-        prior = next(read_signals(cache, found) for found in read_scorings(cache) if found.id == of_student)
+        prior = read_signals(cache, read_scoring(cache, scored(laboratory.student)))
         scoring = change_signals(cache, scoring, "the student's KL", towards_prior(prior))
     if method.advantages != "log ratio":
         scoring = change_signals(cache, scoring, f"{method.advantages} advantages", CHANGES[method.advantages])

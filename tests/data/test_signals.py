@@ -13,6 +13,7 @@ from adpa.data.signals import (
     ModelIdentity,
     SignalRow,
     SignalTable,
+    read_scoring,
     read_scorings,
     read_signals,
     signal_bytes,
@@ -204,6 +205,7 @@ def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
     assert sorted(read_scorings(tmp_path), key=lambda found: found.id) == sorted(
         [SCORING, without], key=lambda found: found.id
     )
+    assert read_scoring(tmp_path, without.id) == without
 
 
 def test_a_cache_without_scorings_has_none(tmp_path: Path) -> None:
