@@ -7,14 +7,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
-
 from adpa.errors import OptionError
 from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, trial_name
 from adpa.pipeline.objectives import check_plausibility, objective_terms
+from adpa.pipeline.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
 OWN_STUDY = Path(__file__).with_name("study.yaml")
@@ -54,11 +53,7 @@ def read_study(path: Path = OWN_STUDY) -> Study:
     Raises:
         OptionError: the file cannot be read, or something in it is unknown or out of range.
     """
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"--study {path}: {' '.join(str(error).split())}") from error
-    where = f"--study {path}"
+    content, where = read_options("--study", path), f"--study {path}"
     defaults: dict[str, Any] = {"seeds": [], "tuning_seeds": [], "prompts": 500, "laboratory": {}, "options": {}}
     defaults |= {"methods": {}, "variants": {}, "sweeps": []}
     content = _read(content, where, defaults)
@@ -68,7 +63,7 @@ def read_study(path: Path = OWN_STUDY) -> Study:
     common = _read(content["options"], f"{where}: options", method_options("adpa"))
     methods, variants = (
         {
-            str(name): _method(method, common, f"{where}: {part}: {name!r}")
+            name: _method(method, common, f"{where}: {part}: {name!r}")
             for name, method in _read(content[part], f"{where}: {part}").items()
         }
         for part in ("methods", "variants")
@@ -217,8 +212,7 @@ def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -
     """A mapping whose names are among those of ``defaults``, with a number or a list where these have one."""
     if not isinstance(content, Mapping):
         raise OptionError(f"{where}: {content!r}; expected a mapping")
-    # YAML reads the word on as true, and 1e-3 as text.
-    content = {"on" if name is True else str(name): _number(value) for name, value in content.items()}
+    content = {name: as_number(value) for name, value in content.items()}
     if defaults is None:
         return content
     if unknown := sorted(content.keys() - defaults.keys()):
@@ -234,22 +228,5 @@ def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -
     return content
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that does not say one thing twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = Counter(key.value for key, _ in node.value)
-        if twice := [name for name, count in names.items() if count > 1 and name != "<<"]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

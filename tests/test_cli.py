@@ -252,7 +252,14 @@ def test_an_engine_argument_may_be_given_again_on_the_command_line_and_as_a_list
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("tap-k: 7", "has no option 'tap_k'"), ("- 1", "expected a mapping"), ("a: [", "--config"), (None, "--config")],
+    [
+        ("tap-k: 7", "has no option 'tap_k'"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "--config"),
+        (None, "--config"),
+        ("top-k: 7\nteacher: T\ntop-k: 8", "'top-k' is there twice in"),
+        ("top-k: 7\ntop_k: 8", "'top_k' is there twice"),
+    ],
 )
 def test_a_config_file_that_cannot_be_used_is_refused(
     text: str | None, message: str, runner: CliRunner, tmp_path: Path
