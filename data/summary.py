@@ -16,7 +16,7 @@ from adpa.data.ragged import flat_column
 from adpa.data.selection import ScoredSet
 
 QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
-PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible
+PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible; the default of --plausibility
 
 # All numbers that float16 has: counts of them hold a distribution of any number of values exactly.
 FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)

@@ -20,6 +20,7 @@ from adpa.data.batches import TrainingExamples, make_collator
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
 from adpa.data.shards import write_file
+from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
@@ -84,7 +85,7 @@ def distill(
             "Keep a positive advantage only where the teacher's probability is at least this: for tokens that both "
             "models find implausible it says little, and a large γ would follow it there. 0 is the published form."
         ),
-    ] = 0.05,
+    ] = PLAUSIBLE,
     scoring: Annotated[str | None, Doc("Scoring to learn from (the beginning of its id), if several fit.")] = None,
     response_set: Annotated[
         list[str] | None, Doc("Response set to train on (the beginning of its id), if several fit; repeatable.")
