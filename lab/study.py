@@ -11,8 +11,8 @@ from adpa.errors import OptionError
 from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
-from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, trial_name
-from adpa.pipeline.objectives import check_plausibility, objective_terms
+from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
+from adpa.pipeline.objectives import check_plausibility
 from adpa.pipeline.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
@@ -135,11 +135,10 @@ def _check_options(method: Method, options: Mapping[str, Any], where: str) -> No
     """Refuses before anything is trained what ``distill`` would refuse after an hour."""
     if method.objective == "dpo":
         return
-    defaults = method_options(method.objective)
-    terms = ("on", "kl_weight", "advantage_weight")
     try:
-        objective_terms(method.objective, *(options.get(name, defaults[name]) for name in terms))
-        check_plausibility(options.get("plausibility", defaults["plausibility"]))
+        terms_of(method.objective, options)
+        if "plausibility" in options:
+            check_plausibility(options["plausibility"])
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
 
