@@ -111,9 +111,8 @@ def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummar
     responses, with_reference = scored.responses.table, scored.scoring.reference is not None
     in_top_k = 0
     tails, logprobs, advantages = [], [], []
-    counts = np.zeros(
-        (2, len(FLOAT16)), dtype=np.int64
-    )  # of advantages, by the bits of float16: implausible, plausible
+    # Of advantages, by the bits of float16: implausible, plausible.
+    counts = np.zeros((2, len(FLOAT16)), dtype=np.int64)
     for rows, signals in scored.signals.take(scored.signals.locate(responses["key"])):
         ids_N = flat_column(responses["response_ids"].take(rows))
         in_top_k += int((flat_column(signals["topk_ids"]) == ids_N[:, None]).any(axis=1).sum())

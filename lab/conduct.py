@@ -22,7 +22,7 @@ from adpa.lab.methods import Method, trial_name
 from adpa.lab.report import StudyReport, report_study
 from adpa.lab.runs import STUDENT, TEACHER, Run, has_result, read_result
 from adpa.lab.seed_process import SeedProcess
-from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
+from adpa.lab.study import OWN_STUDY, Study, read_study
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
 
@@ -46,11 +46,7 @@ def lab(
         AdpaError: something about the arguments, the study or the directory that the caller can put right.
     """
     started = time.perf_counter()
-    chosen = read_study(study or OWN_STUDY)
-    if seed:
-        chosen = replace(chosen, seeds=check_seeds(seed, "--seed"))
-    if shared := set(chosen.seeds) & set(chosen.tuning_seeds):
-        raise OptionError(f"seed {min(shared)} is both tuned on and reported", "choose other seeds to report")
+    chosen = read_study(study or OWN_STUDY, seed)
     for package in ("trl", "matplotlib"):
         if find_spec(package) is None:
             raise OptionError(f"adpa lab needs {package}, which is not installed", "pip install 'adpa[lab]'")

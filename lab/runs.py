@@ -74,7 +74,7 @@ def conduct_seed(directory: Path, seed: int, plan: Plan, prompts: int, runs: Seq
     laboratory = _laboratory(home / "lab", seed, plan)
     asked = plan.environment.evaluation_prompts(prompts, seed)
     for run in runs:
-        if not _result_path(directory, seed, run.name).exists():
+        if not has_result(directory, seed, run):
             checkpoint, seconds = _train(run, laboratory, home, seed)
             evaluation = evaluate(checkpoint, asked, seed)
             record = checkpoint / RECORD

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from adpa.errors import OptionError
 from adpa.lab.advantages import AdvantageName
@@ -17,8 +17,6 @@ from adpa.pipeline.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
 OWN_STUDY = Path(__file__).with_name("study.yaml")
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,12 @@ class Study:
         return {name: values[name] for name in ("tuning_seeds", "prompts", "plan", "methods", "variants")}
 
 
-def read_study(path: Path = OWN_STUDY) -> Study:
+def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
     """Reads and checks a study.
+
+    Args:
+        path: its file.
+        seeds: what is reported instead of the file's.
 
     Raises:
         OptionError: the file cannot be read, or something in it is unknown or out of range.
@@ -73,18 +75,19 @@ def read_study(path: Path = OWN_STUDY) -> Study:
             if name in variants:
                 raise OptionError(f"{where}: sweeps: {name!r} is there twice", "give every sweep a name of its own")
             variants[name] = method
-    seeds, tuning_seeds = check_seeds(content["seeds"], f"{where}: seeds"), content["tuning_seeds"]
+    reported = check_seeds(seeds, "--seed") if seeds else check_seeds(content["seeds"], f"{where}: seeds")
+    tuning_seeds = content["tuning_seeds"]
     if tuning_seeds:
         tuning_seeds = check_seeds(tuning_seeds, f"{where}: tuning_seeds")
     _check_methods(methods, variants, tuning_seeds, where)
-    if shared := set(seeds) & set(tuning_seeds):
+    if shared := set(reported) & set(tuning_seeds):
         raise OptionError(f"{where}: seed {min(shared)} is both tuned on and reported", "choose other seeds")
     if content["prompts"] < 2:
         raise OptionError(f"{where}: prompts {content['prompts']}; expected at least 2")
     if not methods:
         raise OptionError(f"{where}: no methods; expected at least one")
     plan = _plan(content["laboratory"], f"{where}: laboratory")
-    return Study(seeds, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
+    return Study(reported, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
