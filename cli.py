@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 import transformers
@@ -91,7 +91,7 @@ def as_command(
                 get_args(parameter.annotation)[0],
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
                 if parameter.name == argument
-                else typer.Option(help=_documentation(parameter)),
+                else typer.Option(help=_documentation(parameter), metavar=_metavar(parameter)),
             ],
         )
         for parameter in inspect.signature(stage).parameters.values()
@@ -142,6 +142,13 @@ def as_command(
 def _documentation(parameter: inspect.Parameter) -> str:
     documentation: str = get_args(parameter.annotation)[1].documentation
     return documentation
+
+
+def _metavar(parameter: inspect.Parameter) -> str | None:
+    """What a repeatable option takes each time; of all others the parser says it well."""
+    annotation = get_args(parameter.annotation)[0]
+    lists = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is list]
+    return f"<{get_args(lists[0])[0].__name__}>" if lists else None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
