@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
@@ -73,15 +74,21 @@ def lab(
 
 
 def _begin(output: Path, study: Study) -> None:
-    """Writes down the settings of a study in its directory, or checks that they are those it was begun with."""
+    """Writes down a study's settings and adpa's version in its directory, or checks that it was begun with these."""
     path = output / SETTINGS
-    settings = json.loads(json.dumps(study.settings()))
+    settings = json.loads(json.dumps(study.settings() | {"adpa": version("adpa")}))
     if path.exists():
         try:
             begun = json.loads(path.read_text())
         except ValueError as error:
             raise OptionError(f"{path}: damaged: {error}", "delete it if the study beside it is this one") from error
         different = [name for name, value in settings.items() if begun.get(name) != value]
+        if different == ["adpa"]:
+            found = f"adpa {begun['adpa']}" if "adpa" in begun else "an adpa that did not write down its version"
+            raise OptionError(
+                f"--output {output}: the study there was begun by {found}; this is adpa {settings['adpa']}",
+                "name another directory, so that all results are of one version",
+            )
         if different:
             raise OptionError(
                 f"--output {output}: a study of other settings was begun there: its {' and '.join(different)} differ",
