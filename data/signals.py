@@ -154,6 +154,15 @@ def read_scorings(cache: Path) -> Iterator[Scoring]:
         yield scoring
 
 
+def read_scoring(cache: Path, scoring_id: str) -> Scoring:
+    """Reads the description of a scoring that is known to be in a cache.
+
+    Raises:
+        DamagedFileError: a description does not give the id of its folder.
+    """
+    return next(scoring for scoring in read_scorings(cache) if scoring.id == scoring_id)
+
+
 def write_signals(cache: Path, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
     """Adds a shard of rows to a scoring, cut to its nucleus, and gives the shard's bytes."""
     cut = [keep_nucleus(row, scoring.top_p) for row in rows]

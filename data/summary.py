@@ -16,7 +16,7 @@ from adpa.data.selection import ScoredSet
 from adpa.data.signal_rows import PADDING
 
 QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
-PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible
+PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible; the default of --plausibility
 
 # All numbers that float16 has: counts of them hold a distribution of any number of values exactly.
 FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -112,9 +112,8 @@ def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummar
     sequences = scored.responses.sequences()
     in_top_k = 0
     tails, logprobs, advantages = [], [], []
-    counts = np.zeros(
-        (2, len(FLOAT16)), dtype=np.int64
-    )  # of advantages, by the bits of float16: implausible, plausible
+    # Of advantages, by the bits of float16: implausible, plausible.
+    counts = np.zeros((2, len(FLOAT16)), dtype=np.int64)
     for place in np.argsort(numbers, kind="stable"):  # in the order of the files
         row, response_ids_T = scored.signals.row(int(numbers[place])), sequences[place].response_ids
         in_top_k += int((row.topk_ids == response_ids_T[:, None]).any(axis=1).sum())

@@ -20,7 +20,7 @@ from typing_extensions import Doc
 
 from adpa.data.encoding import TokenIds
 from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.signals import read_scoring, read_signals
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
 from adpa.pipeline.checkpoint import open_checkpoint
@@ -248,7 +248,7 @@ class _Answers:
 def _read_answers(cache: Path, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
     """What a run of ``precompute`` sampled and scored; the first one of several pairs with the same prompt."""
     responses = next(found for found in read_response_sets(cache) if found.id == done.responses["sampled"])
-    signals = read_signals(cache, next(found for found in read_scorings(cache) if found.id == done.scoring))
+    signals = read_signals(cache, read_scoring(cache, done.scoring))
     sequences, numbers = responses.sequences(), signals.locate(responses.table["key"])
     firsts: dict[bytes, int] = {}  # where the M responses to a prompt begin; they stand together
     for start in range(0, len(sequences), samples_per_prompt):

@@ -10,7 +10,7 @@ from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
 from adpa.data.shards import list_shards
 from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.signals import ModelIdentity, read_scoring, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import DamagedFileError
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
@@ -136,6 +136,7 @@ def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
     assert sorted(read_scorings(tmp_path), key=lambda found: found.id) == sorted(
         [SCORING, without], key=lambda found: found.id
     )
+    assert read_scoring(tmp_path, without.id) == without
 
 
 def test_a_cache_without_scorings_has_none(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from adpa.data.signals import (
     ModelIdentity,
     Scoring,
     SignalTable,
-    read_scorings,
+    read_scoring,
     read_signals,
     write_scoring,
     write_signals,
@@ -67,7 +67,7 @@ def test_a_changed_scoring_is_made_once_and_grows_with_its_origin(tmp_path: Path
     assert changed == change_signals(tmp_path, SCORING.id, "clipped advantages", clipped) != SCORING.id
     write_signals(tmp_path, SCORING, [replace(ROW, key=b"n" * 16)])
     change_signals(tmp_path, SCORING.id, "clipped advantages", clipped)
-    scoring = next(found for found in read_scorings(tmp_path) if found.id == changed)
+    scoring = read_scoring(tmp_path, changed)
     assert scoring.engine == "hf, clipped advantages"
     table = read_signals(tmp_path, scoring)
     assert table.keys() == {b"k" * 16, b"n" * 16}

@@ -32,7 +32,7 @@ REWARDS: Mapping[str, list[list[float]]] = {
 @pytest.fixture
 def report(tmp_path: Path) -> StudyReport:
     results = [
-        Result(name, seed, Evaluation(tuple(rewards), tuple(rewards)), 1.0, {"student/implausible_mass": 0.2})
+        Result(name, seed, Evaluation(tuple(rewards), tuple(rewards)), 1.0, {"student/implausible_mass": 0.2}, "0.1.0")
         for name, by_seed in REWARDS.items()
         for seed, rewards in zip((11, 12), by_seed, strict=True)
     ]
@@ -57,6 +57,7 @@ def test_every_reward_is_in_a_table_that_others_can_read(report: StudyReport) ->
     table = pq.read_table(Path(report.output) / "results.parquet").to_pylist()
     assert len(table) == 2 * (4 + 4)
     found = next(row for row in table if row["method"] == "ADPA" and row["seed"] == 12)
+    assert found["version"] == "0.1.0"
     assert (found["sampled"], found["options"]) == ([0.3, 0.5], '{"advantage_weight": 2}')
 
 
@@ -64,6 +65,8 @@ def test_the_tables_say_what_was_measured_on_what_and_which_options_were_chosen(
     text = markdown_tables(report)
     assert text == (Path(report.output) / "tables.md").read_text()
     assert "2 seeds (11, 12), 2 prompts each" in text
+    assert "by adpa 0.1.0\n" in text
+    assert report.versions == ["0.1.0"]
     assert "| ADPA | 0.650 [" in text
     assert "+0.100 [-0.100, +0.300] (SFT) | 0.200 | 12 |" in text
     assert '- ADPA: {"advantage_weight": 2}' in text
