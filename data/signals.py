@@ -9,9 +9,8 @@ Shapes: T response tokens, K ids of the teacher's top K.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from adpa.data.documents import read_document, write_document
+from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import read_shards, write_file, write_shard
-from adpa.errors import DamagedFileError
+from adpa.data.shards import damaged, list_folder, read_shards, write_shard
+from adpa.errors import CacheError
 
 SHARD_PREFIX = "signals"
+TOP_K_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Scoring:
         }
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
-    def folder(self, cache: Path) -> Path:
+    def folder(self, cache: Location) -> Location:
         """Where the scoring lies in a cache."""
         return cache / "scorings" / self.id
 
@@ -67,6 +69,9 @@ class Scoring:
         """One line for people who must choose among scorings."""
         reference = f", reference {self.reference.name}" if self.reference else ", no reference"
         return f"{self.id}: teacher {self.teacher.name}{reference}, K = {self.top_k}, {self.dtype}, {self.engine}"
+
+
+DEFAULTS = {field.name: field.default for field in fields(Scoring) if field.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -172,42 +177,63 @@ class SignalTable:
         return SignalRow(table["key"][place].as_py(), **read)
 
 
-def write_scoring(cache: Path, scoring: Scoring) -> None:
+def write_scoring(cache: Location, scoring: Scoring) -> None:
     """Describes a scoring in a cache; one that is already there is left as it is."""
     path = scoring.folder(cache) / "scoring.json"
     if not path.exists():
-        write_file(path, json.dumps(asdict(scoring), indent=2).encode())
+        write_document(path, _described(scoring))
 
 
-def read_scorings(cache: Path) -> Iterator[Scoring]:
+def read_scorings(cache: Location) -> Iterator[Scoring]:
     """Reads the description of every scoring of a cache.
 
     Raises:
-        DamagedFileError: a description does not give the id of its folder.
+        CacheError: a description is of a newer format.
+        DamagedFileError: a description is not what was written, or does not give the id of its folder.
     """
-    for path in sorted((cache / "scorings").glob("*/scoring.json")):
+    for folder in list_folder(cache / "scorings"):
         try:
-            fields = json.loads(path.read_text())
-            reference = fields.pop("reference")
-            scoring = Scoring(
-                teacher=ModelIdentity(**fields.pop("teacher")),
-                reference=ModelIdentity(**reference) if reference else None,
-                **fields,
-            )
-            found = scoring.id
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise DamagedFileError(f"{path}: damaged: {error}", "delete it and run adpa precompute again") from error
-        if found != path.parent.name:
-            raise DamagedFileError(f"{path}: damaged: describes {found}", "delete it and run adpa precompute again")
-        yield scoring
+            described, proved = read_document(folder / "scoring.json")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        yield _read_scoring(folder / "scoring.json", described, proved)
 
 
-def write_signals(cache: Path, scoring: Scoring, rows: Sequence[SignalRow]) -> None:
+def _described(scoring: Scoring) -> dict[str, Any]:
+    """The fields of a description; one that came with a later version is left out where it says nothing."""
+    return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}
+
+
+def _read_scoring(path: Location, described: dict[str, Any], proved: bool) -> Scoring:
+    unknown = sorted(described.keys() - {field.name for field in fields(Scoring)})
+    if proved and unknown:
+        raise CacheError(f"{path}: of a newer format: it has the unknown field {unknown[0]!r}", "install a newer adpa")
+    try:
+        reference = described.pop("reference")
+        scoring = Scoring(
+            teacher=ModelIdentity(**described.pop("teacher")),
+            reference=ModelIdentity(**reference) if reference else None,
+            **described,
+        )
+        found = scoring.id
+        possible = 1 <= scoring.top_k <= TOP_K_LIMIT
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if found != path.parent.name:
+        raise damaged(path, f"describes {found}")
+    if not possible:
+        raise damaged(
+            path, f"its top_k is {scoring.top_k}; expected at most {TOP_K_LIMIT}, for no vocabulary is larger"
+        )
+    return scoring
+
+
+def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> None:
     """Adds a shard of rows to a scoring."""
     write_shard(scoring.folder(cache), SHARD_PREFIX, signals_table(rows, signals_schema(scoring.top_k)))
 
 
-def read_signals(cache: Path, scoring: Scoring) -> SignalTable:
+def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
     """Opens every row of a scoring.
 
     Raises:

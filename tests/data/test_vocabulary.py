@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -175,14 +176,15 @@ def test_a_process_that_comes_second_leaves_what_the_first_wrote(
 ) -> None:
     digest = digest_tokenizer(tokenizer).tokenizer
     directory = tmp_path / "tokenizers" / digest
-    rename = Path.rename
+    rename = os.rename
 
-    def rename_after_another(source: Path, target: Path) -> Path:
-        monkeypatch.undo()
-        write_tokenizer(tmp_path, tokenizer, digest)
-        return rename(source, target)
+    def rename_after_another(source: Path, target: Path) -> None:
+        if target == directory:
+            monkeypatch.undo()
+            write_tokenizer(tmp_path, tokenizer, digest)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", rename_after_another)
+    monkeypatch.setattr(os, "rename", rename_after_another)
     write_tokenizer(tmp_path, tokenizer, digest)
     assert [path.name for path in directory.parent.iterdir()] == [digest]
     assert (directory / "tokenizer.json").is_file()
