@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+from upath import UPath
 
 from adpa.data.locations import Location, copies_folder
 from adpa.errors import CacheError, DamagedFileError
@@ -88,13 +89,11 @@ def list_folder(folder: Location) -> list[Location]:
 
     Hidden files, which are unfinished or another program's, are left out.
     """
-    if not isinstance(folder, Path):
-        folder.fs.invalidate_cache()  # other processes write, too
     try:
-        found: list[Location] = [path for path in folder.iterdir() if path.name and not path.name.startswith(".")]
+        names = os.listdir(folder) if isinstance(folder, Path) else _list_objects(folder)
     except FileNotFoundError:
         return []
-    return sorted(found, key=lambda path: path.name)
+    return [folder / name for name in sorted(names) if name and not name.startswith(".")]
 
 
 def list_shards(folder: Location, prefix: str = "") -> list[Location]:
@@ -165,6 +164,11 @@ def map_file(path: Path) -> pa.Buffer:
 def damaged(path: Location, problem: str) -> DamagedFileError:
     """The error of a file that is not what was written, and can be made again."""
     return DamagedFileError(f"{path}: damaged: {problem}", "delete it and run the same adpa precompute again")
+
+
+def _list_objects(folder: UPath) -> list[str]:
+    folder.fs.invalidate_cache()  # other processes write, too
+    return [name.removeprefix(folder.path).strip("/") for name in folder.fs.ls(folder.path, detail=False)]
 
 
 def _copy_here(path: Location) -> Path:
