@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import torch
@@ -22,7 +23,9 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 from tqdm.contrib import DummyTqdmFile
+from upath import UPath
 
+from adpa.data.locations import find_location
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
@@ -82,13 +85,14 @@ def as_command(
         argument: the parameter that is given by its place instead of as an option.
     """
     show = show or partial(_fields_table, stage.__name__)
+    locations = {name for name, parameter in inspect.signature(stage).parameters.items() if UPath in _types(parameter)}
     parameters = [
         inspect.Parameter(
             parameter.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=parameter.default,
             annotation=Annotated[
-                get_args(parameter.annotation)[0],
+                _option_type(parameter),
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
                 if parameter.name == argument
                 else typer.Option(help=_documentation(parameter), metavar=_metavar(parameter)),
@@ -112,6 +116,7 @@ def as_command(
         try:
             if report is not None:
                 check_writable_file("--report", report)
+            options |= {name: find_location(options[name]) for name in locations if options[name] is not None}
             done = stage(**options)
             if report is not None:
                 report.write_text(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
@@ -137,6 +142,19 @@ def as_command(
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *own]}
     command.__doc__ = (inspect.getdoc(stage) or "").partition("\n\nRaises:")[0].partition("\n\nArgs:")[0]
     return command
+
+
+def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """The types that a parameter of a stage may have."""
+    annotated = get_args(parameter.annotation)[0]
+    return get_args(annotated) or (annotated,)
+
+
+def _option_type(parameter: inspect.Parameter) -> Any:
+    """The type of the option of a parameter; a location is read as text, so that a URL keeps its slashes."""
+    if UPath not in _types(parameter):
+        return get_args(parameter.annotation)[0]
+    return str | None if NoneType in _types(parameter) else str
 
 
 def _documentation(parameter: inspect.Parameter) -> str:

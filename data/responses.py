@@ -10,15 +10,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, get_args
 
 import pyarrow as pa
 
 from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
+from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import list_shards, read_shard, write_shard
-from adpa.errors import DamagedFileError
+from adpa.data.shards import damaged, list_shards, open_shards, write_shard
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
@@ -148,29 +147,29 @@ def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds,
     return ResponseSet(info, pa.Table.from_arrays(columns, schema=schema))
 
 
-def write_response_set(cache: Path, responses: ResponseSet) -> None:
+def write_response_set(cache: Location, responses: ResponseSet) -> None:
     """Adds a set to a cache; a set that is already there is left as it is."""
     folder, prefix = cache / "responses", responses.shard_prefix()
     if not list_shards(folder, prefix):
         write_shard(folder, prefix, responses.table)
 
 
-def read_response_sets(cache: Path) -> Iterator[ResponseSet]:
-    """Reads every response set of a cache.
+def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
+    """Reads every response set of a cache, each once.
 
     Raises:
         DamagedFileError: a file's bytes or its content do not give the digests in its name.
     """
-    for path in sorted((cache / "responses").glob("*.arrow")):
-        yield _read_response_set(path)
+    read: set[str] = set()
+    for path, table in open_shards(cache / "responses"):
+        responses = _read_response_set(path, table)
+        if responses.id not in read:  # two writers at once may have written other bytes of one set
+            read.add(responses.id)
+            yield responses
 
 
-def _read_response_set(path: Path) -> ResponseSet:
-    damaged = DamagedFileError(
-        f"{path}: damaged: its content does not give the id in its name",
-        "delete the file and run the same adpa precompute again",
-    )
-    table = read_shard(path)
+def _read_response_set(path: Location, table: pa.Table) -> ResponseSet:
+    problem = "its content does not give the id in its name"
     try:
         made = json.loads(table.schema.metadata[b"adpa"])
         sampling = made.pop("sampling")
@@ -178,9 +177,9 @@ def _read_response_set(path: Path) -> ResponseSet:
         responses = ResponseSet(info, table)
         whole = path.name.startswith(f"{responses.shard_prefix()}-") and table.schema.equals(SCHEMA)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise damaged from error
+        raise damaged(path, problem) from error
     if not whole:
-        raise damaged
+        raise damaged(path, problem)
     return responses
 
 

@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from adpa.data.batches import TrainingPart
+from adpa.data.format import check_cache
+from adpa.data.locations import Location
 from adpa.data.responses import ResponseName, ResponseSet, read_response_sets
 from adpa.data.signals import Scoring, SignalTable, read_scorings, read_signals
 from adpa.errors import CacheError
@@ -47,7 +48,7 @@ class ScoredSet:
 
 
 def select(
-    cache: Path,
+    cache: Location,
     needs: Mapping[ResponseName, Need],
     student: str,
     scoring: str | None = None,
@@ -66,7 +67,7 @@ def select(
         CacheError: nothing fits, or more than one combination does.
         DamagedFileError: a file of the cache is damaged.
     """
-    _check_cache(cache)
+    check_cache(cache)
     present = _narrow([found for found in read_response_sets(cache) if found.info.name in needs], response_sets)
     usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
     groups = _complete_groups(usable, list(needs))
@@ -92,7 +93,7 @@ def select(
 
 
 def select_scored(
-    cache: Path, scoring: str | None = None, response_set: str | None = None
+    cache: Location, scoring: str | None = None, response_set: str | None = None
 ) -> tuple[list[ScoredSet], list[str]]:
     """Finds every response set with every scoring that has all its signals.
 
@@ -108,7 +109,7 @@ def select_scored(
         CacheError: there is none.
         DamagedFileError: a file of the cache is damaged.
     """
-    _check_cache(cache)
+    check_cache(cache)
     present = list(read_response_sets(cache))
     wanted = response_set or ""
     matching = [found for found in present if found.id.startswith(wanted) or found.shard_prefix().startswith(wanted)]
@@ -132,12 +133,7 @@ def select_scored(
     return scored, left_out
 
 
-def _check_cache(cache: Path) -> None:
-    if not (cache / "responses").is_dir():
-        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check the path")
-
-
-def _read_scorings(cache: Path, beginning: str | None) -> list[Scoring]:
+def _read_scorings(cache: Location, beginning: str | None) -> list[Scoring]:
     scorings = [found for found in read_scorings(cache) if found.id.startswith(beginning or "")]
     if not scorings:
         wanted = "scorings" if beginning is None else f"scoring {beginning}"

@@ -7,9 +7,8 @@ immutable shards, one row for each token sequence, found by the sequence's key.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from adpa.data.compact import compact_table, is_compact, read_compact_row
-from adpa.data.shards import read_shards, write_file, write_shard
+from adpa.data.documents import read_document, write_document
+from adpa.data.locations import Location
+from adpa.data.shards import damaged, list_folder, read_shards, write_shard
 from adpa.data.signal_rows import SignalRow, keep_nucleus, read_plain_row
-from adpa.errors import DamagedFileError
+from adpa.errors import CacheError
 
 SHARD_PREFIX = "signals"
+TOP_K_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,13 @@ class Scoring:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits."""
-        identity = self.fields() | {
+        identity = _described(self) | {
             "teacher": self.teacher.digest,
             "reference": self.reference.digest if self.reference else None,
         }
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
-    def fields(self) -> dict[str, Any]:
-        """What describes it in a file: as format version 1 has it where nothing newer is used."""
-        fields = asdict(self)
-        defaults = {"top_p": 1.0, "lossy": False}
-        return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
-
-    def folder(self, cache: Path) -> Path:
+    def folder(self, cache: Location) -> Location:
         """Where the scoring lies in a cache."""
         return cache / "scorings" / self.id
 
@@ -89,6 +85,9 @@ class Scoring:
             f"{self.id}: teacher {self.teacher.name}{reference}, K = {self.top_k}{nucleus}{lossy}, {self.dtype}, "
             f"{self.engine}"
         )
+
+
+DEFAULTS = {field.name: field.default for field in fields(Scoring) if field.default is not MISSING}
 
 
 class SignalTable:
@@ -124,56 +123,78 @@ class SignalTable:
         return read_compact_row(table, place) if is_compact(table.schema) else read_plain_row(table, place)
 
 
-def write_scoring(cache: Path, scoring: Scoring) -> None:
+def write_scoring(cache: Location, scoring: Scoring) -> None:
     """Describes a scoring in a cache; one that is already there is left as it is."""
     path = scoring.folder(cache) / "scoring.json"
     if not path.exists():
-        write_file(path, json.dumps(scoring.fields(), indent=2).encode())
+        write_document(path, _described(scoring))
 
 
-def read_scorings(cache: Path) -> Iterator[Scoring]:
+def read_scorings(cache: Location) -> Iterator[Scoring]:
     """Reads the description of every scoring of a cache.
 
     Raises:
-        DamagedFileError: a description does not give the id of its folder.
+        CacheError: a description is of a newer format.
+        DamagedFileError: a description is not what was written, or does not give the id of its folder.
     """
-    for path in sorted((cache / "scorings").glob("*/scoring.json")):
+    for folder in list_folder(cache / "scorings"):
         try:
-            fields = json.loads(path.read_text())
-            reference = fields.pop("reference")
-            scoring = Scoring(
-                teacher=ModelIdentity(**fields.pop("teacher")),
-                reference=ModelIdentity(**reference) if reference else None,
-                **fields,
-            )
-            found = scoring.id
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise DamagedFileError(f"{path}: damaged: {error}", "delete it and run adpa precompute again") from error
-        if found != path.parent.name:
-            raise DamagedFileError(f"{path}: damaged: describes {found}", "delete it and run adpa precompute again")
-        yield scoring
+            described, proved = read_document(folder / "scoring.json")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        yield _read_scoring(folder / "scoring.json", described, proved)
 
 
-def read_scoring(cache: Path, scoring_id: str) -> Scoring:
+def read_scoring(cache: Location, scoring_id: str) -> Scoring:
     """Reads the description of a scoring that is known to be in a cache.
 
     Raises:
-        DamagedFileError: a description does not give the id of its folder.
+        CacheError: a description is of a newer format.
+        DamagedFileError: a description is not what was written, or does not give the id of its folder.
     """
     return next(scoring for scoring in read_scorings(cache) if scoring.id == scoring_id)
 
 
-def write_signals(cache: Path, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
+def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
     """Adds a shard of rows to a scoring, cut to its nucleus, and gives the shard's bytes."""
     cut = [keep_nucleus(row, scoring.top_p) for row in rows]
     table = compact_table(cut, scoring.top_k, scoring.lossy)
     return write_shard(scoring.folder(cache), SHARD_PREFIX, table).stat().st_size
 
 
-def read_signals(cache: Path, scoring: Scoring) -> SignalTable:
+def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
     """Opens every row of a scoring.
 
     Raises:
         DamagedFileError: a shard's bytes are not those that were written.
     """
     return SignalTable(read_shards(scoring.folder(cache), SHARD_PREFIX))
+
+
+def _described(scoring: Scoring) -> dict[str, Any]:
+    """The fields of a description; one that came with a later version is left out where it says nothing."""
+    return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}
+
+
+def _read_scoring(path: Location, described: dict[str, Any], proved: bool) -> Scoring:
+    unknown = sorted(described.keys() - {field.name for field in fields(Scoring)})
+    if proved and unknown:
+        raise CacheError(f"{path}: of a newer format: it has the unknown field {unknown[0]!r}", "install a newer adpa")
+    try:
+        reference = described.pop("reference")
+        scoring = Scoring(
+            teacher=ModelIdentity(**described.pop("teacher")),
+            reference=ModelIdentity(**reference) if reference else None,
+            **described,
+        )
+        found = scoring.id
+        possible = 1 <= scoring.top_k <= TOP_K_LIMIT
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if found != path.parent.name:
+        raise damaged(path, f"describes {found}")
+    if not possible:
+        raise damaged(
+            path, f"its top_k is {scoring.top_k}; expected at most {TOP_K_LIMIT}, for no vocabulary is larger"
+        )
+    return scoring

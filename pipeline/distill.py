@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType
 from typing_extensions import Doc
 
 from adpa.data.batches import TrainingExamples, make_collator
+from adpa.data.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
 from adpa.data.shards import write_file
@@ -69,7 +70,7 @@ class DistillReport:
 def distill(
     objective: Annotated[ObjectiveName, Doc("What to minimise: sft, kd, dckd or adpa.")],
     student: Annotated[str, Doc("The small model to train: a directory, or org/name[@revision] of the Hub.")],
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    cache: Annotated[Location, Doc("Directory of the teacher-signal cache, or a URL such as s3://bucket/folder.")],
     output: Annotated[Path, Doc("Directory for the trained student; it must be empty.")],
     on: Annotated[
         ResponseName | None,
@@ -276,7 +277,7 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
     return made
 
 
-def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) -> PreTrainedTokenizerBase:
+def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, after checking that the student's agrees with it."""
     info = next(iter(selection.sets.values())).info
     tokenizer = read_tokenizer(cache, info.tokenizer)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from typing_extensions import Doc
 
 from adpa.data.encoding import TokenIds
+from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scoring, read_signals
 from adpa.errors import DataError, OptionError
@@ -120,8 +121,8 @@ def evaluate(
     reference: Annotated[str, Doc("The large model before preference training.")],
     data: Annotated[str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered.")],
     cache: Annotated[
-        Path | None,
-        Doc("Directory whose evaluation/ keeps samples and scores, so that a run can go on; nothing is kept without."),
+        Location | None,
+        Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),
     ] = None,
     split: SplitOption = None,
     max_prompt_length: MaxPromptLengthOption = 1024,
@@ -156,7 +157,7 @@ def evaluate(
             "name the model before training, or another one",
         )
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
-        folder = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
+        folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
             precompute,
             teacher=teacher,
@@ -245,7 +246,7 @@ class _Answers:
         )
 
 
-def _read_answers(cache: Path, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
+def _read_answers(cache: Location, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
     """What a run of ``precompute`` sampled and scored; the first one of several pairs with the same prompt."""
     responses = next(found for found in read_response_sets(cache) if found.id == done.responses["sampled"])
     signals = read_signals(cache, read_scoring(cache, done.scoring))

@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 from typing_extensions import Doc
 
 from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.format import find_version, prepare_cache
+from adpa.data.locations import Location
 from adpa.data.preferences import read_rows
 from adpa.data.responses import (
     RESPONSE_NAMES,
@@ -92,7 +93,10 @@ class PrecomputeReport:
 def precompute(
     teacher: TeacherOption,
     data: Annotated[str, Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name.")],
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache, shared by all students.")],
+    cache: Annotated[
+        Location,
+        Doc("Directory of the teacher-signal cache, shared by all students; or a URL such as s3://bucket/folder."),
+    ],
     reference: Annotated[
         str | None, Doc("The large model before preference training; with it, tokens get advantages.")
     ] = None,
@@ -146,6 +150,7 @@ def precompute(
     names = _response_names(responses, student)
     _check_options(top_k, top_p, samples_per_prompt, temperature, sampling_top_p, max_new_tokens, batch_tokens)
     check_writable("--cache", cache)
+    find_version(cache)  # one that this program must not write to is refused at once
     torch_device = resolve_device(device)
     models = _open_models(teacher, reference, student, top_k)
     options = VllmOptions(
@@ -166,6 +171,8 @@ def precompute(
         raise DataError(f"{data}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
     longest = models.check_data(pairs, names, max_new_tokens, runs_on)
     sets = _preference_sets(pairs, encoder, names)
+    if not dry_run:
+        prepare_cache(cache)
 
     unsampled: list[SampleRequest] = []
     if models.student is not None:

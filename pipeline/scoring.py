@@ -8,7 +8,6 @@ rows. Both models need not be in memory at once, and advantages are subtracted i
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from adpa.data.encoding import TokenSequence
-from adpa.data.shards import list_shards, read_shard, write_shard
+from adpa.data.locations import Location
+from adpa.data.shards import open_shards, read_shard, remove_file, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import ModelError
@@ -52,14 +52,14 @@ class Scorer(Protocol):
 OpenScorer = Callable[[ModelIdentity], Scorer]
 
 
-def missing_sequences(cache: Path, scoring: Scoring, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+def missing_sequences(cache: Location, scoring: Scoring, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     """The distinct sequences that have no signal row yet."""
     present = read_signals(cache, scoring).keys()
     return list({sequence.key: sequence for sequence in sequences if sequence.key not in present}.values())
 
 
 def score(
-    cache: Path,
+    cache: Location,
     scoring: Scoring,
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
@@ -88,7 +88,7 @@ def score(
 
 
 def _score_with_both(
-    cache: Path,
+    cache: Location,
     scoring: Scoring,
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
@@ -96,7 +96,9 @@ def _score_with_both(
     write: Callable[[list[SignalRow]], None],
 ) -> None:
     folder = scoring.folder(cache) / "pending"
-    pending = _open_pending(folder)
+    # What runs before this one, or beside it, left for the reference. A run removes only what it opened here or wrote
+    # itself, when all of it is done. What another run removes meanwhile stays readable here, because it is open.
+    pending = dict(open_shards(folder, PENDING_PREFIX))
     judged = SignalTable(pending.values()).keys()
     unjudged = [sequence for sequence in missing if sequence.key not in judged]
     if unjudged:
@@ -113,7 +115,7 @@ def _score_with_both(
         done = read_signals(cache, scoring).keys()
         for path, shard in pending.items():
             if done.issuperset(shard["key"].to_pylist()):
-                path.unlink(missing_ok=True)
+                remove_file(path)
 
 
 def _ask_teacher(
@@ -178,18 +180,3 @@ def _with_advantages(
         )
     advantages = np.where(possible, row.topk_logprobs - np.where(possible, topk_logprobs, 0), -np.inf)
     return replace(row, token_advantages=row.token_logprobs - token_logprobs, topk_advantages=advantages)
-
-
-def _open_pending(folder: Path) -> dict[Path, pa.Table]:
-    """What runs before this one, or beside it, left for the reference.
-
-    A run removes only what it opened here or wrote itself, when all of it is done. What another run removes meanwhile
-    stays readable here, because it is open.
-    """
-    shards = {}
-    for path in list_shards(folder, PENDING_PREFIX):
-        try:
-            shards[path] = read_shard(path)
-        except FileNotFoundError:  # another run has just finished with it
-            continue
-    return shards

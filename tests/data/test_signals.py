@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
-from adpa.data.shards import list_shards
+from adpa.data.documents import write_document
+from adpa.data.shards import list_shards, write_file
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, read_scoring, read_scorings, read_signals, write_scoring, write_signals
-from adpa.errors import DamagedFileError
+from adpa.errors import CacheError, DamagedFileError
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
 ARRAYS = [field.name for field in fields(SignalRow) if field.name != "key"]
@@ -178,3 +179,44 @@ def test_a_scoring_is_described_by_its_models_and_its_settings() -> None:
         f"{SCORING.id}: teacher org/teacher, reference org/reference, K = {K}, bfloat16, vllm"
     )
     assert "no reference" in replace(SCORING, reference=None).describe()
+
+
+def test_a_scoring_of_version_1_has_no_checksum(tmp_path: Path) -> None:
+    write_file(SCORING.folder(tmp_path) / "scoring.json", json.dumps(asdict(SCORING), indent=2).encode())
+    assert list(read_scorings(tmp_path)) == [SCORING]
+
+
+def test_a_description_has_a_checksum_of_names_and_revisions_too(tmp_path: Path) -> None:
+    write_scoring(tmp_path, SCORING)
+    path = SCORING.folder(tmp_path) / "scoring.json"
+    path.write_text(path.read_text().replace("org/teacher", "org/another"))
+    with pytest.raises(DamagedFileError, match="checksum"):
+        list(read_scorings(tmp_path))
+
+
+def test_a_field_of_a_newer_format_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = SCORING.folder(tmp_path) / "scoring.json"
+    write_document(path, asdict(SCORING) | {"layers": 3})
+    with pytest.raises(CacheError) as caught:
+        list(read_scorings(tmp_path))
+    assert str(caught.value) == f"{path}: of a newer format: it has the unknown field 'layers'; install a newer adpa"
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1 << 40])
+def test_a_scoring_of_absurd_size_is_refused_before_a_row_is_read(top_k: int, tmp_path: Path) -> None:
+    write_scoring(tmp_path, replace(SCORING, top_k=top_k))
+    with pytest.raises(DamagedFileError, match=f"its top_k is {top_k}"):
+        list(read_scorings(tmp_path))
+
+
+def test_a_folder_without_a_description_is_no_scoring(tmp_path: Path) -> None:
+    (tmp_path / "scorings" / "0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "scorings" / "notes.txt").touch()
+    assert list(read_scorings(tmp_path)) == []
+
+
+def test_a_loop_of_links_among_the_scorings_is_told(tmp_path: Path) -> None:
+    (tmp_path / "scorings").mkdir()
+    (tmp_path / "scorings" / SCORING.id).symlink_to(SCORING.id)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        list(read_scorings(tmp_path))
