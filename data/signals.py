@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import read_shards, write_file, write_shard
+from adpa.data.shards import read_shards, serialize, write_file, write_shard
 from adpa.errors import DamagedFileError
 
 SHARD_PREFIX = "signals"
@@ -113,6 +113,11 @@ def signal_bytes(top_k: int, with_reference: bool) -> int:
     """Bytes that a shard takes for one response token."""
     per_token, per_id = 2 * 4, 4 + 2
     return per_token + per_id * top_k + (4 + 2 * top_k if with_reference else 0)
+
+
+def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
+    """Bytes of the file that ``write_signals`` makes of some rows."""
+    return int(serialize(signals_table(rows, signals_schema(scoring.top_k))).size)
 
 
 def signals_table(rows: Sequence[SignalRow], schema: pa.Schema) -> pa.Table:

@@ -138,6 +138,7 @@ class VllmEngine:
     reason: str
 
     batch_tokens = 262_144
+    pads = False
 
     @property
     def max_tokens(self) -> int | None:

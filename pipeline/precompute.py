@@ -28,6 +28,7 @@ from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.engine import Engine, choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmOptions
+from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,
@@ -69,7 +70,8 @@ class PrecomputeReport:
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
-        dry_run: whether nothing was sampled, scored or written.
+        dry_run: whether nothing was sampled or written, and nothing scored but the responses of a probe.
+        probe: what the probe of a dry run measured.
     """
 
     scored: int
@@ -86,6 +88,7 @@ class PrecomputeReport:
     responses: dict[str, str]
     seconds: float
     dry_run: bool
+    probe: ProbeReport | None = None
 
 
 def precompute(
@@ -124,20 +127,26 @@ def precompute(
     batch_tokens: BatchTokensOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    dry_run: Annotated[bool, Doc("Count rows, tokens and bytes; ask no model and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, Doc("Count rows, tokens and bytes; write nothing, and ask no model without --probe.")
+    ] = False,
+    probe: Annotated[
+        int | None,
+        Doc("With --dry-run: score so many responses to see what each K would keep, and to predict bytes and hours."),
+    ] = None,
 ) -> PrecomputeReport:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache.
 
     What the cache already has is not scored again: a killed run is resumed by running it again, and grown data costs
     only its new rows. With a student, its own responses to the prompts are sampled and scored; the chosen responses
-    are then stored too, unscored, for the SFT term.
+    are then stored too, unscored, for the SFT term. A dry run with a probe says what it would cost and what K keeps.
 
     Raises:
         AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
     """
     started = time.perf_counter()
     names = _response_names(responses, student)
-    _check_options(top_k, samples_per_prompt, temperature, top_p, max_new_tokens, batch_tokens)
+    _check_options(top_k, samples_per_prompt, temperature, top_p, max_new_tokens, batch_tokens, dry_run, probe)
     check_writable("--cache", cache)
     torch_device = resolve_device(device)
     models = _open_models(teacher, reference, student, top_k)
@@ -200,18 +209,30 @@ def precompute(
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
     missing = missing_sequences(cache, scoring, list(wanted.values()))
+
+    def open_scorer(scoring: Scoring, identity: ModelIdentity) -> Scorer:
+        return runs_on.open_scorer(models.find(identity), scoring, longest)
+
     if not dry_run:
         write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
         for responses_of in sets.values():
             write_response_set(cache, responses_of)
-
-        def open_scorer(identity: ModelIdentity) -> Scorer:
-            return runs_on.open_scorer(models.find(identity), scoring, longest)
-
-        score(cache, scoring, missing, open_scorer, batch_tokens)
+        score(cache, scoring, missing, partial(open_scorer, scoring), batch_tokens)
 
     planned = len(unsampled) if dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in missing) + planned * max_new_tokens
+    probed = None
+    if probe is not None:
+        probed = probe_signals(
+            probe,
+            Work(list(wanted.values()), missing, unsampled, max_new_tokens),
+            sets["chosen"].sequences(),
+            scoring,
+            open_scorer,
+            vocabulary=models.teacher.config.vocab_size,
+            batch_tokens=batch_tokens,
+            pads=runs_on.pads,
+        )
     return PrecomputeReport(
         scored=len(missing) + planned,
         reused=len(wanted) - len(missing),
@@ -227,6 +248,7 @@ def precompute(
         responses={name: responses_of.id for name, responses_of in sets.items()},
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
+        probe=probed,
     )
 
 
@@ -313,12 +335,15 @@ def _check_options(
     top_p: float,
     max_new_tokens: int,
     batch_tokens: int | None,
+    dry_run: bool,
+    probe: int | None,
 ) -> None:
     at_least_one = {
         "--top-k": top_k,
         "--samples-per-prompt": samples_per_prompt,
         "--max-new-tokens": max_new_tokens,
         "--batch-tokens": batch_tokens,
+        "--probe": probe,
     }
     for option, value in at_least_one.items():
         if value is not None and value < 1:
@@ -327,6 +352,8 @@ def _check_options(
         raise OptionError(f"--temperature {temperature:g}; expected 0 or more")
     if not 0 < top_p <= 1:
         raise OptionError(f"--top-p {top_p:g}; expected more than 0 and at most 1")
+    if probe is not None and not dry_run:
+        raise OptionError(f"--probe {probe} without --dry-run", "a probe scores a few responses and writes nothing")
 
 
 def _preference_sets(

@@ -1,0 +1,58 @@
+"""What a probe measured, in a terminal."""
+
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from adpa.pipeline.fidelity import ProbeReport
+
+
+def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
+    """A line for each K, the run's own in bold, then what the numbers are of; ``unsampled`` responses are not there."""
+    with_reference = report.reference_hours is not None
+    table = Table("K", box=None, padding=(0, 2, 0, 0))
+    losses = ["KL lost", "95%", "advantage lost"] if with_reference else []
+    for name in ("mass", "5%", "tail", *losses, "bytes/token", "bytes"):
+        table.add_column(name, justify="right")
+    for kept in report.by_top_k:
+        cells = [f"{kept.captured_mass:.4f}", f"{kept.captured_mass_5:.4f}", f"{kept.tail:.4f}"]
+        if kept.kl_lost is not None:
+            cells += [f"{kept.kl_lost:.2g}", f"{kept.kl_lost_95:.2g}", f"{kept.advantage_lost:.2%}"]
+        cells += [f"{kept.bytes / report.data_tokens:,.0f}", f"{kept.bytes:,}"]
+        table.add_row(str(kept.top_k), *cells, style=Style(bold=kept.top_k == report.own_top_k))
+
+    lines = [
+        f"Probed: {report.responses:,} of {report.data_responses:,} responses, {report.tokens:,} tokens, with "
+        f"K = {report.top_k:,}; {report.tail:.2g} of the teacher's probability lies beyond and is seen as one outcome."
+    ]
+    if report.stand_ins:
+        lines.append(
+            f"No response is sampled yet: chosen ones were probed in their place, and {unsampled:,} are counted with "
+            "--max-new-tokens tokens each."
+        )
+    elif unsampled:
+        lines.append(
+            f"{unsampled:,} responses are not sampled yet: none of them was probed, and they are counted with "
+            "--max-new-tokens tokens each."
+        )
+    if with_reference:
+        lines.append(
+            "KL lost: nats a token that a KL over K + 1 outcomes does not see, with the reference in the student's "
+            "place. Advantage lost: share of Σ p·|A|."
+        )
+    else:
+        lines.append("KL and advantage lost are not known without a reference.")
+    lines += [
+        f"Bytes: for the {report.data_tokens:,} response tokens of the whole data set.",
+        f"Hours: {_hours(report)} for {report.input_tokens:,} tokens of prompts and responses, without loading and "
+        f"sampling; {report.missing_hours:.3g} of them for what the cache lacks.",
+    ]
+    return Group(table, "", *map(Text, lines))
+
+
+def _hours(report: ProbeReport) -> str:
+    if report.reference_hours is None:
+        return f"{report.teacher_hours:.3g}"
+    whole = report.teacher_hours + report.reference_hours
+    return f"{whole:.3g} (teacher {report.teacher_hours:.3g}, reference {report.reference_hours:.3g})"
