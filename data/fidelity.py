@@ -8,13 +8,14 @@ larger M, what a loss over the K + 1 no longer sees is
                     negative (the log-sum inequality).
     advantage lost  Σ_{k beyond K} p_k·|A_k| over Σ_k p_k·|A_k|.
 
-"Beyond K" are the ids from K to M and, in the KL, what lies beyond M as one outcome. p is the teacher. q should be the
-student, which is not there yet: the reference stands in, so that log(p_k/q_k) = A_k.
+"Beyond K" are the ids from K to M and, in the KL, what lies beyond M as one outcome. p is the teacher, q the student.
+Where there is no student the reference stands in, and log(p_k/q_k) = A_k. It is usually closer to the teacher than a
+student is; what is lost then is too small, and only the values of K can be compared.
 
 Shapes: T response tokens, M ids of the rows, Q values of K.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +37,9 @@ class Fidelity:
         captured_mass: the teacher's probability of its top K, mean.
         captured_mass_5: its 5 % quantile: all but one in twenty tokens have at least this.
         tail: the teacher's probability of everything else, mean.
-        kl_lost: nats a token, mean; none without a reference, as what follows.
+        kl_lost: nats a token, mean; none without student and reference.
         kl_lost_95: its 95 % quantile.
-        advantage_lost: share of Σ p·|A| that lies beyond K.
+        advantage_lost: share of Σ p·|A| that lies beyond K; none without a reference.
         bytes: what rows of so many tokens as was asked for take in the cache.
     """
 
@@ -53,7 +54,11 @@ class Fidelity:
 
 
 def measure_fidelity(
-    shards: Sequence[Sequence[SignalRow]], scoring: Scoring, top_ks: Sequence[int], tokens: int
+    shards: Sequence[Sequence[SignalRow]],
+    scoring: Scoring,
+    top_ks: Sequence[int],
+    tokens: int,
+    student_ratios: Mapping[bytes, NDArray[Any]] | None = None,
 ) -> list[Fidelity]:
     """What each K would keep of some rows.
 
@@ -62,21 +67,16 @@ def measure_fidelity(
         scoring: who judged them.
         top_ks: the values of K, none above that of the rows.
         tokens: the number of tokens to predict bytes for.
+        student_ratios: for each row's key, teacher minus student at its ids, [T, M]; the reference's without.
     """
     rows = [row for shard in shards for row in shard]
-    # The first column is of K = 0: everything.
-    parts = zip(*(_beyond(row, [0, *top_ks]) for row in rows), strict=True)
-    mass_NQ, *of_reference = (np.concatenate(part) for part in parts)
-    measured = len(mass_NQ)
+    tail_NQ = np.concatenate([_sums_beyond(_outcomes(row), top_ks) for row in rows])
+    ratios = student_ratios or {row.key: row.topk_advantages for row in rows if row.topk_advantages is not None}
+    kl_NQ = np.concatenate([_kl_beyond(row, ratios[row.key], top_ks) for row in rows]) if ratios else None
+    advantages_lost = None if scoring.reference is None else _advantages_lost(rows, top_ks)
     found = []
-    for place, top_k in enumerate(top_ks, start=1):
-        tail_N = mass_NQ[:, place]
-        kl_lost = kl_lost_95 = advantage_lost = None
-        if of_reference:
-            kl_NQ, advantage_NQ = of_reference
-            kl_lost, kl_lost_95 = float(kl_NQ[:, place].mean()), _quantile(kl_NQ[:, place], 0.95)
-            whole = float(advantage_NQ[:, 0].sum())
-            advantage_lost = float(advantage_NQ[:, place].sum()) / whole if whole else 0.0
+    for place, top_k in enumerate(top_ks):
+        tail_N = tail_NQ[:, place]
         narrow = replace(scoring, top_k=top_k)
         size = sum(encoded_bytes([cut_row(row, top_k) for row in shard], narrow) for shard in shards)
         found.append(
@@ -85,10 +85,10 @@ def measure_fidelity(
                 captured_mass=float(1 - tail_N.mean()),
                 captured_mass_5=_quantile(1 - tail_N, 0.05),
                 tail=float(tail_N.mean()),
-                kl_lost=kl_lost,
-                kl_lost_95=kl_lost_95,
-                advantage_lost=advantage_lost,
-                bytes=round(size * tokens / measured),
+                kl_lost=None if kl_NQ is None else float(kl_NQ[:, place].mean()),
+                kl_lost_95=None if kl_NQ is None else _quantile(kl_NQ[:, place], 0.95),
+                advantage_lost=None if advantages_lost is None else advantages_lost[place],
+                bytes=round(size * tokens / len(tail_N)),
             )
         )
     return found
@@ -108,23 +108,29 @@ def cut_row(row: SignalRow, top_k: int) -> SignalRow:
     )
 
 
-def _beyond(row: SignalRow, top_ks: Sequence[int]) -> list[NDArray[np.float64]]:
-    """Beyond each K the teacher's mass and, with a reference, the KL lost and Σ p·|A|; float64 [T, Q] each."""
+def _kl_beyond(row: SignalRow, ratios: NDArray[Any], top_ks: Sequence[int]) -> NDArray[np.float64]:
+    """The KL lost by each K, [T, Q]; ``ratios`` are log p − log q at the row's ids."""
     p_TM = _outcomes(row)
-    mass_TQ = _sums_beyond(p_TM, top_ks)
-    if row.topk_advantages is None:
-        return [mass_TQ]
     possible = p_TM[:, :-1] > 0
-    advantages = np.where(possible, row.topk_advantages.astype(np.float64), 0)
-    q_ids = np.where(possible, np.exp(row.topk_logprobs.astype(np.float64) - advantages), 0)
-    least = np.where(p_TM[:, -1] > 0, SMALLEST_TAIL, 0)
-    q_tail = np.maximum(1 - q_ids.sum(axis=1), least)
-    ratios = np.column_stack([advantages, _log(p_TM[:, -1]) - _log(q_tail)])
-    student_mass_TQ = _sums_beyond(np.column_stack([q_ids, q_tail]), top_ks)
-    kl_TQ = _sums_beyond(p_TM * ratios, top_ks) - mass_TQ * (_log(mass_TQ) - _log(student_mass_TQ))
-    size = p_TM[:, :-1] * np.abs(advantages)
-    advantage_TQ = _sums_beyond(np.column_stack([size, np.zeros(len(size))]), top_ks)
-    return [mass_TQ, np.maximum(kl_TQ, 0), advantage_TQ]
+    ratios_TM = np.where(possible, ratios.astype(np.float64), 0)
+    q_ids = np.where(possible, np.exp(row.topk_logprobs.astype(np.float64) - ratios_TM), 0)
+    q_tail = np.maximum(1 - q_ids.sum(axis=1), np.where(p_TM[:, -1] > 0, SMALLEST_TAIL, 0))
+    ratios_TM = np.column_stack([ratios_TM, _log(p_TM[:, -1]) - _log(q_tail)])
+    p_TQ, q_TQ = _sums_beyond(p_TM, top_ks), _sums_beyond(np.column_stack([q_ids, q_tail]), top_ks)
+    return np.maximum(_sums_beyond(p_TM * ratios_TM, top_ks) - p_TQ * (_log(p_TQ) - _log(q_TQ)), 0)
+
+
+def _advantages_lost(rows: Sequence[SignalRow], top_ks: Sequence[int]) -> list[float]:
+    """The share of Σ p·|A| of all rows that lies beyond each K."""
+    sums = np.zeros(1 + len(top_ks))
+    for row in rows:
+        assert row.topk_advantages is not None
+        p_TM = _outcomes(row)[:, :-1]
+        sizes_TM = p_TM * np.abs(np.where(p_TM > 0, row.topk_advantages.astype(np.float64), 0))
+        sizes_TM = np.column_stack([sizes_TM, np.zeros(len(sizes_TM))])
+        sums += _sums_beyond(sizes_TM, [0, *top_ks]).sum(axis=0)
+    whole, *beyond = sums.tolist()
+    return [size / whole if whole else 0.0 for size in beyond]
 
 
 def _outcomes(row: SignalRow) -> NDArray[np.float64]:

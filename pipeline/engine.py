@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
-        """Loads a model of a scoring, for sequences of up to so many tokens."""
+        """Loads a model of a scoring, or the student beside it, for sequences of up to so many tokens."""
         ...
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:

@@ -1,13 +1,15 @@
 """A probe before stage one: what each K would keep, how large the cache gets, how long the scoring takes.
 
 Some responses are scored twice, in memory. The first pass has a K of 1,000, of which every smaller K is a part. It also
-warms the engine up: the second pass, with the run's own K, is the one whose time is taken.
+warms the engine up: the second pass, with the run's own K, is the one whose time is taken. A student, if there is one,
+is asked once, as the reference is: the KL that a K loses depends on it.
 """
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.fidelity import Fidelity, measure_fidelity
@@ -63,6 +65,7 @@ class ProbeReport:
         data_responses: responses of the whole data set.
         data_tokens: their response tokens.
         input_tokens: tokens of the whole data set that the models read, prompts included.
+        kl_against: whose KL it is: the student's, or the reference's in its place; none without both.
         teacher_hours: time that the teacher needs for them, without loading it.
         reference_hours: the same of the reference; none without one.
         missing_hours: time that both need for what the cache lacks.
@@ -78,6 +81,7 @@ class ProbeReport:
     data_responses: int
     data_tokens: int
     input_tokens: int
+    kl_against: Literal["student", "reference"] | None
     teacher_hours: float
     reference_hours: float | None
     missing_hours: float
@@ -90,6 +94,7 @@ def probe_signals(
     scoring: Scoring,
     open_scorer: Callable[[Scoring, ModelIdentity], Scorer],
     *,
+    student: ModelIdentity | None,
     vocabulary: int,
     batch_tokens: int,
     pads: bool,
@@ -102,6 +107,7 @@ def probe_signals(
         chosen: the chosen responses, for a run whose own are all to be sampled yet.
         scoring: who judges, with the run's K.
         open_scorer: loads a model of a scoring.
+        student: whose KL is measured, if there is one.
         vocabulary: tokens that the teacher has.
         batch_tokens: tokens of a batch.
         pads: see ``Engine.pads``.
@@ -120,9 +126,15 @@ def probe_signals(
             shards, _ = _collect("reference: tokens", batches, completed)
             completed = complete(reference, batches, _find(narrow), scoring)
             _, reference_seconds = _collect("reference, timed: tokens", batches, completed)
+    ratios = None
+    if student is not None:
+        with closing(open_scorer(wide, student)) as scorer:
+            compared = complete(scorer, batches, _find(shards), replace(wide, reference=student))
+            against, _ = _collect("student: tokens", batches, compared)
+        ratios = {row.key: row.topk_advantages for shard in against for row in shard if row.topk_advantages is not None}
 
     top_ks = sorted({top_k for top_k in COMPARED_TOP_K if top_k <= wide.top_k} | {scoring.top_k})
-    *by_top_k, whole = measure_fidelity(shards, scoring, [*top_ks, wide.top_k], work.tokens)
+    *by_top_k, whole = measure_fidelity(shards, scoring, [*top_ks, wide.top_k], work.tokens, ratios)
     lengths = work.lengths(work.wanted)
     probed = _cost([len(sequence) for sequence in sequences], batch_tokens, pads)
     cost, missing_cost = (_cost(of, batch_tokens, pads) for of in (lengths, work.lengths(work.missing)))
@@ -141,6 +153,7 @@ def probe_signals(
         data_responses=len(lengths),
         data_tokens=work.tokens,
         input_tokens=sum(lengths),
+        kl_against="student" if student else "reference" if scoring.reference else None,
         teacher_hours=hours(teacher_seconds, cost),
         reference_hours=None if reference_seconds is None else hours(reference_seconds, cost),
         missing_hours=hours(teacher_seconds + (reference_seconds or 0), missing_cost),

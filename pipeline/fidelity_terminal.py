@@ -10,15 +10,17 @@ from adpa.pipeline.fidelity import ProbeReport
 
 def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
     """A line for each K, the run's own in bold, then what the numbers are of; ``unsampled`` responses are not there."""
-    with_reference = report.reference_hours is not None
-    table = Table("K", box=None, padding=(0, 2, 0, 0))
-    losses = ["KL lost", "95%", "advantage lost"] if with_reference else []
+    table = Table("K", box=None, padding=(0, 1, 0, 0))
+    losses = ["KL lost", "95%"] if report.kl_against else []
+    losses += ["A lost"] if report.reference_hours is not None else []
     for name in ("mass", "5%", "tail", *losses, "bytes/token", "bytes"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for kept in report.by_top_k:
         cells = [f"{kept.captured_mass:.4f}", f"{kept.captured_mass_5:.4f}", f"{kept.tail:.4f}"]
         if kept.kl_lost is not None:
-            cells += [f"{kept.kl_lost:.2g}", f"{kept.kl_lost_95:.2g}", f"{kept.advantage_lost:.2%}"]
+            cells += [f"{kept.kl_lost:.2g}", f"{kept.kl_lost_95:.2g}"]
+        if kept.advantage_lost is not None:
+            cells.append(f"{kept.advantage_lost:.2%}")
         cells += [f"{kept.bytes / report.data_tokens:,.0f}", f"{kept.bytes:,}"]
         table.add_row(str(kept.top_k), *cells, style=Style(bold=kept.top_k == report.own_top_k))
 
@@ -36,19 +38,26 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
             f"{unsampled:,} responses are not sampled yet: none of them was probed, and they are counted with "
             "--max-new-tokens tokens each."
         )
-    if with_reference:
-        lines.append(
-            "KL lost: nats a token that a KL over K + 1 outcomes does not see, with the reference in the student's "
-            "place. Advantage lost: share of Σ p·|A|."
-        )
-    else:
-        lines.append("KL and advantage lost are not known without a reference.")
+    lines.append(_losses(report))
     lines += [
         f"Bytes: for the {report.data_tokens:,} response tokens of the whole data set.",
         f"Hours: {_hours(report)} for {report.input_tokens:,} tokens of prompts and responses, without loading and "
         f"sampling; {report.missing_hours:.3g} of them for what the cache lacks.",
     ]
     return Group(table, "", *map(Text, lines))
+
+
+def _losses(report: ProbeReport) -> str:
+    if report.kl_against is None:
+        return "What of KL and advantages is lost is not known without a student and without a reference."
+    text = "KL lost: nats a token that the student's KL over K + 1 outcomes does not see"
+    if report.kl_against == "reference":
+        text += (
+            "; the reference stands in for the student, which is usually farther from the teacher and then loses more"
+        )
+    if report.reference_hours is not None:
+        text += ". A lost: share of Σ p·|A|"
+    return f"{text}."
 
 
 def _hours(report: ProbeReport) -> str:

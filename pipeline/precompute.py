@@ -229,6 +229,7 @@ def precompute(
             sets["chosen"].sequences(),
             scoring,
             open_scorer,
+            student=models.student.identity if models.student else None,
             vocabulary=models.teacher.config.vocab_size,
             batch_tokens=batch_tokens,
             pads=runs_on.pads,

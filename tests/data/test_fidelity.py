@@ -1,6 +1,7 @@
 """What a K keeps, against sums over the whole vocabulary in float64, and the laws of what it loses."""
 
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def make_row(teacher_TV: NDArray[np.float64], reference_TV: NDArray[np.float64] 
     with np.errstate(divide="ignore"):
         tail = np.log(rest.sum(axis=1))
     row = SignalRow(
-        key=bytes(16),
+        key=blake2b(teacher_TV.tobytes(), digest_size=16).digest(),
         token_logprobs=teacher_TV[:, 0].astype(np.float32),
         topk_ids=ids.astype(np.int32),
         topk_logprobs=logprobs.astype(np.float32),
@@ -131,6 +132,27 @@ def test_without_a_reference_only_the_mass_is_known() -> None:
         return replace(kept, kl_lost=None, kl_lost_95=None, advantage_lost=None, bytes=0)
 
     assert [replace(kept, bytes=0) for kept in alone] == list(map(mass, both))
+
+
+def test_a_students_ratios_outrank_the_references() -> None:
+    teacher, reference = random_logprobs(8, tokens=9)
+    _, student = random_logprobs(9, tokens=9)
+    row, of_student = make_row(teacher, reference, 20), make_row(teacher, student, 20)
+    assert of_student.topk_advantages is not None
+    ratios = {row.key: of_student.topk_advantages}
+    found, as_reference, alone = (
+        measure_fidelity([[given]], scoring, TOP_KS[:2], 9, of)
+        for given, scoring, of in (
+            (row, SCORING, ratios),
+            (of_student, SCORING, None),
+            (make_row(teacher, None, 20), replace(SCORING, reference=None), ratios),
+        )
+    )
+    for one, other, third in zip(found, as_reference, alone, strict=True):
+        assert one.kl_lost == other.kl_lost == third.kl_lost
+        assert one.kl_lost_95 == other.kl_lost_95 == third.kl_lost_95
+        assert one.advantage_lost != other.advantage_lost
+        assert third.advantage_lost is None
 
 
 @pytest.mark.parametrize("with_reference", [True, False])

@@ -112,9 +112,23 @@ def test_a_row_of_the_probe_cut_to_k_is_what_a_run_with_k_says(models: Models, f
             np.testing.assert_allclose(getattr(found, name), getattr(own, name), atol=1e-5)
 
 
+def test_with_a_student_the_kl_is_its_own(filled: Filled, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"responses": "chosen,sampled", "max_new_tokens": 6}
+    of_student = probe(filled, tmp_path, 3, student=str(filled.models.student), **common)
+    # A run with that model as reference measures the same ratios.
+    as_reference = probe(filled, tmp_path, 3, reference=str(filled.models.student), responses="chosen")
+    alone = probe(filled, tmp_path, 3, student=str(filled.models.student), reference=None, **common)
+    assert (of_student.kl_against, as_reference.kl_against, alone.kl_against) == ("student", "reference", "student")
+    for one, other, third in zip(of_student.by_top_k, as_reference.by_top_k, alone.by_top_k, strict=True):
+        assert one.kl_lost == pytest.approx(other.kl_lost, rel=1e-4)
+        assert one.kl_lost == third.kl_lost
+        assert one.advantage_lost != other.advantage_lost
+        assert third.advantage_lost is None
+
+
 def test_without_a_reference_a_probe_says_nothing_of_kl_and_advantages(filled: Filled, tmp_path: Path) -> None:
     probed = probe(filled, tmp_path / "cache", 3, reference=None)
-    assert probed.reference_hours is None
+    assert (probed.reference_hours, probed.kl_against) == (None, None)
     assert all(kept.kl_lost is None and kept.advantage_lost is None for kept in probed.by_top_k)
     assert probed.missing_hours == probed.teacher_hours > 0
 
@@ -217,6 +231,7 @@ def probe_with(engine: Engine, wanted: Sequence[TokenSequence], missing: Sequenc
         engine.open,
         vocabulary=90,
         batch_tokens=24,
+        student=others.pop("student", None),
         pads=others.pop("pads", False),
     )
 
@@ -229,6 +244,13 @@ def test_neither_loading_nor_warming_up_is_counted() -> None:
     assert FAST <= probed.teacher_hours * 3600 < SLOW
     assert FAST <= probed.reference_hours * 3600 < SLOW
     assert probed.missing_hours == pytest.approx(probed.teacher_hours + probed.reference_hours)
+
+
+def test_a_student_is_opened_last_and_asked_once() -> None:
+    engine = Engine()
+    sequences = [synthetic([1, 2], [number, 4]) for number in range(6)]
+    probe_with(engine, sequences, sequences, student=ModelIdentity("student", None, "c"))
+    assert engine.asked[2:] == ["reference None", "reference None", "student None"]
 
 
 def test_a_small_vocabulary_bounds_what_is_compared() -> None:
