@@ -42,7 +42,7 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
     lines += [
         f"Bytes: for the {report.data_tokens:,} response tokens of the whole data set.",
         f"Hours: {_hours(report)} for {report.input_tokens:,} tokens of prompts and responses, without loading and "
-        f"sampling; {report.missing_hours:.3g} of them for what the cache lacks.",
+        "sampling.",
     ]
     return Group(table, "", *map(Text, lines))
 
@@ -53,7 +53,8 @@ def _losses(report: ProbeReport) -> str:
     text = "KL lost: nats a token that the student's KL over K + 1 outcomes does not see"
     if report.kl_against == "reference":
         text += (
-            "; the reference stands in for the student, which is usually farther from the teacher and then loses more"
+            "; the reference stands in, which may be far closer to the teacher than a student is: give --student, with "
+            "sampled among --responses, to measure its own"
         )
     if report.reference_hours is not None:
         text += ". A lost: share of Σ p·|A|"
@@ -61,7 +62,9 @@ def _losses(report: ProbeReport) -> str:
 
 
 def _hours(report: ProbeReport) -> str:
-    if report.reference_hours is None:
-        return f"{report.teacher_hours:.3g}"
-    whole = report.teacher_hours + report.reference_hours
-    return f"{whole:.3g} (teacher {report.teacher_hours:.3g}, reference {report.reference_hours:.3g})"
+    hours = {"teacher": report.teacher_hours, "reference": report.reference_hours or 0.0}
+    whole, missing = f"{sum(hours.values()):.3g}", f"{report.missing_hours:.3g}"
+    parts = [f"{role} {share:.3g}" for role, share in hours.items() if report.reference_hours is not None]
+    if missing != whole:
+        parts.append(f"{missing} for what the cache lacks")
+    return f"{whole} ({', '.join(parts)})" if parts else whole
