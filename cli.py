@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args, get_origin
 import torch
 import transformers
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from tqdm.contrib import DummyTqdmFile
 from upath import UPath
@@ -32,9 +32,10 @@ from adpa.lab.report import show_study
 from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.distill import distill
 from adpa.pipeline.evaluate import evaluate
+from adpa.pipeline.fidelity_terminal import show_probe
 from adpa.pipeline.inspect import inspect_cache
 from adpa.pipeline.inspect_terminal import show_inspection
-from adpa.pipeline.precompute import precompute
+from adpa.pipeline.precompute import PrecomputeReport, precompute
 from adpa.pipeline.yaml_options import read_options
 
 app = typer.Typer(
@@ -205,11 +206,17 @@ def _print_error(text: str) -> None:
     print(f"adpa: {text}", file=sys.stderr)
 
 
-def _fields_table(title: str, report: Any) -> Table:
+def _fields_table(title: str, report: Any, leave_out: str = "") -> Table:
     table = Table(title=f"adpa {title}", show_header=False)
     for name, value in dataclasses.asdict(report).items():
-        table.add_row(name.replace("_", " "), _field_text(value))
+        if name != leave_out:
+            table.add_row(name.replace("_", " "), _field_text(value))
     return table
+
+
+def _precompute_table(report: PrecomputeReport) -> RenderableType:
+    table = _fields_table("precompute", report, leave_out="probe")
+    return table if report.probe is None else Group(table, "", show_probe(report.probe, report.sampled))
 
 
 def _field_text(value: object) -> str:
@@ -224,7 +231,7 @@ def _field_text(value: object) -> str:
     return str(value)
 
 
-app.command("precompute")(as_command(precompute))
+app.command("precompute")(as_command(precompute, _precompute_table))
 app.command("distill")(as_command(distill))
 app.command("evaluate")(as_command(evaluate))
 app.command("inspect")(as_command(inspect_cache, show_inspection, argument="cache"))
