@@ -13,7 +13,7 @@ from adpa.data.format import check_cache, find_version, prepare_cache
 from adpa.data.locations import Location, copies_folder
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, missing_requests, read_samples, write_samples
-from adpa.data.shards import list_shards, read_shard, read_shards, remove_file, write_file, write_shard
+from adpa.data.shards import list_shards, open_shards, read_shard, read_shards, remove_file, write_file, write_shard
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
@@ -71,6 +71,18 @@ def test_what_another_process_writes_and_removes_is_seen(cache: Location, bucket
     remove_file(path)
     remove_file(path)
     assert list(read_shards(cache, "signals")) == []
+
+
+def test_objects_that_another_process_packs_after_they_were_listed_are_read_packed(cache: Location) -> None:
+    for start in (0, 1):
+        write_shard(cache, "signals", TABLE.slice(start, 1))
+    first, second = list_shards(cache, "signals")
+    reading = open_shards(cache, "signals")
+    assert next(reading)[0].name == first.name
+    packed = write_shard(cache, "signals", TABLE)
+    for path in (first, second):
+        remove_file(path)
+    assert [path.name for path, _ in reading] == [packed.name]
 
 
 def test_everything_of_a_cache_comes_back(cache: Location, tokenizer: PreTrainedTokenizerBase) -> None:

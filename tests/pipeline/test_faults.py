@@ -6,6 +6,7 @@ Only the models are stood in for, by functions of the token ids. Faults happen i
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,13 @@ def test_after_a_fault_at_any_step_nothing_is_lost_nothing_is_partial_and_a_reru
             assert not list_shards(SCORING.folder(cache) / "pending"), (point, name)
     print(f"{sum(injected.values())} faults at {len(points)} points: {dict(injected)}")
     assert sum(injected.values()) >= 200
+
+
+def test_everything_is_synced_before_it_gets_its_name_and_every_name_after(folder: Path) -> None:
+    """So that a machine that loses its power keeps what was committed, too."""
+    calls = " ".join(point.call for point in points_of(folder) if point.moment == "before")
+    name = "rename fsync"
+    assert re.fullmatch(f"((mkdir fsync|open write fsync {name}|{name}|unlink) ?)+", calls), calls
 
 
 def test_two_writers_of_the_same_rows_at_the_same_time_end_in_the_same_rows(folder: Path) -> None:
