@@ -25,11 +25,10 @@ from rich.table import Table
 from tqdm.contrib import DummyTqdmFile
 from upath import UPath
 
-from adpa.data.locations import find_location
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
-from adpa.pipeline.directories import check_writable_file
+from adpa.pipeline.directories import check_writable_file, find_location
 from adpa.pipeline.distill import distill
 from adpa.pipeline.evaluate import evaluate
 from adpa.pipeline.fidelity_terminal import show_probe
@@ -96,7 +95,10 @@ def as_command(
                 _option_type(parameter),
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
                 if parameter.name == argument
-                else typer.Option(help=_documentation(parameter), metavar=_metavar(parameter)),
+                else typer.Option(
+                    help=_documentation(parameter),
+                    metavar="PATH|URL" if parameter.name in locations else _metavar(parameter),
+                ),
             ],
         )
         for parameter in inspect.signature(stage).parameters.values()

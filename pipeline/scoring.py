@@ -105,8 +105,12 @@ def _score_with_both(
         schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
 
         def write_pending(rows: list[SignalRow]) -> None:
-            path = write_shard(folder, PENDING_PREFIX, plain_table(rows, schema))
-            pending[path] = read_shard(path)
+            table = plain_table(rows, schema)
+            path = write_shard(folder, PENDING_PREFIX, table)
+            try:
+                pending[path] = read_shard(path)
+            except FileNotFoundError:  # a run beside this one wrote the same rows, and has just finished with them
+                pending[path] = table
 
         _ask_teacher(scoring, unjudged, open_scorer, batch_tokens, write_pending)
     if missing:

@@ -13,6 +13,7 @@ import pytest
 import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
+from upath import UPath
 
 from adpa import cli, distill, evaluate, inspect_cache, precompute
 from adpa.lab.conduct import lab
@@ -263,6 +264,25 @@ def test_a_config_file_holds_options_and_the_command_line_outranks_it(
     assert recorded["teacher"] == "T"
     assert recorded["cache"] == Path("C")
     assert (recorded["top_k"], recorded["max_length"]) == (7, 77)
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/team/cache", "s3://bucket/a//b"])
+def test_a_cache_may_be_a_url(given: str, recorded: dict[str, object], runner: CliRunner, tmp_path: Path) -> None:
+    done = runner.invoke(cli.app, ["precompute", "--teacher", "T", "--data", "d", "--cache", given])
+    assert done.exit_code == 0, done.output
+    assert isinstance(recorded["cache"], UPath)
+    assert str(recorded["cache"]) == given
+    (tmp_path / "run.yaml").write_text(f"teacher: T\ndata: d\ncache: {given}\n")
+    runner.invoke(cli.app, ["precompute", "--config", str(tmp_path / "run.yaml")])
+    assert str(recorded["cache"]) == given
+
+
+def test_a_url_that_nothing_opens_is_one_line_and_exit_code_2(recorded: dict[str, object], runner: CliRunner) -> None:
+    done = runner.invoke(cli.app, ["precompute", "--teacher", "T", "--data", "d", "--cache", "nothing://bucket/cache"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("adpa: nothing://bucket/cache: cannot be opened: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not recorded
 
 
 def test_an_engine_argument_may_be_given_again_on_the_command_line_and_as_a_list_in_a_file(
