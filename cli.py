@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -26,6 +26,8 @@ from tqdm.contrib import DummyTqdmFile
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
+from adpa.pipeline.cache_ls import list_cache
+from adpa.pipeline.cache_terminal import show_listing
 from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.distill import distill
 from adpa.pipeline.evaluate import evaluate
@@ -39,6 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+cache_app = typer.Typer(help="Look after a cache.", rich_markup_mode=None)
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
@@ -71,14 +75,18 @@ def main() -> None:
 
 
 def as_command(
-    stage: Callable[..., Any], show: Callable[[Any], RenderableType] | None = None, argument: str = ""
+    stage: Callable[..., Any],
+    show: Callable[[Any], RenderableType] | None = None,
+    arguments: Collection[str] = (),
+    failure: Callable[[Any], str] | None = None,
 ) -> Callable[..., None]:
     """The command of a stage: its parameters as options, and what every command has beside them.
 
     Args:
         stage: the function.
         show: how its report looks in a terminal; a table of its fields unless given.
-        argument: the parameter that is given by its place instead of as an option.
+        arguments: the parameters that are given by their place instead of as options.
+        failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
     """
     show = show or partial(_fields_table, stage.__name__)
     parameters = [
@@ -89,7 +97,7 @@ def as_command(
             annotation=Annotated[
                 get_args(parameter.annotation)[0],
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
-                if parameter.name == argument
+                if parameter.name in arguments
                 else typer.Option(help=_documentation(parameter)),
             ],
         )
@@ -130,6 +138,9 @@ def as_command(
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
             _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
         Console().print(show(done))
+        if failure is not None and (found := failure(done)):
+            _print_error(found)
+            raise typer.Exit(1)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
@@ -200,5 +211,7 @@ def _field_text(value: object) -> str:
 app.command("precompute")(as_command(precompute))
 app.command("distill")(as_command(distill))
 app.command("evaluate")(as_command(evaluate))
-app.command("inspect")(as_command(inspect_cache, show_inspection, argument="cache"))
+app.command("inspect")(as_command(inspect_cache, show_inspection, arguments=["cache"]))
 app.command("lab")(as_command(lab, show_study))
+app.add_typer(cache_app, name="cache")
+cache_app.command("ls")(as_command(list_cache, show_listing, arguments=["cache"]))

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import list_shards, read_shard, write_shard
+from adpa.data.shards import list_shards, peek_shard, read_shard, write_shard
 from adpa.errors import DamagedFileError
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
@@ -162,26 +162,47 @@ def read_response_sets(cache: Path) -> Iterator[ResponseSet]:
         DamagedFileError: a file's bytes or its content do not give the digests in its name.
     """
     for path in sorted((cache / "responses").glob("*.arrow")):
-        yield _read_response_set(path)
+        yield read_response_set(path)
 
 
-def _read_response_set(path: Path) -> ResponseSet:
-    damaged = DamagedFileError(
-        f"{path}: damaged: its content does not give the id in its name",
-        "delete the file and run the same adpa precompute again",
-    )
-    table = read_shard(path)
+def read_response_set(path: Path) -> ResponseSet:
+    """Reads the response set of a file.
+
+    Raises:
+        DamagedFileError: the file's bytes or its content do not give the digests in its name.
+    """
+    responses = _interpret(path, read_shard(path))
+    if not path.name.startswith(f"{responses.shard_prefix()}-"):
+        raise _damaged(path)
+    return responses
+
+
+def peek_response_set(path: Path) -> ResponseSet:
+    """Opens the response set of a file without computing its digests, for counting.
+
+    Raises:
+        DamagedFileError: it is no response set.
+    """
+    return _interpret(path, peek_shard(path))
+
+
+def _interpret(path: Path, table: pa.Table) -> ResponseSet:
     try:
         made = json.loads(table.schema.metadata[b"adpa"])
         sampling = made.pop("sampling")
         info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
-        responses = ResponseSet(info, table)
-        whole = path.name.startswith(f"{responses.shard_prefix()}-") and table.schema.equals(SCHEMA)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise damaged from error
-    if not whole:
-        raise damaged
-    return responses
+        raise _damaged(path) from error
+    if not table.schema.equals(SCHEMA):
+        raise _damaged(path)
+    return ResponseSet(info, table)
+
+
+def _damaged(path: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path}: damaged: its content does not give the id in its name",
+        "delete the file and run the same adpa precompute again",
+    )
 
 
 def _canonical(info: ResponseSetInfo) -> bytes:

@@ -37,7 +37,7 @@ class SampleRequest:
 def read_samples(cache: Path, sampling: Sampling) -> dict[bytes, TokenIds]:
     """The responses that a cache already has for these settings: int32 [T] by the request's key."""
     samples: dict[bytes, TokenIds] = {}
-    for table in read_shards(_folder(cache, sampling), SHARD_PREFIX):
+    for table in read_shards(samples_folder(cache, sampling), SHARD_PREFIX):
         for row, key in enumerate(table["key"].to_pylist()):
             samples.setdefault(key, list_row(table["response_ids"], row))
     return samples
@@ -57,10 +57,11 @@ def write_samples(
         pa.array([request.key for request in requests], SCHEMA.field("key").type),
         list_column(responses, SCHEMA.field("response_ids").type),
     ]
-    write_shard(_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+    write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
 
 
-def _folder(cache: Path, sampling: Sampling) -> Path:
+def samples_folder(cache: Path, sampling: Sampling) -> Path:
+    """Where samples made in one way lie in a cache, whatever their number."""
     settings = asdict(sampling)
     del settings["samples_per_prompt"]  # asking for more keeps those that are there
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)

@@ -66,7 +66,7 @@ def select(
         CacheError: nothing fits, or more than one combination does.
         DamagedFileError: a file of the cache is damaged.
     """
-    _check_cache(cache)
+    check_cache(cache)
     present = _narrow([found for found in read_response_sets(cache) if found.info.name in needs], response_sets)
     usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
     groups = _complete_groups(usable, list(needs))
@@ -108,7 +108,7 @@ def select_scored(
         CacheError: there is none.
         DamagedFileError: a file of the cache is damaged.
     """
-    _check_cache(cache)
+    check_cache(cache)
     present = list(read_response_sets(cache))
     wanted = response_set or ""
     matching = [found for found in present if found.id.startswith(wanted) or found.shard_prefix().startswith(wanted)]
@@ -132,7 +132,12 @@ def select_scored(
     return scored, left_out
 
 
-def _check_cache(cache: Path) -> None:
+def check_cache(cache: Path) -> None:
+    """Checks that there is a cache.
+
+    Raises:
+        CacheError: there is none.
+    """
     if not (cache / "responses").is_dir():
         raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check the path")
 

@@ -74,6 +74,20 @@ def read_shard(path: Path) -> pa.Table:
     return pa.ipc.open_file(payload).read_all()
 
 
+def peek_shard(path: Path) -> pa.Table:
+    """Opens a shard without reading all of its bytes: for counting its rows and looking at their keys.
+
+    Raises:
+        DamagedFileError: it is no table.
+    """
+    try:
+        table = pa.ipc.open_file(map_file(path)).read_all()
+        table.validate()
+    except pa.ArrowInvalid as error:
+        raise DamagedFileError(f"{path}: damaged: {error}", "run adpa cache verify") from error
+    return table
+
+
 def read_shards(folder: Path, prefix: str) -> Iterator[pa.Table]:
     """Reads every shard of a folder."""
     for path in list_shards(folder, prefix):

@@ -1,0 +1,80 @@
+"""What the commands on a whole cache found, in a terminal."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from adpa.data.pieces import visible
+from adpa.pipeline.cache_ls import CacheListing, ListedScoring, ListedSet
+
+
+def show_listing(listing: CacheListing) -> RenderableType:
+    """Sets and scorings with who made them, then everything else that takes space."""
+    parts: list[RenderableType] = []
+    if listing.sets:
+        table = _table("response set", "rows", "tokens", "prompt tokens", "bytes")
+        for found in listing.sets:
+            numbers = (found.rows, found.tokens, found.prompt_tokens, found.bytes)
+            table.add_row(found.name, *(f"{number:,}" for number in numbers))
+        parts += [table, *(_line(found.name, _about_set(found)) for found in listing.sets), ""]
+    if listing.scorings:
+        table = _table("scoring", "rows", "tokens", "bytes", "bytes/token", "files", "pending")
+        for scored in listing.scorings:
+            ratio = "" if scored.bytes_per_token is None else f"{scored.bytes_per_token:,.1f}"
+            counts = [f"{count:,}" for count in (scored.rows, scored.tokens, scored.bytes)]
+            table.add_row(scored.id, *counts, ratio, f"{scored.shards:,}", f"{scored.pending:,}")
+        parts += [table, *(_line(scored.id, _about_scoring(scored)) for scored in listing.scorings), ""]
+    for samples in listing.samples:
+        made = ", ".join(samples.sets) or "no response set was made of them"
+        parts.append(_line(f"samples {samples.id}", f"{samples.rows:,} rows, {samples.bytes:,} bytes: {made}"))
+    for tokenizer in listing.tokenizers:
+        made = ", ".join(tokenizer.sets) or "no response set names it"
+        parts.append(_line(f"tokenizer {tokenizer.digest}", f"{tokenizer.bytes:,} bytes: {made}"))
+    for name, files in (("unfinished", listing.unfinished), ("damaged", listing.damaged)):
+        if files.files:
+            parts.append(_line(name, f"{files.files:,} files, {files.bytes:,} bytes; adpa cache gc removes them"))
+    parts += [_line("unknown", place) for place in listing.unknown]
+    parts += [_line("unreadable", line) for line in listing.unreadable]
+    parts.append(_line("total", f"{listing.total.files:,} files, {listing.total.bytes:,} bytes"))
+    return Group(*parts)
+
+
+def _about_set(found: ListedSet) -> str:
+    info, parts = found.info, []
+    if info.sampling is not None:
+        how = info.sampling
+        parts.append(
+            f"sampled by the student {how.student[:8]}, temperature {how.temperature:g}, top-p {how.top_p:g}, "
+            f"seed {how.seed}, {how.samples_per_prompt} to a prompt, at most {how.max_new_tokens} tokens, "
+            f"{how.dtype}, {how.engine}"
+        )
+    counts = {
+        "truncated prompts": info.truncated_prompts,
+        "truncated responses": info.truncated_responses,
+        "dropped": info.dropped,
+    }
+    parts += [f"{count:,} {name}" for name, count in counts.items() if count]
+    scored = [f"{rows:,} of {found.rows:,} by {scoring}" for scoring, rows in found.scored.items() if rows]
+    parts.append("scored: " + ", ".join(scored) if scored else "not scored")
+    return "; ".join(parts)
+
+
+def _about_scoring(scored: ListedScoring) -> str:
+    parts = [scored.scoring.describe().partition(": ")[2]]
+    parts += [f"{scored.repeated:,} rows stand twice; adpa cache pack drops them"] if scored.repeated else []
+    parts += [f"{scored.unneeded:,} rows that no set needs; adpa cache gc removes them"] if scored.unneeded else []
+    parts += [f"{scored.pending:,} rows wait for the reference"] if scored.pending else []
+    return "; ".join(parts)
+
+
+def _table(first: str, *right: str) -> Table:
+    table = Table(first, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _line(title: str, text: str) -> Text:
+    return Text.assemble((visible(title), Style(bold=True)), " ", visible(text), overflow="fold")
