@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -27,7 +28,8 @@ from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
 from adpa.pipeline.cache_ls import list_cache
-from adpa.pipeline.cache_terminal import show_listing
+from adpa.pipeline.cache_terminal import show_listing, show_verification
+from adpa.pipeline.cache_verify import verify_cache
 from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.distill import distill
 from adpa.pipeline.evaluate import evaluate
@@ -215,3 +217,6 @@ app.command("inspect")(as_command(inspect_cache, show_inspection, arguments=["ca
 app.command("lab")(as_command(lab, show_study))
 app.add_typer(cache_app, name="cache")
 cache_app.command("ls")(as_command(list_cache, show_listing, arguments=["cache"]))
+cache_app.command("verify")(
+    as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
+)

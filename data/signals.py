@@ -186,20 +186,29 @@ def read_scorings(cache: Path) -> Iterator[Scoring]:
         DamagedFileError: a description does not give the id of its folder.
     """
     for path in sorted((cache / "scorings").glob("*/scoring.json")):
-        try:
-            fields = json.loads(path.read_text())
-            reference = fields.pop("reference")
-            scoring = Scoring(
-                teacher=ModelIdentity(**fields.pop("teacher")),
-                reference=ModelIdentity(**reference) if reference else None,
-                **fields,
-            )
-            found = scoring.id
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise DamagedFileError(f"{path}: damaged: {error}", "delete it and run adpa precompute again") from error
-        if found != path.parent.name:
-            raise DamagedFileError(f"{path}: damaged: describes {found}", "delete it and run adpa precompute again")
-        yield scoring
+        yield read_scoring_file(path)
+
+
+def read_scoring_file(path: Path) -> Scoring:
+    """Reads the description of a scoring.
+
+    Raises:
+        DamagedFileError: it does not give the id of its folder.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        reference = fields.pop("reference")
+        scoring = Scoring(
+            teacher=ModelIdentity(**fields.pop("teacher")),
+            reference=ModelIdentity(**reference) if reference else None,
+            **fields,
+        )
+        found = scoring.id
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DamagedFileError(f"{path}: damaged: {error}", "delete it and run adpa precompute again") from error
+    if found != path.parent.name:
+        raise DamagedFileError(f"{path}: damaged: describes {found}", "delete it and run adpa precompute again")
+    return scoring
 
 
 def write_signals(cache: Path, scoring: Scoring, rows: Sequence[SignalRow]) -> None:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from adpa.data.pieces import visible
 from adpa.pipeline.cache_ls import CacheListing, ListedScoring, ListedSet
+from adpa.pipeline.cache_verify import VerifyReport
 
 
 def show_listing(listing: CacheListing) -> RenderableType:
@@ -38,6 +39,22 @@ def show_listing(listing: CacheListing) -> RenderableType:
     parts += [_line("unknown", place) for place in listing.unknown]
     parts += [_line("unreadable", line) for line in listing.unreadable]
     parts.append(_line("total", f"{listing.total.files:,} files, {listing.total.bytes:,} bytes"))
+    return Group(*parts)
+
+
+def show_verification(report: VerifyReport) -> RenderableType:
+    """Every fault, then what was checked, and what was not."""
+    parts = []
+    for fault in report.faults:
+        rows = f" ({fault.rows:,} rows)" if fault.rows is not None and fault.rows > 1 else ""
+        parts.append(_line(fault.place, fault.problem + rows))
+    parts += [_line("set aside", place) for place in report.set_aside]
+    parts += [_line("not checked", place) for place in report.unknown]
+    for name, count in (("unfinished", report.unfinished), ("set aside before", report.damaged)):
+        if count:
+            parts.append(_line("not checked", f"{count:,} {name}"))
+    faults = f"{len(report.faults):,} faults" if report.faults else "no fault"
+    parts.append(_line(faults, f"in {report.files:,} files, {report.rows:,} rows, {report.bytes:,} bytes"))
     return Group(*parts)
 
 

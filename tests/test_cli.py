@@ -14,7 +14,7 @@ import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
 
-from adpa import cli, distill, evaluate, inspect_cache, list_cache, precompute
+from adpa import cli, distill, evaluate, inspect_cache, list_cache, precompute, verify_cache
 from adpa.lab.conduct import lab
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect_cache,
     "lab": lab,
     "cache ls": list_cache,
+    "cache verify": verify_cache,
 }
 
 
@@ -39,9 +40,9 @@ def test_the_programme_names_its_commands(runner: CliRunner) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_parameter_is_an_option_with_help(name: str) -> None:
-    command = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(cli.app)
     for part in name.split():
-        command = command.commands[part]  # type: ignore[attr-defined]
+        command = command.commands[part]
     options = {parameter.name: parameter for parameter in command.params}
     assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
     assert all(option.help for option in options.values())

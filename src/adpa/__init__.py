@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adpa.pipeline.cache_ls import CacheListing, list_cache
+    from adpa.pipeline.cache_verify import VerifyReport, verify_cache
     from adpa.pipeline.distill import DistillReport, distill
     from adpa.pipeline.evaluate import EvaluateReport, evaluate
     from adpa.pipeline.inspect import InspectReport, inspect_cache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
     "cache_ls": ("CacheListing", "list_cache"),
+    "cache_verify": ("VerifyReport", "verify_cache"),
     "distill": ("DistillReport", "distill"),
     "evaluate": ("EvaluateReport", "evaluate"),
     "inspect": ("InspectReport", "inspect_cache"),
@@ -34,11 +36,13 @@ __all__ = [
     "EvaluateReport",
     "InspectReport",
     "PrecomputeReport",
+    "VerifyReport",
     "distill",
     "evaluate",
     "inspect_cache",
     "list_cache",
     "precompute",
+    "verify_cache",
 ]
 
 
