@@ -27,8 +27,10 @@ from tqdm.contrib import DummyTqdmFile
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
+from adpa.pipeline.cache_gc import collect_garbage
 from adpa.pipeline.cache_ls import list_cache
-from adpa.pipeline.cache_terminal import show_listing, show_verification
+from adpa.pipeline.cache_pack import pack_cache
+from adpa.pipeline.cache_terminal import show_garbage, show_listing, show_packing, show_verification
 from adpa.pipeline.cache_verify import verify_cache
 from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.distill import distill
@@ -220,3 +222,5 @@ cache_app.command("ls")(as_command(list_cache, show_listing, arguments=["cache"]
 cache_app.command("verify")(
     as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
 )
+cache_app.command("gc")(as_command(collect_garbage, show_garbage, arguments=["cache"]))
+cache_app.command("pack")(as_command(pack_cache, show_packing, arguments=["cache"]))

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adpa.data.inventory import CacheFile
-from adpa.data.shards import write_file
+from adpa.data.shards import remove_file, write_file
 
 
 def remove_files(cache: Path, files: Iterable[CacheFile]) -> None:
     """Removes files, and the folders of the cache that this leaves empty; what is gone already is as good."""
     for file in files:
-        file.path.unlink(missing_ok=True)
+        remove_file(file.path)
         _remove_empty_folders(cache, file)
 
 

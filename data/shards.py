@@ -37,6 +37,11 @@ def write_file(path: Path, payload: bytes | pa.Buffer) -> None:
         os.close(folder)
 
 
+def remove_file(path: Path) -> None:
+    """Removes a file; one that another process has removed is as good."""
+    path.unlink(missing_ok=True)
+
+
 def serialize(table: pa.Table) -> pa.Buffer:
     """A table as the bytes of an Arrow IPC file of one record batch."""
     sink = pa.BufferOutputStream()
@@ -80,11 +85,13 @@ def peek_shard(path: Path) -> pa.Table:
     Raises:
         DamagedFileError: it is no table.
     """
+    payload = map_file(path)
     try:
-        table = pa.ipc.open_file(map_file(path)).read_all()
+        table = pa.ipc.open_file(payload).read_all()
         table.validate()
-    except pa.ArrowInvalid as error:
-        raise DamagedFileError(f"{path}: damaged: {error}", "run adpa cache verify") from error
+    except (pa.ArrowException, OSError) as error:  # Arrow has both for bytes that it does not understand
+        problem = " ".join(str(error).split())
+        raise DamagedFileError(f"{path}: damaged: {problem}", "run adpa cache verify --repair") from error
     return table
 
 

@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from adpa.data.pieces import visible
+from adpa.pipeline.cache_gc import GarbageReport
 from adpa.pipeline.cache_ls import CacheListing, ListedScoring, ListedSet
+from adpa.pipeline.cache_pack import PackReport
 from adpa.pipeline.cache_verify import VerifyReport
 
 
@@ -56,6 +58,28 @@ def show_verification(report: VerifyReport) -> RenderableType:
     faults = f"{len(report.faults):,} faults" if report.faults else "no fault"
     parts.append(_line(faults, f"in {report.files:,} files, {report.rows:,} rows, {report.bytes:,} bytes"))
     return Group(*parts)
+
+
+def show_garbage(report: GarbageReport) -> RenderableType:
+    """What goes and why, and what stays for now."""
+    parts = []
+    for garbage in report.garbage:
+        rows = "" if garbage.rows is None else f"{garbage.rows:,} of {garbage.rows + garbage.kept:,} rows, "
+        parts.append(_line(garbage.place, f"{rows}{garbage.bytes:,} bytes: {garbage.reason}"))
+    parts += [_line("stays", f"{place}: a run may be at work with it") for place in report.young]
+    done = "removed" if report.done else "can be removed; --yes does it"
+    parts.append(_line(f"{report.bytes:,} bytes", done if report.garbage else "no garbage"))
+    return Group(*parts)
+
+
+def show_packing(report: PackReport) -> RenderableType:
+    """The folders whose files changed."""
+    table = _table("folder", "files", "now", "bytes", "now", "repeated rows")
+    for packed in report.packed:
+        counts = (packed.files_before, packed.files, packed.bytes_before, packed.bytes, packed.repeated)
+        table.add_row(packed.folder, *(f"{count:,}" for count in counts))
+    untouched = _line(f"{report.untouched:,} folders", "are packed well")
+    return Group(table, untouched) if report.packed else untouched
 
 
 def _about_set(found: ListedSet) -> str:

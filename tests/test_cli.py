@@ -14,7 +14,17 @@ import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
 
-from adpa import cli, distill, evaluate, inspect_cache, list_cache, precompute, verify_cache
+from adpa import (
+    cli,
+    collect_garbage,
+    distill,
+    evaluate,
+    inspect_cache,
+    list_cache,
+    pack_cache,
+    precompute,
+    verify_cache,
+)
 from adpa.lab.conduct import lab
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -25,6 +35,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "lab": lab,
     "cache ls": list_cache,
     "cache verify": verify_cache,
+    "cache gc": collect_garbage,
+    "cache pack": pack_cache,
 }
 
 

@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adpa.pipeline.cache_gc import GarbageReport, collect_garbage
     from adpa.pipeline.cache_ls import CacheListing, list_cache
+    from adpa.pipeline.cache_pack import PackReport, pack_cache
     from adpa.pipeline.cache_verify import VerifyReport, verify_cache
     from adpa.pipeline.distill import DistillReport, distill
     from adpa.pipeline.evaluate import EvaluateReport, evaluate
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
+    "cache_gc": ("GarbageReport", "collect_garbage"),
     "cache_ls": ("CacheListing", "list_cache"),
+    "cache_pack": ("PackReport", "pack_cache"),
     "cache_verify": ("VerifyReport", "verify_cache"),
     "distill": ("DistillReport", "distill"),
     "evaluate": ("EvaluateReport", "evaluate"),
@@ -34,13 +38,17 @@ __all__ = [
     "CacheListing",
     "DistillReport",
     "EvaluateReport",
+    "GarbageReport",
     "InspectReport",
+    "PackReport",
     "PrecomputeReport",
     "VerifyReport",
+    "collect_garbage",
     "distill",
     "evaluate",
     "inspect_cache",
     "list_cache",
+    "pack_cache",
     "precompute",
     "verify_cache",
 ]
