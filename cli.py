@@ -27,8 +27,10 @@ from tqdm.contrib import DummyTqdmFile
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
+from adpa.pipeline.cache_export import export_cache
 from adpa.pipeline.cache_gc import collect_garbage
 from adpa.pipeline.cache_ls import list_cache
+from adpa.pipeline.cache_merge import merge_cache
 from adpa.pipeline.cache_pack import pack_cache
 from adpa.pipeline.cache_terminal import show_garbage, show_listing, show_packing, show_verification
 from adpa.pipeline.cache_verify import verify_cache
@@ -224,3 +226,5 @@ cache_app.command("verify")(
 )
 cache_app.command("gc")(as_command(collect_garbage, show_garbage, arguments=["cache"]))
 cache_app.command("pack")(as_command(pack_cache, show_packing, arguments=["cache"]))
+cache_app.command("export")(as_command(export_cache, arguments=["cache"]))
+cache_app.command("merge")(as_command(merge_cache, arguments=["cache", "other"], failure=attrgetter("failure")))

@@ -19,8 +19,10 @@ from adpa import (
     collect_garbage,
     distill,
     evaluate,
+    export_cache,
     inspect_cache,
     list_cache,
+    merge_cache,
     pack_cache,
     precompute,
     verify_cache,
@@ -37,6 +39,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "cache verify": verify_cache,
     "cache gc": collect_garbage,
     "cache pack": pack_cache,
+    "cache export": export_cache,
+    "cache merge": merge_cache,
 }
 
 

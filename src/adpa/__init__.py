@@ -13,8 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adpa.pipeline.cache_export import ExportReport, export_cache
     from adpa.pipeline.cache_gc import GarbageReport, collect_garbage
     from adpa.pipeline.cache_ls import CacheListing, list_cache
+    from adpa.pipeline.cache_merge import MergeReport, merge_cache
     from adpa.pipeline.cache_pack import PackReport, pack_cache
     from adpa.pipeline.cache_verify import VerifyReport, verify_cache
     from adpa.pipeline.distill import DistillReport, distill
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
 
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
+    "cache_export": ("ExportReport", "export_cache"),
     "cache_gc": ("GarbageReport", "collect_garbage"),
     "cache_ls": ("CacheListing", "list_cache"),
+    "cache_merge": ("MergeReport", "merge_cache"),
     "cache_pack": ("PackReport", "pack_cache"),
     "cache_verify": ("VerifyReport", "verify_cache"),
     "distill": ("DistillReport", "distill"),
@@ -38,16 +42,20 @@ __all__ = [
     "CacheListing",
     "DistillReport",
     "EvaluateReport",
+    "ExportReport",
     "GarbageReport",
     "InspectReport",
+    "MergeReport",
     "PackReport",
     "PrecomputeReport",
     "VerifyReport",
     "collect_garbage",
     "distill",
     "evaluate",
+    "export_cache",
     "inspect_cache",
     "list_cache",
+    "merge_cache",
     "pack_cache",
     "precompute",
     "verify_cache",

@@ -22,7 +22,7 @@ from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data import shards
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, peek_shard, write_shard
+from adpa.data.shards import list_shards, peek_shard, remove_file, write_shard
 from adpa.data.signals import (
     Scoring,
     SignalRow,
@@ -143,7 +143,7 @@ def test_a_kill_at_any_moment_changes_no_row_that_readers_see(
 
         with patch.context() as inner:
             inner.setattr(cache_pack, "write_shard", counted(write_shard))
-            inner.setattr(cache_pack, "remove_file", counted(cache_pack.remove_file))
+            inner.setattr(cache_pack, "remove_file", counted(remove_file))
             with suppress(Killed):
                 pack_folder(SCORING.folder(cache), "signals", SCHEMA, as_it_is, goal)
         assert same(seen(read_signals(cache, SCORING)), before)
