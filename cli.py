@@ -10,20 +10,23 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 import transformers
 import typer
-import yaml
 from rich.console import Console, RenderableType
 from rich.table import Table
 from tqdm.contrib import DummyTqdmFile
+from upath import UPath
 
+from adpa.data.locations import find_location
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
@@ -40,6 +43,7 @@ from adpa.pipeline.evaluate import evaluate
 from adpa.pipeline.inspect import inspect_cache
 from adpa.pipeline.inspect_terminal import show_inspection
 from adpa.pipeline.precompute import precompute
+from adpa.pipeline.yaml_options import read_options
 
 app = typer.Typer(
     help="Advantage-guided distillation: align a small language model from the signals of a large one.",
@@ -95,16 +99,17 @@ def as_command(
         failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
     """
     show = show or partial(_fields_table, stage.__name__)
+    locations = {name for name, parameter in inspect.signature(stage).parameters.items() if UPath in _types(parameter)}
     parameters = [
         inspect.Parameter(
             parameter.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=parameter.default,
             annotation=Annotated[
-                get_args(parameter.annotation)[0],
+                _option_type(parameter),
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
                 if parameter.name in arguments
-                else typer.Option(help=_documentation(parameter)),
+                else typer.Option(help=_documentation(parameter), metavar=_metavar(parameter)),
             ],
         )
         for parameter in inspect.signature(stage).parameters.values()
@@ -125,6 +130,7 @@ def as_command(
         try:
             if report is not None:
                 check_writable_file("--report", report)
+            options |= {name: find_location(options[name]) for name in locations if options[name] is not None}
             done = stage(**options)
             if report is not None:
                 report.write_text(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
@@ -155,20 +161,42 @@ def as_command(
     return command
 
 
+def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """The types that a parameter of a stage may have."""
+    annotated = get_args(parameter.annotation)[0]
+    return get_args(annotated) or (annotated,)
+
+
+def _option_type(parameter: inspect.Parameter) -> Any:
+    """The type of the option of a parameter; a location is read as text, so that a URL keeps its slashes."""
+    if UPath not in _types(parameter):
+        return get_args(parameter.annotation)[0]
+    return str | None if NoneType in _types(parameter) else str
+
+
 def _documentation(parameter: inspect.Parameter) -> str:
     documentation: str = get_args(parameter.annotation)[1].documentation
     return documentation
+
+
+def _metavar(parameter: inspect.Parameter) -> str | None:
+    """What a repeatable option takes each time; of all others the parser says it well."""
+    annotation = get_args(parameter.annotation)[0]
+    lists = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is list]
+    return f"<{get_args(lists[0])[0].__name__}>" if lists else None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        options = yaml.safe_load(path.read_text())
-        if not isinstance(options, dict):
+        content = read_options("--config", path)
+        if not isinstance(content, dict):
             raise OptionError(f"--config {path}: expected a mapping of options to values")
-        # YAML reads the word on, which is an option of distill, as true.
-        options = {"on" if key is True else str(key).replace("-", "_"): value for key, value in options.items()}
+        written = Counter(name.replace("-", "_") for name in content)
+        if twice := [name for name, count in written.items() if count > 1]:
+            raise OptionError(f"--config {path}: {twice[0]!r} is there twice")
+        options = {name.replace("-", "_"): value for name, value in content.items()}
         known = {parameter.name: parameter for parameter in context.command.params}
         unknown = sorted(options.keys() - known.keys())
         if unknown:
@@ -176,9 +204,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         for name, value in options.items():
             if getattr(known[name], "multiple", False) and not isinstance(value, list):
                 options[name] = [value]
-    except (OSError, yaml.YAMLError, OptionError) as error:
-        message = str(error) if isinstance(error, AdpaError) else f"--config {path}: {error}"
-        _fail(OptionError(" ".join(message.split())), debug=False, exit_code=2)
+    except OptionError as error:
+        _fail(error, debug=False, exit_code=2)
     context.default_map = options
     return path
 

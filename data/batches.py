@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from adpa.data.encoding import TokenSequence
 from adpa.data.responses import ResponseSet
-from adpa.data.signals import SignalRow, SignalTable
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import SignalTable
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adpa.data.pieces import texts_in_place
 from adpa.data.selection import ScoredSet
+from adpa.data.signal_rows import PADDING
 
 ALTERNATIVES = 5
 
@@ -91,9 +92,10 @@ def inspect_responses(
                 alternatives=[
                     Alternative(*fields)
                     for fields in zip(top_ids[t].tolist(), others, top_probabilities[t], top_advantages[t], strict=True)
+                    if fields[0] != PADDING
                 ],
             )
-            for t, (text, *others) in enumerate(texts_in_place(tokenizer, ids, top_ids))
+            for t, (text, *others) in enumerate(texts_in_place(tokenizer, ids, np.maximum(top_ids, 0)))
         ]
         prompt = tokenizer.decode(table["prompt_ids"][place].values.to_numpy(), clean_up_tokenization_spaces=False)
         responses.append(InspectedResponse(table["example_id"][place].as_py(), str(prompt), tokens))

@@ -3,8 +3,9 @@
 Tolerances come from the number formats alone. A log-probability is a float32 difference of a logit and a
 log-sum-exp; for logits of up to 1,024 the steps of float32 are 2^-13, half a step of error each, so ``FLOAT32_ERROR``
 is 2^-13. Stored in float16 it is off by half a unit of the last of 11 binary digits more: by at most |log p| · 2^-11.
-So the mass of the top K may be off by Σ p |log p| · 2^-11, which is computed for each position, and by
-``FLOAT32_ERROR``.
+Rounded by the lossy encoding, it is off by half a step of the grid of ``rounding.py``, whatever p was before:
+min(LOGPROB_STEP / p, COARSEST) / 2. An error e of log p is one of p · (exp(e) − 1) of the mass. So the mass of the top
+K may be off by the sum of these, which is computed for each position, and by ``FLOAT32_ERROR``.
 
 Shapes: T response tokens, K ids of the teacher's top K.
 """
@@ -19,12 +20,11 @@ from numpy.typing import NDArray
 from adpa.data.encoding import sequence_key
 from adpa.data.ragged import list_row
 from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.signals import SignalRow
+from adpa.data.rounding import COARSEST, DEEPEST, LOGPROB_STEP
+from adpa.data.signal_rows import PADDING, SignalRow
 
 FLOAT16_ERROR = 2.0**-11
 FLOAT32_ERROR = 2.0**-13
-LOSSY_ERROR = 2.0**-4  # of a log-probability, where a scoring's encoding may change values
-PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SignalRules:
         with_reference: whether there are advantages.
         ids_below: what every id is below; none where the vocabulary's size is not known.
         ragged: whether a position may have fewer than K ids, the rest being padding.
-        lossy: whether log-probabilities may be off by ``LOSSY_ERROR``.
+        lossy: whether log-probabilities were rounded as ``rounding.py`` says.
     """
 
     top_k: int
@@ -121,10 +121,11 @@ def _id_problems(ids_TK: NDArray[np.int32], rules: SignalRules) -> Iterator[str]
 
 
 def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np.int32] | None) -> Iterator[str]:
-    error = FLOAT32_ERROR + (LOSSY_ERROR if rules.lossy else 0)
     logprobs_TK = row.topk_logprobs.astype(np.float64)
     tail_T, token_T = row.tail_logprob.astype(np.float64), row.token_logprobs.astype(np.float64)
-    if not ((logprobs_TK <= error).all() and (tail_T <= error).all() and (token_T <= error).all()):
+    if not (
+        (logprobs_TK <= FLOAT32_ERROR).all() and (tail_T <= FLOAT32_ERROR).all() and (token_T <= FLOAT32_ERROR).all()
+    ):
         yield "log-probabilities above 0, or no numbers"
         return
     if not np.isfinite(token_T).all():
@@ -132,16 +133,20 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if not _rising(-logprobs_TK):
         yield "log-probabilities that do not fall"
     masses_TK = np.exp(logprobs_TK)
-    rounding_TK = masses_TK * np.where(masses_TK > 0, -logprobs_TK, 0) * FLOAT16_ERROR
+    errors_TK = np.where(masses_TK > 0, np.abs(logprobs_TK), 0) * FLOAT16_ERROR
+    if rules.lossy:
+        errors_TK = np.minimum(COARSEST, LOGPROB_STEP / np.maximum(masses_TK, LOGPROB_STEP)) / 2
+    rounding_TK = masses_TK * np.expm1(errors_TK)
     off_T = np.abs(masses_TK.sum(axis=1) + np.exp(tail_T) - 1) - rounding_TK.sum(axis=1)
-    if (off_T > error).any():
+    if (off_T > FLOAT32_ERROR).any():
         place = int(off_T.argmax())
         mass = masses_TK[place].sum() + np.exp(tail_T[place])
         yield f"mass + tail is not 1: {mass:.6f} at token {place}"
     if response_ids is not None:
         own_T, rank_T = np.nonzero(row.topk_ids == response_ids[:, None])
         listed, own = logprobs_TK[own_T, rank_T], token_T[own_T]
-        if not (np.abs(listed - own) <= error + np.abs(own) * FLOAT16_ERROR).all():
+        possible = np.maximum(own, -DEEPEST) if rules.lossy else own
+        if not (np.abs(listed - possible) <= FLOAT32_ERROR + errors_TK[own_T, rank_T]).all():
             yield "the response's tokens have other log-probabilities than the same ids in the top K"
     if row.token_advantages is not None and row.topk_advantages is not None:
         possible_TK = np.isfinite(logprobs_TK) & (row.topk_ids != PADDING)

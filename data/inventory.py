@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from adpa.data.locations import Location
+
 FileKind = Literal[
     "marker", "response set", "scoring", "signals", "pending", "samples", "tokenizer", "unfinished", "damaged",
     "evaluation", "unknown",
@@ -41,7 +43,7 @@ class CacheFile:
         changed: when it was written, seconds since 1970 by the clock of the file system.
     """
 
-    path: Path
+    path: Location
     place: str
     kind: FileKind
     size: int
@@ -53,15 +55,17 @@ class CacheFile:
         return self.place.split("/")[1]
 
 
-def list_files(cache: Path) -> list[CacheFile]:
+def list_files(cache: Location) -> list[CacheFile]:
     """Every file of a cache, in the order of their places.
 
     ``evaluation``, the cache inside of the cache that ``adpa evaluate`` keeps, is one entry.
     """
+    if not isinstance(cache, Path):
+        cache.fs.invalidate_cache()  # other processes write, too
     return sorted(_walk(cache, ""), key=lambda file: file.place)
 
 
-def _walk(folder: Path, above: str) -> Iterator[CacheFile]:
+def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
     for path in folder.iterdir():
         place = above + path.name
         is_directory = path.is_dir()

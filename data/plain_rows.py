@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adpa.data.ragged import list_column
 from adpa.data.selection import ScoredSet
-from adpa.data.signals import SignalRow
+from adpa.data.signal_rows import PADDING, SignalRow
 
 IDS, NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
 SCHEMA = pa.schema(
@@ -48,7 +48,7 @@ def plain_tables(scored: ScoredSet) -> Iterator[pa.Table]:
 
 
 def _table(responses: pa.Table, rows: Sequence[SignalRow]) -> pa.Table:
-    written_TK = [row.topk_ids >= 0 for row in rows]  # all but the padding
+    written_TK = [row.topk_ids != PADDING for row in rows]
     columns = [responses[name].combine_chunks() for name in ("example_id", "prompt_ids", "response_ids")]
     for field in list(SCHEMA)[3:]:
         values = [getattr(row, field.name) for row in rows]

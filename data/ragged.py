@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
@@ -32,15 +31,6 @@ def list_column(rows: Sequence[NDArray[Any]], type: pa.ListType) -> pa.ListArray
 def list_row(column: pa.ChunkedArray, index: int) -> NDArray[Any]:
     """One row of such a column: [T] or [T, K], a read-only view of the column's memory."""
     values = column[index].values
-    if not pa.types.is_fixed_size_list(values.type):
-        return values.to_numpy(zero_copy_only=True)
-    width = values.type.list_size
-    return values.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
-
-
-def flat_column(column: pa.ChunkedArray) -> NDArray[Any]:
-    """All rows of such a column one after another: [sum of T] or [sum of T, K]."""
-    values = pc.list_flatten(column.combine_chunks())
     if not pa.types.is_fixed_size_list(values.type):
         return values.to_numpy(zero_copy_only=True)
     width = values.type.list_size

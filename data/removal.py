@@ -4,17 +4,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adpa.data.inventory import CacheFile
+from adpa.data.locations import Location
 from adpa.data.shards import remove_file, write_file
 
 
-def remove_files(cache: Path, files: Iterable[CacheFile]) -> None:
+def remove_files(cache: Location, files: Iterable[CacheFile]) -> None:
     """Removes files, and the folders of the cache that this leaves empty; what is gone already is as good."""
     for file in files:
         remove_file(file.path)
         _remove_empty_folders(cache, file)
 
 
-def set_aside(cache: Path, files: Iterable[CacheFile]) -> list[str]:
+def set_aside(cache: Location, files: Iterable[CacheFile]) -> list[str]:
     """Moves files to the same place below ``CACHE/damaged``; gives these places."""
     places = []
     for file in files:
@@ -25,7 +26,7 @@ def set_aside(cache: Path, files: Iterable[CacheFile]) -> list[str]:
     return places
 
 
-def _remove_empty_folders(cache: Path, file: CacheFile) -> None:
+def _remove_empty_folders(cache: Location, file: CacheFile) -> None:
     folder = file.path.parent
     # The folders right below the cache stay, as readers look for them. Object stores have no folders.
     while isinstance(folder, Path) and folder.parent != cache and folder != cache:

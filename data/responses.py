@@ -10,19 +10,19 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, get_args
 
 import pyarrow as pa
 
 from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
+from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import list_shards, peek_shard, read_shard, write_shard
-from adpa.errors import DamagedFileError
+from adpa.data.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
 
+STRANGER = "its content does not give the id in its name"
 SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
@@ -148,36 +148,37 @@ def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds,
     return ResponseSet(info, pa.Table.from_arrays(columns, schema=schema))
 
 
-def write_response_set(cache: Path, responses: ResponseSet) -> None:
+def write_response_set(cache: Location, responses: ResponseSet) -> None:
     """Adds a set to a cache; a set that is already there is left as it is."""
     folder, prefix = cache / "responses", responses.shard_prefix()
     if not list_shards(folder, prefix):
         write_shard(folder, prefix, responses.table)
 
 
-def read_response_sets(cache: Path) -> Iterator[ResponseSet]:
-    """Reads every response set of a cache.
+def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
+    """Reads every response set of a cache, each once.
 
     Raises:
         DamagedFileError: a file's bytes or its content do not give the digests in its name.
     """
-    for path in sorted((cache / "responses").glob("*.arrow")):
-        yield read_response_set(path)
+    read: set[str] = set()
+    for path, table in open_shards(cache / "responses"):
+        responses = _checked(path, table)
+        if responses.id not in read:  # two writers at once may have written other bytes of one set
+            read.add(responses.id)
+            yield responses
 
 
-def read_response_set(path: Path) -> ResponseSet:
+def read_response_set(path: Location) -> ResponseSet:
     """Reads the response set of a file.
 
     Raises:
         DamagedFileError: the file's bytes or its content do not give the digests in its name.
     """
-    responses = _interpret(path, read_shard(path))
-    if not path.name.startswith(f"{responses.shard_prefix()}-"):
-        raise _damaged(path)
-    return responses
+    return _checked(path, read_shard(path))
 
 
-def peek_response_set(path: Path) -> ResponseSet:
+def peek_response_set(path: Location) -> ResponseSet:
     """Opens the response set of a file without computing its digests, for counting.
 
     Raises:
@@ -186,23 +187,23 @@ def peek_response_set(path: Path) -> ResponseSet:
     return _interpret(path, peek_shard(path))
 
 
-def _interpret(path: Path, table: pa.Table) -> ResponseSet:
+def _checked(path: Location, table: pa.Table) -> ResponseSet:
+    responses = _interpret(path, table)
+    if not path.name.startswith(f"{responses.shard_prefix()}-"):
+        raise damaged(path, STRANGER)
+    return responses
+
+
+def _interpret(path: Location, table: pa.Table) -> ResponseSet:
     try:
         made = json.loads(table.schema.metadata[b"adpa"])
         sampling = made.pop("sampling")
         info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(path) from error
+        raise damaged(path, STRANGER) from error
     if not table.schema.equals(SCHEMA):
-        raise _damaged(path)
+        raise damaged(path, STRANGER)
     return ResponseSet(info, table)
-
-
-def _damaged(path: Path) -> DamagedFileError:
-    return DamagedFileError(
-        f"{path}: damaged: its content does not give the id in its name",
-        "delete the file and run the same adpa precompute again",
-    )
 
 
 def _canonical(info: ResponseSetInfo) -> bytes:

@@ -7,15 +7,15 @@ found by the digest of prompt and index.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from adpa.data.encoding import TokenIds, sequence_key
+from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
 from adpa.data.responses import Sampling
-from adpa.data.shards import read_shards, write_shard
+from adpa.data.shards import damaged, open_shards, write_shard
 
 SHARD_PREFIX = "samples"
 SCHEMA = pa.schema([("key", pa.binary(16)), ("response_ids", pa.list_(pa.int32()))])
@@ -34,23 +34,29 @@ class SampleRequest:
         return sequence_key(self.prompt_ids, np.array([self.index], dtype=np.int32))
 
 
-def read_samples(cache: Path, sampling: Sampling) -> dict[bytes, TokenIds]:
-    """The responses that a cache already has for these settings: int32 [T] by the request's key."""
+def read_samples(cache: Location, sampling: Sampling) -> dict[bytes, TokenIds]:
+    """The responses that a cache already has for these settings: int32 [T] by the request's key.
+
+    Raises:
+        DamagedFileError: a file's bytes or columns are not those that were written.
+    """
     samples: dict[bytes, TokenIds] = {}
-    for table in read_shards(samples_folder(cache, sampling), SHARD_PREFIX):
+    for path, table in open_shards(samples_folder(cache, sampling), SHARD_PREFIX):
+        if not table.schema.equals(SCHEMA):
+            raise damaged(path, "its columns are not those of samples")
         for row, key in enumerate(table["key"].to_pylist()):
             samples.setdefault(key, list_row(table["response_ids"], row))
     return samples
 
 
-def missing_requests(cache: Path, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+def missing_requests(cache: Location, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
     """The distinct requests that the cache has no response to."""
     present = read_samples(cache, sampling)
     return list({request.key: request for request in requests if request.key not in present}.values())
 
 
 def write_samples(
-    cache: Path, sampling: Sampling, requests: Sequence[SampleRequest], responses: Sequence[TokenIds]
+    cache: Location, sampling: Sampling, requests: Sequence[SampleRequest], responses: Sequence[TokenIds]
 ) -> None:
     """Adds the responses to some requests, int32 [T] each, as one shard."""
     columns = [
@@ -60,7 +66,7 @@ def write_samples(
     write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
 
 
-def samples_folder(cache: Path, sampling: Sampling) -> Path:
+def samples_folder(cache: Location, sampling: Sampling) -> Location:
     """Where samples made in one way lie in a cache, whatever their number."""
     settings = asdict(sampling)
     del settings["samples_per_prompt"]  # asking for more keeps those that are there

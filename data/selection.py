@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from adpa.data.batches import TrainingPart
+from adpa.data.format import check_cache
+from adpa.data.locations import Location
 from adpa.data.responses import ResponseName, ResponseSet, read_response_sets
 from adpa.data.signals import Scoring, SignalTable, read_scorings, read_signals
 from adpa.errors import CacheError
@@ -47,7 +48,7 @@ class ScoredSet:
 
 
 def select(
-    cache: Path,
+    cache: Location,
     needs: Mapping[ResponseName, Need],
     student: str,
     scoring: str | None = None,
@@ -92,7 +93,7 @@ def select(
 
 
 def select_scored(
-    cache: Path, scoring: str | None = None, response_set: str | None = None
+    cache: Location, scoring: str | None = None, response_set: str | None = None
 ) -> tuple[list[ScoredSet], list[str]]:
     """Finds every response set with every scoring that has all its signals.
 
@@ -133,7 +134,7 @@ def select_scored(
 
 
 def select_one_scored(
-    cache: Path, scoring: str | None = None, response_set: str | None = None
+    cache: Location, scoring: str | None = None, response_set: str | None = None
 ) -> tuple[ScoredSet, list[str]]:
     """Finds the one response set with the one scoring that has all its signals; arguments as in ``select_scored``.
 
@@ -155,17 +156,7 @@ def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
     )
 
 
-def check_cache(cache: Path) -> None:
-    """Checks that there is a cache.
-
-    Raises:
-        CacheError: there is none.
-    """
-    if not (cache / "responses").is_dir():
-        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check the path")
-
-
-def _read_scorings(cache: Path, beginning: str | None) -> list[Scoring]:
+def _read_scorings(cache: Location, beginning: str | None) -> list[Scoring]:
     scorings = [found for found in read_scorings(cache) if found.id.startswith(beginning or "")]
     if not scorings:
         wanted = "scorings" if beginning is None else f"scoring {beginning}"

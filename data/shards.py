@@ -1,45 +1,71 @@
 """Immutable Arrow files that are named by the digest of their bytes.
 
 A shard is written under a temporary name, synced and renamed, so that a reader sees it whole or not at all, and any
-number of processes may add shards to one folder. It is never changed afterwards: its name is its checksum.
+number of processes may add shards to one folder. It is never changed afterwards: its name is its checksum. In an object
+store an object appears when it is whole; it is read through a local copy, which needs no other name.
 """
 
 import hashlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+from upath import UPath
 
-from adpa.errors import DamagedFileError
+from adpa.data.locations import Location, copies_folder
+from adpa.errors import CacheError, DamagedFileError
 
 SMALL_FILE = 1 << 16
+LISTINGS = 100
 
 
-def write_file(path: Path, payload: bytes | pa.Buffer) -> None:
+def write_file(path: Location, payload: bytes | pa.Buffer) -> None:
     """Writes a whole file at once: after a crash it is there complete, or it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    if not isinstance(path, Path):
+        path.fs.pipe_file(path.path, bytes(memoryview(payload)))
+        return
+    _make_folder(path.parent)
+    temporary = _hidden(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        _write(temporary, memoryview(payload))
+        os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def write_folder(path: Location, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files, unless another process was first.
+
+    A local one is there whole or not at all. In an object store the files appear in the order given: the last one says
+    that the others are there.
+    """
+    if not isinstance(path, Path):
+        for name, payload in files.items():
+            write_file(path / name, payload)
+        return
+    temporary = _hidden(path)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        for name, payload in files.items():
+            write_file(temporary / name, payload)
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and path.is_dir():  # another process was first
+            return
+        raise
+    _sync(path.parent)
 
 
-def remove_file(path: Path) -> None:
+def remove_file(path: Location) -> None:
     """Removes a file; one that another process has removed is as good."""
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        path.unlink()
 
 
 def serialize(table: pa.Table) -> pa.Buffer:
@@ -50,7 +76,7 @@ def serialize(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def write_shard(folder: Path, prefix: str, table: pa.Table) -> Path:
+def write_shard(folder: Location, prefix: str, table: pa.Table) -> Location:
     """Writes ``folder/prefix-<digest of the file's bytes>.arrow``."""
     payload = serialize(table)
     path = folder / f"{prefix}-{_digest(payload)}.arrow"
@@ -58,47 +84,89 @@ def write_shard(folder: Path, prefix: str, table: pa.Table) -> Path:
     return path
 
 
-def list_shards(folder: Path, prefix: str) -> list[Path]:
-    """The shards of a folder, in the order of their names; none where there is no folder."""
-    return sorted(folder.glob(f"{prefix}-*.arrow"))
+def list_folder(folder: Location) -> list[Location]:
+    """What lies in a folder, in the order of the names; none where there is no folder.
+
+    Hidden files, which are unfinished or another program's, are left out.
+    """
+    try:
+        names = os.listdir(folder) if isinstance(folder, Path) else _list_objects(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if name and not name.startswith(".")]
 
 
-def read_shard(path: Path) -> pa.Table:
-    """Memory-maps a shard and checks its bytes against its name.
+def list_shards(folder: Location, prefix: str = "") -> list[Location]:
+    """The shards of a folder, all or those of a prefix, in the order of their names; none where there is no folder."""
+    beginning = f"{prefix}-" if prefix else ""
+    return [path for path in list_folder(folder) if path.name.startswith(beginning) and path.name.endswith(".arrow")]
+
+
+def read_shard(path: Location) -> pa.Table:
+    """Memory-maps a shard and checks its bytes against its name, and their form.
 
     Raises:
-        DamagedFileError: they differ.
+        FileNotFoundError: there is none.
+        DamagedFileError: they differ, or are no table.
     """
+    if not isinstance(path, Path):
+        path = _copy_here(path)
     payload = map_file(path)
-    found, expected = _digest(payload), path.stem.rpartition("-")[2]
-    if found != expected:
-        raise DamagedFileError(
-            f"{path}: damaged: the digest of its bytes is {found}; expected {expected}",
-            "delete the file and run the same adpa precompute again",
-        )
-    return pa.ipc.open_file(payload).read_all()
-
-
-def peek_shard(path: Path) -> pa.Table:
-    """Opens a shard without reading all of its bytes: for counting its rows and looking at their keys.
-
-    Raises:
-        DamagedFileError: it is no table.
-    """
-    payload = map_file(path)
+    _check_digest(path, payload)
     try:
         table = pa.ipc.open_file(payload).read_all()
-        table.validate()
-    except (pa.ArrowException, OSError) as error:  # Arrow has both for bytes that it does not understand
-        problem = " ".join(str(error).split())
-        raise DamagedFileError(f"{path}: damaged: {problem}", "run adpa cache verify --repair") from error
+        table.validate(full=True)  # Arrow trusts its offsets: those of a hostile file would end the process later
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
     return table
 
 
-def read_shards(folder: Path, prefix: str) -> Iterator[pa.Table]:
-    """Reads every shard of a folder."""
-    for path in list_shards(folder, prefix):
-        yield read_shard(path)
+def peek_shard(path: Location) -> pa.Table:
+    """Opens a shard without reading all of its bytes: for counting its rows and looking at their keys.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it is no table.
+    """
+    payload = map_file(path if isinstance(path, Path) else _copy_here(path))
+    try:
+        table = pa.ipc.open_file(payload).read_all()
+        table.validate()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
+    return table
+
+
+def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, pa.Table]]:
+    """Reads every shard of a folder, while other processes add some, and replace some by others with the same rows.
+
+    A folder is listed until that brings nothing new. A listed file that has vanished is not missed: what replaced it
+    was there before it went, and the next listing has it.
+
+    Raises:
+        CacheError: a file is listed again and again, but is not there: its link leads nowhere.
+        DamagedFileError: a file is damaged.
+    """
+    read: set[str] = set()
+    for _ in range(LISTINGS):
+        new = [path for path in list_shards(folder, prefix) if path.name not in read]
+        if not new:
+            return
+        for path in new:
+            try:
+                table = read_shard(path)
+            except FileNotFoundError:
+                continue
+            read.add(path.name)
+            yield path, table
+    vanished = [path for path in list_shards(folder, prefix) if path.name not in read and not path.exists()]
+    if vanished:
+        raise CacheError(f"{vanished[0]}: listed, but not there", "remove the link, or restore what it leads to")
+
+
+def read_shards(folder: Location, prefix: str) -> Iterator[pa.Table]:
+    """The tables of ``open_shards``."""
+    return (table for _, table in open_shards(folder, prefix))
 
 
 def map_file(path: Path) -> pa.Buffer:
@@ -109,5 +177,60 @@ def map_file(path: Path) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _digest(payload: pa.Buffer) -> str:
+def damaged(path: Location, problem: str) -> DamagedFileError:
+    """The error of a file that is not what was written, and can be made again."""
+    return DamagedFileError(f"{path}: damaged: {problem}", "delete it and run the same adpa precompute again")
+
+
+def _list_objects(folder: UPath) -> list[str]:
+    folder.fs.invalidate_cache()  # other processes write, too
+    return [name.removeprefix(folder.path).strip("/") for name in folder.fs.ls(folder.path, detail=False)]
+
+
+def _copy_here(path: Location) -> Path:
+    """The local copy of a shard in an object store, downloaded once."""
+    copy = copies_folder() / path.name
+    if not copy.exists():
+        payload = path.read_bytes()
+        _check_digest(path, payload)
+        write_file(copy, payload)
+    return copy
+
+
+def _check_digest(path: Location, payload: bytes | pa.Buffer) -> None:
+    found, expected = _digest(payload), path.stem.rpartition("-")[2]
+    if found != expected:
+        raise damaged(path, f"the digest of its bytes is {found}; expected {expected}")
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _write(path: Path, payload: memoryview) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        while payload:
+            payload = payload[os.write(descriptor, payload) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(payload: bytes | pa.Buffer) -> str:
     return hashlib.blake2b(payload, digest_size=16).hexdigest()

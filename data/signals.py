@@ -2,16 +2,13 @@
 
 A scoring is who judged and how; ``CACHE/scorings/<id>/scoring.json`` describes it. Its signal rows lie beside it in
 immutable shards, one row for each token sequence, found by the sequence's key.
-
-Shapes: T response tokens, K ids of the teacher's top K.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import read_shards, write_file, write_shard
-from adpa.errors import DamagedFileError
+from adpa.data.compact import compact_table, is_compact, read_compact_row
+from adpa.data.documents import read_document, write_document
+from adpa.data.locations import Location
+from adpa.data.shards import damaged, list_folder, read_shards, write_shard
+from adpa.data.signal_rows import SignalRow, keep_nucleus, read_plain_row
+from adpa.errors import CacheError
 
 SHARD_PREFIX = "signals"
+TOP_K_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class Scoring:
 
     The id is the digest of everything that can change a number: not of a model's name and revision, which the digest
     of its weights outranks. A checkpoint may move without losing its signals.
+
+    Attributes:
+        teacher: the model that gives the probabilities.
+        reference: the model whose log-probabilities are taken off for advantages.
+        vocabulary: digest of their vocabulary.
+        top_k: ids kept for each response token, K.
+        dtype: what the models compute in.
+        engine: what runs them.
+        top_p: keep the fewest ids with this mass, at most K of them.
+        lossy: whether log-probabilities and advantages are rounded as ``rounding.py`` says.
     """
 
     teacher: ModelIdentity
@@ -49,89 +60,38 @@ class Scoring:
     top_k: int
     dtype: str
     engine: str
+    top_p: float = 1.0
+    lossy: bool = False
 
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits."""
-        identity = asdict(self) | {
+        identity = _described(self) | {
             "teacher": self.teacher.digest,
             "reference": self.reference.digest if self.reference else None,
         }
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
-    def folder(self, cache: Path) -> Path:
+    def folder(self, cache: Location) -> Location:
         """Where the scoring lies in a cache."""
         return cache / "scorings" / self.id
 
     def describe(self) -> str:
         """One line for people who must choose among scorings."""
         reference = f", reference {self.reference.name}" if self.reference else ", no reference"
-        return f"{self.id}: teacher {self.teacher.name}{reference}, K = {self.top_k}, {self.dtype}, {self.engine}"
+        nucleus = f", P = {self.top_p:g}" if self.top_p < 1 else ""
+        lossy = ", lossy" if self.lossy else ""
+        return (
+            f"{self.id}: teacher {self.teacher.name}{reference}, K = {self.top_k}{nucleus}{lossy}, {self.dtype}, "
+            f"{self.engine}"
+        )
 
 
-@dataclass(frozen=True)
-class SignalRow:
-    """What a scoring says of one token sequence; log-probabilities are natural logarithms.
-
-    Attributes:
-        key: the sequence's key, 16 bytes.
-        token_logprobs: float32 [T], the teacher's log-probability of the response's own tokens.
-        topk_ids: int32 [T, K], by falling teacher probability.
-        topk_logprobs: [T, K], the teacher's log-probabilities of them.
-        tail_logprob: float32 [T], the log of the probability of all other ids.
-        token_advantages: float32 [T], teacher minus reference for the response's own tokens.
-        topk_advantages: [T, K], teacher minus reference at ``topk_ids``.
-    """
-
-    key: bytes
-    token_logprobs: NDArray[np.float32]
-    topk_ids: NDArray[np.int32]
-    topk_logprobs: NDArray[Any]
-    tail_logprob: NDArray[np.float32]
-    token_advantages: NDArray[np.float32] | None = None
-    topk_advantages: NDArray[Any] | None = None
-
-
-def signals_schema(top_k: int, logprob_type: pa.DataType | None = None) -> pa.Schema:
-    """The schema of a shard; ``logprob_type`` is float16 unless told otherwise."""
-    per_token = pa.list_(pa.float32())
-    per_id = pa.list_(pa.list_(logprob_type or pa.float16(), top_k))
-    return pa.schema(
-        [
-            pa.field("key", pa.binary(16), nullable=False),
-            pa.field("token_logprobs", per_token),
-            pa.field("token_advantages", per_token),
-            pa.field("topk_ids", pa.list_(pa.list_(pa.int32(), top_k))),
-            pa.field("topk_logprobs", per_id),
-            pa.field("topk_advantages", per_id),
-            pa.field("tail_logprob", per_token),
-        ]
-    )
-
-
-def signal_bytes(top_k: int, with_reference: bool) -> int:
-    """Bytes that a shard takes for one response token."""
-    per_token, per_id = 2 * 4, 4 + 2
-    return per_token + per_id * top_k + (4 + 2 * top_k if with_reference else 0)
-
-
-def signals_table(rows: Sequence[SignalRow], schema: pa.Schema) -> pa.Table:
-    """Signal rows as a table; a column that no row has is null."""
-    columns = []
-    for field in schema:
-        values = [getattr(row, field.name) for row in rows]
-        if field.name == "key":
-            columns.append(pa.array(values, field.type))
-        elif any(value is None for value in values):
-            assert all(value is None for value in values), "rows with and without a reference in one table"
-            columns.append(pa.nulls(len(values), field.type))
-        else:
-            columns.append(list_column(values, field.type))
-    return pa.Table.from_arrays(columns, schema=schema)
+DEFAULTS = {field.name: field.default for field in fields(Scoring) if field.default is not MISSING}
 
 
 class SignalTable:
-    """Signal rows of any number of shards, found by key and read from the memory map one row at a time."""
+    """Signal rows of any number of shards, plain and compact, found by key and read one at a time."""
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
         self._tables = [table for table in tables if len(table)]
@@ -150,76 +110,98 @@ class SignalTable:
         """The keys of all rows."""
         return set(self._keys.to_pylist())
 
-    def take(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-        """The rows of numbers that ``locate`` gave, shard by shard, each part with its places in ``numbers``."""
-        assert (numbers >= 0).all(), "a sequence without its row"
-        shards = np.searchsorted(self._ends, numbers, side="right")
-        for shard in np.unique(shards):
-            table, places = self._tables[shard], np.flatnonzero(shards == shard)
-            yield places, table.take(numbers[places] - (self._ends[shard] - len(table)))
-
     def row(self, number: int) -> SignalRow:
-        """The row of a number that ``locate`` gave; its arrays are read-only views."""
+        """The row of a number that ``locate`` gave.
+
+        Raises:
+            DamagedFileError: it cannot be decoded.
+        """
         assert 0 <= number < len(self._keys), "a sequence without its row"
         shard = int(np.searchsorted(self._ends, number, side="right"))
         table = self._tables[shard]
         place = number - (int(self._ends[shard]) - len(table))
-        read: dict[str, Any] = {
-            name: list_row(column, place) if column[place].is_valid else None
-            for name, column in zip(table.column_names, table.columns, strict=True)
-            if name != "key"
-        }
-        return SignalRow(table["key"][place].as_py(), **read)
+        return read_compact_row(table, place) if is_compact(table.schema) else read_plain_row(table, place)
 
 
-def write_scoring(cache: Path, scoring: Scoring) -> None:
+def write_scoring(cache: Location, scoring: Scoring) -> None:
     """Describes a scoring in a cache; one that is already there is left as it is."""
     path = scoring.folder(cache) / "scoring.json"
     if not path.exists():
-        write_file(path, json.dumps(asdict(scoring), indent=2).encode())
+        write_document(path, _described(scoring))
 
 
-def read_scorings(cache: Path) -> Iterator[Scoring]:
+def read_scorings(cache: Location) -> Iterator[Scoring]:
     """Reads the description of every scoring of a cache.
 
     Raises:
-        DamagedFileError: a description does not give the id of its folder.
+        CacheError: a description is of a newer format.
+        DamagedFileError: a description is not what was written, or does not give the id of its folder.
     """
-    for path in sorted((cache / "scorings").glob("*/scoring.json")):
-        yield read_scoring_file(path)
+    for folder in list_folder(cache / "scorings"):
+        try:
+            yield read_scoring_file(folder / "scoring.json")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
 
 
-def read_scoring_file(path: Path) -> Scoring:
-    """Reads the description of a scoring.
+def read_scoring(cache: Location, scoring_id: str) -> Scoring:
+    """Reads the description of a scoring that is known to be in a cache.
 
     Raises:
-        DamagedFileError: it does not give the id of its folder.
+        CacheError: a description is of a newer format.
+        DamagedFileError: a description is not what was written, or does not give the id of its folder.
     """
-    try:
-        fields = json.loads(path.read_text())
-        reference = fields.pop("reference")
-        scoring = Scoring(
-            teacher=ModelIdentity(**fields.pop("teacher")),
-            reference=ModelIdentity(**reference) if reference else None,
-            **fields,
-        )
-        found = scoring.id
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DamagedFileError(f"{path}: damaged: {error}", "delete it and run adpa precompute again") from error
-    if found != path.parent.name:
-        raise DamagedFileError(f"{path}: damaged: describes {found}", "delete it and run adpa precompute again")
-    return scoring
+    return next(scoring for scoring in read_scorings(cache) if scoring.id == scoring_id)
 
 
-def write_signals(cache: Path, scoring: Scoring, rows: Sequence[SignalRow]) -> None:
-    """Adds a shard of rows to a scoring."""
-    write_shard(scoring.folder(cache), SHARD_PREFIX, signals_table(rows, signals_schema(scoring.top_k)))
+def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
+    """Adds a shard of rows to a scoring, cut to its nucleus, and gives the shard's bytes."""
+    cut = [keep_nucleus(row, scoring.top_p) for row in rows]
+    table = compact_table(cut, scoring.top_k, scoring.lossy)
+    return write_shard(scoring.folder(cache), SHARD_PREFIX, table).stat().st_size
 
 
-def read_signals(cache: Path, scoring: Scoring) -> SignalTable:
+def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
     """Opens every row of a scoring.
 
     Raises:
         DamagedFileError: a shard's bytes are not those that were written.
     """
     return SignalTable(read_shards(scoring.folder(cache), SHARD_PREFIX))
+
+
+def _described(scoring: Scoring) -> dict[str, Any]:
+    """The fields of a description; one that came with a later version is left out where it says nothing."""
+    return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}
+
+
+def read_scoring_file(path: Location) -> Scoring:
+    """Reads the description of a scoring.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CacheError: it is of a newer format.
+        DamagedFileError: it is not what was written, or does not give the id of its folder.
+    """
+    described, proved = read_document(path)
+    unknown = sorted(described.keys() - {field.name for field in fields(Scoring)})
+    if proved and unknown:
+        raise CacheError(f"{path}: of a newer format: it has the unknown field {unknown[0]!r}", "install a newer adpa")
+    try:
+        reference = described.pop("reference")
+        scoring = Scoring(
+            teacher=ModelIdentity(**described.pop("teacher")),
+            reference=ModelIdentity(**reference) if reference else None,
+            **described,
+        )
+        found = scoring.id
+        possible = 1 <= scoring.top_k <= TOP_K_LIMIT
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if found != path.parent.name:
+        raise damaged(path, f"describes {found}")
+    if not possible:
+        raise damaged(
+            path, f"its top_k is {scoring.top_k}; expected at most {TOP_K_LIMIT}, for no vocabulary is larger"
+        )
+    return scoring

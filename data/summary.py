@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.ragged import flat_column
 from adpa.data.selection import ScoredSet
+from adpa.data.signal_rows import PADDING
 
 QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
-PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible
+PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible; the default of --plausibility
 
 # All numbers that float16 has: counts of them hold a distribution of any number of values exactly.
 FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -107,30 +107,32 @@ class SignalSummary:
 
 
 def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummary:
-    """Summarises a response set, a shard of signals at a time; ``advance`` is told of responses that were read."""
-    responses, with_reference = scored.responses.table, scored.scoring.reference is not None
+    """Summarises a response set, a response at a time; ``advance`` is told of responses that were read."""
+    numbers = scored.signals.locate(scored.responses.table["key"])
+    sequences = scored.responses.sequences()
     in_top_k = 0
     tails, logprobs, advantages = [], [], []
-    counts = np.zeros(
-        (2, len(FLOAT16)), dtype=np.int64
-    )  # of advantages, by the bits of float16: implausible, plausible
-    for rows, signals in scored.signals.take(scored.signals.locate(responses["key"])):
-        ids_N = flat_column(responses["response_ids"].take(rows))
-        in_top_k += int((flat_column(signals["topk_ids"]) == ids_N[:, None]).any(axis=1).sum())
-        tails.append(flat_column(signals["tail_logprob"]))
-        logprobs.append(flat_column(signals["token_logprobs"]))
-        if with_reference:
-            advantages.append(flat_column(signals["token_advantages"]))
-            bits_NK = flat_column(signals["topk_advantages"]).astype(np.float16, copy=False).view(np.uint16)
-            plausible_NK = flat_column(signals["topk_logprobs"]) >= np.float32(np.log(PLAUSIBLE))
-            for group, member_NK in enumerate((~plausible_NK, plausible_NK)):
-                counts[group] += np.bincount(bits_NK[member_NK], minlength=len(FLOAT16))
-        advance(len(rows))
+    # Of advantages, by the bits of float16: implausible, plausible.
+    counts = np.zeros((2, len(FLOAT16)), dtype=np.int64)
+    for place in np.argsort(numbers, kind="stable"):  # in the order of the files
+        row, response_ids_T = scored.signals.row(int(numbers[place])), sequences[place].response_ids
+        in_top_k += int((row.topk_ids == response_ids_T[:, None]).any(axis=1).sum())
+        tails.append(row.tail_logprob)
+        logprobs.append(row.token_logprobs)
+        if row.token_advantages is not None and row.topk_advantages is not None:
+            advantages.append(row.token_advantages)
+            bits_TK = row.topk_advantages.astype(np.float16).view(np.uint16)
+            plausible_TK = row.topk_logprobs >= np.float32(np.log(PLAUSIBLE))
+            implausible_TK = ~plausible_TK & (row.topk_ids != PADDING)
+            for group, member_TK in enumerate((implausible_TK, plausible_TK)):
+                counts[group] += np.bincount(bits_TK[member_TK], minlength=len(FLOAT16))
+        advance(1)
+    with_reference = bool(advantages)
     tail_N = np.concatenate(tails).astype(np.float64)
     return SignalSummary(
         response_set=scored.responses.shard_prefix(),
         scoring=scored.scoring.id,
-        responses=len(responses),
+        responses=len(sequences),
         tokens=len(tail_N),
         top_k=scored.scoring.top_k,
         in_top_k=in_top_k / len(tail_N),

@@ -3,18 +3,22 @@
 import datetime
 import hashlib
 import json
-import shutil
-import tempfile
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from adpa.errors import DamagedFileError, ModelError
+from adpa.data.documents import read_document, serialize_document
+from adpa.data.locations import Location
+from adpa.data.shards import damaged, write_folder
+from adpa.errors import ModelError
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)  # what Llama's templates fall back to
+CONTENTS = "files.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ModelError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # nor ask whether to
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
         raise ModelError(
             f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})",
@@ -129,43 +133,68 @@ def check_same_vocabulary(
             )
 
 
-def write_tokenizer(cache: Path, tokenizer: PreTrainedTokenizerBase, digest: str) -> None:
-    """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``."""
+def write_tokenizer(cache: Location, tokenizer: PreTrainedTokenizerBase, digest: str) -> None:
+    """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``.
+
+    ``files.json``, the last of its files, has the digests of the others.
+    """
     path = cache / "tokenizers" / digest
-    if path.exists():
+    if (path / CONTENTS).exists() or (isinstance(path, Path) and path.exists()):  # version 1 wrote no digests
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))
-    tokenizer.save_pretrained(temporary)
-    temporary.chmod(0o755)
-    try:
-        temporary.rename(path)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
-        if not path.exists():
-            raise
+    with TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        files = _read_all(Path(temporary))
+    contents = {name: _digest_bytes(content) for name, content in files.items()}
+    write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
 
 
-def read_tokenizer(cache: Path, digest: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(cache: Location, digest: str) -> PreTrainedTokenizerBase:
     """Reads a tokenizer from a cache.
 
     Raises:
         DamagedFileError: it is not there, or not the one that was written.
     """
     path = cache / "tokenizers" / digest
-    damaged = DamagedFileError(
-        f"{path}: damaged: not the tokenizer that was written",
-        "delete the directory and run the same adpa precompute again",
-    )
-    if not path.is_dir():
-        raise damaged
+    if not re.fullmatch("[0-9a-f]+", digest):  # it was read from a file, and must not lead out of the cache
+        raise damaged(path, "no digest of a tokenizer")
     try:
-        tokenizer = load_tokenizer(path)
-    except ModelError as error:
-        raise damaged from error
+        files = _read_contents(path)
+        with TemporaryDirectory() as temporary:
+            write_folder(Path(temporary) / digest, files)
+            tokenizer = load_tokenizer(Path(temporary) / digest)
+    except (FileNotFoundError, ModelError) as error:
+        raise damaged(path, "not the tokenizer that was written") from error
     if digest_tokenizer(tokenizer).tokenizer != digest:
-        raise damaged
+        raise damaged(path, "not the tokenizer that was written")
     return tokenizer
+
+
+def _read_contents(path: Location) -> dict[str, bytes]:
+    """The files of a tokenizer that were written, each the same as it was then; all there are where nobody noted it."""
+    try:
+        contents, proved = read_document(path / CONTENTS)
+    except FileNotFoundError:  # version 1
+        return _read_all(path)
+    files = contents.get("files")
+    if not proved or not isinstance(files, dict):
+        raise damaged(path, f"{CONTENTS} has no digests of files, or no checksum")
+    read = {}
+    for name, digest in files.items():
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
+            raise damaged(path, f"{CONTENTS} has the name {name!r}, which may lead out of the folder")
+        read[name] = (path / name).read_bytes()
+        if _digest_bytes(read[name]) != digest:
+            raise damaged(path, f"{name} is not what was written")
+    return read
+
+
+def _read_all(folder: Location) -> dict[str, bytes]:
+    found: list[Location] = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path)[len(str(folder)) + 1 :]: path.read_bytes() for path in sorted(found, key=str)}
+
+
+def _digest_bytes(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _digest(value: object) -> str:

@@ -11,14 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.signals import (
-    SignalRow,
-    SignalTable,
-    read_scorings,
-    read_signals,
-    write_scoring,
-    write_signals,
-)
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import SignalTable, read_scoring, read_signals, write_scoring, write_signals
 from adpa.lab.tokenizer import VOCABULARY
 
 AdvantageName = Literal["log ratio", "clipped", "centred", "uniform reference"]
@@ -74,7 +68,7 @@ def towards_prior(prior: SignalTable) -> Change:
 
 def change_signals(cache: Path, scoring_id: str, name: str, change: Change) -> str:
     """Writes every row of a scoring, changed, to a scoring of its own; gives its id."""
-    scoring = next(scoring for scoring in read_scorings(cache) if scoring.id == scoring_id)
+    scoring = read_scoring(cache, scoring_id)
     changed = replace(scoring, engine=f"{scoring.engine}, {name}")
     signals, done = read_signals(cache, scoring), read_signals(cache, changed).keys()
     rows = map(signals.row, range(len(signals)))

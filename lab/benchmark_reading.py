@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adpa.data.batches import TrainingExamples, TrainingPart, make_collator
 from adpa.data.encoding import TokenIds
 from adpa.data.responses import ResponseName, ResponseSet, ResponseSetInfo, make_response_set
-from adpa.data.signals import ModelIdentity, Scoring, SignalRow, read_signals, write_signals
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import ModelIdentity, Scoring, read_signals, write_signals
 from adpa.pipeline.student import attach_distill_head
 
 VOCABULARY, TOP_K = 49152, 50

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
@@ -22,7 +23,7 @@ from adpa.lab.methods import Method, trial_name
 from adpa.lab.report import StudyReport, report_study
 from adpa.lab.runs import STUDENT, TEACHER, Run, has_result, read_result
 from adpa.lab.seed_process import SeedProcess
-from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
+from adpa.lab.study import OWN_STUDY, Study, read_study
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
 
@@ -46,11 +47,7 @@ def lab(
         AdpaError: something about the arguments, the study or the directory that the caller can put right.
     """
     started = time.perf_counter()
-    chosen = read_study(study or OWN_STUDY)
-    if seed:
-        chosen = replace(chosen, seeds=check_seeds(seed, "--seed"))
-    if shared := set(chosen.seeds) & set(chosen.tuning_seeds):
-        raise OptionError(f"seed {min(shared)} is both tuned on and reported", "choose other seeds to report")
+    chosen = read_study(study or OWN_STUDY, seed)
     for package in ("trl", "matplotlib"):
         if find_spec(package) is None:
             raise OptionError(f"adpa lab needs {package}, which is not installed", "pip install 'adpa[lab]'")
@@ -77,15 +74,21 @@ def lab(
 
 
 def _begin(output: Path, study: Study) -> None:
-    """Writes down the settings of a study in its directory, or checks that they are those it was begun with."""
+    """Writes down a study's settings and adpa's version in its directory, or checks that it was begun with these."""
     path = output / SETTINGS
-    settings = json.loads(json.dumps(study.settings()))
+    settings = json.loads(json.dumps(study.settings() | {"adpa": version("adpa")}))
     if path.exists():
         try:
             begun = json.loads(path.read_text())
         except ValueError as error:
             raise OptionError(f"{path}: damaged: {error}", "delete it if the study beside it is this one") from error
         different = [name for name, value in settings.items() if begun.get(name) != value]
+        if different == ["adpa"]:
+            found = f"adpa {begun['adpa']}" if "adpa" in begun else "an adpa that did not write down its version"
+            raise OptionError(
+                f"--output {output}: the study there was begun by {found}; this is adpa {settings['adpa']}",
+                "name another directory, so that all results are of one version",
+            )
         if different:
             raise OptionError(
                 f"--output {output}: a study of other settings was begun there: its {' and '.join(different)} differ",

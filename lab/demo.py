@@ -21,7 +21,8 @@ from adpa.errors import OptionError
 from adpa.lab.checkpoints import Laboratory, build_laboratory
 from adpa.lab.command import adpa
 from adpa.lab.environment import Environment
-from adpa.lab.evaluate import Evaluation, evaluate, mean, win_rate
+from adpa.lab.evaluate import Evaluation, evaluate, mean
+from adpa.pipeline.bootstrap import win_share
 
 EVALUATION_PROMPTS = 500
 BASELINE = "SFT student"
@@ -102,7 +103,7 @@ def summarize(evaluations: dict[str, Evaluation]) -> Results:
     baseline = asdict(evaluations[BASELINE])
     return {
         name: {
-            decoding: {"reward": mean(rewards), "win_rate": win_rate(rewards, baseline[decoding])}
+            decoding: {"reward": mean(rewards), "win_rate": float(win_share(rewards, baseline[decoding]).mean())}
             for decoding, rewards in asdict(evaluation).items()
         }
         for name, evaluation in evaluations.items()

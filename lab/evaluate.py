@@ -60,10 +60,5 @@ def mean(rewards: Sequence[float]) -> float:
     return sum(rewards) / len(rewards)
 
 
-def win_rate(rewards: Sequence[float], baseline: Sequence[float]) -> float:
-    """The share of prompts on which `rewards` is above `baseline`; a tie counts one half."""
-    return mean([(one > other) + 0.5 * (one == other) for one, other in zip(rewards, baseline, strict=True)])
-
-
 def _rewards(prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[float, ...]:
     return tuple(reward(prompt, response) for prompt, response in zip(prompts, responses, strict=True))

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.responses import ResponseName
+from adpa.data.signals import read_scoring, read_signals
 from adpa.lab.advantages import CHANGES, AdvantageName, change_signals, towards_prior
 from adpa.lab.checkpoints import Laboratory, align
 from adpa.lab.evaluate import MAX_NEW_TOKENS
 from adpa.pipeline.distill import distill
-from adpa.pipeline.objectives import ObjectiveName
+from adpa.pipeline.objectives import ObjectiveName, TermWeights, objective_terms
 from adpa.pipeline.precompute import precompute
 
 OBJECTIVES = (*get_args(ObjectiveName), "dpo")
@@ -66,12 +67,22 @@ def method_options(objective: str) -> dict[str, Any]:
     }
 
 
+def terms_of(objective: ObjectiveName, options: Mapping[str, Any]) -> dict[ResponseName, TermWeights]:
+    """The terms that ``distill`` trains with, given these options.
+
+    Raises:
+        OptionError: the objective has no use for one of them.
+    """
+    given = {**method_options(objective), **options}
+    return objective_terms(objective, given["on"], given["kl_weight"], given["advantage_weight"])
+
+
 def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, output: Path, seed: int) -> None:
     """Trains the student in ``start`` and saves it in ``output``; what the teacher said is shared through ``cache``."""
     if method.objective == "dpo":
         align(start, laboratory.preferences, output, seed, **method.options)
         return
-    on = method.options.get("on", "sampled" if method.objective == "adpa" else "chosen")
+    terms = terms_of(method.objective, method.options)
 
     def scored(reference: Path) -> str:
         return precompute(
@@ -79,7 +90,7 @@ def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, outp
             str(laboratory.preferences),
             cache,
             reference=str(reference),
-            student=str(start) if on == "sampled" else None,
+            student=str(start) if "sampled" in terms else None,
             top_k=method.top_k,
             max_new_tokens=MAX_NEW_TOKENS,
             seed=seed,
@@ -88,8 +99,7 @@ def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, outp
 
     scoring = scored(laboratory.reference)
     if method.prior:
-        of_student = scored(laboratory.student)
-        prior = next(read_signals(cache, found) for found in read_scorings(cache) if found.id == of_student)
+        prior = read_signals(cache, read_scoring(cache, scored(laboratory.student)))
         scoring = change_signals(cache, scoring, "the student's KL", towards_prior(prior))
     if method.advantages != "log ratio":
         scoring = change_signals(cache, scoring, f"{method.advantages} advantages", CHANGES[method.advantages])

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adpa.data.signals import SignalTable
+from adpa.data.summary import PLAUSIBLE
 from adpa.lab.report import MethodResult, StudyReport
 from adpa.pipeline.bootstrap import Interval
 
@@ -70,7 +71,7 @@ def plot_advantages(axes: Axes, signals: SignalTable) -> None:
     advantages_S = np.concatenate([np.ravel(np.asarray(row.topk_advantages)) for row in rows]).astype(np.float64)
     axes.plot(p_S, advantages_S, ".", markersize=1, color=BLUE, alpha=0.3, rasterized=True)
     axes.axhline(0, color="black", linewidth=1)
-    axes.axvline(0.05, color=RED, linestyle="--", linewidth=1, label="plausibility 0.05")
+    axes.axvline(PLAUSIBLE, color=RED, linestyle="--", linewidth=1, label=f"plausibility {PLAUSIBLE:g}")
     axes.set_xscale("log")
     axes.set_xlabel("probability that the teacher gives to the token")
     axes.set_ylabel("advantage, nats")

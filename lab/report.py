@@ -66,6 +66,7 @@ class StudyReport:
         prompts: held-out prompts of each.
         methods: the SFT student, the teacher and the tuned methods.
         variants: the others.
+        versions: of adpa, that did it.
         seconds: wall-clock time of this run of the command.
     """
 
@@ -74,6 +75,7 @@ class StudyReport:
     prompts: int
     methods: list[MethodResult]
     variants: list[MethodResult]
+    versions: list[str]
     seconds: float
 
 
@@ -97,6 +99,7 @@ def report_study(
         prompts=len(first[0].evaluation.sampled),
         methods=[summary for name, summary in summaries.items() if name not in variants],
         variants=[summary for name, summary in summaries.items() if name in variants],
+        versions=sorted({result.version for result in results}),
         seconds=seconds,
     )
     write_rewards(output / "results.parquet", everything, results)
@@ -143,6 +146,7 @@ def write_rewards(path: Path, methods: Mapping[str, Method | None], results: Seq
             "greedy": result.evaluation.greedy,
             "seconds": result.seconds,
             "last_log": json.dumps(result.last_log),
+            "version": result.version,
         }
         for result in results
     ]
@@ -178,7 +182,8 @@ def table_cells(result: MethodResult) -> tuple[str, ...]:
 
 def markdown_tables(report: StudyReport) -> str:
     """Both tables, and the options that tuning chose."""
-    parts = [f"{len(report.seeds)} seeds ({', '.join(map(str, report.seeds))}), {report.prompts} prompts each\n"]
+    seeds, versions = ", ".join(map(str, report.seeds)), ", ".join(report.versions)
+    parts = [f"{len(report.seeds)} seeds ({seeds}), {report.prompts} prompts each, by adpa {versions}\n"]
     for results in (report.methods, report.variants):
         lines = [HEADINGS, ("---",) * len(HEADINGS), *map(table_cells, results)]
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))

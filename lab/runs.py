@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Result:
         evaluation: the rewards of its responses to the held-out prompts.
         seconds: of training, and of scoring what no run before it needed.
         last_log: what ``distill`` logged last.
+        version: of the adpa that did it.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Result:
     evaluation: Evaluation
     seconds: float
     last_log: dict[str, Any]
+    version: str
 
 
 def conduct_seed(directory: Path, seed: int, plan: Plan, prompts: int, runs: Sequence[Run]) -> None:
@@ -74,12 +77,13 @@ def conduct_seed(directory: Path, seed: int, plan: Plan, prompts: int, runs: Seq
     laboratory = _laboratory(home / "lab", seed, plan)
     asked = plan.environment.evaluation_prompts(prompts, seed)
     for run in runs:
-        if not _result_path(directory, seed, run.name).exists():
+        if not has_result(directory, seed, run):
             checkpoint, seconds = _train(run, laboratory, home, seed)
             evaluation = evaluate(checkpoint, asked, seed)
             record = checkpoint / RECORD
             logs = json.loads(record.read_text())["losses"] if record.exists() else [{}]
             result = {"evaluation": asdict(evaluation), "seconds": seconds, "last_log": logs[-1]}
+            result["version"] = version("adpa")
             write_file(_result_path(directory, seed, run.name), json.dumps(result).encode())
 
 

@@ -5,21 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, get_args
-
-import yaml
+from typing import Any, get_args
 
 from adpa.errors import OptionError
 from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
-from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, trial_name
-from adpa.pipeline.objectives import check_plausibility, objective_terms
+from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
+from adpa.pipeline.objectives import check_plausibility
+from adpa.pipeline.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
 OWN_STUDY = Path(__file__).with_name("study.yaml")
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,17 @@ class Study:
         return {name: values[name] for name in ("tuning_seeds", "prompts", "plan", "methods", "variants")}
 
 
-def read_study(path: Path = OWN_STUDY) -> Study:
+def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
     """Reads and checks a study.
+
+    Args:
+        path: its file.
+        seeds: what is reported instead of the file's.
 
     Raises:
         OptionError: the file cannot be read, or something in it is unknown or out of range.
     """
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"--study {path}: {' '.join(str(error).split())}") from error
-    where = f"--study {path}"
+    content, where = read_options("--study", path), f"--study {path}"
     defaults: dict[str, Any] = {"seeds": [], "tuning_seeds": [], "prompts": 500, "laboratory": {}, "options": {}}
     defaults |= {"methods": {}, "variants": {}, "sweeps": []}
     content = _read(content, where, defaults)
@@ -68,7 +65,7 @@ def read_study(path: Path = OWN_STUDY) -> Study:
     common = _read(content["options"], f"{where}: options", method_options("adpa"))
     methods, variants = (
         {
-            str(name): _method(method, common, f"{where}: {part}: {name!r}")
+            name: _method(method, common, f"{where}: {part}: {name!r}")
             for name, method in _read(content[part], f"{where}: {part}").items()
         }
         for part in ("methods", "variants")
@@ -78,18 +75,19 @@ def read_study(path: Path = OWN_STUDY) -> Study:
             if name in variants:
                 raise OptionError(f"{where}: sweeps: {name!r} is there twice", "give every sweep a name of its own")
             variants[name] = method
-    seeds, tuning_seeds = check_seeds(content["seeds"], f"{where}: seeds"), content["tuning_seeds"]
+    reported = check_seeds(seeds, "--seed") if seeds else check_seeds(content["seeds"], f"{where}: seeds")
+    tuning_seeds = content["tuning_seeds"]
     if tuning_seeds:
         tuning_seeds = check_seeds(tuning_seeds, f"{where}: tuning_seeds")
     _check_methods(methods, variants, tuning_seeds, where)
-    if shared := set(seeds) & set(tuning_seeds):
+    if shared := set(reported) & set(tuning_seeds):
         raise OptionError(f"{where}: seed {min(shared)} is both tuned on and reported", "choose other seeds")
     if content["prompts"] < 2:
         raise OptionError(f"{where}: prompts {content['prompts']}; expected at least 2")
     if not methods:
         raise OptionError(f"{where}: no methods; expected at least one")
     plan = _plan(content["laboratory"], f"{where}: laboratory")
-    return Study(seeds, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
+    return Study(reported, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
@@ -140,11 +138,10 @@ def _check_options(method: Method, options: Mapping[str, Any], where: str) -> No
     """Refuses before anything is trained what ``distill`` would refuse after an hour."""
     if method.objective == "dpo":
         return
-    defaults = method_options(method.objective)
-    terms = ("on", "kl_weight", "advantage_weight")
     try:
-        objective_terms(method.objective, *(options.get(name, defaults[name]) for name in terms))
-        check_plausibility(options.get("plausibility", defaults["plausibility"]))
+        terms_of(method.objective, options)
+        if "plausibility" in options:
+            check_plausibility(options["plausibility"])
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
 
@@ -217,8 +214,7 @@ def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -
     """A mapping whose names are among those of ``defaults``, with a number or a list where these have one."""
     if not isinstance(content, Mapping):
         raise OptionError(f"{where}: {content!r}; expected a mapping")
-    # YAML reads the word on as true, and 1e-3 as text.
-    content = {"on" if name is True else str(name): _number(value) for name, value in content.items()}
+    content = {name: as_number(value) for name, value in content.items()}
     if defaults is None:
         return content
     if unknown := sorted(content.keys() - defaults.keys()):
@@ -234,22 +230,5 @@ def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -
     return content
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that does not say one thing twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = Counter(key.value for key, _ in node.value)
-        if twice := [name for name, count in names.items() if count > 1 and name != "<<"]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

@@ -30,7 +30,7 @@ def write_batches(
     batches: Sequence[Sequence[Item]],
     size: Callable[[Item], int],
     results: Iterable[Result],
-    write: Callable[[Result], None],
+    write: Callable[[Result], object],
 ) -> None:
     """Writes the result of each batch while the next one is being computed, and shows progress.
 
@@ -43,7 +43,7 @@ def write_batches(
     """
     total = sum(size(item) for batch in batches for item in batch)
     with progress(description, total) as advance, ThreadPoolExecutor(max_workers=1) as writer:
-        writing: Future[None] | None = None
+        writing: Future[object] | None = None
         for batch, result in zip(batches, results, strict=True):
             if writing is not None:
                 writing.result()

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Doc
 
+from adpa.data.format import check_cache
+from adpa.data.locations import Location
 from adpa.data.plain_rows import SCHEMA, plain_tables
-from adpa.data.selection import ScoredSet, check_cache, select_one_scored
+from adpa.data.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
 from adpa.pipeline.directories import check_writable_file
 from adpa.pipeline.progress import progress
@@ -44,7 +46,7 @@ class ExportReport:
 
 
 def export_cache(
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
     output: Annotated[
         Path, Doc("What to write: a Parquet file if it ends with .parquet, or else a directory of datasets.")
     ],

@@ -4,18 +4,18 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Doc
 
+from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, FileKind, list_files
+from adpa.data.locations import Location
 from adpa.data.removal import remove_files
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.samples import samples_folder
-from adpa.data.selection import check_cache
 from adpa.data.shards import peek_shard, read_shard, serialize, write_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.pipeline.directories import check_writable
@@ -65,7 +65,7 @@ class GarbageReport:
 
 
 def collect_garbage(
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
     yes: Annotated[bool, Doc("Remove what is listed.")] = False,
 ) -> GarbageReport:
     """List what no response set of a cache needs, and remove it with --yes.
@@ -93,6 +93,7 @@ def collect_garbage(
     found.of_owners("tokenizer", {responses.info.tokenizer for responses in sets}, "no response set names it")
     found.others()
     if yes:
+        prepare_cache(cache)
         with progress("removing: files", len(found.files)) as advance:
             for file, kept in found.files:
                 if kept is not None:
@@ -184,7 +185,7 @@ def _keys(tables: Iterable[pa.Table]) -> pa.ChunkedArray:
     return pa.chunked_array([chunk for table in tables for chunk in table["key"].chunks], pa.binary(16))
 
 
-def _now(cache: Path) -> float:
+def _now(cache: Location) -> float:
     """The time by the clock of the file system, which may be another machine's."""
     path = cache / f".clock.{uuid.uuid4().hex}"
     path.write_bytes(b"")

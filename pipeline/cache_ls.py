@@ -5,17 +5,17 @@ It is told from file sizes, Arrow metadata and the column ``key``; no signal is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Doc
 
+from adpa.data.format import check_cache
 from adpa.data.inventory import CacheFile, list_files
+from adpa.data.locations import Location
 from adpa.data.responses import ResponseSet, ResponseSetInfo, peek_response_set
 from adpa.data.samples import samples_folder
-from adpa.data.selection import check_cache
 from adpa.data.shards import peek_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import DamagedFileError
@@ -132,7 +132,7 @@ class CacheListing:
     total: ListedFiles
 
 
-def list_cache(cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")]) -> CacheListing:
+def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
     """List what a cache holds: response sets, scorings, their rows, tokens and bytes, and who made them.
 
     It looks at sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
@@ -261,7 +261,7 @@ def _list_scoring(
 
 
 def _list_samples(
-    cache: Path, files: Sequence[CacheFile], sets: dict[str, ResponseSet], peek: _Peek
+    cache: Location, files: Sequence[CacheFile], sets: dict[str, ResponseSet], peek: _Peek
 ) -> list[ListedSamples]:
     makers: dict[str, list[str]] = {}
     for name, found in sets.items():

@@ -9,9 +9,10 @@ import pyarrow as pa
 from typing_extensions import Doc
 
 from adpa.data import samples, signals
+from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, list_files
+from adpa.data.locations import Location
 from adpa.data.responses import read_response_set
-from adpa.data.selection import check_cache
 from adpa.data.shards import list_shards, peek_shard, read_shard, write_file
 from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
@@ -64,8 +65,8 @@ class MergeReport:
 
 
 def merge_cache(
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache that is added to.")],
-    other: Annotated[Path, Doc("Directory of the cache whose files are taken; it is not changed.")],
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache that is added to.")],
+    other: Annotated[Location, Doc("Directory or URL of the cache whose files are taken; it is not changed.")],
 ) -> MergeReport:
     """Take another cache's response sets, scorings, signals, samples and tokenizers.
 
@@ -81,6 +82,7 @@ def merge_cache(
     if cache.resolve() == other.resolve():
         raise OptionError(f"{other}: the same cache as {cache}", "name another one")
     check_writable("CACHE", cache)
+    prepare_cache(cache)
     files = list_files(other)
     merge = _Merge(cache, other, MergeReport(str(cache), str(other)))
     with progress("merging: bytes", sum(file.size for file in files)) as advance:
@@ -90,6 +92,8 @@ def merge_cache(
                     merge.take(file)
                     advance(file.size)
     for file in files:
+        if file.kind == "marker":
+            merge.report.present.add(file.size)
         if file.kind in ("pending", "unfinished", "damaged", "evaluation", "unknown"):
             merge.report.left_out.add(file.size)
     return merge.report
@@ -97,11 +101,11 @@ def merge_cache(
 
 @dataclass
 class _Merge:
-    cache: Path
-    other: Path
+    cache: Location
+    other: Location
     report: MergeReport
     tokenizers: dict[str, Taken] = field(default_factory=dict)
-    keys: dict[Path, set[bytes]] = field(default_factory=dict)
+    keys: dict[Location, set[bytes]] = field(default_factory=dict)
 
     def take(self, file: CacheFile) -> None:
         """Takes a file, unless it is damaged."""
@@ -165,7 +169,7 @@ class _Merge:
         else:
             self._link_or_copy(file, self.cache / file.place)
 
-    def _link_or_copy(self, file: CacheFile, target: Path) -> None:
+    def _link_or_copy(self, file: CacheFile, target: Location) -> None:
         if _link(file.path, target):
             self.report.linked.add(file.size)
         else:
@@ -173,7 +177,7 @@ class _Merge:
             self.report.copied.add(file.size)
 
 
-def _link(source: Path, target: Path) -> bool:
+def _link(source: Location, target: Location) -> bool:
     """Links a file; says whether that is possible here."""
     if not (isinstance(source, Path) and isinstance(target, Path)):
         return False

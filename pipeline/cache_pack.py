@@ -8,7 +8,6 @@ key stands once. Until then the old files go from the last name to the first: th
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -18,10 +17,12 @@ from numpy.typing import NDArray
 from typing_extensions import Doc
 
 from adpa.data import samples, signals
+from adpa.data.compact import compact_schema, compact_table
+from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import list_files
-from adpa.data.selection import check_cache
+from adpa.data.locations import Location
 from adpa.data.shards import list_shards, peek_shard, read_shard, remove_file, write_shard
-from adpa.data.signals import Scoring, SignalTable, read_scorings, signals_schema, signals_table
+from adpa.data.signals import Scoring, SignalTable, read_scorings
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
 
@@ -59,7 +60,7 @@ class PackReport:
     untouched: int
 
 
-def pack_cache(cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")]) -> PackReport:
+def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> PackReport:
     """Write a cache's many small files as few large ones, without changing any row.
 
     Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.
@@ -72,6 +73,7 @@ def pack_cache(cache: Annotated[Path, Doc("Directory of the teacher-signal cache
     """
     check_cache(cache)
     check_writable("CACHE", cache)
+    prepare_cache(cache)
     packed = [
         pack_folder(scoring.folder(cache), signals.SHARD_PREFIX, _schema(scoring), partial(_encode, scoring))
         for scoring in read_scorings(cache)
@@ -83,7 +85,7 @@ def pack_cache(cache: Annotated[Path, Doc("Directory of the teacher-signal cache
 
 
 def pack_folder(
-    folder: Path,
+    folder: Location,
     prefix: str,
     schema: pa.Schema,
     encode: Callable[[pa.Table], Iterator[pa.Table]],
@@ -101,12 +103,12 @@ def pack_folder(
     paths = list_shards(folder, prefix)
     sizes = {path: path.stat().st_size for path in paths}
     first = _first_rows(paths)
-    other = {path for path in paths if peek_shard(path).schema != schema}
+    other = {path for path in paths if not peek_shard(path).schema.equals(schema, check_metadata=True)}
     again = {path for path in paths if not first[path].all()}
     chosen = [path for path in paths if sizes[path] < goal // 2 or path in other | again]
     if len(chosen) < 2 and not other | again:
         return None
-    written: list[Path] = []
+    written: list[Location] = []
     group: list[pa.Table] = []
 
     def flush() -> None:
@@ -138,7 +140,7 @@ def pack_folder(
     )
 
 
-def _first_rows(paths: list[Path]) -> dict[Path, NDArray[np.bool_]]:
+def _first_rows(paths: list[Location]) -> dict[Location, NDArray[np.bool_]]:
     """Which rows of each shard readers see: those that are the first with their key."""
     columns = [peek_shard(path)["key"] for path in paths]
     keys = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
@@ -148,7 +150,7 @@ def _first_rows(paths: list[Path]) -> dict[Path, NDArray[np.bool_]]:
 
 
 def _schema(scoring: Scoring) -> pa.Schema:
-    return signals_schema(scoring.top_k)
+    return compact_schema(scoring.top_k, scoring.lossy)
 
 
 def _encode(scoring: Scoring, table: pa.Table) -> Iterator[pa.Table]:
@@ -156,7 +158,7 @@ def _encode(scoring: Scoring, table: pa.Table) -> Iterator[pa.Table]:
     read = SignalTable([table])
     for start in range(0, len(read), ROWS_AT_ONCE):
         rows = [read.row(number) for number in range(start, min(start + ROWS_AT_ONCE, len(read)))]
-        yield signals_table(rows, _schema(scoring))
+        yield compact_table(rows, scoring.top_k, scoring.lossy)
 
 
 def _as_it_is(table: pa.Table) -> Iterator[pa.Table]:

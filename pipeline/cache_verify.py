@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -11,13 +10,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
+from adpa.data.format import MARKER, check_cache
 from adpa.data.integrity import SignalRules, response_set_problems, sample_problems, signal_problems
 from adpa.data.inventory import CacheFile, list_files
+from adpa.data.locations import Location
 from adpa.data.ragged import list_row
 from adpa.data.removal import set_aside
 from adpa.data.responses import ResponseSet, read_response_set
 from adpa.data.samples import SCHEMA as SAMPLES_SCHEMA
-from adpa.data.selection import check_cache
 from adpa.data.shards import read_shard
 from adpa.data.signals import Scoring, SignalTable, read_scoring_file
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
@@ -83,7 +83,7 @@ class VerifyReport:
 
 
 def verify_cache(
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
     repair: Annotated[
         bool, Doc("Move damaged files to CACHE/damaged, so that the next adpa precompute makes them again.")
     ] = False,
@@ -99,7 +99,7 @@ def verify_cache(
         CacheError: there is no cache.
         OptionError: the cache cannot be written, with ``repair``.
     """
-    check_cache(cache)
+    marker = _check_marker(cache)
     if repair:
         check_writable("--repair:", cache)
     files = list_files(cache)
@@ -107,6 +107,7 @@ def verify_cache(
     total = sum(file.size for file in checked)
     with progress("verifying: bytes", total) as advance:
         check = _Check(cache, checked, advance)
+        check.faults += marker
         check.all()
     aside = []
     if repair:
@@ -125,10 +126,18 @@ def verify_cache(
     )
 
 
+def _check_marker(cache: Location) -> list[Fault]:
+    try:
+        check_cache(cache)
+    except DamagedFileError as error:
+        return [Fault(MARKER, _problem(error))]
+    return []
+
+
 class _Check:
     """Checks files in the order in which they explain each other, and notes faults."""
 
-    def __init__(self, cache: Path, files: Sequence[CacheFile], advance: Callable[[int], None]) -> None:
+    def __init__(self, cache: Location, files: Sequence[CacheFile], advance: Callable[[int], None]) -> None:
         self.rows = 0
         self.faults: list[Fault] = []
         self._cache = cache
@@ -254,8 +263,12 @@ class _Check:
         return [file for file in self._files if file.kind == kind]
 
     def _note(self, place: str, error: Exception) -> None:
-        problem = str(error.args[0]) if isinstance(error, DamagedFileError) else str(error)
-        self.faults.append(Fault(place, " ".join(problem.rpartition(": damaged: ")[2].split())))
+        self.faults.append(Fault(place, _problem(error)))
+
+
+def _problem(error: Exception) -> str:
+    problem = str(error.args[0]) if isinstance(error, DamagedFileError) else str(error)
+    return " ".join(problem.rpartition(": damaged: ")[2].split())
 
 
 @dataclass(frozen=True)
@@ -284,6 +297,8 @@ def _rules(scoring: Scoring, sizes: dict[str, int]) -> SignalRules:
     size = sizes.get(scoring.vocabulary)
     return SignalRules(
         top_k=scoring.top_k,
+        ragged=scoring.top_p < 1,
+        lossy=scoring.lossy,
         with_reference=scoring.reference is not None,
         ids_below=None if size is None else int(size * PADDED_VOCABULARY),
     )

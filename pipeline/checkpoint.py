@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Name, revision and the digest of configuration and weights; reads every byte of them once."""
+        """Name, revision and the digest of configuration and weights; reads every byte of them once in a process."""
         files = [self.directory / "config.json", *_weight_files(self.directory)]
         with ThreadPoolExecutor(max_workers=8) as pool:
             digests = pool.map(_digest_file, files)
@@ -264,6 +264,13 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _digest_file(path: Path) -> str:
+    found = path.stat()
+    return _digest_bytes(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _digest_bytes(path: Path, *state: int) -> str:
+    """The digest of a file in this state, remembered: evaluation asks the same large models several times."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -3,15 +3,18 @@
 import os
 from pathlib import Path
 
+from adpa.data.locations import Location
 from adpa.errors import OptionError
 
 
-def check_writable(option: str, directory: Path) -> None:
-    """Checks that a directory can be written, or made where it is not there yet.
+def check_writable(option: str, directory: Location) -> None:
+    """Checks that a directory can be written, or made where it is not there yet; an object store says it when asked.
 
     Raises:
         OptionError: naming the option.
     """
+    if not isinstance(directory, Path):
+        return
     nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")

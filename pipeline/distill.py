@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType
 from typing_extensions import Doc
 
 from adpa.data.batches import TrainingExamples, make_collator
+from adpa.data.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
 from adpa.data.shards import write_file
+from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
@@ -27,6 +29,7 @@ from adpa.pipeline.directories import check_writable
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
+from adpa.pipeline.yaml_options import as_number
 
 RECORD = "adpa.json"
 
@@ -67,7 +70,7 @@ class DistillReport:
 def distill(
     objective: Annotated[ObjectiveName, Doc("What to minimise: sft, kd, dckd or adpa.")],
     student: Annotated[str, Doc("The small model to train: a directory, or org/name[@revision] of the Hub.")],
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    cache: Annotated[Location, Doc("Directory of the teacher-signal cache, or a URL such as s3://bucket/folder.")],
     output: Annotated[Path, Doc("Directory for the trained student; it must be empty.")],
     on: Annotated[
         ResponseName | None,
@@ -83,7 +86,7 @@ def distill(
             "Keep a positive advantage only where the teacher's probability is at least this: for tokens that both "
             "models find implausible it says little, and a large γ would follow it there. 0 is the published form."
         ),
-    ] = 0.05,
+    ] = PLAUSIBLE,
     scoring: Annotated[str | None, Doc("Scoring to learn from (the beginning of its id), if several fit.")] = None,
     response_set: Annotated[
         list[str] | None, Doc("Response set to train on (the beginning of its id), if several fit; repeatable.")
@@ -256,7 +259,7 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
         key, equals, value = override.partition("=")
         if not equals or key not in known:
             raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
-        arguments[key] = _parse_value(value)
+        arguments[key] = as_number(yaml.safe_load(value))
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
     use_cpu = resolve_device(device).type == "cpu"
@@ -274,18 +277,7 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
     return made
 
 
-def _parse_value(text: str) -> Any:
-    """A value as YAML has it; 1e-4 is a number here, as people expect."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _check_student(checkpoint: Checkpoint, cache: Path, selection: Selection) -> PreTrainedTokenizerBase:
+def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, after checking that the student's agrees with it."""
     info = next(iter(selection.sets.values())).info
     tokenizer = read_tokenizer(cache, info.tokenizer)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from typing_extensions import Doc
 
 from adpa.data.encoding import TokenIds
+from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.signals import read_scoring, read_signals
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
 from adpa.pipeline.checkpoint import open_checkpoint
@@ -37,11 +38,11 @@ from adpa.pipeline.options import (
     QuantizationOption,
     SamplesPerPromptOption,
     SamplingSeedOption,
+    SamplingTopPOption,
     SplitOption,
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
-    TopPOption,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 
@@ -120,15 +121,15 @@ def evaluate(
     reference: Annotated[str, Doc("The large model before preference training.")],
     data: Annotated[str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered.")],
     cache: Annotated[
-        Path | None,
-        Doc("Directory whose evaluation/ keeps samples and scores, so that a run can go on; nothing is kept without."),
+        Location | None,
+        Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),
     ] = None,
     split: SplitOption = None,
     max_prompt_length: MaxPromptLengthOption = 1024,
     drop_invalid: DropInvalidOption = False,
     samples_per_prompt: SamplesPerPromptOption = 1,
     temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
+    sampling_top_p: SamplingTopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 512,
     seed: SamplingSeedOption = 0,
     engine: EngineOption = "auto",
@@ -156,7 +157,7 @@ def evaluate(
             "name the model before training, or another one",
         )
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
-        folder = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
+        folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
             precompute,
             teacher=teacher,
@@ -170,7 +171,7 @@ def evaluate(
             drop_invalid=drop_invalid,
             samples_per_prompt=samples_per_prompt,
             temperature=temperature,
-            top_p=top_p,
+            sampling_top_p=sampling_top_p,
             max_new_tokens=max_new_tokens,
             seed=seed,
             engine=engine,
@@ -245,10 +246,10 @@ class _Answers:
         )
 
 
-def _read_answers(cache: Path, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
+def _read_answers(cache: Location, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
     """What a run of ``precompute`` sampled and scored; the first one of several pairs with the same prompt."""
     responses = next(found for found in read_response_sets(cache) if found.id == done.responses["sampled"])
-    signals = read_signals(cache, next(found for found in read_scorings(cache) if found.id == done.scoring))
+    signals = read_signals(cache, read_scoring(cache, done.scoring))
     sequences, numbers = responses.sequences(), signals.locate(responses.table["key"])
     firsts: dict[bytes, int] = {}  # where the M responses to a prompt begin; they stand together
     for start in range(0, len(sequences), samples_per_prompt):

@@ -8,6 +8,7 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from adpa.data.inspection import InspectedResponse, inspect_responses
+from adpa.data.locations import Location
 from adpa.data.responses import ResponseSet
 from adpa.data.selection import ScoredSet, select_scored, several_fit
 from adpa.data.shards import write_file
@@ -37,7 +38,7 @@ class InspectReport:
 
 
 def inspect_cache(
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache.")],
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
     response_set: Annotated[
         str | None, Doc("Response set to show: chosen, rejected or sampled, or the beginning of its id.")
     ] = None,

@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 from typing_extensions import Doc
 
 from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.format import find_version, prepare_cache
+from adpa.data.locations import Location
 from adpa.data.preferences import read_rows
 from adpa.data.responses import (
     RESPONSE_NAMES,
@@ -21,7 +22,8 @@ from adpa.data.responses import (
     write_response_set,
 )
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
-from adpa.data.signals import ModelIdentity, Scoring, signal_bytes
+from adpa.data.signal_rows import plain_bytes
+from adpa.data.signals import ModelIdentity, Scoring
 from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint, resolve_device
@@ -41,11 +43,11 @@ from adpa.pipeline.options import (
     QuantizationOption,
     SamplesPerPromptOption,
     SamplingSeedOption,
+    SamplingTopPOption,
     SplitOption,
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
-    TopPOption,
 )
 from adpa.pipeline.sampling import sample_responses
 from adpa.pipeline.scoring import Scorer, missing_sequences, score
@@ -60,7 +62,7 @@ class PrecomputeReport:
         reused: token sequences whose signals were already there.
         sampled: responses sampled now.
         tokens: response tokens scored now.
-        bytes: size of the signals of these tokens.
+        bytes: size of the files written for them; with ``dry_run``, of their signals without any encoding.
         truncated_prompts: prompts cut to ``max_prompt_length``.
         truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``.
         dropped: pairs left out because of ``drop_invalid``.
@@ -91,7 +93,10 @@ class PrecomputeReport:
 def precompute(
     teacher: TeacherOption,
     data: Annotated[str, Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name.")],
-    cache: Annotated[Path, Doc("Directory of the teacher-signal cache, shared by all students.")],
+    cache: Annotated[
+        Location,
+        Doc("Directory of the teacher-signal cache, shared by all students; or a URL such as s3://bucket/folder."),
+    ],
     reference: Annotated[
         str | None, Doc("The large model before preference training; with it, tokens get advantages.")
     ] = None,
@@ -102,12 +107,18 @@ def precompute(
     ] = None,
     split: SplitOption = None,
     top_k: Annotated[int, Doc("Ids of highest teacher probability kept for each response token.")] = 50,
+    top_p: Annotated[
+        float, Doc("Keep only the fewest of these ids that have this much probability together; 1 keeps all.")
+    ] = 1.0,
+    lossy: Annotated[
+        bool, Doc("Round the signals to about 60% of their size; what that changes is kept beside them.")
+    ] = False,
     max_prompt_length: MaxPromptLengthOption = 1024,
     max_length: Annotated[int, Doc("Tokens of prompt and response together; the response is cut.")] = 2048,
     drop_invalid: DropInvalidOption = False,
     samples_per_prompt: SamplesPerPromptOption = 1,
     temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
+    sampling_top_p: SamplingTopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 512,
     seed: SamplingSeedOption = 0,
     engine: EngineOption = "auto",
@@ -137,8 +148,9 @@ def precompute(
     """
     started = time.perf_counter()
     names = _response_names(responses, student)
-    _check_options(top_k, samples_per_prompt, temperature, top_p, max_new_tokens, batch_tokens)
+    _check_options(top_k, top_p, samples_per_prompt, temperature, sampling_top_p, max_new_tokens, batch_tokens)
     check_writable("--cache", cache)
+    find_version(cache)  # one that this program must not write to is refused at once
     torch_device = resolve_device(device)
     models = _open_models(teacher, reference, student, top_k)
     options = VllmOptions(
@@ -159,6 +171,8 @@ def precompute(
         raise DataError(f"{data}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
     longest = models.check_data(pairs, names, max_new_tokens, runs_on)
     sets = _preference_sets(pairs, encoder, names)
+    if not dry_run:
+        prepare_cache(cache)
 
     unsampled: list[SampleRequest] = []
     if models.student is not None:
@@ -166,7 +180,7 @@ def precompute(
             student=models.student.identity.digest,
             turn_end=encoder.turn_end.token_id,
             temperature=temperature,
-            top_p=top_p,
+            top_p=sampling_top_p,
             max_new_tokens=max_new_tokens,
             samples_per_prompt=samples_per_prompt,
             seed=seed,
@@ -197,9 +211,12 @@ def precompute(
         top_k=top_k,
         dtype=scoring_dtype,
         engine=runs_on.name,
+        top_p=top_p,
+        lossy=lossy,
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
     missing = missing_sequences(cache, scoring, list(wanted.values()))
+    written = 0
     if not dry_run:
         write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
         for responses_of in sets.values():
@@ -208,7 +225,7 @@ def precompute(
         def open_scorer(identity: ModelIdentity) -> Scorer:
             return runs_on.open_scorer(models.find(identity), scoring, longest)
 
-        score(cache, scoring, missing, open_scorer, batch_tokens)
+        written = score(cache, scoring, missing, open_scorer, batch_tokens)
 
     planned = len(unsampled) if dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in missing) + planned * max_new_tokens
@@ -217,7 +234,7 @@ def precompute(
         reused=len(wanted) - len(missing),
         sampled=len(unsampled),
         tokens=tokens,
-        bytes=tokens * signal_bytes(top_k, reference is not None),
+        bytes=tokens * plain_bytes(top_k, reference is not None) if dry_run else written,
         truncated_prompts=encoder.counts.truncated_prompts,
         truncated_responses=sum(sets[name].info.truncated_responses for name in names),
         dropped=encoder.counts.dropped,
@@ -308,9 +325,10 @@ def _response_names(responses: str | None, student: str | None) -> list[Response
 
 def _check_options(
     top_k: int,
+    top_p: float,
     samples_per_prompt: int,
     temperature: float,
-    top_p: float,
+    sampling_top_p: float,
     max_new_tokens: int,
     batch_tokens: int | None,
 ) -> None:
@@ -325,8 +343,9 @@ def _check_options(
             raise OptionError(f"{option} {value}; expected at least 1")
     if temperature < 0:
         raise OptionError(f"--temperature {temperature:g}; expected 0 or more")
-    if not 0 < top_p <= 1:
-        raise OptionError(f"--top-p {top_p:g}; expected more than 0 and at most 1")
+    for option, probability in {"--top-p": top_p, "--sampling-top-p": sampling_top_p}.items():
+        if not 0 < probability <= 1:
+            raise OptionError(f"{option} {probability:g}; expected more than 0 and at most 1")
 
 
 def _preference_sets(

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from adpa.data.batches import Collator, TrainingExamples
+from adpa.data.summary import PLAUSIBLE
 from adpa.kernels.student_statistics import IMPLAUSIBLE, StudentStatistics
 from adpa.pipeline.objectives import TermWeights
 from adpa.pipeline.student import observe
@@ -20,7 +21,6 @@ PROBE_EXAMPLES = 32  # over all ranks, spread evenly over the data
 OBSERVED = ("input_ids", "attention_mask", "predicts", "topk_ids", "teacher_logprobs", "advantages")
 RISE = 0.1  # of the student's mass
 IN_A_ROW = 3  # logs
-GUARD = 0.05  # the --plausibility to try first
 
 
 class Probe:
@@ -91,7 +91,7 @@ def collapse(log: Sequence[Mapping[str, Any]], plausibility: float) -> str | Non
         more_mass = entry["student/implausible_mass"] > before["student/implausible_mass"] + RISE
         in_a_row = in_a_row + 1 if more_mass and entry["student/advantage"] > before["student/advantage"] else 0
         if in_a_row == IN_A_ROW:
-            guard = f"--plausibility {GUARD:g} or " if plausibility < GUARD else ""
+            guard = f"--plausibility {PLAUSIBLE:g} or " if plausibility < PLAUSIBLE else ""
             return (
                 f"step {entry['step']}: {entry['student/implausible_mass']:.0%} of the student's mass is on tokens to "
                 f"which the teacher gives less than {IMPLAUSIBLE:g} or that are not in its top K, "

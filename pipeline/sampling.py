@@ -3,10 +3,10 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Protocol
 
 from adpa.data.encoding import TokenIds
+from adpa.data.locations import Location
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, write_samples
 from adpa.pipeline.batching import make_batches, write_batches
@@ -25,7 +25,7 @@ class Sampler(Protocol):
 
 
 def sample_responses(
-    cache: Path,
+    cache: Location,
     sampling: Sampling,
     requests: Sequence[SampleRequest],
     open_sampler: Callable[[], Sampler],

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adpa.data.signals import SignalRow
+from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import logprobs_at, teacher_rows
 from adpa.pipeline.lm_head import LmHead

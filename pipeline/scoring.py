@@ -8,8 +8,6 @@ rows. Both models need not be in memory at once, and advantages are subtracted i
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,18 +15,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from adpa.data.encoding import TokenSequence
-from adpa.data.shards import list_shards, read_shard, write_shard
-from adpa.data.signals import (
-    ModelIdentity,
-    Scoring,
-    SignalRow,
-    SignalTable,
-    read_signals,
-    signals_schema,
-    signals_table,
-    write_scoring,
-    write_signals,
-)
+from adpa.data.locations import Location
+from adpa.data.shards import open_shards, read_shard, remove_file, write_shard
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import ModelError
 from adpa.pipeline.batching import make_batches, write_batches
 
@@ -62,20 +52,20 @@ class Scorer(Protocol):
 OpenScorer = Callable[[ModelIdentity], Scorer]
 
 
-def missing_sequences(cache: Path, scoring: Scoring, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+def missing_sequences(cache: Location, scoring: Scoring, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     """The distinct sequences that have no signal row yet."""
     present = read_signals(cache, scoring).keys()
     return list({sequence.key: sequence for sequence in sequences if sequence.key not in present}.values())
 
 
 def score(
-    cache: Path,
+    cache: Location,
     scoring: Scoring,
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
     batch_tokens: int,
-) -> None:
-    """Scores sequences and adds their rows to the cache.
+) -> int:
+    """Scores sequences, adds their rows to the cache, and gives the bytes of the files with them.
 
     Args:
         cache: the cache's directory.
@@ -85,38 +75,47 @@ def score(
         batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
     """
     write_scoring(cache, scoring)
+    sizes: list[int] = []
+
+    def write(rows: list[SignalRow]) -> None:
+        sizes.append(write_signals(cache, scoring, rows))
+
     if scoring.reference is not None:
-        _score_with_both(cache, scoring, missing, open_scorer, batch_tokens)
+        _score_with_both(cache, scoring, missing, open_scorer, batch_tokens, write)
     elif missing:
-        _ask_teacher(scoring, missing, open_scorer, batch_tokens, partial(write_signals, cache, scoring))
+        _ask_teacher(scoring, missing, open_scorer, batch_tokens, write)
+    return sum(sizes)
 
 
 def _score_with_both(
-    cache: Path,
+    cache: Location,
     scoring: Scoring,
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
     batch_tokens: int,
+    write: Callable[[list[SignalRow]], None],
 ) -> None:
     folder = scoring.folder(cache) / "pending"
-    pending = _open_pending(folder)
+    # What runs before this one, or beside it, left for the reference. A run removes only what it opened here or wrote
+    # itself, when all of it is done. What another run removes meanwhile stays readable here, because it is open.
+    pending = dict(open_shards(folder, PENDING_PREFIX))
     judged = SignalTable(pending.values()).keys()
     unjudged = [sequence for sequence in missing if sequence.key not in judged]
     if unjudged:
-        schema = signals_schema(scoring.top_k, logprob_type=pa.float32())
+        schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
 
         def write_pending(rows: list[SignalRow]) -> None:
-            path = write_shard(folder, PENDING_PREFIX, signals_table(rows, schema))
+            path = write_shard(folder, PENDING_PREFIX, plain_table(rows, schema))
             pending[path] = read_shard(path)
 
         _ask_teacher(scoring, unjudged, open_scorer, batch_tokens, write_pending)
     if missing:
-        _ask_reference(cache, scoring, missing, SignalTable(pending.values()), open_scorer, batch_tokens)
+        _ask_reference(scoring, missing, SignalTable(pending.values()), open_scorer, batch_tokens, write)
     if pending:
         done = read_signals(cache, scoring).keys()
         for path, shard in pending.items():
             if done.issuperset(shard["key"].to_pylist()):
-                path.unlink(missing_ok=True)
+                remove_file(path)
 
 
 def _ask_teacher(
@@ -133,12 +132,12 @@ def _ask_teacher(
 
 
 def _ask_reference(
-    cache: Path,
     scoring: Scoring,
     sequences: Sequence[TokenSequence],
     judged: SignalTable,
     open_scorer: OpenScorer,
     batch_tokens: int,
+    write: Callable[[list[SignalRow]], None],
 ) -> None:
     assert scoring.reference is not None
     batches = make_batches(sequences, len, batch_tokens)
@@ -155,7 +154,7 @@ def _ask_reference(
     with closing(open_scorer(scoring.reference)) as reference:
         topk_ids = ([row.topk_ids for row in teacher_rows(batch)] for batch in batches)
         answers = map(complete, batches, reference.logprobs_at(batches, topk_ids))
-        write_batches("reference: tokens", batches, len, answers, partial(write_signals, cache, scoring))
+        write_batches("reference: tokens", batches, len, answers, write)
 
 
 def _checked(rows: list[SignalRow], scoring: Scoring) -> list[SignalRow]:
@@ -181,18 +180,3 @@ def _with_advantages(
         )
     advantages = np.where(possible, row.topk_logprobs - np.where(possible, topk_logprobs, 0), -np.inf)
     return replace(row, token_advantages=row.token_logprobs - token_logprobs, topk_advantages=advantages)
-
-
-def _open_pending(folder: Path) -> dict[Path, pa.Table]:
-    """What runs before this one, or beside it, left for the reference.
-
-    A run removes only what it opened here or wrote itself, when all of it is done. What another run removes meanwhile
-    stays readable here, because it is open.
-    """
-    shards = {}
-    for path in list_shards(folder, PENDING_PREFIX):
-        try:
-            shards[path] = read_shard(path)
-        except FileNotFoundError:  # another run has just finished with it
-            continue
-    return shards

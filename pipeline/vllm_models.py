@@ -32,7 +32,7 @@ from vllm.usage.usage_lib import UsageContext
 from adpa.data.encoding import TokenIds, TokenSequence
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
-from adpa.data.signals import SignalRow
+from adpa.data.signal_rows import SignalRow
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint
 from adpa.pipeline.sampling import stream_seed

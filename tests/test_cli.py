@@ -93,6 +93,14 @@ def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
         assert option in output
 
 
+@pytest.mark.parametrize(("command", "option"), [("lab", "--seed <int>"), ("distill", "--set <str>")])
+def test_a_repeatable_option_is_shown_with_what_it_takes_each_time(
+    command: str, option: str, runner: CliRunner
+) -> None:
+    lines = runner.invoke(cli.app, [command, "--help"]).output.splitlines()
+    assert any(line.split()[:2] == option.split() for line in lines)
+
+
 def test_an_option_means_the_same_when_samples_are_evaluated_as_when_they_are_trained_on() -> None:
     of_precompute, of_evaluate = (inspect.signature(stage).parameters for stage in (precompute, evaluate))
     differing = [
@@ -279,7 +287,14 @@ def test_an_engine_argument_may_be_given_again_on_the_command_line_and_as_a_list
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("tap-k: 7", "has no option 'tap_k'"), ("- 1", "expected a mapping"), ("a: [", "--config"), (None, "--config")],
+    [
+        ("tap-k: 7", "has no option 'tap_k'"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "--config"),
+        (None, "--config"),
+        ("top-k: 7\nteacher: T\ntop-k: 8", "'top-k' is there twice in"),
+        ("top-k: 7\ntop_k: 8", "'top_k' is there twice"),
+    ],
 )
 def test_a_config_file_that_cannot_be_used_is_refused(
     text: str | None, message: str, runner: CliRunner, tmp_path: Path

@@ -1,12 +1,14 @@
 """Small response sets, scorings and signal rows with random content."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from adpa.data.responses import ResponseSet, ResponseSetInfo, Sampling
-from adpa.data.signals import ModelIdentity, Scoring, SignalRow
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import ModelIdentity, Scoring
 
 TURN_END = 2
 K = 3
@@ -89,3 +91,38 @@ def signal_rows(responses: ResponseSet, seed: int, reference: bool = True) -> li
         signal_row(sequence.key, len(sequence.response_ids), seed + number, reference=reference)
         for number, sequence in enumerate(responses.sequences())
     ]
+
+
+def teacher_row(key: bytes, length: int, seed: int, top_k: int = 50, vocabulary: int = 49152) -> SignalRow:
+    """A row as a teacher and a reference give it: distinct ids, falling probabilities that leave a tail; float32."""
+    random = np.random.default_rng(seed)
+    logits = random.gumbel(size=(length, vocabulary)) * random.uniform(0.4, 2, (length, 1))
+    logprobs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+    logprobs -= logits.max(1, keepdims=True)
+    ids = np.argsort(-logprobs, axis=1)[:, :top_k]
+    kept = np.take_along_axis(logprobs, ids, 1)
+    tail = np.log(np.maximum(1 - np.exp(kept).sum(1), 1e-12))
+    advantages = random.normal(size=(length, top_k + 1)).astype(np.float32)
+    return SignalRow(
+        key=key,
+        token_logprobs=kept[:, 0].astype(np.float32),
+        topk_ids=ids.astype(np.int32),
+        topk_logprobs=kept.astype(np.float32),
+        tail_logprob=tail.astype(np.float32),
+        token_advantages=advantages[:, top_k],
+        topk_advantages=advantages[:, :top_k],
+    )
+
+
+def assert_same_row(read: SignalRow, expected: SignalRow) -> None:
+    """Every array has the same numbers bit for bit, in the same types."""
+    assert read.key == expected.key
+    for field in fields(SignalRow):
+        if field.name == "key":
+            continue
+        found, wanted = getattr(read, field.name), getattr(expected, field.name)
+        if wanted is None:
+            assert found is None
+        else:
+            assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+            assert found.tobytes() == wanted.tobytes()

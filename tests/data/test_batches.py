@@ -13,7 +13,8 @@ from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_
 from adpa.data.batches import TrainingExamples, TrainingPart, make_collator, pad_sequences
 from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.signals import SignalRow, SignalTable, read_signals, write_signals
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import SignalTable, read_signals, write_signals
 
 EXAMPLES = [f"example-{letter}" for letter in "abcdef"]
 IDS = st.lists(st.integers(0, 49151), min_size=1, max_size=6)
@@ -167,14 +168,3 @@ def test_equal_responses_of_several_examples_share_one_signal_row(tmp_path: Path
     examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
     batch = make_collator(K)([examples[index] for index in range(3)])
     assert batch["topk_ids"].tolist() == row.topk_ids.tolist() * 3
-
-
-def test_signals_are_not_copied_before_they_are_batched(tmp_path: Path) -> None:
-    responses = response_set("chosen", 0)
-    signals = write_shuffled(tmp_path, signal_rows(responses, seed=0), seed=1)
-    item = TrainingExamples([TrainingPart(responses, signals)])[0][0]
-    again = TrainingExamples([TrainingPart(responses, signals)])[0][0]
-    assert item.signals is not None
-    assert again.signals is not None
-    assert np.shares_memory(item.signals.topk_ids, again.signals.topk_ids)
-    assert np.shares_memory(item.tokens.response_ids, again.tokens.response_ids) or len(item.tokens.response_ids) == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adpa.data.integrity import SignalRules, signal_problems
-from adpa.data.signals import SignalRow
+from adpa.data.signal_rows import SignalRow
 
 LENGTH, K, VOCABULARY = 4, 6, 400
 RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from adpa.data.ragged import flat_column, list_column, list_row
+from adpa.data.ragged import list_column, list_row
 
 any_rows = settings(max_examples=50, deadline=None, derandomize=True)
 DTYPES = {"float16": pa.float16(), "float32": pa.float32(), "int32": pa.int32()}
@@ -83,13 +83,3 @@ def test_a_row_is_a_read_only_view_of_the_columns_memory(width: int | None) -> N
         row = list_row(column, number)
         assert np.shares_memory(row, memory)
         assert not row.flags.writeable
-
-
-@pytest.mark.parametrize("width", [None, 3])
-def test_a_whole_column_comes_back_as_one_array(width: int | None) -> None:
-    shape = () if width is None else (width,)
-    rows = [np.random.default_rng(length).normal(size=(length, *shape)).astype(np.float16) for length in (2, 0, 5)]
-    inner = pa.float16() if width is None else pa.list_(pa.float16(), width)
-    column = pa.chunked_array([list_column(rows[:1], pa.list_(inner)), list_column(rows[1:], pa.list_(inner))])
-    np.testing.assert_array_equal(flat_column(column), np.concatenate(rows))
-    np.testing.assert_array_equal(flat_column(column.slice(1)), rows[2])

@@ -6,22 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.data.makers import SCORING, K, signal_row
+from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
-from adpa.data.shards import list_shards, write_shard
-from adpa.data.signals import (
-    ModelIdentity,
-    SignalRow,
-    SignalTable,
-    read_scorings,
-    read_signals,
-    signal_bytes,
-    signals_schema,
-    signals_table,
-    write_scoring,
-    write_signals,
-)
-from adpa.errors import DamagedFileError
+from adpa.data.documents import write_document
+from adpa.data.shards import list_shards, write_file
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import ModelIdentity, read_scoring, read_scorings, read_signals, write_scoring, write_signals
+from adpa.errors import CacheError, DamagedFileError
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
 ARRAYS = [field.name for field in fields(SignalRow) if field.name != "key"]
@@ -30,31 +21,6 @@ ADVANTAGES = ["token_advantages", "topk_advantages"]
 
 def as_keys(keys: list[bytes]) -> pa.Array:
     return pa.array(keys, pa.binary(16))
-
-
-def assert_same_row(read: SignalRow, expected: SignalRow) -> None:
-    assert read.key == expected.key
-    for name in ARRAYS:
-        found, wanted = getattr(read, name), getattr(expected, name)
-        if wanted is None:
-            assert found is None
-        else:
-            assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-            assert found.tobytes() == wanted.tobytes()
-
-
-@pytest.mark.parametrize("top_k", [1, 50])
-def test_a_shard_has_the_columns_of_the_design(top_k: int) -> None:
-    per_id = f"list<item: fixed_size_list<item: halffloat>[{top_k}]>"
-    assert {field.name: str(field.type) for field in signals_schema(top_k)} == {
-        "key": "fixed_size_binary[16]",
-        "token_logprobs": "list<item: float>",
-        "token_advantages": "list<item: float>",
-        "topk_ids": f"list<item: fixed_size_list<item: int32>[{top_k}]>",
-        "topk_logprobs": per_id,
-        "topk_advantages": per_id,
-        "tail_logprob": "list<item: float>",
-    }
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["with a reference", "without a reference"])
@@ -79,30 +45,6 @@ def test_extreme_numbers_come_back(tmp_path: Path) -> None:
     )
     write_signals(tmp_path, SCORING, [row])
     assert_same_row(read_signals(tmp_path, SCORING).row(0), row)
-
-
-def test_log_probabilities_are_kept_in_float16_unless_told_otherwise() -> None:
-    row = replace(signal_row(KEYS[0], 1, 0), topk_logprobs=np.array([[-1 / 3, -2 / 3, -3]], np.float32))
-    half, single = (
-        SignalTable([signals_table([row], schema)]).row(0)
-        for schema in (signals_schema(K), signals_schema(K, pa.float32()))
-    )
-    assert half.topk_logprobs.tolist() == row.topk_logprobs.astype(np.float16).tolist()
-    assert single.topk_logprobs.tolist() == row.topk_logprobs.tolist()
-
-
-def test_without_a_reference_the_advantages_are_null() -> None:
-    rows = [signal_row(key, 2, seed=0, reference=False) for key in KEYS]
-    table = signals_table(rows, signals_schema(K))
-    assert {name: table[name].null_count for name in table.column_names if table[name].null_count} == dict.fromkeys(
-        ADVANTAGES, len(rows)
-    )
-
-
-def test_rows_are_read_only_views(tmp_path: Path) -> None:
-    write_signals(tmp_path, SCORING, [signal_row(KEYS[0], 4, seed=0)])
-    row = read_signals(tmp_path, SCORING).row(0)
-    assert not any(getattr(row, name).flags.writeable for name in ARRAYS)
 
 
 def test_rows_of_several_shards_are_found_by_key(tmp_path: Path) -> None:
@@ -158,15 +100,6 @@ def test_a_damaged_shard_is_refused_by_its_name(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: damaged: ")
 
 
-@pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("top_k", [1, 8, 50])
-def test_the_size_of_a_shard_is_foretold_to_a_few_per_cent(reference: bool, top_k: int, tmp_path: Path) -> None:
-    tokens = 20_000
-    rows = [signal_row(KEYS[0], tokens, seed=0, top_k=top_k, reference=reference)]
-    path = write_shard(tmp_path, "signals", signals_table(rows, signals_schema(top_k)))
-    assert path.stat().st_size == pytest.approx(tokens * signal_bytes(top_k, reference), rel=0.03)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -204,6 +137,7 @@ def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
     assert sorted(read_scorings(tmp_path), key=lambda found: found.id) == sorted(
         [SCORING, without], key=lambda found: found.id
     )
+    assert read_scoring(tmp_path, without.id) == without
 
 
 def test_a_cache_without_scorings_has_none(tmp_path: Path) -> None:
@@ -245,3 +179,44 @@ def test_a_scoring_is_described_by_its_models_and_its_settings() -> None:
         f"{SCORING.id}: teacher org/teacher, reference org/reference, K = {K}, bfloat16, vllm"
     )
     assert "no reference" in replace(SCORING, reference=None).describe()
+
+
+def test_a_scoring_of_version_1_has_no_checksum(tmp_path: Path) -> None:
+    write_file(SCORING.folder(tmp_path) / "scoring.json", json.dumps(asdict(SCORING), indent=2).encode())
+    assert list(read_scorings(tmp_path)) == [SCORING]
+
+
+def test_a_description_has_a_checksum_of_names_and_revisions_too(tmp_path: Path) -> None:
+    write_scoring(tmp_path, SCORING)
+    path = SCORING.folder(tmp_path) / "scoring.json"
+    path.write_text(path.read_text().replace("org/teacher", "org/another"))
+    with pytest.raises(DamagedFileError, match="checksum"):
+        list(read_scorings(tmp_path))
+
+
+def test_a_field_of_a_newer_format_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = SCORING.folder(tmp_path) / "scoring.json"
+    write_document(path, asdict(SCORING) | {"layers": 3})
+    with pytest.raises(CacheError) as caught:
+        list(read_scorings(tmp_path))
+    assert str(caught.value) == f"{path}: of a newer format: it has the unknown field 'layers'; install a newer adpa"
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1 << 40])
+def test_a_scoring_of_absurd_size_is_refused_before_a_row_is_read(top_k: int, tmp_path: Path) -> None:
+    write_scoring(tmp_path, replace(SCORING, top_k=top_k))
+    with pytest.raises(DamagedFileError, match=f"its top_k is {top_k}"):
+        list(read_scorings(tmp_path))
+
+
+def test_a_folder_without_a_description_is_no_scoring(tmp_path: Path) -> None:
+    (tmp_path / "scorings" / "0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "scorings" / "notes.txt").touch()
+    assert list(read_scorings(tmp_path)) == []
+
+
+def test_a_loop_of_links_among_the_scorings_is_told(tmp_path: Path) -> None:
+    (tmp_path / "scorings").mkdir()
+    (tmp_path / "scorings" / SCORING.id).symlink_to(SCORING.id)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        list(read_scorings(tmp_path))

@@ -10,7 +10,8 @@ from tests.data.makers import INFO, SCORING, K, response_rows, signal_rows
 
 from adpa.data.responses import ResponseSet, make_response_set
 from adpa.data.selection import ScoredSet
-from adpa.data.signals import SignalRow, read_signals, write_signals
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import read_signals, write_signals
 from adpa.data.summary import PLAUSIBLE, QUANTILES, Distribution, SignalSummary, summarize
 
 

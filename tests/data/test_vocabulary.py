@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from tests.data.templates import STYLES
 from transformers import PreTrainedTokenizerBase
 
+from adpa.data.documents import write_document
 from adpa.data.vocabulary import (
     TurnEnd,
     check_same_vocabulary,
@@ -175,14 +177,15 @@ def test_a_process_that_comes_second_leaves_what_the_first_wrote(
 ) -> None:
     digest = digest_tokenizer(tokenizer).tokenizer
     directory = tmp_path / "tokenizers" / digest
-    rename = Path.rename
+    rename = os.rename
 
-    def rename_after_another(source: Path, target: Path) -> Path:
-        monkeypatch.undo()
-        write_tokenizer(tmp_path, tokenizer, digest)
-        return rename(source, target)
+    def rename_after_another(source: Path, target: Path) -> None:
+        if target == directory:
+            monkeypatch.undo()
+            write_tokenizer(tmp_path, tokenizer, digest)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", rename_after_another)
+    monkeypatch.setattr(os, "rename", rename_after_another)
     write_tokenizer(tmp_path, tokenizer, digest)
     assert [path.name for path in directory.parent.iterdir()] == [digest]
     assert (directory / "tokenizer.json").is_file()
@@ -210,3 +213,58 @@ def test_a_damaged_tokenizer_is_refused_by_its_path(
     with pytest.raises(DamagedFileError) as caught:
         read_tokenizer(tmp_path, digest)
     assert str(caught.value).startswith(f"{directory}: damaged: ")
+
+
+@pytest.fixture
+def written(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
+    """The folder of a tokenizer in the cache ``tmp_path``."""
+    digest = digest_tokenizer(tokenizer).tokenizer
+    write_tokenizer(tmp_path, tokenizer, digest)
+    return tmp_path / "tokenizers" / digest
+
+
+def test_every_file_of_a_tokenizer_is_checked_and_no_other_is_read(written: Path, tmp_path: Path) -> None:
+    (written / "added_tokens.json").write_text('{"zyzzyva": 49152}')
+    assert "zyzzyva" not in read_tokenizer(tmp_path, written.name).get_vocab()
+    names = sorted(path.name for path in written.iterdir())
+    for name in names:
+        content = (written / name).read_bytes()
+        (written / name).write_bytes(content[:-2] + b" " + content[-1:])  # where JSON has only blanks
+        if name != "added_tokens.json":
+            with pytest.raises(DamagedFileError, match=f"{written}: damaged: {name}|{written / name}: damaged: "):
+                read_tokenizer(tmp_path, written.name)
+        (written / name).write_bytes(content)
+    read_tokenizer(tmp_path, written.name)
+
+
+def test_a_tokenizer_of_version_1_has_no_digests_of_its_files(written: Path, tmp_path: Path) -> None:
+    (written / "files.json").unlink()
+    read_tokenizer(tmp_path, written.name)
+    (written / "chat_template.jinja").write_text("{{ eos_token }}")
+    with pytest.raises(DamagedFileError, match="not the tokenizer that was written"):
+        read_tokenizer(tmp_path, written.name)
+
+
+@pytest.mark.parametrize("digest", ["../tokenizers/0", "..", "", "/etc", "0/../0", "0\0", "tokenizer-digest"])
+def test_a_digest_that_may_lead_out_of_the_cache_is_refused(digest: str, tmp_path: Path) -> None:
+    with pytest.raises(DamagedFileError, match="no digest of a tokenizer"):
+        read_tokenizer(tmp_path, digest)
+
+
+@pytest.mark.parametrize("name", ["../0", "/etc/passwd", "a/../../0", "a//b", "", ".", "..", "a\0"])
+def test_a_name_that_may_lead_out_of_the_folder_is_refused(name: str, written: Path, tmp_path: Path) -> None:
+    write_document(written / "files.json", {"files": {name: "0" * 32}})
+    with pytest.raises(DamagedFileError, match=r"which may lead out of the folder"):
+        read_tokenizer(tmp_path, written.name)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_run(written: Path, tmp_path: Path) -> None:
+    (written / "files.json").unlink()
+    edit_json(
+        written / "tokenizer_config.json",
+        lambda config: config.update(tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}),
+    )
+    (written / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(DamagedFileError, match="not the tokenizer that was written"):
+        read_tokenizer(tmp_path, written.name)
+    assert not (tmp_path / "ran").exists()

@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     ModelIdentity,
     Scoring,
-    SignalRow,
     SignalTable,
-    read_scorings,
+    read_scoring,
     read_signals,
-    signals_schema,
-    signals_table,
     write_scoring,
     write_signals,
 )
@@ -53,7 +51,7 @@ def test_without_a_reference_the_advantage_is_how_much_likelier_than_chance_a_to
 def test_towards_a_prior_the_row_has_its_probabilities_and_keeps_the_advantages() -> None:
     prior_TK = np.array([[0.1, 0.2], [0.3, 0.6]])
     judged = replace(ROW, topk_advantages=(np.log(P) - np.log(prior_TK)).astype(np.float32))
-    table = SignalTable([signals_table([judged], signals_schema(2))])
+    table = SignalTable([plain_table([judged], plain_schema(2))])
     changed = towards_prior(table)(ROW)
     assert changed is not None
     np.testing.assert_allclose(np.exp(changed.topk_logprobs), prior_TK, rtol=3e-3)
@@ -69,7 +67,7 @@ def test_a_changed_scoring_is_made_once_and_grows_with_its_origin(tmp_path: Path
     assert changed == change_signals(tmp_path, SCORING.id, "clipped advantages", clipped) != SCORING.id
     write_signals(tmp_path, SCORING, [replace(ROW, key=b"n" * 16)])
     change_signals(tmp_path, SCORING.id, "clipped advantages", clipped)
-    scoring = next(found for found in read_scorings(tmp_path) if found.id == changed)
+    scoring = read_scoring(tmp_path, changed)
     assert scoring.engine == "hf, clipped advantages"
     table = read_signals(tmp_path, scoring)
     assert table.keys() == {b"k" * 16, b"n" * 16}

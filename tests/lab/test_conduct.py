@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 from adpa.errors import OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import MethodResult, StudyReport
+from adpa.lab.study import read_study
 
 STUDY = """
 seeds: [3]
@@ -59,6 +61,24 @@ def test_a_study_of_other_settings_is_not_gone_on_with(tmp_path: Path, study: Pa
 
 
 @pytest.mark.parametrize(
+    ("begun_by", "found"),
+    [({"adpa": "0.0.1"}, "adpa 0.0.1"), ({}, "an adpa that did not write down its version")],
+)
+def test_a_study_of_another_version_is_not_gone_on_with(
+    begun_by: dict[str, str], found: str, tmp_path: Path, study: Path
+) -> None:
+    output = tmp_path / "lab"
+    output.mkdir()
+    (output / "study.json").write_text(json.dumps(read_study(study).settings() | begun_by))
+    with pytest.raises(OptionError) as caught:
+        lab(output, study)
+    assert str(caught.value) == (
+        f"--output {output}: the study there was begun by {found}; this is adpa {version('adpa')}; "
+        "name another directory, so that all results are of one version"
+    )
+
+
+@pytest.mark.parametrize(
     ("seeds", "workers", "message"),
     [
         ([3, 4, 3], 2, "--seed: seed 3 is there twice"),
@@ -93,6 +113,7 @@ def test_a_study_that_was_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: 
     went_on, whole = lab(tmp_path / "killed", study, workers=1), lab(tmp_path / "whole", study, workers=1)
     assert all(path.stat().st_mtime_ns == at for path, at in done.items())
     assert results(went_on) == results(whole)
+    assert whole.versions == [version("adpa")]
     assert [one.name for one in results(whole)] == ["SFT student", "teacher", "SFT", "DPO", "DCKD", "ADPA+", "prior"]
     assert whole.methods[2].options["learning_rate"] in (1e-3, 3e-3)
     for name in ("results.parquet", "tables.md", "rewards.png", "advantages.png"):

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adpa.lab.environment import Environment
-from adpa.lab.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate, respond, win_rate
+from adpa.lab.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate, respond
 from adpa.lab.tokenizer import build_tokenizer
 
 ENVIRONMENT = Environment()
@@ -25,15 +25,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def evaluation(checkpoint: Path) -> Evaluation:
     return evaluate(checkpoint, PROMPTS, seed=0)
-
-
-def test_a_win_counts_one_a_tie_one_half_a_loss_nothing() -> None:
-    assert win_rate([0.9, 0.5, 0.5, 0.1], [0.2, 0.5, 0.5, 0.2]) == (1 + 0.5 + 0.5 + 0) / 4
-
-
-def test_rewards_of_different_prompts_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        win_rate([0.9, 0.5], [0.2])
 
 
 def test_the_same_seed_gives_the_same_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:

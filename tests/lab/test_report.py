@@ -9,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from tests.lab.test_advantages import ROW
 
-from adpa.data.signals import SignalTable, signals_schema, signals_table
+from adpa.data.signal_rows import plain_schema, plain_table
+from adpa.data.signals import SignalTable
 from adpa.lab.evaluate import Evaluation
 from adpa.lab.methods import Method
 from adpa.lab.plots import plot_advantages, plot_gamma, plot_rewards, plot_study
@@ -31,7 +32,7 @@ REWARDS: Mapping[str, list[list[float]]] = {
 @pytest.fixture
 def report(tmp_path: Path) -> StudyReport:
     results = [
-        Result(name, seed, Evaluation(tuple(rewards), tuple(rewards)), 1.0, {"student/implausible_mass": 0.2})
+        Result(name, seed, Evaluation(tuple(rewards), tuple(rewards)), 1.0, {"student/implausible_mass": 0.2}, "0.1.0")
         for name, by_seed in REWARDS.items()
         for seed, rewards in zip((11, 12), by_seed, strict=True)
     ]
@@ -56,6 +57,7 @@ def test_every_reward_is_in_a_table_that_others_can_read(report: StudyReport) ->
     table = pq.read_table(Path(report.output) / "results.parquet").to_pylist()
     assert len(table) == 2 * (4 + 4)
     found = next(row for row in table if row["method"] == "ADPA" and row["seed"] == 12)
+    assert found["version"] == "0.1.0"
     assert (found["sampled"], found["options"]) == ([0.3, 0.5], '{"advantage_weight": 2}')
 
 
@@ -63,6 +65,8 @@ def test_the_tables_say_what_was_measured_on_what_and_which_options_were_chosen(
     text = markdown_tables(report)
     assert text == (Path(report.output) / "tables.md").read_text()
     assert "2 seeds (11, 12), 2 prompts each" in text
+    assert "by adpa 0.1.0\n" in text
+    assert report.versions == ["0.1.0"]
     assert "| ADPA | 0.650 [" in text
     assert "+0.100 [-0.100, +0.300] (SFT) | 0.200 | 12 |" in text
     assert '- ADPA: {"advantage_weight": 2}' in text
@@ -86,13 +90,13 @@ def test_the_pictures_show_every_method_and_a_line_for_each_plausibility(report:
 
 def test_every_alternative_is_a_point_of_the_picture_of_advantages() -> None:
     axes = Figure().subplots()
-    plot_advantages(axes, SignalTable([signals_table([ROW], signals_schema(2))]))
+    plot_advantages(axes, SignalTable([plain_table([ROW], plain_schema(2))]))
     points = np.asarray(axes.lines[0].get_xydata())
     np.testing.assert_allclose(points[:, 0], np.exp(np.ravel(ROW.topk_logprobs).astype(float)))
     np.testing.assert_array_equal(points[:, 1], np.ravel(np.asarray(ROW.topk_advantages)))
 
 
 def test_pictures_are_files(report: StudyReport, tmp_path: Path) -> None:
-    plot_study(tmp_path, report, SignalTable([signals_table([ROW], signals_schema(2))]))
+    plot_study(tmp_path, report, SignalTable([plain_table([ROW], plain_schema(2))]))
     for name in ("rewards", "gamma", "advantages"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

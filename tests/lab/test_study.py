@@ -1,12 +1,14 @@
 """Study files: what they may say, and what is said about those that may not."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from adpa.errors import OptionError
 from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
+from adpa.pipeline.yaml_options import read_options
 
 SMALL = """
 seeds: [3, 4]
@@ -119,7 +121,11 @@ def test_the_laboratory_is_an_option(tmp_path: Path) -> None:
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused(change: str, message: str, tmp_path: Path) -> None:
-    content = yaml.safe_load(SMALL) | yaml.safe_load(change)
+    path = tmp_path / "part.yaml"
+    content: dict[str, Any] = {}
+    for part in (SMALL, change):
+        path.write_text(part)
+        content |= read_options("--study", path)
     with pytest.raises(OptionError, match=message):
         study(yaml.safe_dump(content, allow_unicode=True), tmp_path)
 

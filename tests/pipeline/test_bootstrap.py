@@ -94,6 +94,7 @@ def test_values_without_a_mean_are_refused(values: object, problem: str) -> None
 
 def test_a_win_counts_one_and_a_tie_one_half() -> None:
     assert win_share([1, 2, 3], [2, 2, 2]).tolist() == [0, 0.5, 1]
+    assert win_share([0.9, 0.5, 0.5, 0.1], [0.2, 0.5, 0.5, 0.2]).mean() == (1 + 0.5 + 0.5 + 0) / 4
     assert bootstrap_interval([win_share([2, 2], [1, 1])]) == Interval(1, 1, 1)
 
 

@@ -18,7 +18,8 @@ from adpa import cli, export_cache
 from adpa.data import plain_rows
 from adpa.data.responses import make_response_set, read_response_sets
 from adpa.data.selection import ScoredSet
-from adpa.data.signals import SignalTable, read_scorings, read_signals, signals_schema, signals_table
+from adpa.data.signal_rows import plain_schema, plain_table
+from adpa.data.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import AdpaError, CacheError, OptionError
 
 
@@ -71,7 +72,7 @@ def test_a_directory_of_datasets_has_the_same(filled: Filled, tmp_path: Path) ->
 def scored_set(rows: list[Any], **scoring: Any) -> ScoredSet:
     responses = make_response_set(INFO, response_rows(0, ["a", "b", "c"]))
     found = replace(SCORING, **scoring)
-    return ScoredSet(responses, found, SignalTable([signals_table(rows, signals_schema(SCORING.top_k))]))
+    return ScoredSet(responses, found, SignalTable([plain_table(rows, plain_schema(SCORING.top_k))]))
 
 
 def test_without_a_reference_advantages_are_null() -> None:

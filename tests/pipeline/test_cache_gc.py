@@ -20,13 +20,11 @@ from adpa import cli, collect_garbage, list_cache
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.shards import read_shard, read_shards, write_shard
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
-    SignalRow,
     read_scorings,
     read_signals,
-    signals_schema,
-    signals_table,
     write_scoring,
     write_signals,
 )
@@ -153,14 +151,14 @@ def test_a_scoring_goes_with_its_last_row_but_not_while_it_is_young(tmp_path: Pa
         write_scoring(tmp_path, scoring)
     write_signals(tmp_path, SCORING, [row_of(key) for key in responses.table["key"].to_pylist()])
     write_signals(tmp_path, emptied, [signal_row(b"n" * 16, 3, 0, top_k=2)])
-    age(*files(emptied.folder(tmp_path)))
+    age(*files(tmp_path / "scorings" / emptied.id))
     collect_garbage(tmp_path, yes=True)
-    assert SCORING.folder(tmp_path).exists()
-    assert not emptied.folder(tmp_path).exists()
-    assert new.folder(tmp_path).exists(), "a run may be about to write its first rows"
-    age(*files(new.folder(tmp_path)))
+    assert (tmp_path / "scorings" / SCORING.id).exists()
+    assert not (tmp_path / "scorings" / emptied.id).exists()
+    assert (tmp_path / "scorings" / new.id).exists(), "a run may be about to write its first rows"
+    age(*files(tmp_path / "scorings" / new.id))
     collect_garbage(tmp_path, yes=True)
-    assert not new.folder(tmp_path).exists()
+    assert not (tmp_path / "scorings" / new.id).exists()
 
 
 def test_rows_of_another_vocabulary_are_of_no_use(tmp_path: Path) -> None:
@@ -181,11 +179,11 @@ def test_of_the_rows_that_wait_those_stay_that_a_set_needs(tmp_path: Path) -> No
     write_scoring(tmp_path, SCORING)
     done, waiting, other = responses.table["key"].to_pylist()
     write_signals(tmp_path, SCORING, [row_of(done)])
-    folder, schema = SCORING.folder(tmp_path) / "pending", signals_schema(SCORING.top_k)
+    folder, schema = (tmp_path / "scorings" / SCORING.id) / "pending", plain_schema(SCORING.top_k)
 
     def pending(*keys: bytes) -> Path:
         rows = [replace(row_of(key), token_advantages=None, topk_advantages=None) for key in keys]
-        return write_shard(folder, "teacher", signals_table(rows, schema))
+        return Path(str(write_shard(folder, "teacher", plain_table(rows, schema))))
 
     mixed, finished, needed = pending(done, waiting, b"n" * 16), pending(done), pending(other)
     report = collect_garbage(tmp_path, yes=True)
@@ -289,9 +287,9 @@ def test_no_cache_and_one_that_cannot_be_written_are_refused(
 
 def test_a_rewritten_file_says_what_the_old_one_said(cache: Path) -> None:
     (scoring,) = read_scorings(cache)
-    before = {path: read_shard(path) for path in scoring.folder(cache).glob("signals-*")}
+    before = {path: read_shard(path) for path in (cache / "scorings" / scoring.id).glob("signals-*")}
     next((cache / "responses").glob("rejected-*")).unlink()
     collect_garbage(cache, yes=True)
-    for path in scoring.folder(cache).glob("signals-*"):
+    for path in (cache / "scorings" / scoring.id).glob("signals-*"):
         table = read_shard(path)
         assert table.schema == next(iter(before.values())).schema

@@ -56,7 +56,7 @@ def test_sets_and_scorings_are_counted(cache: Path) -> None:
     assert scored.rows == len(signals.keys())
     assert scored.tokens == sum(len(signals.row(number).token_logprobs) for number in range(len(signals)))
     assert (scored.repeated, scored.unneeded, scored.pending) == (0, 0, 0)
-    shards = list(scoring.folder(cache).glob("signals-*"))
+    shards = list((cache / "scorings" / scoring.id).glob("signals-*"))
     assert (scored.shards, scored.bytes) == (len(shards), sum(shard.stat().st_size for shard in shards))
     assert scored.bytes_per_token == pytest.approx(scored.bytes / scored.tokens)
 
@@ -145,7 +145,7 @@ def test_the_numbers_need_no_signal_to_be_read(cache: Path) -> None:
     """Whatever the columns beside the key say: only verify reads them."""
     (scoring,) = read_scorings(cache)
     before = list_cache(cache)
-    for path in scoring.folder(cache).glob("signals-*"):
+    for path in (cache / "scorings" / scoring.id).glob("signals-*"):
         content = bytearray(path.read_bytes())
         middle = len(content) // 2
         content[middle : middle + 8] = b"\xff" * 8

@@ -20,17 +20,16 @@ from typer.testing import CliRunner
 
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data import shards
+from adpa.data.compact import compact_schema
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
 from adpa.data.shards import list_shards, peek_shard, remove_file, write_shard
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
-    SignalRow,
     SignalTable,
     read_scorings,
     read_signals,
-    signals_schema,
-    signals_table,
     write_scoring,
     write_signals,
 )
@@ -38,7 +37,7 @@ from adpa.errors import CacheError, DamagedFileError, OptionError
 from adpa.pipeline import cache_pack
 from adpa.pipeline.cache_pack import pack_folder
 
-SCHEMA = signals_schema(SCORING.top_k)
+SCHEMA = compact_schema(SCORING.top_k, SCORING.lossy)
 
 
 def as_it_is(table: pa.Table) -> Iterator[pa.Table]:
@@ -74,7 +73,7 @@ def fill(cache: Path, scoring: Scoring, parts: list[list[SignalRow]]) -> dict[by
 
 
 def count(cache: Path) -> int:
-    return len(list_shards(SCORING.folder(cache), "signals"))
+    return len(list_shards((cache / "scorings" / SCORING.id), "signals"))
 
 
 def test_a_real_cache_is_packed_and_says_the_same(filled: Filled, tmp_path: Path) -> None:
@@ -106,13 +105,13 @@ def test_packing_changes_no_row_that_readers_see_and_once_is_enough(
         cache = Path(folder)
         before = fill(cache, SCORING, [[row(*version) for version in part] for part in parts])
         rows, files = len(read_signals(cache, SCORING)), count(cache)
-        packed = pack_folder(SCORING.folder(cache), "signals", SCHEMA, as_it_is, goal)
+        packed = pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
         table = read_signals(cache, SCORING)
         assert same(seen(table), before)
         assert len(table) == len(before), "every key stands once"
         assert (packed.repeated if packed else 0) == rows - len(before)
         assert count(cache) <= files
-        assert pack_folder(SCORING.folder(cache), "signals", SCHEMA, as_it_is, goal) is None
+        assert pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal) is None
 
 
 class Killed(BaseException):
@@ -145,16 +144,16 @@ def test_a_kill_at_any_moment_changes_no_row_that_readers_see(
             inner.setattr(cache_pack, "write_shard", counted(write_shard))
             inner.setattr(cache_pack, "remove_file", counted(remove_file))
             with suppress(Killed):
-                pack_folder(SCORING.folder(cache), "signals", SCHEMA, as_it_is, goal)
+                pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
         assert same(seen(read_signals(cache, SCORING)), before)
-        pack_folder(SCORING.folder(cache), "signals", SCHEMA, as_it_is, goal)
+        pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
         assert same(seen(read_signals(cache, SCORING)), before)
         assert len(read_signals(cache, SCORING)) == len(before)
 
 
 def test_files_near_the_goal_are_left_alone(tmp_path: Path) -> None:
     fill(tmp_path, SCORING, [[row(key) for key in range(20)], [row(30)], [row(31)]])
-    folder = SCORING.folder(tmp_path)
+    folder = tmp_path / "scorings" / SCORING.id
     large = max(folder.glob("signals-*"), key=lambda path: path.stat().st_size)
     size = large.stat().st_size
     packed = pack_folder(folder, "signals", SCHEMA, as_it_is, goal=2 * size)
@@ -165,7 +164,7 @@ def test_files_near_the_goal_are_left_alone(tmp_path: Path) -> None:
 
 def test_new_files_are_about_as_large_as_the_goal(tmp_path: Path) -> None:
     fill(tmp_path, SCORING, [[signal_row(bytes([key]) * 16, 999, seed=key)] for key in range(60)])
-    folder = SCORING.folder(tmp_path)
+    folder = tmp_path / "scorings" / SCORING.id
     goal = 4 * max(path.stat().st_size for path in folder.glob("signals-*"))
     packed = pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
     assert packed is not None
@@ -174,19 +173,17 @@ def test_new_files_are_about_as_large_as_the_goal(tmp_path: Path) -> None:
     assert all(goal <= size <= 2 * goal for size in sizes[1:]), "all but the last"
 
 
-def test_other_encodings_are_written_in_the_newest_one(tmp_path: Path) -> None:
-    """A stand-in for another version: columns that are wider than those that are written now."""
+def test_plain_files_of_version_1_are_written_in_the_newest_encoding(tmp_path: Path) -> None:
     write_scoring(tmp_path, SCORING)
-    wide = signals_schema(SCORING.top_k, logprob_type=pa.float32())
     rows = [row(key) for key in range(5)]
-    folder = SCORING.folder(tmp_path)
-    write_shard(folder, "signals", signals_table(rows[:2], wide))
+    folder = tmp_path / "scorings" / SCORING.id
+    write_shard(folder, "signals", plain_table(rows[:2], plain_schema(SCORING.top_k)))
     write_signals(tmp_path, SCORING, rows[2:])
     (tmp_path / "responses").mkdir()
     (packed,) = pack_cache(tmp_path).packed
     (path,) = folder.glob("signals-*")
     assert (packed.files_before, packed.files) == (2, 1)
-    assert peek_shard(path).schema == SCHEMA
+    assert peek_shard(path).schema.equals(SCHEMA, check_metadata=True)
     assert same(seen(read_signals(tmp_path, SCORING)), {found.key: found for found in rows})
 
 
@@ -205,13 +202,13 @@ def test_samples_are_packed_and_the_first_of_two_stays(tmp_path: Path) -> None:
 def test_a_damaged_file_stops_it_and_nothing_is_lost(tmp_path: Path) -> None:
     fill(tmp_path, SCORING, [[row(key)] for key in range(4)])
     (tmp_path / "responses").mkdir()
-    paths = list_shards(SCORING.folder(tmp_path), "signals")
+    paths = list_shards((tmp_path / "scorings" / SCORING.id), "signals")
     content = bytearray(paths[2].read_bytes())
     content[-100] ^= 1
-    paths[2].write_bytes(content)
+    paths[2].write_bytes(bytes(content))
     with pytest.raises(DamagedFileError, match=paths[2].name):
         pack_cache(tmp_path)
-    assert list_shards(SCORING.folder(tmp_path), "signals") == paths
+    assert list_shards((tmp_path / "scorings" / SCORING.id), "signals") == paths
 
 
 def test_a_table_that_is_open_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from adpa import VerifyReport, cli, precompute, verify_cache
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import read_shard, write_shard
-from adpa.data.signals import read_scorings, read_signals, signals_schema, signals_table, write_signals
+from adpa.data.signal_rows import plain_schema, plain_table
+from adpa.data.signals import read_scorings, read_signals, write_signals
 from adpa.errors import CacheError, OptionError
 
 
@@ -82,10 +83,10 @@ def rewrite_signals(cache: Path, change: Callable[..., Any]) -> str:
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
     rows = [signals.row(number) for number in range(len(signals))]
-    for path in scoring.folder(cache).glob("signals-*"):
+    for path in (cache / "scorings" / scoring.id).glob("signals-*"):
         path.unlink()
     write_signals(cache, scoring, [change(row) for row in rows])
-    (path,) = scoring.folder(cache).glob("signals-*")
+    (path,) = (cache / "scorings" / scoring.id).glob("signals-*")
     return path.relative_to(cache).as_posix()
 
 
@@ -117,7 +118,7 @@ def rewrite_set(cache: Path, change: Callable[[pa.Table], pa.Table]) -> str:
     for path in (cache / "responses").glob("chosen-*"):
         path.unlink()
     changed = replace(chosen, table=change(chosen.table))
-    return write_shard(cache / "responses", changed.shard_prefix(), changed.table).relative_to(cache).as_posix()
+    return f"responses/{write_shard(cache / 'responses', changed.shard_prefix(), changed.table).name}"
 
 
 def with_ids(table: pa.Table, column: str, ids: list[int]) -> pa.Table:
@@ -160,14 +161,14 @@ def test_samples_without_a_token_are_found(cache: Path) -> None:
     path.unlink()
     wrong = write_shard(path.parent, "samples", with_ids(table, "response_ids", []))
     (fault,) = verify_cache(cache).faults
-    assert (fault.place, fault.rows) == (wrong.relative_to(cache).as_posix(), 1)
+    assert (fault.place, fault.rows) == (Path(str(wrong)).relative_to(cache).as_posix(), 1)
 
 
 def test_what_is_missing_is_told(cache: Path) -> None:
     tokenizer = next((cache / "tokenizers").iterdir())
     shutil.rmtree(tokenizer)
     (scoring,) = read_scorings(cache)
-    (scoring.folder(cache) / "scoring.json").unlink()
+    ((cache / "scorings" / scoring.id) / "scoring.json").unlink()
     report = verify_cache(cache)
     found = {fault.place: fault.problem for fault in report.faults}
     assert found.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
@@ -176,7 +177,7 @@ def test_what_is_missing_is_told(cache: Path) -> None:
 
 def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path) -> None:
     (scoring,) = read_scorings(cache)
-    path = scoring.folder(cache) / "scoring.json"
+    path = (cache / "scorings" / scoring.id) / "scoring.json"
     path.write_text(path.read_text().replace('"top_k": 10', '"top_k": 11'))
     tokenizer = next((cache / "tokenizers").iterdir())
     description = json.loads((tokenizer / "tokenizer.json").read_text())
@@ -199,17 +200,17 @@ def test_pending_rows_are_checked_as_the_teachers_alone(cache: Path) -> None:
     signals = read_signals(cache, scoring)
     row = replace(signals.row(0), token_advantages=None, topk_advantages=None)
     wide = replace(row, topk_logprobs=row.topk_logprobs.astype(np.float32))
-    schema = signals_schema(scoring.top_k, logprob_type=pa.float32())
-    write_shard(scoring.folder(cache) / "pending", "teacher", signals_table([wide], schema))
+    schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
+    write_shard((cache / "scorings" / scoring.id) / "pending", "teacher", plain_table([wide], schema))
     assert verify_cache(cache).faults == []
-    path = write_shard(scoring.folder(cache) / "pending", "teacher", signals_table([wide], schema))
+    path = write_shard((cache / "scorings" / scoring.id) / "pending", "teacher", plain_table([wide], schema))
     path.write_bytes(path.read_bytes() + b"1")
-    assert places(verify_cache(cache)) == {path.relative_to(cache).as_posix()}
+    assert places(verify_cache(cache)) == {Path(str(path)).relative_to(cache).as_posix()}
 
 
 def test_repair_sets_aside_and_precompute_scores_the_lost_rows_again(cache: Path, filled: Filled) -> None:
     (scoring,) = read_scorings(cache)
-    shard = sorted(scoring.folder(cache).glob("signals-*"))[0]
+    shard = sorted((cache / "scorings" / scoring.id).glob("signals-*"))[0]
     lost = len(read_shard(shard))
     chosen = next((cache / "responses").glob("chosen-*"))
     damaged = [shard, chosen]
@@ -231,7 +232,7 @@ def test_repair_sets_aside_and_precompute_scores_the_lost_rows_again(cache: Path
 
 def test_repair_of_a_tokenizer_and_of_a_description_leaves_no_gap_for_long(cache: Path, filled: Filled) -> None:
     (scoring,) = read_scorings(cache)
-    (scoring.folder(cache) / "scoring.json").write_text("{")
+    ((cache / "scorings" / scoring.id) / "scoring.json").write_text("{")
     tokenizer = next((cache / "tokenizers").iterdir())
     (tokenizer / "tokenizer.json").write_text("{")
     report = verify_cache(cache, repair=True)
@@ -247,7 +248,7 @@ def test_a_fault_is_exit_code_1_and_the_files_name(cache: Path, tmp_path: Path) 
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.startswith("no fault in ")
     (scoring,) = read_scorings(cache)
-    shard = sorted(scoring.folder(cache).glob("signals-*"))[0]
+    shard = sorted((cache / "scorings" / scoring.id).glob("signals-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-9])
     done = verify(["cache", "verify", str(cache), "--report", str(tmp_path / "report.json")])
     place = shard.relative_to(cache).as_posix()

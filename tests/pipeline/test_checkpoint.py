@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,31 @@ def test_one_changed_bit_of_the_weights_is_another_model(models: Models, tmp_pat
     payload[-1] ^= 1
     weights.write_bytes(payload)
     assert open_checkpoint(str(changed)).identity.digest != open_checkpoint(str(models.teacher)).identity.digest
+
+
+def test_weights_are_read_once_for_their_digest_and_again_when_they_change(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, opened, open_file = tmp_path / "student", [], Path.open
+    shutil.copytree(models.student, directory)
+    weights = directory / "model.safetensors"
+
+    def open_and_tell(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path)
+        return open_file(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", open_and_tell)
+        first, again = open_checkpoint(str(directory)).identity, open_checkpoint(str(directory)).identity
+    assert again == first
+    assert opened.count(weights) == 1
+
+    before, payload = weights.stat(), bytearray(weights.read_bytes())
+    payload[-1] ^= 1
+    time.sleep(0.02)  # more than a tick of the clock that stamps files
+    weights.write_bytes(payload)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_checkpoint(str(directory)).identity.digest != first.digest
 
 
 def test_what_lies_beside_the_weights_does_not_matter(models: Models, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.pipeline.conftest import dense_logprobs, synthetic
 from torch import Tensor
 
 from adpa.data.encoding import TokenSequence
-from adpa.data.signals import SignalRow
+from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.lm_head import LmHead, read_head

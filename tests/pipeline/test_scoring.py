@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from adpa import precompute
 from adpa.data.encoding import TokenSequence
 from adpa.data.responses import read_response_sets
-from adpa.data.signals import ModelIdentity, Scoring, SignalRow, read_scorings, read_signals
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.errors import ModelError
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs, Scorer, missing_sequences, score
 

@@ -20,7 +20,8 @@ from tests.conftest import MakeModel, Models, Row
 from adpa import distill, precompute
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import list_shards, read_shard
-from adpa.data.signals import Scoring, SignalRow, read_scorings, read_signals
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import Scoring, read_scorings, read_signals
 from adpa.errors import OptionError
 
 pytestmark = pytest.mark.vllm

@@ -28,7 +28,8 @@ from transformers import (
 from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
-from adpa.data.signals import Scoring, SignalRow
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import Scoring
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import HfEngine

@@ -22,7 +22,8 @@ from triton.backends.driver import DriverBase
 backends["cpu"] = Backend(BaseBackend, DriverBase)
 
 from adpa.data.encoding import TokenSequence, sequence_key  # noqa: E402
-from adpa.data.signals import Scoring, SignalRow  # noqa: E402
+from adpa.data.signal_rows import SignalRow  # noqa: E402
+from adpa.data.signals import Scoring  # noqa: E402
 from adpa.pipeline.checkpoint import open_checkpoint  # noqa: E402
 from adpa.pipeline.engine_vllm import VllmEngine, VllmOptions  # noqa: E402
 from adpa.pipeline.scoring import ReferenceLogprobs  # noqa: E402

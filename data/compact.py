@@ -1,0 +1,184 @@
+"""The compact encoding of signal rows, format version 2: the same values in about half the bytes.
+
+A row is encoded by itself, so that reading one touches no other. Each of its arrays becomes one binary value: the
+array's bytes are sorted by significance (all lowest bytes, then all second ones, and so on) and each of these planes is
+a zstd frame. Arrays [T, K] are stored by rank, the T most probable ids first; of log-probabilities, which fall along
+the ranks, each is stored as the difference of its bits from those of the rank before. ``docs/format.md`` specifies it.
+
+Shapes: T response tokens, K ids, E entries that are not padding.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from adpa.data.rounding import (
+    LOGPROBS,
+    advantage_errors,
+    kl_errors,
+    restore_advantages,
+    round_advantages,
+    round_logprobs,
+)
+from adpa.data.signal_rows import PADDING, SignalRow
+from adpa.errors import DamagedFileError
+
+CODEC = pa.Codec("zstd", compression_level=1)
+ENCODINGS = {"exact": False, "rounded": True}
+LARGEST_ARRAY = 1 << 31  # in bytes; no row of a model that exists comes near it
+
+ARRAYS = [
+    pa.field("token_logprobs", pa.binary(), nullable=False),
+    pa.field("token_advantages", pa.binary()),
+    pa.field("topk_counts", pa.binary()),
+    pa.field("topk_ids", pa.binary(), nullable=False),
+    pa.field("topk_logprobs", pa.binary(), nullable=False),
+    pa.field("topk_advantages", pa.binary()),
+    pa.field("tail_logprob", pa.binary(), nullable=False),
+]
+ERRORS = [pa.field("kl_error", pa.float32()), pa.field("largest_kl_error", pa.float32())]
+ERRORS += [pa.field("advantage_error", pa.float32())]
+
+F16, F32, U16, U32, I32 = (np.dtype(name) for name in ("<f2", "<f4", "<u2", "<u4", "<i4"))
+
+
+def compact_schema(top_k: int, lossy: bool) -> pa.Schema:
+    """The schema of a compact table; its metadata says how the arrays are encoded."""
+    fields = [pa.field("key", pa.binary(16), nullable=False), pa.field("tokens", pa.int32(), nullable=False), *ARRAYS]
+    encoding = next(name for name, rounds in ENCODINGS.items() if rounds == lossy)
+    how = {"encoding": encoding, "top_k": top_k}
+    return pa.schema(fields + (ERRORS if lossy else []), metadata={"adpa": json.dumps(how)})
+
+
+def compact_table(rows: Sequence[SignalRow], top_k: int, lossy: bool) -> pa.Table:
+    """Encodes signal rows.
+
+    Args:
+        rows: the rows; top-K log-probabilities and advantages are taken to float16 unless ``lossy``.
+        top_k: K.
+        lossy: round as ``rounding.py`` says, and note each row's errors beside it.
+    """
+    schema = compact_schema(top_k, lossy)
+    encoded = [_encode(row, top_k, lossy) for row in rows]
+    return pa.Table.from_arrays(
+        [pa.array([row.get(field.name) for row in encoded], field.type) for field in schema], schema=schema
+    )
+
+
+def is_compact(schema: pa.Schema) -> bool:
+    """Whether a table of signals is compact; a plain one otherwise."""
+    return "tokens" in schema.names
+
+
+def read_compact_row(table: pa.Table, place: int) -> SignalRow:
+    """Decodes one row of a compact table.
+
+    Raises:
+        DamagedFileError: the row is not what ``compact_table`` makes.
+    """
+    key = table["key"][place].as_py()
+    try:
+        how = json.loads(table.schema.metadata[b"adpa"])
+        if how["encoding"] not in ENCODINGS:
+            raise ValueError(f"its encoding is {how['encoding']}, which this adpa does not know")
+        arrays = {field.name: table[field.name][place].as_buffer() for field in ARRAYS}
+        return _decode(key, table["tokens"][place].as_py(), arrays, how["top_k"], ENCODINGS[how["encoding"]])
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        raise DamagedFileError(
+            f"the signal row {key.hex()} cannot be decoded: {error}", "run adpa cache verify --repair"
+        ) from error
+
+
+def _encode(row: SignalRow, top_k: int, lossy: bool) -> dict[str, Any]:
+    assert row.topk_ids.shape[1] == top_k, f"{row.topk_ids.shape[1]} ids where {top_k} are expected"
+    kept_TK = row.topk_ids != PADDING
+    counts_T = kept_TK.sum(axis=1)
+    assert (kept_TK == (np.arange(top_k) < counts_T[:, None])).all(), "padding before an id"
+    per_token = F16 if lossy else F32
+    codes_TK = round_logprobs(row.topk_logprobs) if lossy else row.topk_logprobs.astype(F16).view(U16)
+    differences_TK = codes_TK.copy()
+    differences_TK[:, 1:] -= codes_TK[:, :-1]
+
+    def by_rank(values_TK: NDArray[Any]) -> NDArray[Any]:
+        return values_TK.T[kept_TK.T]
+
+    encoded: dict[str, Any] = {
+        "key": row.key,
+        "tokens": len(counts_T),
+        "token_logprobs": _pack(row.token_logprobs.astype(per_token)),
+        "topk_counts": None if kept_TK.all() else _pack(counts_T.astype(U32)),
+        "topk_ids": _pack(by_rank(row.topk_ids.astype(I32))),
+        "topk_logprobs": _pack(by_rank(differences_TK)),
+        "tail_logprob": _pack(row.tail_logprob.astype(per_token)),
+    }
+    if row.token_advantages is not None and row.topk_advantages is not None:
+        advantages_TK = round_advantages(row.topk_advantages, codes_TK) if lossy else row.topk_advantages.astype(F16)
+        encoded["token_advantages"] = _pack(row.token_advantages.astype(per_token))
+        encoded["topk_advantages"] = _pack(by_rank(advantages_TK))
+    if lossy:
+        buffers = {field.name: encoded.get(field.name) for field in ARRAYS}
+        decoded = _decode(row.key, len(counts_T), buffers, top_k, lossy)
+        errors_T = np.abs(kl_errors(row, decoded))
+        encoded["kl_error"], encoded["largest_kl_error"] = errors_T.mean(), errors_T.max()
+        encoded["advantage_error"] = advantage_errors(row, decoded).mean()
+    return encoded
+
+
+def _decode(key: bytes, tokens: int, arrays: dict[str, Any], top_k: int, lossy: bool) -> SignalRow:
+    if not (tokens >= 0 and top_k > 0 and tokens * top_k * I32.itemsize <= LARGEST_ARRAY):
+        raise ValueError(f"{tokens} tokens with {top_k} ids each")
+    kept_KT, entries = None, tokens * top_k
+    if arrays["topk_counts"] is not None:
+        counts_T = _unpack(arrays["topk_counts"], U32, tokens)
+        if (counts_T > top_k).any():
+            raise ValueError(f"{counts_T.max()} ids of a token where K is {top_k}")
+        kept_KT = np.arange(top_k)[:, None] < counts_T
+        entries = int(kept_KT.sum())
+
+    def by_token(name: str, dtype: np.dtype[Any], padding: float) -> NDArray[Any]:
+        values_E = _unpack(arrays[name], dtype, entries)
+        if kept_KT is None:
+            return values_E.reshape(top_k, tokens)
+        values_KT = np.full((top_k, tokens), padding, dtype)
+        values_KT[kept_KT] = values_E
+        return values_KT
+
+    def per_token(name: str) -> NDArray[np.float32]:
+        return _unpack(arrays[name], F16 if lossy else F32, tokens).astype(F32)
+
+    codes_KT = np.cumsum(by_token("topk_logprobs", U16, 0), axis=0, dtype=U16)
+    logprobs_KT = LOGPROBS[codes_KT] if lossy else codes_KT.view(F16)
+    advantages_KT = None
+    if arrays["topk_advantages"] is not None:
+        if lossy:
+            advantages_KT = restore_advantages(by_token("topk_advantages", U32, 0), codes_KT)
+        else:
+            advantages_KT = by_token("topk_advantages", F16, 0)
+    if kept_KT is not None:
+        logprobs_KT = np.where(kept_KT, logprobs_KT, logprobs_KT.dtype.type(-np.inf))
+        if advantages_KT is not None:
+            advantages_KT = np.where(kept_KT, advantages_KT, advantages_KT.dtype.type(0))
+    return SignalRow(
+        key=key,
+        token_logprobs=per_token("token_logprobs"),
+        topk_ids=by_token("topk_ids", I32, PADDING).T,
+        topk_logprobs=logprobs_KT.T,
+        tail_logprob=per_token("tail_logprob"),
+        token_advantages=None if advantages_KT is None else per_token("token_advantages"),
+        topk_advantages=None if advantages_KT is None else advantages_KT.T,
+    )
+
+
+def _pack(values: NDArray[Any]) -> bytes:
+    """The planes of an array's bytes, least significant first, each as a zstd frame."""
+    planes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize).T
+    return b"".join(CODEC.compress(plane.tobytes(), asbytes=True) for plane in planes)
+
+
+def _unpack(packed: bytes | pa.Buffer, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    planes = np.frombuffer(CODEC.decompress(packed, count * dtype.itemsize), np.uint8)
+    return np.ascontiguousarray(planes.reshape(dtype.itemsize, count).T).reshape(-1).view(dtype)

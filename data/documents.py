@@ -1,0 +1,57 @@
+"""Small JSON files that are exact: every byte of them is checked when they are read.
+
+A document has its fields, and as the last one ``checksum``, the digest of the others. It is serialised in one way only,
+so that a reader which serialises it again finds every byte that was changed, blanks included.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from adpa.data.locations import Location
+from adpa.data.shards import damaged, write_file
+
+SIZE_LIMIT = 1 << 20
+
+
+def write_document(path: Location, fields: Mapping[str, Any]) -> None:
+    """Writes a document of these fields, and their checksum."""
+    write_file(path, serialize_document(fields))
+
+
+def serialize_document(fields: Mapping[str, Any]) -> bytes:
+    """The bytes of a document of these fields, and their checksum."""
+    return _canonical({**fields, "checksum": hashlib.blake2b(_canonical(fields), digest_size=16).hexdigest()})
+
+
+def read_document(path: Location) -> tuple[dict[str, Any], bool]:
+    """Reads a document, or a plain JSON object without a checksum.
+
+    Returns:
+        The fields, without the checksum, and whether a checksum has proved them.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it is larger than ``SIZE_LIMIT``, no JSON object, or not what its checksum says.
+    """
+    with path.open("rb") as file:
+        content = file.read(SIZE_LIMIT + 1)
+    if len(content) > SIZE_LIMIT:
+        raise damaged(path, f"has more than {SIZE_LIMIT:,} bytes")
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise damaged(path, "no JSON object")
+    if "checksum" not in fields:
+        return fields, False
+    del fields["checksum"]
+    if serialize_document(fields) != content:
+        raise damaged(path, "its bytes are not those that its checksum was made of")
+    return fields, True
+
+
+def _canonical(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=2).encode() + b"\n"

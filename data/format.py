@@ -1,0 +1,78 @@
+"""The format of a cache: which program and which version wrote it.
+
+``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file. A reader reads every version up to its own.
+"""
+
+from adpa.data.documents import read_document, write_document
+from adpa.data.locations import Location
+from adpa.data.shards import damaged
+from adpa.errors import AdpaError, CacheError
+
+FORMAT, VERSION = "adpa-cache", 2
+MARKER = "cache.json"
+
+
+def check_cache(cache: Location) -> int:
+    """The version of a cache that is to be read.
+
+    Raises:
+        CacheError: there is none, it is of a newer format or another program, or it cannot be read.
+        DamagedFileError: its marker is damaged.
+    """
+    version = find_version(cache)
+    if version is None:
+        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check the path")
+    return version
+
+
+def prepare_cache(cache: Location) -> None:
+    """Makes a cache one of this version, before anything else is written to it.
+
+    Raises:
+        CacheError: it is of a newer format or another program, or it cannot be read or written.
+        DamagedFileError: its marker is damaged.
+    """
+    if find_version(cache) == VERSION:
+        return
+    try:
+        write_document(cache / MARKER, {"format": FORMAT, "version": VERSION})
+    except Exception as error:  # clients of object stores have errors of their own
+        raise _unusable(cache, "written", error) from error
+
+
+def find_version(cache: Location) -> int | None:
+    """The version of the format of a cache; none where there is no cache yet.
+
+    Raises:
+        CacheError: it is of a newer format or another program, or it cannot be read.
+        DamagedFileError: its marker is damaged.
+    """
+    marker = cache / MARKER
+    try:
+        fields, proved = read_document(marker)
+    except FileNotFoundError:
+        return 1 if any((cache / folder).is_dir() for folder in ("responses", "scorings")) else None
+    except AdpaError:
+        raise
+    except Exception as error:  # clients of object stores have errors of their own
+        raise _unusable(cache, "read", error) from error
+    if fields.get("format") != FORMAT:
+        raise CacheError(
+            f"{marker}: of another program: its format is {fields.get('format')!r}; expected {FORMAT!r}",
+            "name another directory",
+        )
+    version = fields.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise CacheError(
+            f"{cache}: a cache of format {version}; this adpa reads formats up to {VERSION}", "install a newer adpa"
+        )
+    if not proved or version != VERSION or len(fields) != 2:
+        raise damaged(marker, f"its version is {version!r}, or its checksum is gone")
+    return VERSION
+
+
+def _unusable(cache: Location, what: str, error: Exception) -> CacheError:
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return CacheError(
+        f"{cache}: cannot be {what}: {' '.join(reason.split())}", "check the path, its links and your permissions"
+    )

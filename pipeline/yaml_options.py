@@ -1,0 +1,43 @@
+"""Options in YAML, as people write them: ``on`` is a name, ``1e-3`` a number, and nothing is said twice."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adpa.errors import OptionError
+
+TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
+def read_options(option: str, path: Path) -> Any:
+    """Reads the YAML file that an option names; the names in its mappings are text, as they are written.
+
+    Raises:
+        OptionError: the file cannot be read, is no YAML, or has a name twice in one mapping.
+    """
+    try:
+        return yaml.load(path.read_text(), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise OptionError(f"{option} {path}: {' '.join(str(error).split())}") from error
+
+
+def as_number(value: Any) -> Any:
+    """A value as YAML has it, but text that is a number, such as 1e-3, is that number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for place, (key, value) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in names:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                names.add(key.value)
+                node.value[place] = (yaml.ScalarNode(TEXT, key.value, key.start_mark, key.end_mark), value)
+        return node
