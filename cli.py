@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
@@ -28,6 +29,13 @@ from upath import UPath
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
+from adpa.pipeline.cache_export import export_cache
+from adpa.pipeline.cache_gc import collect_garbage
+from adpa.pipeline.cache_ls import list_cache
+from adpa.pipeline.cache_merge import merge_cache
+from adpa.pipeline.cache_pack import pack_cache
+from adpa.pipeline.cache_terminal import show_garbage, show_listing, show_packing, show_verification
+from adpa.pipeline.cache_verify import verify_cache
 from adpa.pipeline.directories import check_writable_file, find_location
 from adpa.pipeline.distill import distill
 from adpa.pipeline.evaluate import evaluate
@@ -43,6 +51,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+cache_app = typer.Typer(help="Look after a cache.", rich_markup_mode=None)
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
@@ -75,14 +85,18 @@ def main() -> None:
 
 
 def as_command(
-    stage: Callable[..., Any], show: Callable[[Any], RenderableType] | None = None, argument: str = ""
+    stage: Callable[..., Any],
+    show: Callable[[Any], RenderableType] | None = None,
+    arguments: Collection[str] = (),
+    failure: Callable[[Any], str] | None = None,
 ) -> Callable[..., None]:
     """The command of a stage: its parameters as options, and what every command has beside them.
 
     Args:
         stage: the function.
         show: how its report looks in a terminal; a table of its fields unless given.
-        argument: the parameter that is given by its place instead of as an option.
+        arguments: the parameters that are given by their place instead of as options.
+        failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
     """
     show = show or partial(_fields_table, stage.__name__)
     locations = {name for name, parameter in inspect.signature(stage).parameters.items() if UPath in _types(parameter)}
@@ -94,7 +108,7 @@ def as_command(
             annotation=Annotated[
                 _option_type(parameter),
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
-                if parameter.name == argument
+                if parameter.name in arguments
                 else typer.Option(
                     help=_documentation(parameter),
                     metavar="PATH|URL" if parameter.name in locations else _metavar(parameter),
@@ -139,6 +153,9 @@ def as_command(
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
             _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
         Console().print(show(done))
+        if failure is not None and (found := failure(done)):
+            _print_error(found)
+            raise typer.Exit(1)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
@@ -236,5 +253,14 @@ def _field_text(value: object) -> str:
 app.command("precompute")(as_command(precompute, _precompute_table))
 app.command("distill")(as_command(distill))
 app.command("evaluate")(as_command(evaluate))
-app.command("inspect")(as_command(inspect_cache, show_inspection, argument="cache"))
+app.command("inspect")(as_command(inspect_cache, show_inspection, arguments=["cache"]))
 app.command("lab")(as_command(lab, show_study))
+app.add_typer(cache_app, name="cache")
+cache_app.command("ls")(as_command(list_cache, show_listing, arguments=["cache"]))
+cache_app.command("verify")(
+    as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
+)
+cache_app.command("gc")(as_command(collect_garbage, show_garbage, arguments=["cache"]))
+cache_app.command("pack")(as_command(pack_cache, show_packing, arguments=["cache"]))
+cache_app.command("export")(as_command(export_cache, arguments=["cache"]))
+cache_app.command("merge")(as_command(merge_cache, arguments=["cache", "other"], failure=attrgetter("failure")))

@@ -17,11 +17,12 @@ import pyarrow as pa
 from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
 from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
-from adpa.data.shards import damaged, list_shards, open_shards, write_shard
+from adpa.data.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
 
+STRANGER = "its content does not give the id in its name"
 SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
@@ -162,25 +163,47 @@ def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
     """
     read: set[str] = set()
     for path, table in open_shards(cache / "responses"):
-        responses = _read_response_set(path, table)
+        responses = _checked(path, table)
         if responses.id not in read:  # two writers at once may have written other bytes of one set
             read.add(responses.id)
             yield responses
 
 
-def _read_response_set(path: Location, table: pa.Table) -> ResponseSet:
-    problem = "its content does not give the id in its name"
+def read_response_set(path: Location) -> ResponseSet:
+    """Reads the response set of a file.
+
+    Raises:
+        DamagedFileError: the file's bytes or its content do not give the digests in its name.
+    """
+    return _checked(path, read_shard(path))
+
+
+def peek_response_set(path: Location) -> ResponseSet:
+    """Opens the response set of a file without computing its digests, for counting.
+
+    Raises:
+        DamagedFileError: it is no response set.
+    """
+    return _interpret(path, peek_shard(path))
+
+
+def _checked(path: Location, table: pa.Table) -> ResponseSet:
+    responses = _interpret(path, table)
+    if not path.name.startswith(f"{responses.shard_prefix()}-"):
+        raise damaged(path, STRANGER)
+    return responses
+
+
+def _interpret(path: Location, table: pa.Table) -> ResponseSet:
     try:
         made = json.loads(table.schema.metadata[b"adpa"])
         sampling = made.pop("sampling")
         info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
-        responses = ResponseSet(info, table)
-        whole = path.name.startswith(f"{responses.shard_prefix()}-") and table.schema.equals(SCHEMA)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise damaged(path, problem) from error
-    if not whole:
-        raise damaged(path, problem)
-    return responses
+        raise damaged(path, STRANGER) from error
+    if not table.schema.equals(SCHEMA):
+        raise damaged(path, STRANGER)
+    return ResponseSet(info, table)
 
 
 def _canonical(info: ResponseSetInfo) -> bytes:

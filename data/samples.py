@@ -41,7 +41,7 @@ def read_samples(cache: Location, sampling: Sampling) -> dict[bytes, TokenIds]:
         DamagedFileError: a file's bytes or columns are not those that were written.
     """
     samples: dict[bytes, TokenIds] = {}
-    for path, table in open_shards(_folder(cache, sampling), SHARD_PREFIX):
+    for path, table in open_shards(samples_folder(cache, sampling), SHARD_PREFIX):
         if not table.schema.equals(SCHEMA):
             raise damaged(path, "its columns are not those of samples")
         for row, key in enumerate(table["key"].to_pylist()):
@@ -63,10 +63,11 @@ def write_samples(
         pa.array([request.key for request in requests], SCHEMA.field("key").type),
         list_column(responses, SCHEMA.field("response_ids").type),
     ]
-    write_shard(_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+    write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
 
 
-def _folder(cache: Location, sampling: Sampling) -> Location:
+def samples_folder(cache: Location, sampling: Sampling) -> Location:
+    """Where samples made in one way lie in a cache, whatever their number."""
     settings = asdict(sampling)
     del settings["samples_per_prompt"]  # asking for more keeps those that are there
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)

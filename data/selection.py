@@ -133,6 +133,29 @@ def select_scored(
     return scored, left_out
 
 
+def select_one_scored(
+    cache: Location, scoring: str | None = None, response_set: str | None = None
+) -> tuple[ScoredSet, list[str]]:
+    """Finds the one response set with the one scoring that has all its signals; arguments as in ``select_scored``.
+
+    Raises:
+        CacheError: there is none, or more than one.
+        DamagedFileError: a file of the cache is damaged.
+    """
+    scored, left_out = select_scored(cache, scoring, response_set)
+    if len(scored) > 1:
+        raise several_fit(scored)
+    return scored[0], left_out
+
+
+def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
+    """What to raise where only one will do."""
+    return CacheError(
+        f"{len(scored)} combinations of responses and scoring fit: {'; '.join(one.describe() for one in scored)}",
+        "choose with --response-set ID and --scoring ID",
+    )
+
+
 def _read_scorings(cache: Location, beginning: str | None) -> list[Scoring]:
     scorings = [found for found in read_scorings(cache) if found.id.startswith(beginning or "")]
     if not scorings:

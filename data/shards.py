@@ -121,6 +121,22 @@ def read_shard(path: Location) -> pa.Table:
     return table
 
 
+def peek_shard(path: Location) -> pa.Table:
+    """Opens a shard without reading all of its bytes: for counting its rows and looking at their keys.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it is no table.
+    """
+    payload = map_file(path if isinstance(path, Path) else _copy_here(path))
+    try:
+        table = pa.ipc.open_file(payload).read_all()
+        table.validate()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
+    return table
+
+
 def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, pa.Table]]:
     """Reads every shard of a folder, while other processes add some, and replace some by others with the same rows.
 

@@ -139,10 +139,9 @@ def read_scorings(cache: Location) -> Iterator[Scoring]:
     """
     for folder in list_folder(cache / "scorings"):
         try:
-            described, proved = read_document(folder / "scoring.json")
+            yield read_scoring_file(folder / "scoring.json")
         except (FileNotFoundError, NotADirectoryError):
             continue
-        yield _read_scoring(folder / "scoring.json", described, proved)
 
 
 def read_scoring(cache: Location, scoring_id: str) -> Scoring:
@@ -184,7 +183,15 @@ def _described(scoring: Scoring) -> dict[str, Any]:
     return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}
 
 
-def _read_scoring(path: Location, described: dict[str, Any], proved: bool) -> Scoring:
+def read_scoring_file(path: Location) -> Scoring:
+    """Reads the description of a scoring.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CacheError: it is of a newer format.
+        DamagedFileError: it is not what was written, or does not give the id of its folder.
+    """
+    described, proved = read_document(path)
     unknown = sorted(described.keys() - {field.name for field in fields(Scoring)})
     if proved and unknown:
         raise CacheError(f"{path}: of a newer format: it has the unknown field {unknown[0]!r}", "install a newer adpa")

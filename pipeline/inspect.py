@@ -10,7 +10,7 @@ from typing_extensions import Doc
 from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseSet
-from adpa.data.selection import ScoredSet, select_scored
+from adpa.data.selection import ScoredSet, select_scored, several_fit
 from adpa.data.shards import write_file
 from adpa.data.summary import SignalSummary, summarize
 from adpa.data.vocabulary import read_tokenizer
@@ -64,10 +64,7 @@ def inspect_cache(
         check_writable_file("--html", html)
     scored, left_out = select_scored(cache, scoring, response_set)
     if len(scored) > 1 and (example is not None or html is not None):
-        raise CacheError(
-            f"{len(scored)} combinations of responses and scoring fit: {'; '.join(one.describe() for one in scored)}",
-            "choose with --response-set ID and --scoring ID",
-        )
+        raise several_fit(scored)
     rows = _rows(scored[0].responses, example, count) if len(scored) == 1 else []
     summaries = [_summarize(one) for one in scored]
     responses = []

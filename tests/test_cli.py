@@ -15,7 +15,19 @@ from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
 from upath import UPath
 
-from adpa import cli, distill, evaluate, inspect_cache, precompute
+from adpa import (
+    cli,
+    collect_garbage,
+    distill,
+    evaluate,
+    export_cache,
+    inspect_cache,
+    list_cache,
+    merge_cache,
+    pack_cache,
+    precompute,
+    verify_cache,
+)
 from adpa.lab.conduct import lab
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -24,6 +36,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "inspect": inspect_cache,
     "lab": lab,
+    "cache ls": list_cache,
+    "cache verify": verify_cache,
+    "cache gc": collect_garbage,
+    "cache pack": pack_cache,
+    "cache export": export_cache,
+    "cache merge": merge_cache,
 }
 
 
@@ -33,14 +51,15 @@ def runner() -> CliRunner:
 
 
 def test_the_programme_names_its_commands(runner: CliRunner) -> None:
-    output = runner.invoke(cli.app, ["--help"]).output
-    assert all(name in output for name in COMMANDS)
+    output = runner.invoke(cli.app, ["--help"]).output + runner.invoke(cli.app, ["cache", "--help"]).output
+    assert all(name.split()[-1] in output for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_parameter_is_an_option_with_help(name: str) -> None:
-    group = typer.main.get_command(cli.app)
-    command = group.commands[name]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(cli.app)
+    for part in name.split():
+        command = command.commands[part]
     options = {parameter.name: parameter for parameter in command.params}
     assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
     assert all(option.help for option in options.values())
@@ -206,6 +225,14 @@ def test_a_cache_that_cannot_be_inspected_is_one_line_and_exit_code_2(
 ) -> None:
     done = runner.invoke(cli.app, ["inspect", *arguments])
     assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"adpa: {message}\n")
+
+
+@pytest.mark.parametrize("name", [name.split()[1] for name in COMMANDS if name.startswith("cache ")])
+def test_a_command_on_a_cache_says_where_there_is_none(name: str, runner: CliRunner, tmp_path: Path) -> None:
+    arguments = {"export": ["--output", str(tmp_path / "rows.parquet")], "merge": [str(tmp_path)]}.get(name, [])
+    done = runner.invoke(cli.app, ["cache", name, "nowhere", *arguments])
+    message = "adpa: nowhere: no cache there; make it with adpa precompute, or check the path\n"
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", message)
 
 
 def test_an_argument_has_its_place_and_no_option(runner: CliRunner) -> None:

@@ -13,26 +13,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adpa.pipeline.cache_export import ExportReport, export_cache
+    from adpa.pipeline.cache_gc import GarbageReport, collect_garbage
+    from adpa.pipeline.cache_ls import CacheListing, list_cache
+    from adpa.pipeline.cache_merge import MergeReport, merge_cache
+    from adpa.pipeline.cache_pack import PackReport, pack_cache
+    from adpa.pipeline.cache_verify import VerifyReport, verify_cache
     from adpa.pipeline.distill import DistillReport, distill
     from adpa.pipeline.evaluate import EvaluateReport, evaluate
     from adpa.pipeline.inspect import InspectReport, inspect_cache
     from adpa.pipeline.precompute import PrecomputeReport, precompute
 
+# In which module of adpa.pipeline a stage and its report are.
+STAGES = {
+    "cache_export": ("ExportReport", "export_cache"),
+    "cache_gc": ("GarbageReport", "collect_garbage"),
+    "cache_ls": ("CacheListing", "list_cache"),
+    "cache_merge": ("MergeReport", "merge_cache"),
+    "cache_pack": ("PackReport", "pack_cache"),
+    "cache_verify": ("VerifyReport", "verify_cache"),
+    "distill": ("DistillReport", "distill"),
+    "evaluate": ("EvaluateReport", "evaluate"),
+    "inspect": ("InspectReport", "inspect_cache"),
+    "precompute": ("PrecomputeReport", "precompute"),
+}
+
 __all__ = [
+    "CacheListing",
     "DistillReport",
     "EvaluateReport",
+    "ExportReport",
+    "GarbageReport",
     "InspectReport",
+    "MergeReport",
+    "PackReport",
     "PrecomputeReport",
+    "VerifyReport",
+    "collect_garbage",
     "distill",
     "evaluate",
+    "export_cache",
     "inspect_cache",
+    "list_cache",
+    "merge_cache",
+    "pack_cache",
     "precompute",
+    "verify_cache",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """A stage, imported when it is asked for: ``adpa.kernels`` needs torch alone, not what reads data and models."""
-    if name not in __all__:
-        raise AttributeError(f"module 'adpa' has no attribute {name!r}")
-    stage = name.lower().removesuffix("report").removesuffix("_cache")
-    return getattr(import_module(f"adpa.pipeline.{stage}"), name)
+    for module, names in STAGES.items():
+        if name in names:
+            return getattr(import_module(f"adpa.pipeline.{module}"), name)
+    raise AttributeError(f"module 'adpa' has no attribute {name!r}")

@@ -33,7 +33,8 @@ from adpa.data.format import find_version, prepare_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.shards import list_shards, read_shard
-from adpa.data.signals import ModelIdentity, Scoring, SignalRow, read_scorings, read_signals
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
 from adpa.errors import CacheError
 from adpa.pipeline.sampling import sample_responses

@@ -1,0 +1,167 @@
+"""What must be true of the rows of a cache, whoever wrote them; and what is wrong with a row where it is not.
+
+Tolerances come from the number formats alone. A log-probability is a float32 difference of a logit and a
+log-sum-exp; for logits of up to 1,024 the steps of float32 are 2^-13, half a step of error each, so ``FLOAT32_ERROR``
+is 2^-13. Stored in float16 it is off by half a unit of the last of 11 binary digits more: by at most |log p| · 2^-11.
+Rounded by the lossy encoding, it is off by half a step of the grid of ``rounding.py``, whatever p was before:
+min(LOGPROB_STEP / p, COARSEST) / 2. An error e of log p is one of p · (exp(e) − 1) of the mass. So the mass of the top
+K may be off by the sum of these, which is computed for each position, and by ``FLOAT32_ERROR``.
+
+Shapes: T response tokens, K ids of the teacher's top K.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adpa.data.encoding import sequence_key
+from adpa.data.ragged import list_row
+from adpa.data.responses import ResponseSet, make_response_set
+from adpa.data.rounding import COARSEST, DEEPEST, LOGPROB_STEP
+from adpa.data.signal_rows import PADDING, SignalRow
+
+FLOAT16_ERROR = 2.0**-11
+FLOAT32_ERROR = 2.0**-13
+
+
+@dataclass(frozen=True)
+class SignalRules:
+    """What a scoring's rows have to be.
+
+    Attributes:
+        top_k: K.
+        with_reference: whether there are advantages.
+        ids_below: what every id is below; none where the vocabulary's size is not known.
+        ragged: whether a position may have fewer than K ids, the rest being padding.
+        lossy: whether log-probabilities were rounded as ``rounding.py`` says.
+    """
+
+    top_k: int
+    with_reference: bool
+    ids_below: int | None = None
+    ragged: bool = False
+    lossy: bool = False
+
+
+def signal_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np.int32] | None) -> Iterator[str]:
+    """What is wrong with a signal row: the kind of problem, a colon, and the details.
+
+    Args:
+        row: the row.
+        rules: what it has to be.
+        response_ids: int32 [T], the response that it is about; none where no response set has it.
+    """
+    length, with_reference = len(row.token_logprobs), rules.with_reference
+    advantages = (row.token_advantages, row.topk_advantages)
+    if any((column is not None) != with_reference for column in advantages):
+        yield f"advantages {'are missing, though' if with_reference else 'are there, though no'} reference was asked"
+        return
+    shapes: list[tuple[NDArray[Any], tuple[int, ...]]] = [
+        (row.token_logprobs, (length,)),
+        (row.tail_logprob, (length,)),
+    ]
+    shapes += [(column, (length, rules.top_k)) for column in (row.topk_ids, row.topk_logprobs)]
+    if row.token_advantages is not None and row.topk_advantages is not None:
+        shapes += [(row.token_advantages, (length,)), (row.topk_advantages, (length, rules.top_k))]
+    if any(column.shape != shape for column, shape in shapes):
+        found = ", ".join(str(column.shape) for column, _ in shapes)
+        yield f"its columns do not have one length, or not K = {rules.top_k} ids: {found}"
+        return
+    if response_ids is not None and len(response_ids) != length:
+        yield f"not as long as the response: {length} tokens; the response has {len(response_ids)}"
+        response_ids = None
+    yield from _id_problems(row.topk_ids, rules)
+    yield from _probability_problems(row, rules, response_ids)
+
+
+def response_set_problems(responses: ResponseSet, ids_below: int | None) -> Iterator[str]:
+    """What is wrong with a response set, whose columns are those of a set; ``ids_below`` as in ``SignalRules``."""
+    table, info = responses.table, responses.info
+    rows = [
+        (example_id, list_row(table["prompt_ids"], row), list_row(table["response_ids"], row))
+        for row, example_id in enumerate(table["example_id"].to_pylist())
+    ]
+    empty = [row for row, (_, prompt, response) in enumerate(rows) if not (len(prompt) and len(response))]
+    if empty:
+        yield f"{_rows(empty)}: an empty prompt or response"
+        return
+    outside = [
+        row
+        for row, (_, prompt, response) in enumerate(rows)
+        if not _in_range(prompt, ids_below) or not _in_range(response, ids_below)
+    ]
+    if outside:
+        yield f"{_rows(outside)}: ids that the vocabulary lacks"
+    keys = table["key"].to_pylist()
+    strangers = [row for row, (key, (_, *ids)) in enumerate(zip(keys, rows, strict=True)) if key != sequence_key(*ids)]
+    if strangers:
+        yield f"{_rows(strangers)}: the key is not the digest of the prompt's and the response's ids"
+    elif (made := make_response_set(info, rows)).info != info or made.id != responses.id:
+        yield "its counts, its order or its digest of the example ids are not those of its rows"
+
+
+def sample_problems(response_ids: NDArray[np.int32]) -> Iterator[str]:
+    """What is wrong with a sample, int32 [T]."""
+    if len(response_ids) == 0 or not _in_range(response_ids, None):
+        yield "an empty response, or ids below 0"
+
+
+def _id_problems(ids_TK: NDArray[np.int32], rules: SignalRules) -> Iterator[str]:
+    padding_TK = ids_TK == PADDING
+    if padding_TK.any() and not (rules.ragged and not padding_TK[:, 0].any() and _rising(padding_TK)):
+        yield "padding where an id must be"
+    elif not _in_range(ids_TK[~padding_TK], rules.ids_below):
+        yield f"ids that the vocabulary lacks: {ids_TK.min()} to {ids_TK.max()}"
+    sorted_TK = np.sort(ids_TK, axis=1)
+    if ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] != PADDING)).any():
+        yield "the same id twice at one position"
+
+
+def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np.int32] | None) -> Iterator[str]:
+    logprobs_TK = row.topk_logprobs.astype(np.float64)
+    tail_T, token_T = row.tail_logprob.astype(np.float64), row.token_logprobs.astype(np.float64)
+    if not (
+        (logprobs_TK <= FLOAT32_ERROR).all() and (tail_T <= FLOAT32_ERROR).all() and (token_T <= FLOAT32_ERROR).all()
+    ):
+        yield "log-probabilities above 0, or no numbers"
+        return
+    if not np.isfinite(token_T).all():
+        yield "a token of the response with the probability 0"
+    if not _rising(-logprobs_TK):
+        yield "log-probabilities that do not fall"
+    masses_TK = np.exp(logprobs_TK)
+    errors_TK = np.where(masses_TK > 0, np.abs(logprobs_TK), 0) * FLOAT16_ERROR
+    if rules.lossy:
+        errors_TK = np.minimum(COARSEST, LOGPROB_STEP / np.maximum(masses_TK, LOGPROB_STEP)) / 2
+    rounding_TK = masses_TK * np.expm1(errors_TK)
+    off_T = np.abs(masses_TK.sum(axis=1) + np.exp(tail_T) - 1) - rounding_TK.sum(axis=1)
+    if (off_T > FLOAT32_ERROR).any():
+        place = int(off_T.argmax())
+        mass = masses_TK[place].sum() + np.exp(tail_T[place])
+        yield f"mass + tail is not 1: {mass:.6f} at token {place}"
+    if response_ids is not None:
+        own_T, rank_T = np.nonzero(row.topk_ids == response_ids[:, None])
+        listed, own = logprobs_TK[own_T, rank_T], token_T[own_T]
+        possible = np.maximum(own, -DEEPEST) if rules.lossy else own
+        if not (np.abs(listed - possible) <= FLOAT32_ERROR + errors_TK[own_T, rank_T]).all():
+            yield "the response's tokens have other log-probabilities than the same ids in the top K"
+    if row.token_advantages is not None and row.topk_advantages is not None:
+        possible_TK = np.isfinite(logprobs_TK) & (row.topk_ids != PADDING)
+        if not (np.isfinite(row.token_advantages).all() and np.isfinite(row.topk_advantages[possible_TK]).all()):
+            yield "advantages that are no numbers"
+
+
+def _in_range(ids: NDArray[np.int32], below: int | None) -> bool:
+    return bool(len(ids) == 0 or (ids.min() >= 0 and (below is None or ids.max() < below)))
+
+
+def _rising(values_TK: NDArray[Any]) -> bool:
+    """Whether no value is below the one before it."""
+    return bool((values_TK[:, 1:] >= values_TK[:, :-1]).all())
+
+
+def _rows(numbers: list[int]) -> str:
+    return f"row {numbers[0]}" + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")

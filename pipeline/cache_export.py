@@ -1,0 +1,133 @@
+"""A response set joined with a scoring as files that need no adpa: Parquet, or a directory of ``datasets``."""
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from typing_extensions import Doc
+
+from adpa.data.format import check_cache
+from adpa.data.locations import Location
+from adpa.data.plain_rows import SCHEMA, plain_tables
+from adpa.data.selection import ScoredSet, select_one_scored
+from adpa.errors import OptionError
+from adpa.pipeline.directories import check_writable_file
+from adpa.pipeline.progress import progress
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What ``export_cache`` wrote.
+
+    Attributes:
+        output: where it is.
+        response_set: name and id of the set.
+        scoring: id of the scoring.
+        rows: responses.
+        tokens: their tokens.
+        bytes: what was written.
+        left_out: a line about each response set that no scoring has whole.
+    """
+
+    output: str
+    response_set: str
+    scoring: str
+    rows: int
+    tokens: int
+    bytes: int
+    left_out: list[str]
+
+
+def export_cache(
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
+    output: Annotated[
+        Path, Doc("What to write: a Parquet file if it ends with .parquet, or else a directory of datasets.")
+    ],
+    response_set: Annotated[
+        str | None, Doc("Response set to export: chosen, rejected or sampled, or the beginning of its id.")
+    ] = None,
+    scoring: Annotated[str | None, Doc("Scoring to export (the beginning of its id).")] = None,
+) -> ExportReport:
+    """Write a response set with its signals in plain columns, as Parquet or for datasets.load_from_disk.
+
+    The columns are example_id, prompt_ids, response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs,
+    topk_advantages (lists of lists) and tail_logprob; advantages are null without a reference. Where several response
+    sets or scorings fit, they are listed.
+
+    Raises:
+        AdpaError: something about the arguments or the cache that the caller can put right.
+    """
+    check_cache(cache)
+    if output.exists():
+        raise OptionError(f"--output {output}: there already", "name a new file or directory")
+    if cache.resolve() in output.resolve().parents:
+        raise OptionError(f"--output {output}: lies in the cache", "name a place outside of it")
+    scored, left_out = select_one_scored(cache, scoring, response_set)
+    check_writable_file("--output", output)
+    tokens = 0
+    with _unfinished(output) as folder:
+        pieces = _with_progress(scored)
+        if output.suffix == ".parquet":
+            whole = folder / "rows.parquet"
+            with pq.ParquetWriter(whole, SCHEMA) as writer:
+                tokens = _write(pieces, writer.write_table)
+        else:
+            # datasets reads this file by memory map and copies it, piece by piece.
+            with pa.ipc.new_stream(folder / "rows.arrow", SCHEMA) as stream:
+                tokens = _write(pieces, stream.write_table)
+            whole = folder / "dataset"
+            _save_dataset(folder / "rows.arrow", whole)
+        whole.rename(output)
+    return ExportReport(
+        output=str(output),
+        response_set=scored.responses.shard_prefix(),
+        scoring=scored.scoring.id,
+        rows=len(scored.responses),
+        tokens=tokens,
+        bytes=sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file()),
+        left_out=left_out,
+    )
+
+
+def _with_progress(scored: ScoredSet) -> Iterator[pa.Table]:
+    with progress("exporting: responses", len(scored.responses)) as advance:
+        for table in plain_tables(scored):
+            yield table
+            advance(len(table))
+
+
+def _write(pieces: Iterator[pa.Table], write: Callable[[pa.Table], None]) -> int:
+    """Writes tables; gives the number of their response tokens."""
+    tokens = 0
+    for table in pieces:
+        write(table)
+        tokens += len(table["token_logprobs"].combine_chunks().values)
+    return tokens
+
+
+def _save_dataset(rows: Path, directory: Path) -> None:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        datasets.Dataset.from_file(str(rows)).save_to_disk(directory)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, for what becomes the output when it is whole."""
+    folder = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,288 @@
+"""What a cache holds: response sets, scorings, samples, tokenizers, and what killed runs left behind.
+
+It is told from file sizes, Arrow metadata and the column ``key``; no signal is decoded and no digest computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from typing_extensions import Doc
+
+from adpa.data.format import check_cache
+from adpa.data.inventory import CacheFile, list_files
+from adpa.data.locations import Location
+from adpa.data.responses import ResponseSet, ResponseSetInfo, peek_response_set
+from adpa.data.samples import samples_folder
+from adpa.data.shards import peek_shard
+from adpa.data.signals import Scoring, read_scorings
+from adpa.errors import DamagedFileError
+
+
+@dataclass(frozen=True)
+class ListedSet:
+    """A response set.
+
+    Attributes:
+        name: its name and id.
+        rows: its responses.
+        tokens: their tokens, without the prompts'.
+        prompt_tokens: the tokens of the prompts, each counted as often as it is answered.
+        bytes: size of its file.
+        info: how it was made.
+        scored: how many of its responses each scoring of its vocabulary has, by the scoring's id.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    prompt_tokens: int
+    bytes: int
+    info: ResponseSetInfo
+    scored: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ListedScoring:
+    """A scoring.
+
+    Attributes:
+        id: its id.
+        scoring: who judged, and how.
+        rows: token sequences that it has signals of.
+        repeated: rows that say again what another one says (two runs scored the same); ``adpa cache pack`` drops them.
+        unneeded: rows that no response set needs; ``adpa cache gc`` removes them.
+        tokens: response tokens of the rows that a set needs.
+        shards: files of signals.
+        bytes: their size.
+        bytes_per_token: what a response token takes, in the files whose rows are all needed; none without such files.
+        pending: rows that wait for the reference.
+        pending_bytes: size of their files.
+    """
+
+    id: str
+    scoring: Scoring
+    rows: int
+    repeated: int
+    unneeded: int
+    tokens: int
+    shards: int
+    bytes: int
+    bytes_per_token: float | None
+    pending: int
+    pending_bytes: int
+
+
+@dataclass(frozen=True)
+class ListedSamples:
+    """What was sampled in one way: the sets that were made of it, its rows, files and their size."""
+
+    id: str
+    sets: list[str]
+    rows: int
+    shards: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ListedTokenizer:
+    """A tokenizer: its digest, the sets that were made with it, and the size of its files."""
+
+    digest: str
+    sets: list[str]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ListedFiles:
+    """Files of a kind: how many, and their size."""
+
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CacheListing:
+    """What ``list_cache`` found.
+
+    Attributes:
+        cache: the cache.
+        sets: the response sets.
+        scorings: the scorings.
+        samples: what was sampled.
+        tokenizers: the tokenizers.
+        unfinished: temporary files, of runs that write now or were killed.
+        damaged: what ``adpa cache verify --repair`` set aside.
+        unknown: places of files that are none of a cache's.
+        unreadable: a line about each file that could not be read.
+        total: all files.
+    """
+
+    cache: str
+    sets: list[ListedSet]
+    scorings: list[ListedScoring]
+    samples: list[ListedSamples]
+    tokenizers: list[ListedTokenizer]
+    unfinished: ListedFiles
+    damaged: ListedFiles
+    unknown: list[str]
+    unreadable: list[str]
+    total: ListedFiles
+
+
+def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
+    """List what a cache holds: response sets, scorings, their rows, tokens and bytes, and who made them.
+
+    It looks at sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
+
+    Raises:
+        CacheError: there is no cache.
+        DamagedFileError: the description of a scoring is damaged.
+    """
+    check_cache(cache)
+    files = list_files(cache)
+    peek = _Peek([])
+    sets = {
+        file.path.stem.rpartition("-")[0]: (file, found)
+        for file in files
+        if file.kind == "response set" and (found := peek.response_set(file)) is not None
+    }
+    signals = {
+        scoring: [
+            (file, keys)
+            for file in files
+            if file.kind == "signals" and file.owner == scoring.id and (keys := peek.keys(file)) is not None
+        ]
+        for scoring in read_scorings(cache)
+    }
+    return CacheListing(
+        cache=str(cache),
+        sets=[_list_set(name, file, found, signals) for name, (file, found) in sets.items()],
+        scorings=[
+            _list_scoring(scoring, shards, [found for _, found in sets.values()], files, peek)
+            for scoring, shards in signals.items()
+        ],
+        samples=_list_samples(cache, files, {name: found for name, (_, found) in sets.items()}, peek),
+        tokenizers=[
+            ListedTokenizer(
+                digest,
+                [name for name, (_, found) in sets.items() if found.info.tokenizer == digest],
+                sum(file.size for file in files if file.kind == "tokenizer" and file.owner == digest),
+            )
+            for digest in sorted({file.owner for file in files if file.kind == "tokenizer"})
+        ],
+        unfinished=_count([file for file in files if file.kind == "unfinished"]),
+        damaged=_count([file for file in files if file.kind == "damaged"]),
+        unknown=[file.place for file in files if file.kind == "unknown"],
+        unreadable=peek.unreadable,
+        total=_count(files),
+    )
+
+
+@dataclass
+class _Peek:
+    """Opens files; those that cannot be read are noted, and ``None``."""
+
+    unreadable: list[str]
+
+    def response_set(self, file: CacheFile) -> ResponseSet | None:
+        try:
+            return peek_response_set(file.path)
+        except DamagedFileError as error:
+            self.unreadable.append(str(error))
+            return None
+
+    def keys(self, file: CacheFile) -> pa.ChunkedArray | None:
+        try:
+            return peek_shard(file.path)["key"]
+        except (DamagedFileError, KeyError) as error:
+            self.unreadable.append(f"{file.path}: has no column {error}" if isinstance(error, KeyError) else str(error))
+            return None
+
+
+def _list_set(
+    name: str,
+    file: CacheFile,
+    found: ResponseSet,
+    signals: dict[Scoring, list[tuple[CacheFile, pa.ChunkedArray]]],
+) -> ListedSet:
+    return ListedSet(
+        name=name,
+        rows=len(found),
+        tokens=_sum(pc.list_value_length(found.table["response_ids"])),
+        prompt_tokens=_sum(pc.list_value_length(found.table["prompt_ids"])),
+        bytes=file.size,
+        info=found.info,
+        scored={
+            scoring.id: _sum(pc.is_in(found.table["key"], value_set=_joined([keys for _, keys in shards])))
+            for scoring, shards in signals.items()
+            if scoring.vocabulary == found.info.vocabulary
+        },
+    )
+
+
+def _list_scoring(
+    scoring: Scoring,
+    shards: Sequence[tuple[CacheFile, pa.ChunkedArray]],
+    sets: Sequence[ResponseSet],
+    files: Sequence[CacheFile],
+    peek: _Peek,
+) -> ListedScoring:
+    needing = [found.table for found in sets if found.info.vocabulary == scoring.vocabulary]
+    needed = _joined([table["key"] for table in needing])
+    lengths = pa.chunked_array(
+        [chunk for table in needing for chunk in pc.list_value_length(table["response_ids"]).chunks], pa.int32()
+    )
+    stored = _joined([keys for _, keys in shards])
+    distinct = pc.unique(stored)
+    tokens, whole_bytes, whole_tokens = [], 0, 0
+    for file, keys in shards:
+        tokens.append(lengths.take(pc.index_in(keys, value_set=needed)))  # null where no set needs the row
+        if tokens[-1].null_count == 0:
+            whole_bytes += file.size
+            whole_tokens += _sum(tokens[-1])
+    pending = [file for file in files if file.kind == "pending" and file.owner == scoring.id]
+    waiting = [keys for file in pending if (keys := peek.keys(file)) is not None]
+    return ListedScoring(
+        id=scoring.id,
+        scoring=scoring,
+        rows=len(distinct),
+        repeated=len(stored) - len(distinct),
+        unneeded=len(distinct) - _sum(pc.is_in(distinct, value_set=needed)),
+        tokens=_sum(lengths.take(pc.index_in(distinct, value_set=needed))),
+        shards=len(shards),
+        bytes=sum(file.size for file, _ in shards),
+        bytes_per_token=whole_bytes / whole_tokens if whole_tokens else None,
+        pending=len(pc.unique(_joined(waiting))),
+        pending_bytes=sum(file.size for file in pending),
+    )
+
+
+def _list_samples(
+    cache: Location, files: Sequence[CacheFile], sets: dict[str, ResponseSet], peek: _Peek
+) -> list[ListedSamples]:
+    makers: dict[str, list[str]] = {}
+    for name, found in sets.items():
+        if found.info.sampling is not None:
+            makers.setdefault(samples_folder(cache, found.info.sampling).name, []).append(name)
+    listed = []
+    for owner in sorted({file.owner for file in files if file.kind == "samples"}):
+        own = [file for file in files if file.kind == "samples" and file.owner == owner]
+        keys = [column for file in own if (column := peek.keys(file)) is not None]
+        rows = len(pc.unique(_joined(keys)))
+        listed.append(ListedSamples(owner, makers.get(owner, []), rows, len(own), sum(file.size for file in own)))
+    return listed
+
+
+def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
+
+
+def _sum(values: pa.ChunkedArray | pa.Array) -> int:
+    return pc.sum(values).as_py() or 0
+
+
+def _count(files: Sequence[CacheFile]) -> ListedFiles:
+    return ListedFiles(len(files), sum(file.size for file in files))

@@ -1,0 +1,191 @@
+"""Another cache's files, taken over by hard link where that is possible and by copy elsewhere."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+from typing_extensions import Doc
+
+from adpa.data import samples, signals
+from adpa.data.format import check_cache, prepare_cache
+from adpa.data.inventory import CacheFile, list_files
+from adpa.data.locations import Location
+from adpa.data.responses import read_response_set
+from adpa.data.shards import list_shards, peek_shard, read_shard, write_file
+from adpa.data.signals import read_scoring_file, write_scoring
+from adpa.data.vocabulary import read_tokenizer, write_tokenizer
+from adpa.errors import DamagedFileError, OptionError
+from adpa.pipeline.directories import check_writable
+from adpa.pipeline.progress import progress
+
+
+@dataclass
+class Taken:
+    """How many files were taken in one way, and their size."""
+
+    files: int = 0
+    bytes: int = 0
+
+    def add(self, size: int) -> None:
+        """Counts a file."""
+        self.files += 1
+        self.bytes += size
+
+
+@dataclass
+class MergeReport:
+    """What ``merge_cache`` did.
+
+    Attributes:
+        cache: the cache that was added to.
+        other: the cache that was read.
+        linked: files that both caches share now.
+        copied: files that were copied.
+        present: files that say nothing new: they, or all of their rows, were there already.
+        refused: a line about each damaged file, nothing of which was taken.
+        left_out: files that are not taken: rows that wait for a reference, temporary and damaged files, and others.
+    """
+
+    cache: str
+    other: str
+    linked: Taken = field(default_factory=Taken)
+    copied: Taken = field(default_factory=Taken)
+    present: Taken = field(default_factory=Taken)
+    refused: list[str] = field(default_factory=list)
+    left_out: Taken = field(default_factory=Taken)
+
+    @property
+    def failure(self) -> str:
+        """One line on what was refused; empty if nothing was."""
+        if not self.refused:
+            return ""
+        return f"{self.other}: {len(self.refused)} files are damaged and were not taken: {'; '.join(self.refused)}"
+
+
+def merge_cache(
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache that is added to.")],
+    other: Annotated[Location, Doc("Directory or URL of the cache whose files are taken; it is not changed.")],
+) -> MergeReport:
+    """Take another cache's response sets, scorings, signals, samples and tokenizers.
+
+    Files are linked where both caches lie on one file system, and copied elsewhere; the digest of each is checked
+    first. What is there already is left as it is. Damaged files are not taken: they are named, and the exit code is 1.
+
+    Raises:
+        CacheError: one of them is no cache.
+        OptionError: both are the same, or the first cannot be written.
+    """
+    check_cache(cache)
+    check_cache(other)
+    if cache.resolve() == other.resolve():
+        raise OptionError(f"{other}: the same cache as {cache}", "name another one")
+    check_writable("CACHE", cache)
+    prepare_cache(cache)
+    files = list_files(other)
+    merge = _Merge(cache, other, MergeReport(str(cache), str(other)))
+    with progress("merging: bytes", sum(file.size for file in files)) as advance:
+        for kind in ("tokenizer", "scoring", "signals", "samples", "response set"):  # a set comes after its rows
+            for file in files:
+                if file.kind == kind:
+                    merge.take(file)
+                    advance(file.size)
+    for file in files:
+        if file.kind == "marker":
+            merge.report.present.add(file.size)
+        if file.kind in ("pending", "unfinished", "damaged", "evaluation", "unknown"):
+            merge.report.left_out.add(file.size)
+    return merge.report
+
+
+@dataclass
+class _Merge:
+    cache: Location
+    other: Location
+    report: MergeReport
+    tokenizers: dict[str, Taken] = field(default_factory=dict)
+    keys: dict[Location, set[bytes]] = field(default_factory=dict)
+
+    def take(self, file: CacheFile) -> None:
+        """Takes a file, unless it is damaged."""
+        if file.kind in ("signals", "samples"):
+            self._read_keys(file)
+        take = {
+            "tokenizer": self._tokenizer,
+            "scoring": self._scoring,
+            "signals": self._rows,
+            "samples": self._rows,
+            "response set": self._response_set,
+        }[file.kind]
+        try:
+            take(file)
+        except DamagedFileError as error:
+            self.report.refused.append(str(error.args[0]))
+
+    def _tokenizer(self, file: CacheFile) -> None:
+        """Takes the whole tokenizer with its first file; the others count as what became of it."""
+        if file.owner not in self.tokenizers:
+            self.tokenizers[file.owner] = Taken()  # of a damaged one, whose files are refused together
+            if (self.cache / "tokenizers" / file.owner).exists():
+                self.tokenizers[file.owner] = self.report.present
+            else:
+                write_tokenizer(self.cache, read_tokenizer(self.other, file.owner), file.owner)
+                self.tokenizers[file.owner] = self.report.copied
+        self.tokenizers[file.owner].add(file.size)
+
+    def _scoring(self, file: CacheFile) -> None:
+        scoring = read_scoring_file(file.path)
+        present = (scoring.folder(self.cache) / file.path.name).exists()
+        write_scoring(self.cache, scoring)
+        (self.report.present if present else self.report.copied).add(file.size)
+
+    def _rows(self, file: CacheFile) -> None:
+        """Takes a file of signals or samples, unless the cache has a row with each of its keys."""
+        target = self.cache / file.place
+        folder = target.parent
+        if file.kind == "signals" and not (folder / "scoring.json").exists():
+            self.report.left_out.add(file.size)  # its description is damaged, or was never there
+            return
+        keys = read_shard(file.path)["key"].to_pylist()
+        if self.keys[folder].issuperset(keys):
+            self.report.present.add(file.size)
+            return
+        self._link_or_copy(file, target)
+        self.keys[folder].update(keys)
+
+    def _read_keys(self, file: CacheFile) -> None:
+        """Reads which rows the cache has in the folder of a file."""
+        folder = (self.cache / file.place).parent
+        if folder not in self.keys:
+            prefix = signals.SHARD_PREFIX if file.kind == "signals" else samples.SHARD_PREFIX
+            tables = map(peek_shard, list_shards(folder, prefix))
+            self.keys[folder] = {key for table in tables for key in table["key"].to_pylist()}
+
+    def _response_set(self, file: CacheFile) -> None:
+        responses = read_response_set(file.path)
+        if list_shards(self.cache / "responses", responses.shard_prefix()):
+            self.report.present.add(file.size)
+        else:
+            self._link_or_copy(file, self.cache / file.place)
+
+    def _link_or_copy(self, file: CacheFile, target: Location) -> None:
+        if _link(file.path, target):
+            self.report.linked.add(file.size)
+        else:
+            write_file(target, pa.py_buffer(file.path.read_bytes()))
+            self.report.copied.add(file.size)
+
+
+def _link(source: Location, target: Location) -> bool:
+    """Links a file; says whether that is possible here."""
+    if not (isinstance(source, Path) and isinstance(target, Path)):
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except FileExistsError:  # another process was first
+        return True
+    except OSError:  # another file system, or one without links
+        return False
+    return True

@@ -1,0 +1,121 @@
+"""What the commands on a whole cache found, in a terminal."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from adpa.data.pieces import visible
+from adpa.pipeline.cache_gc import GarbageReport
+from adpa.pipeline.cache_ls import CacheListing, ListedScoring, ListedSet
+from adpa.pipeline.cache_pack import PackReport
+from adpa.pipeline.cache_verify import VerifyReport
+
+
+def show_listing(listing: CacheListing) -> RenderableType:
+    """Sets and scorings with who made them, then everything else that takes space."""
+    parts: list[RenderableType] = []
+    if listing.sets:
+        table = _table("response set", "rows", "tokens", "prompt tokens", "bytes")
+        for found in listing.sets:
+            numbers = (found.rows, found.tokens, found.prompt_tokens, found.bytes)
+            table.add_row(found.name, *(f"{number:,}" for number in numbers))
+        parts += [table, *(_line(found.name, _about_set(found)) for found in listing.sets), ""]
+    if listing.scorings:
+        table = _table("scoring", "rows", "tokens", "bytes", "bytes/token", "files", "pending")
+        for scored in listing.scorings:
+            ratio = "" if scored.bytes_per_token is None else f"{scored.bytes_per_token:,.1f}"
+            counts = [f"{count:,}" for count in (scored.rows, scored.tokens, scored.bytes)]
+            table.add_row(scored.id, *counts, ratio, f"{scored.shards:,}", f"{scored.pending:,}")
+        parts += [table, *(_line(scored.id, _about_scoring(scored)) for scored in listing.scorings), ""]
+    for samples in listing.samples:
+        made = ", ".join(samples.sets) or "no response set was made of them"
+        parts.append(_line(f"samples {samples.id}", f"{samples.rows:,} rows, {samples.bytes:,} bytes: {made}"))
+    for tokenizer in listing.tokenizers:
+        made = ", ".join(tokenizer.sets) or "no response set names it"
+        parts.append(_line(f"tokenizer {tokenizer.digest}", f"{tokenizer.bytes:,} bytes: {made}"))
+    for name, files in (("unfinished", listing.unfinished), ("damaged", listing.damaged)):
+        if files.files:
+            parts.append(_line(name, f"{files.files:,} files, {files.bytes:,} bytes; adpa cache gc removes them"))
+    parts += [_line("unknown", place) for place in listing.unknown]
+    parts += [_line("unreadable", line) for line in listing.unreadable]
+    parts.append(_line("total", f"{listing.total.files:,} files, {listing.total.bytes:,} bytes"))
+    return Group(*parts)
+
+
+def show_verification(report: VerifyReport) -> RenderableType:
+    """Every fault, then what was checked, and what was not."""
+    parts = []
+    for fault in report.faults:
+        rows = f" ({fault.rows:,} rows)" if fault.rows is not None and fault.rows > 1 else ""
+        parts.append(_line(fault.place, fault.problem + rows))
+    parts += [_line("set aside", place) for place in report.set_aside]
+    parts += [_line("not checked", place) for place in report.unknown]
+    for name, count in (("unfinished", report.unfinished), ("set aside before", report.damaged)):
+        if count:
+            parts.append(_line("not checked", f"{count:,} {name}"))
+    faults = f"{len(report.faults):,} faults" if report.faults else "no fault"
+    parts.append(_line(faults, f"in {report.files:,} files, {report.rows:,} rows, {report.bytes:,} bytes"))
+    return Group(*parts)
+
+
+def show_garbage(report: GarbageReport) -> RenderableType:
+    """What goes and why, and what stays for now."""
+    parts = []
+    for garbage in report.garbage:
+        rows = "" if garbage.rows is None else f"{garbage.rows:,} of {garbage.rows + garbage.kept:,} rows, "
+        parts.append(_line(garbage.place, f"{rows}{garbage.bytes:,} bytes: {garbage.reason}"))
+    parts += [_line("stays", f"{place}: a run may be at work with it") for place in report.young]
+    done = "removed" if report.done else "can be removed; --yes does it"
+    parts.append(_line(f"{report.bytes:,} bytes", done if report.garbage else "no garbage"))
+    return Group(*parts)
+
+
+def show_packing(report: PackReport) -> RenderableType:
+    """The folders whose files changed."""
+    table = _table("folder", "files", "now", "bytes", "now", "repeated rows")
+    for packed in report.packed:
+        counts = (packed.files_before, packed.files, packed.bytes_before, packed.bytes, packed.repeated)
+        table.add_row(packed.folder, *(f"{count:,}" for count in counts))
+    untouched = _line(f"{report.untouched:,} folders", "are packed well")
+    return Group(table, untouched) if report.packed else untouched
+
+
+def _about_set(found: ListedSet) -> str:
+    info, parts = found.info, []
+    if info.sampling is not None:
+        how = info.sampling
+        parts.append(
+            f"sampled by the student {how.student[:8]}, temperature {how.temperature:g}, top-p {how.top_p:g}, "
+            f"seed {how.seed}, {how.samples_per_prompt} to a prompt, at most {how.max_new_tokens} tokens, "
+            f"{how.dtype}, {how.engine}"
+        )
+    counts = {
+        "truncated prompts": info.truncated_prompts,
+        "truncated responses": info.truncated_responses,
+        "dropped": info.dropped,
+    }
+    parts += [f"{count:,} {name}" for name, count in counts.items() if count]
+    scored = [f"{rows:,} of {found.rows:,} by {scoring}" for scoring, rows in found.scored.items() if rows]
+    parts.append("scored: " + ", ".join(scored) if scored else "not scored")
+    return "; ".join(parts)
+
+
+def _about_scoring(scored: ListedScoring) -> str:
+    parts = [scored.scoring.describe().partition(": ")[2]]
+    parts += [f"{scored.repeated:,} rows stand twice; adpa cache pack drops them"] if scored.repeated else []
+    parts += [f"{scored.unneeded:,} rows that no set needs; adpa cache gc removes them"] if scored.unneeded else []
+    parts += [f"{scored.pending:,} rows wait for the reference"] if scored.pending else []
+    return "; ".join(parts)
+
+
+def _table(first: str, *right: str) -> Table:
+    table = Table(first, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _line(title: str, text: str) -> Text:
+    return Text.assemble((visible(title), Style(bold=True)), " ", visible(text), overflow="fold")

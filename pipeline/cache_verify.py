@@ -1,0 +1,309 @@
+"""Everything that a cache says about itself, checked: digests, names, forms, ranges, sums, lengths."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from typing_extensions import Doc
+
+from adpa.data.format import MARKER, check_cache
+from adpa.data.integrity import SignalRules, response_set_problems, sample_problems, signal_problems
+from adpa.data.inventory import CacheFile, list_files
+from adpa.data.locations import Location
+from adpa.data.ragged import list_row
+from adpa.data.removal import set_aside
+from adpa.data.responses import ResponseSet, read_response_set
+from adpa.data.samples import SCHEMA as SAMPLES_SCHEMA
+from adpa.data.shards import read_shard
+from adpa.data.signals import Scoring, SignalTable, read_scoring_file
+from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
+from adpa.errors import DamagedFileError
+from adpa.pipeline.directories import check_writable
+from adpa.pipeline.progress import progress
+
+# Embedding matrices are padded: their models may give probability to ids that the tokenizer lacks.
+PADDED_VOCABULARY = 1 + 1 / 16
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a file.
+
+    Attributes:
+        place: the file's place in the cache; a tokenizer's is its folder's.
+        problem: what is wrong.
+        rows: how many of its rows have this problem; none where it is not one of rows.
+    """
+
+    place: str
+    problem: str
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What ``verify_cache`` found.
+
+    Attributes:
+        cache: the cache.
+        files: files checked.
+        bytes: their size.
+        rows: rows decoded, of all kinds.
+        faults: what is wrong; nothing else is.
+        set_aside: where damaged files lie now.
+        unknown: places of files that are none of a cache's; they were not checked.
+        unfinished: temporary files, of runs that write now or were killed; they were not checked.
+        damaged: files that were set aside before.
+    """
+
+    cache: str
+    files: int
+    bytes: int
+    rows: int
+    faults: list[Fault]
+    set_aside: list[str]
+    unknown: list[str]
+    unfinished: int
+    damaged: int
+
+    @property
+    def failure(self) -> str:
+        """One line on what is wrong; empty if nothing is."""
+        if not self.faults:
+            return ""
+        places = {fault.place for fault in self.faults}
+        found = f"{self.cache}: {len(self.faults)} faults in {', '.join(sorted(places))}"
+        if self.set_aside:
+            return f"{found}; set aside under damaged/: run the same adpa precompute again to fill the gap"
+        return f"{found}; --repair sets damaged files aside"
+
+
+def verify_cache(
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
+    repair: Annotated[
+        bool, Doc("Move damaged files to CACHE/damaged, so that the next adpa precompute makes them again.")
+    ] = False,
+) -> VerifyReport:
+    """Check everything that a cache says: every digest, every row, every file's name.
+
+    Every row is decoded: ids must be in the vocabulary and distinct, log-probabilities at most 0 and falling, mass and
+    tail 1 together (as far as float16 can tell), lengths those of the responses, keys the digests of their ids, and
+    advantages there if and only if there is a reference. All faults are listed, and any of them is exit code 1. Files
+    that are none of a cache's are told, and are no fault.
+
+    Raises:
+        CacheError: there is no cache.
+        OptionError: the cache cannot be written, with ``repair``.
+    """
+    marker = _check_marker(cache)
+    if repair:
+        check_writable("--repair:", cache)
+    files = list_files(cache)
+    checked = [file for file in files if file.kind not in ("unknown", "unfinished", "damaged", "evaluation")]
+    total = sum(file.size for file in checked)
+    with progress("verifying: bytes", total) as advance:
+        check = _Check(cache, checked, advance)
+        check.faults += marker
+        check.all()
+    aside = []
+    if repair:
+        faulty = {fault.place for fault in check.faults}
+        aside = set_aside(cache, [file for file in checked if file.place in faulty or _folder(file) in faulty])
+    return VerifyReport(
+        cache=str(cache),
+        files=len(checked),
+        bytes=total,
+        rows=check.rows,
+        faults=check.faults,
+        set_aside=aside,
+        unknown=[file.place for file in files if file.kind == "unknown"],
+        unfinished=sum(file.kind == "unfinished" for file in files),
+        damaged=sum(file.kind == "damaged" for file in files),
+    )
+
+
+def _check_marker(cache: Location) -> list[Fault]:
+    try:
+        check_cache(cache)
+    except DamagedFileError as error:
+        return [Fault(MARKER, _problem(error))]
+    return []
+
+
+class _Check:
+    """Checks files in the order in which they explain each other, and notes faults."""
+
+    def __init__(self, cache: Location, files: Sequence[CacheFile], advance: Callable[[int], None]) -> None:
+        self.rows = 0
+        self.faults: list[Fault] = []
+        self._cache = cache
+        self._files = files
+        self._advance = advance
+
+    def all(self) -> None:
+        vocabularies = self._tokenizers()
+        responses = _Responses(list(self._response_sets(vocabularies)))
+        self._scorings(responses, {found.vocabulary: found.size for found in vocabularies.values()})
+        self._samples()
+
+    def _tokenizers(self) -> dict[str, "_Vocabulary"]:
+        """The vocabulary of each whole tokenizer, by the tokenizer's digest."""
+        vocabularies = {}
+        for digest in sorted({file.owner for file in self._of("tokenizer")}):
+            try:
+                tokenizer = read_tokenizer(self._cache, digest)
+            except DamagedFileError as error:
+                self._note(f"tokenizers/{digest}", error)
+            else:
+                vocabularies[digest] = _Vocabulary(
+                    digest_tokenizer(tokenizer).vocabulary, max(tokenizer.get_vocab().values()) + 1
+                )
+            self._advance(sum(file.size for file in self._of("tokenizer") if file.owner == digest))
+        return vocabularies
+
+    def _response_sets(self, vocabularies: dict[str, "_Vocabulary"]) -> Iterator[ResponseSet]:
+        """The sets without a fault."""
+        for file in self._of("response set"):
+            try:
+                found = read_response_set(file.path)
+            except DamagedFileError as error:
+                self._note(file.place, error)
+                continue
+            finally:
+                self._advance(file.size)
+            self.rows += len(found)
+            info = found.info
+            vocabulary = vocabularies.get(info.tokenizer)
+            below = None if vocabulary is None else vocabulary.size
+            if below is not None and info.sampling is not None:
+                below = int(below * PADDED_VOCABULARY)
+            problems = list(response_set_problems(found, below))
+            if vocabulary is not None and vocabulary.vocabulary != info.vocabulary:
+                problems.append("its vocabulary is not its tokenizer's")
+            self.faults += [Fault(file.place, problem) for problem in problems]
+            missing = f"tokenizers/{info.tokenizer}"
+            if vocabulary is None and missing not in {fault.place for fault in self.faults}:
+                self.faults.append(Fault(missing, f"not there, though {found.shard_prefix()} names it"))
+            if not problems:
+                yield found
+
+    def _scorings(self, responses: "_Responses", sizes: dict[str, int]) -> None:
+        described = {file.owner: file for file in self._of("scoring")}
+        shards = [*self._of("signals"), *self._of("pending")]
+        for owner in sorted(described.keys() | {file.owner for file in shards}):
+            own = [file for file in shards if file.owner == owner]
+            place = f"scorings/{owner}/scoring.json"
+            rules = None
+            if owner not in described:
+                self.faults.append(Fault(place, f"not there, so that nobody reads the {len(own)} files beside it"))
+            else:
+                try:
+                    rules = _rules(read_scoring_file(described[owner].path), sizes)
+                except DamagedFileError as error:
+                    self._note(place, error)
+                self._advance(described[owner].size)
+            for file in own:
+                self._signals(file, rules, responses)
+                self._advance(file.size)
+
+    def _signals(self, file: CacheFile, rules: SignalRules | None, responses: "_Responses") -> None:
+        table = self._read(file)
+        if table is None or rules is None:
+            return
+        if file.kind == "pending":
+            rules = SignalRules(rules.top_k, with_reference=False, ids_below=rules.ids_below)
+        first: dict[str, str] = {}
+        counts: dict[str, int] = {}
+        number = 0
+        try:
+            signals = SignalTable([table])
+            for number, ids in enumerate(responses.of(table["key"])):
+                self.rows += 1
+                row = signals.row(number)
+                for problem in signal_problems(row, rules, ids):
+                    kind = problem.partition(":")[0]
+                    first.setdefault(kind, f"row {number}, key {row.key.hex()}: {problem}")
+                    counts[kind] = counts.get(kind, 0) + 1
+        except Exception as error:  # whatever a decoder says of a row that it does not understand
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.faults.append(Fault(file.place, f"row {number}: cannot be decoded: {reason}"))
+        self.faults += [Fault(file.place, problem, counts[kind]) for kind, problem in first.items()]
+
+    def _samples(self) -> None:
+        for file in self._of("samples"):
+            table = self._read(file)
+            self._advance(file.size)
+            if table is None:
+                continue
+            if not table.schema.equals(SAMPLES_SCHEMA):
+                self.faults.append(Fault(file.place, "its columns are not those of samples"))
+                continue
+            self.rows += len(table)
+            faulty = {
+                row: problem
+                for row in range(len(table))
+                for problem in sample_problems(list_row(table["response_ids"], row))
+            }
+            if faulty:
+                row, problem = next(iter(faulty.items()))
+                self.faults.append(Fault(file.place, f"row {row}: {problem}", len(faulty)))
+
+    def _read(self, file: CacheFile) -> pa.Table | None:
+        try:
+            return read_shard(file.path)
+        except (DamagedFileError, pa.ArrowInvalid) as error:
+            self._note(file.place, error)
+            return None
+
+    def _of(self, kind: str) -> list[CacheFile]:
+        return [file for file in self._files if file.kind == kind]
+
+    def _note(self, place: str, error: Exception) -> None:
+        self.faults.append(Fault(place, _problem(error)))
+
+
+def _problem(error: Exception) -> str:
+    problem = str(error.args[0]) if isinstance(error, DamagedFileError) else str(error)
+    return " ".join(problem.rpartition(": damaged: ")[2].split())
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    vocabulary: str
+    size: int
+
+
+class _Responses:
+    """The responses of sound sets, by their keys."""
+
+    def __init__(self, sets: Sequence[ResponseSet]) -> None:
+        tables = [found.table.select(["key", "response_ids"]).replace_schema_metadata() for found in sets]
+        self._table = pa.concat_tables(tables) if tables else None
+
+    def of(self, keys: pa.ChunkedArray) -> Iterator[NDArray[np.int32] | None]:
+        """The response of each key: int32 [T], none where no set has it."""
+        if self._table is None:
+            yield from [None] * len(keys)
+            return
+        for number in pc.index_in(keys, value_set=self._table["key"]).to_pylist():
+            yield None if number is None else list_row(self._table["response_ids"], number)
+
+
+def _rules(scoring: Scoring, sizes: dict[str, int]) -> SignalRules:
+    size = sizes.get(scoring.vocabulary)
+    return SignalRules(
+        top_k=scoring.top_k,
+        ragged=scoring.top_p < 1,
+        lossy=scoring.lossy,
+        with_reference=scoring.reference is not None,
+        ids_below=None if size is None else int(size * PADDED_VOCABULARY),
+    )
+
+
+def _folder(file: CacheFile) -> str:
+    """The folder of a tokenizer, which is good or bad as a whole."""
+    return f"tokenizers/{file.owner}" if file.kind == "tokenizer" else ""

@@ -1,0 +1,132 @@
+"""What verify finds wrong with a row; and that it finds nothing wrong with rows that float16 rounded."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from adpa.data.integrity import SignalRules, signal_problems
+from adpa.data.signal_rows import SignalRow
+
+LENGTH, K, VOCABULARY = 4, 6, 400
+RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
+
+
+def make_row(seed: int = 0, scale: float = 3.0, top_k: int = K) -> tuple[SignalRow, NDArray[np.int32]]:
+    """A row as a teacher gives it, computed in float64 and rounded as it is stored; and its response."""
+    generator = np.random.default_rng(seed)
+    logits_TV = generator.normal(scale=scale, size=(LENGTH, VOCABULARY))
+    logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
+    order_TV = np.argsort(-logprobs_TV, axis=1)
+    ids_TK = order_TV[:, :top_k].astype(np.int32)
+    response_ids = ids_TK[np.arange(LENGTH), generator.integers(top_k, size=LENGTH)]
+    masses_TV = np.take_along_axis(np.exp(logprobs_TV), order_TV, axis=1)
+    with np.errstate(divide="ignore"):
+        tail_T = np.log(masses_TV[:, top_k:].sum(axis=1).astype(np.float32))
+    row = SignalRow(
+        key=b"k" * 16,
+        token_logprobs=logprobs_TV[np.arange(LENGTH), response_ids].astype(np.float32),
+        topk_ids=ids_TK,
+        topk_logprobs=np.take_along_axis(logprobs_TV, ids_TK, axis=1).astype(np.float16),
+        tail_logprob=tail_T,
+        token_advantages=np.zeros(LENGTH, np.float32),
+        topk_advantages=np.zeros((LENGTH, top_k), np.float16),
+    )
+    return row, response_ids
+
+
+@given(st.integers(0, 2**32), st.floats(0, 30), st.integers(1, VOCABULARY - 1))
+@settings(max_examples=200, deadline=None)
+def test_what_float16_rounded_is_no_fault(seed: int, scale: float, top_k: int) -> None:
+    row, response_ids = make_row(seed, scale, top_k)
+    rules = replace(RULES, top_k=top_k)
+    assert list(signal_problems(row, rules, response_ids)) == []
+
+
+def changed(column: str, place: Any, value: float) -> SignalRow:
+    row, _ = make_row()
+    values = getattr(row, column).copy()
+    values[place] = value
+    return replace(row, **{column: values})
+
+
+def padded(ids: list[int], logprobs: list[float]) -> SignalRow:
+    """A row whose first position has these ids, and padding after them."""
+    row, _ = make_row()
+    ids_TK, logprobs_TK, tail_T = row.topk_ids.copy(), row.topk_logprobs.copy(), row.tail_logprob.copy()
+    ids_TK[0], logprobs_TK[0] = ids, logprobs
+    tail_T[0] = np.log1p(-np.exp(np.array(logprobs, np.float64)).sum())
+    return replace(row, topk_ids=ids_TK, topk_logprobs=logprobs_TK, tail_logprob=tail_T)
+
+
+WHOLE, RESPONSE = make_row()
+FAULTY = {
+    "advantages are missing": replace(WHOLE, token_advantages=None, topk_advantages=None),
+    "its columns do not have one length": replace(WHOLE, tail_logprob=WHOLE.tail_logprob[:-1]),
+    "or not K = 6 ids": replace(WHOLE, topk_ids=WHOLE.topk_ids[:, :-1]),
+    "ids that the vocabulary lacks": changed("topk_ids", (1, 2), VOCABULARY),
+    "the vocabulary lacks: -2 to": changed("topk_ids", (1, 2), -2),
+    "padding where an id must be": changed("topk_ids", (1, -1), -1),
+    "the same id twice": changed("topk_ids", (1, 0), int(WHOLE.topk_ids[1, 1])),
+    "above 0, or no numbers": changed("topk_logprobs", (1, 0), 0.01),
+    "or no numbers": changed("topk_logprobs", (3, 4), np.nan),
+    "log-probabilities above 0": changed("tail_logprob", 2, 0.01),
+    "probabilities above 0": changed("token_logprobs", 2, np.nan),
+    "with the probability 0": changed("token_logprobs", 2, -np.inf),
+    "mass + tail is not 1": changed("tail_logprob", 2, float(WHOLE.tail_logprob[2]) + 0.01),
+    "have other log-probabilities": changed("token_logprobs", 1, float(WHOLE.token_logprobs[1]) - 0.05),
+    "advantages that are no numbers": changed("topk_advantages", (0, 0), np.inf),
+    "that are no numbers": changed("token_advantages", 0, np.nan),
+}
+
+
+def test_the_whole_row_has_no_fault() -> None:
+    assert list(signal_problems(WHOLE, RULES, RESPONSE)) == []
+
+
+@pytest.mark.parametrize("problem", FAULTY)
+def test_what_is_wrong_is_told(problem: str) -> None:
+    found = list(signal_problems(FAULTY[problem], RULES, RESPONSE))
+    assert any(problem in text for text in found), found
+
+
+def test_log_probabilities_that_rise_are_told() -> None:
+    logprobs_TK = WHOLE.topk_logprobs.copy()
+    logprobs_TK[2, [0, 1]] = logprobs_TK[2, [1, 0]]
+    assert list(signal_problems(replace(WHOLE, topk_logprobs=logprobs_TK), RULES, None)) == [
+        "log-probabilities that do not fall"
+    ]
+
+
+def test_a_row_of_another_response_is_told() -> None:
+    assert any("not as long" in text for text in signal_problems(WHOLE, RULES, RESPONSE[:-1]))
+    other = WHOLE.topk_ids[:, 0].copy()
+    same = np.equal(other, RESPONSE)
+    other[same] = WHOLE.topk_ids[same, 1]
+    assert any("other log-probabilities" in text for text in signal_problems(WHOLE, RULES, other))
+
+
+def test_advantages_without_a_reference_are_told() -> None:
+    (found,) = signal_problems(WHOLE, replace(RULES, with_reference=False), RESPONSE)
+    assert found.startswith("advantages are there")
+
+
+def test_only_ragged_rows_have_padding_and_only_at_the_end() -> None:
+    nothing = -np.inf
+    row = padded([5, 7, -1, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
+    assert list(signal_problems(row, replace(RULES, ragged=True), None)) == []
+    assert list(signal_problems(row, RULES, None)) == ["padding where an id must be"]
+    row = padded([5, -1, 7, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
+    assert "padding where an id must be" in list(signal_problems(row, replace(RULES, ragged=True), None))
+
+
+def test_an_id_of_probability_0_is_no_fault() -> None:
+    nothing = -np.inf
+    row = padded([5, 7, 8, 9, 10, 11], [-0.5, -1.5, nothing, nothing, nothing, nothing])
+    advantages_TK = np.zeros((LENGTH, K), np.float16)
+    advantages_TK[0, 2:] = nothing
+    assert list(signal_problems(replace(row, topk_advantages=advantages_TK), RULES, None)) == []

@@ -1,0 +1,173 @@
+"""The listing of a cache: what is there, who made it, what it takes; without reading it whole."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.pipeline.conftest import Filled
+
+from adpa import CacheListing, list_cache
+from adpa.data.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
+from adpa.errors import CacheError
+from adpa.pipeline.cache_terminal import show_listing
+
+
+@pytest.fixture
+def cache(filled: Filled, tmp_path: Path) -> Path:
+    """A copy of the filled cache."""
+    return Path(shutil.copytree(filled.cache, tmp_path / "cache"))
+
+
+def as_text(listing: CacheListing) -> str:
+    console = Console(file=StringIO(), width=100)
+    console.print(show_listing(listing))
+    written = console.file
+    assert isinstance(written, StringIO)
+    return written.getvalue()
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files(folder))
+
+
+def test_sets_and_scorings_are_counted(cache: Path) -> None:
+    listing = list_cache(cache)
+    sets = {found.shard_prefix(): found for found in read_response_sets(cache)}
+    (scoring,) = read_scorings(cache)
+    signals = read_signals(cache, scoring)
+    assert [found.name for found in listing.sets] == sorted(sets)
+    for found in listing.sets:
+        sequences = sets[found.name].sequences()
+        assert (found.rows, found.info) == (len(sequences), sets[found.name].info)
+        assert found.tokens == sum(len(sequence.response_ids) for sequence in sequences)
+        assert found.prompt_tokens == sum(len(sequence.prompt_ids) for sequence in sequences)
+        assert found.scored == {scoring.id: found.rows}
+    (scored,) = listing.scorings
+    assert scored.scoring == scoring
+    assert scored.rows == len(signals.keys())
+    assert scored.tokens == sum(len(signals.row(number).token_logprobs) for number in range(len(signals)))
+    assert (scored.repeated, scored.unneeded, scored.pending) == (0, 0, 0)
+    shards = list((cache / "scorings" / scoring.id).glob("signals-*"))
+    assert (scored.shards, scored.bytes) == (len(shards), sum(shard.stat().st_size for shard in shards))
+    assert scored.bytes_per_token == pytest.approx(scored.bytes / scored.tokens)
+
+
+def test_every_file_is_in_the_total(cache: Path) -> None:
+    listing = list_cache(cache)
+    assert (listing.total.files, listing.total.bytes) == (len(files(cache)), size(cache))
+    (samples,) = listing.samples
+    (sampled,) = (found.name for found in listing.sets if found.info.name == "sampled")
+    assert (samples.sets, samples.rows, samples.bytes) == ([sampled], 16, size(cache / "samples"))
+    (tokenizer,) = listing.tokenizers
+    assert tokenizer.bytes == size(cache / "tokenizers")
+    assert tokenizer.sets == [found.name for found in listing.sets]
+    assert (listing.unknown, listing.unreadable, listing.unfinished.files) == ([], [], 0)
+
+
+def test_the_terminal_says_who_made_what(cache: Path, filled: Filled) -> None:
+    text = " ".join(as_text(list_cache(cache)).split())
+    (scoring,) = read_scorings(cache)
+    for part in (str(filled.models.teacher), str(filled.models.reference), "K = 10", "float32, hf"):
+        assert part.replace(" ", "") in text.replace(" ", "")
+    assert f"scored: 8 of 8 by {scoring.id}" in text
+    assert "temperature 1, top-p 1, seed 0, 2 to a prompt, at most 6 tokens" in text
+
+
+def test_what_is_partly_scored_unneeded_or_said_twice_is_told(cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    signals = read_signals(cache, scoring)
+    row = signals.row(0)
+    write_signals(cache, scoring, [row, replace(row, key=b"n" * 16)])
+    other = replace(scoring, top_k=1)
+    write_scoring(cache, other)
+    one_id = replace(
+        row,
+        topk_ids=row.topk_ids[:, :1],
+        topk_logprobs=row.topk_logprobs[:, :1],
+        topk_advantages=None if row.topk_advantages is None else row.topk_advantages[:, :1],
+    )
+    write_signals(cache, other, [one_id])
+    listing = list_cache(cache)
+    scored = {found.id: found for found in listing.scorings}
+    assert (scored[scoring.id].repeated, scored[scoring.id].unneeded) == (1, 1)
+    assert scored[scoring.id].rows == len(SignalTable([]).keys() | signals.keys()) + 1
+    assert scored[other.id].rows == 1
+    assert sum(found.scored[other.id] for found in listing.sets) >= 1
+    text = " ".join(as_text(listing).split())
+    assert "1 rows stand twice; adpa cache pack drops them" in text
+    assert "1 rows that no set needs; adpa cache gc removes them" in text
+
+
+def test_bytes_per_token_leave_out_files_with_rows_of_unknown_length(cache: Path) -> None:
+    before = list_cache(cache).scorings[0].bytes_per_token
+    (scoring,) = read_scorings(cache)
+    write_signals(cache, scoring, [replace(read_signals(cache, scoring).row(0), key=b"n" * 16)] * 9)
+    assert list_cache(cache).scorings[0].bytes_per_token == before
+
+
+def test_leftovers_and_strangers_are_told(cache: Path) -> None:
+    (cache / "responses" / ".chosen-0.arrow.f00").write_bytes(b"half")
+    (cache / "damaged" / "scorings").mkdir(parents=True)
+    (cache / "damaged" / "scorings" / "gone").write_bytes(b"123")
+    (cache / "notes.txt").write_text("mine\x1b[31m")
+    (cache / "evaluation" / "responses").mkdir(parents=True)
+    (cache / "mine").mkdir()
+    (cache / "mine" / "big").write_bytes(b"1")
+    (cache / "loop").symlink_to(cache)
+    listing = list_cache(cache)
+    assert asdict(listing.unfinished) == {"files": 1, "bytes": 4}
+    assert asdict(listing.damaged) == {"files": 1, "bytes": 3}
+    assert listing.unknown == ["loop/", "mine/", "notes.txt"]
+    assert "unfinished 1 files, 4 bytes" in as_text(listing)
+
+
+def test_a_file_that_cannot_be_read_is_told_and_the_rest_is_listed(cache: Path) -> None:
+    whole = list_cache(cache)
+    for folder in ("responses", f"scorings/{whole.scorings[0].id}", f"samples/{whole.samples[0].id}"):
+        path = next(path for path in sorted((cache / folder).iterdir()) if path.suffix == ".arrow")
+        path.write_bytes(b"no table")
+    listing = list_cache(cache)
+    assert len(listing.unreadable) == 3
+    assert all("damaged" in line and "\n" not in line for line in listing.unreadable)
+    assert len(listing.sets) == len(whole.sets) - 1
+
+
+def test_the_numbers_need_no_signal_to_be_read(cache: Path) -> None:
+    """Whatever the columns beside the key say: only verify reads them."""
+    (scoring,) = read_scorings(cache)
+    before = list_cache(cache)
+    for path in (cache / "scorings" / scoring.id).glob("signals-*"):
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 8] = b"\xff" * 8
+        path.write_bytes(content)
+    assert list_cache(cache).scorings == before.scorings
+
+
+def test_the_report_is_plain_json(cache: Path) -> None:
+    listing = list_cache(cache)
+    assert json.loads(json.dumps(asdict(listing), allow_nan=False)) == asdict(listing)
+
+
+def test_an_empty_scoring_and_an_empty_set_are_listed(cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    write_scoring(cache, replace(scoring, top_k=3))
+    info = next(read_response_sets(cache)).info
+    write_response_set(cache, make_response_set(replace(info, max_length=9), []))
+    listing = list_cache(cache)
+    assert sorted(found.rows for found in listing.sets)[0] == 0
+    assert sorted((found.rows, found.bytes_per_token) for found in listing.scorings if found.rows == 0) == [(0, None)]
+
+
+def test_where_no_cache_is_nothing_is_listed(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="no cache there"):
+        list_cache(tmp_path)

@@ -1,0 +1,209 @@
+"""Merging: a cache takes what another one has; nothing is read twice, changed, or taken if it is damaged."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import Models, WriteRows
+from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_row
+from tests.pipeline.conftest import Filled
+from typer.testing import CliRunner
+
+from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
+from adpa.data.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.samples import SampleRequest, read_samples, write_samples
+from adpa.data.shards import list_shards
+from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
+from adpa.errors import CacheError, OptionError
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def other(filled: Filled, tmp_path: Path) -> Path:
+    """A copy of the filled cache."""
+    return Path(shutil.copytree(filled.cache, tmp_path / "other"))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """A cache without anything."""
+    (tmp_path / "cache" / "responses").mkdir(parents=True)
+    return tmp_path / "cache"
+
+
+def test_an_empty_cache_becomes_the_other_by_links(empty: Path, other: Path) -> None:
+    before = files(other)
+    report = merge_cache(empty, other)
+    assert files(other) == before
+    assert (report.present.files, report.refused, report.left_out.files) == (1, [], 0), "the format's marker is"
+    assert report.linked.files + report.copied.files == len(before) - 1
+    assert report.linked.bytes + report.copied.bytes + report.present.bytes == sum(map(len, before.values()))
+    shards = [place for place in before if place.endswith(".arrow")]
+    assert report.linked.files == len(shards)
+    assert all((empty / place).samefile(other / place) for place in shards)
+    assert verify_cache(empty).faults == []
+
+
+def test_what_is_there_is_left_and_merging_again_does_nothing(empty: Path, other: Path) -> None:
+    merge_cache(empty, other)
+    before = files(empty)
+    report = merge_cache(empty, other)
+    assert files(empty) == before
+    assert (report.linked.files, report.copied.files) == (0, 0)
+    assert report.present.files == len(before)
+
+
+def test_without_links_files_are_copied(empty: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("adpa.pipeline.cache_merge.os.link", refuses)
+    report = merge_cache(empty, other)
+    assert (report.linked.files, report.copied.files) == (0, len(files(other)) - 1)
+    assert {k: v for k, v in files(empty).items() if k.endswith("arrow")} == {
+        k: v for k, v in files(other).items() if k.endswith("arrow")
+    }
+
+
+def test_a_packed_cache_takes_no_row_again(empty: Path, other: Path) -> None:
+    merge_cache(empty, other)
+    pack_cache(empty)
+    before = files(empty)
+    report = merge_cache(empty, other)
+    assert (report.linked.files, report.copied.files) == (0, 0)
+    assert files(empty) == before
+
+
+def test_precompute_goes_on_with_what_another_machine_scored(
+    models: Models, filled: Filled, other: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"teacher": str(models.teacher), "reference": str(models.reference), "top_k": 10}
+    row = {"prompt": "Say hello.", "chosen": "Hello.", "rejected": "No."}
+    mine = tmp_path / "mine"
+    assert precompute(**common, data=str(write_rows([row])), cache=mine).scored == 2
+    merge_cache(mine, other)
+    assert precompute(**common, data=str(filled.data), cache=mine).scored == 0
+    (scoring,) = read_scorings(mine)
+    assert len(read_signals(mine, scoring)) == 2 + len(read_signals(other, scoring))
+
+
+def test_a_damaged_file_is_named_and_nothing_of_it_is_taken(empty: Path, other: Path, tmp_path: Path) -> None:
+    (scoring,) = read_scorings(other)
+    chosen, tokenizer = next((other / "responses").glob("chosen-*")), next((other / "tokenizers").iterdir())
+    shard = list_shards((other / "scorings" / scoring.id), "signals")[0]
+    for path in (chosen, shard):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 4
+        path.write_bytes(bytes(content))
+    (tokenizer / "tokenizer.json").write_text("{")
+    done = CliRunner().invoke(
+        cli.app, ["cache", "merge", str(empty), str(other), "--report", str(tmp_path / "report.json")]
+    )
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    refused = json.loads((tmp_path / "report.json").read_text())["refused"]
+    assert len(refused) == 3
+    for path in (chosen, shard, tokenizer):
+        assert str(path) in done.stderr
+        assert not (empty / Path(str(path)).relative_to(other)).exists()
+    assert len(list(read_response_sets(empty))) == 2
+
+
+def test_signals_of_a_scoring_whose_description_is_damaged_are_left_out(empty: Path, other: Path) -> None:
+    (scoring,) = read_scorings(other)
+    ((other / "scorings" / scoring.id) / "scoring.json").write_text("{")
+    report = merge_cache(empty, other)
+    assert len(report.refused) == 1
+    assert report.left_out.files == len(list_shards((other / "scorings" / scoring.id), "signals"))
+    assert not (empty / "scorings" / scoring.id).exists()
+
+
+def test_what_is_no_result_is_left_out(empty: Path, other: Path) -> None:
+    (scoring,) = read_scorings(other)
+    places = ("responses/.chosen-0.f00", "damaged/x", "notes.txt", f"scorings/{scoring.id}/pending/teacher-0.arrow")
+    for place in places:
+        (other / place).parent.mkdir(exist_ok=True)
+        (other / place).write_bytes(b"12")
+    report = merge_cache(empty, other)
+    assert (report.left_out.files, report.left_out.bytes) == (4, 8)
+    assert not any((empty / place).exists() for place in places)
+
+
+def rows(cache: Path) -> tuple[set[str], set[bytes], set[bytes]]:
+    """Sets, keys of signals, keys of samples."""
+    return (
+        {found.shard_prefix() for found in read_response_sets(cache)},
+        read_signals(cache, SCORING).keys(),
+        set(read_samples(cache, SAMPLING)),
+    )
+
+
+parts = st.lists(st.sets(st.integers(0, 6), min_size=1), max_size=3)
+contents = st.tuples(st.sets(st.integers(0, 3)), parts, parts)
+
+
+def fill(cache: Path, content: tuple[set[int], list[set[int]], list[set[int]]]) -> None:
+    """Response sets, files of signals, and files of samples, by their numbers."""
+    sets, signals, samples = content
+    (cache / "responses").mkdir(parents=True)
+    for seed in sets:
+        write_response_set(cache, make_response_set(INFO, response_rows(seed, ["a", "b"])))
+    write_scoring(cache, SCORING)
+    for part in signals:
+        write_signals(cache, SCORING, [signal_row(bytes([key]) * 16, 2, seed=key) for key in sorted(part)])
+    for part in samples:
+        requests = [SampleRequest(np.array([key], dtype=np.int32), 0) for key in sorted(part)]
+        write_samples(cache, SAMPLING, requests, [np.array([key], dtype=np.int32) for key in sorted(part)])
+
+
+@given(contents, contents)
+@settings(max_examples=30, deadline=None)
+def test_rows_are_those_of_both_in_either_order_and_once_is_enough(left: Any, right: Any) -> None:
+    with TemporaryDirectory() as folder:
+        for name in ("left", "there", "right", "back"):
+            fill(Path(folder, name), left if name in ("left", "there") else right)
+        one, other, there, back = (Path(folder, name) for name in ("left", "right", "there", "back"))
+        before = [rows(one), rows(other)]
+        merge_cache(one, other)
+        merge_cache(back, there)
+        assert rows(one) == rows(back) == tuple(a | b for a, b in zip(*before, strict=True))
+        assert rows(other) == before[1]
+        known = files(one)
+        merge_cache(one, other)
+        assert files(one) == known
+
+
+def test_what_cannot_be_merged_is_refused(
+    empty: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pair in ((tmp_path, other), (empty, tmp_path)):
+        with pytest.raises(CacheError, match="no cache there"):
+            merge_cache(*pair)
+    (tmp_path / "link").symlink_to(empty)
+    for same in (empty, tmp_path / "link", empty / ".." / empty.name):
+        with pytest.raises(OptionError, match="the same cache as"):
+            merge_cache(empty, same)
+    monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
+        merge_cache(empty, other)
+
+
+def test_a_link_to_a_file_is_followed(empty: Path, other: Path) -> None:
+    path = next((other / "responses").glob("chosen-*"))
+    elsewhere = path.rename(other.parent / "elsewhere")
+    path.symlink_to(elsewhere)
+    merge_cache(empty, other)
+    taken = empty / path.relative_to(other)
+    assert not taken.is_symlink()
+    assert os.path.samefile(taken, elsewhere)

@@ -1,0 +1,245 @@
+"""Packing: fewer files, the same rows for whoever reads them, at every moment of it."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tests.data.makers import SAMPLING, SCORING, signal_row
+from tests.pipeline.conftest import Filled
+from typer.testing import CliRunner
+
+from adpa import cli, list_cache, pack_cache, verify_cache
+from adpa.data import shards
+from adpa.data.compact import compact_schema
+from adpa.data.responses import read_response_sets
+from adpa.data.samples import SampleRequest, read_samples, write_samples
+from adpa.data.shards import list_shards, peek_shard, remove_file, write_shard
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.signals import (
+    Scoring,
+    SignalTable,
+    read_scorings,
+    read_signals,
+    write_scoring,
+    write_signals,
+)
+from adpa.errors import CacheError, DamagedFileError, OptionError
+from adpa.pipeline import cache_pack
+from adpa.pipeline.cache_pack import pack_folder
+
+SCHEMA = compact_schema(SCORING.top_k, SCORING.lossy)
+
+
+def as_it_is(table: pa.Table) -> Iterator[pa.Table]:
+    yield table
+
+
+def row(key: int, version: int = 0) -> SignalRow:
+    """A row of a key; versions of it differ, as those of two runs do."""
+    return signal_row(bytes([key]) * 16, 1 + key % 4, seed=10 * key + version)
+
+
+def seen(table: SignalTable) -> dict[bytes, SignalRow]:
+    """What readers see: the row that each key leads to."""
+    keys = sorted(table.keys())
+    numbers = table.locate(pa.array(keys, pa.binary(16)))
+    return {key: table.row(int(number)) for key, number in zip(keys, numbers, strict=True)}
+
+
+def same(left: dict[bytes, SignalRow], right: dict[bytes, SignalRow]) -> bool:
+    def columns(row: SignalRow) -> list[tuple[Any, Any]]:
+        arrays: list[NDArray[Any]] = [value for name, value in vars(row).items() if name != "key"]
+        return [(array.dtype, array.tobytes()) for array in arrays]
+
+    return left.keys() == right.keys() and all(columns(left[key]) == columns(right[key]) for key in left)
+
+
+def fill(cache: Path, scoring: Scoring, parts: list[list[SignalRow]]) -> dict[bytes, SignalRow]:
+    """Writes files of rows; gives what readers see of them."""
+    write_scoring(cache, scoring)
+    for part in parts:
+        write_signals(cache, scoring, part)
+    return seen(read_signals(cache, scoring))
+
+
+def count(cache: Path) -> int:
+    return len(list_shards((cache / "scorings" / SCORING.id), "signals"))
+
+
+def test_a_real_cache_is_packed_and_says_the_same(filled: Filled, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(filled.cache, tmp_path / "cache"))
+    (scoring,) = read_scorings(cache)
+    before, listing = seen(read_signals(cache, scoring)), list_cache(cache)
+    (sampling,) = (found.info.sampling for found in read_response_sets(cache) if found.info.sampling)
+    samples = {key: ids.tolist() for key, ids in read_samples(cache, sampling).items()}
+    (packed,) = (found for found in pack_cache(cache).packed if found.folder == f"scorings/{scoring.id}")
+    assert (packed.files_before, packed.files, packed.repeated) == (listing.scorings[0].shards, 1, 0)
+    assert packed.bytes < packed.bytes_before
+    assert same(seen(read_signals(cache, scoring)), before)
+    assert {key: ids.tolist() for key, ids in read_samples(cache, sampling).items()} == samples
+    assert verify_cache(cache).faults == []
+    again = pack_cache(cache)
+    assert (again.packed, again.untouched) == ([], 2)
+
+
+versions = st.tuples(st.integers(0, 12), st.integers(0, 2))
+parts_of_rows = st.lists(st.lists(versions, min_size=1, max_size=5), min_size=1, max_size=8)
+
+
+@given(parts_of_rows, st.sampled_from([1, 400, 1500, 1 << 20]))
+@settings(max_examples=60, deadline=None)
+def test_packing_changes_no_row_that_readers_see_and_once_is_enough(
+    parts: list[list[tuple[int, int]]], goal: int
+) -> None:
+    with TemporaryDirectory() as folder:
+        cache = Path(folder)
+        before = fill(cache, SCORING, [[row(*version) for version in part] for part in parts])
+        rows, files = len(read_signals(cache, SCORING)), count(cache)
+        packed = pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
+        table = read_signals(cache, SCORING)
+        assert same(seen(table), before)
+        assert len(table) == len(before), "every key stands once"
+        assert (packed.repeated if packed else 0) == rows - len(before)
+        assert count(cache) <= files
+        assert pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal) is None
+
+
+class Killed(BaseException):
+    pass
+
+
+@given(parts_of_rows, st.sampled_from([400, 1 << 20]), st.integers(0, 12))
+@settings(max_examples=60, deadline=None)
+def test_a_kill_at_any_moment_changes_no_row_that_readers_see(
+    parts: list[list[tuple[int, int]]], goal: int, moment: int
+) -> None:
+    """After as many files have been written or removed."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        cache = Path(folder)
+        before = fill(cache, SCORING, [[row(*version) for version in part] for part in parts])
+        left = [moment]
+
+        def counted(work: Any) -> Any:
+            def wrapper(*arguments: Any, **options: Any) -> Any:
+                if left[0] == 0:
+                    raise Killed
+                left[0] -= 1
+                result = work(*arguments, **options)
+                assert same(seen(read_signals(cache, SCORING)), before)
+                return result
+
+            return wrapper
+
+        with patch.context() as inner:
+            inner.setattr(cache_pack, "write_shard", counted(write_shard))
+            inner.setattr(cache_pack, "remove_file", counted(remove_file))
+            with suppress(Killed):
+                pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
+        assert same(seen(read_signals(cache, SCORING)), before)
+        pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
+        assert same(seen(read_signals(cache, SCORING)), before)
+        assert len(read_signals(cache, SCORING)) == len(before)
+
+
+def test_files_near_the_goal_are_left_alone(tmp_path: Path) -> None:
+    fill(tmp_path, SCORING, [[row(key) for key in range(20)], [row(30)], [row(31)]])
+    folder = tmp_path / "scorings" / SCORING.id
+    large = max(folder.glob("signals-*"), key=lambda path: path.stat().st_size)
+    size = large.stat().st_size
+    packed = pack_folder(folder, "signals", SCHEMA, as_it_is, goal=2 * size)
+    assert packed is not None
+    assert (packed.files_before, packed.files) == (3, 2)
+    assert large.exists()
+
+
+def test_new_files_are_about_as_large_as_the_goal(tmp_path: Path) -> None:
+    fill(tmp_path, SCORING, [[signal_row(bytes([key]) * 16, 999, seed=key)] for key in range(60)])
+    folder = tmp_path / "scorings" / SCORING.id
+    goal = 4 * max(path.stat().st_size for path in folder.glob("signals-*"))
+    packed = pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
+    assert packed is not None
+    assert 10 <= packed.files <= 15
+    sizes = sorted(path.stat().st_size for path in folder.glob("signals-*"))
+    assert all(goal <= size <= 2 * goal for size in sizes[1:]), "all but the last"
+
+
+def test_plain_files_of_version_1_are_written_in_the_newest_encoding(tmp_path: Path) -> None:
+    write_scoring(tmp_path, SCORING)
+    rows = [row(key) for key in range(5)]
+    folder = tmp_path / "scorings" / SCORING.id
+    write_shard(folder, "signals", plain_table(rows[:2], plain_schema(SCORING.top_k)))
+    write_signals(tmp_path, SCORING, rows[2:])
+    (tmp_path / "responses").mkdir()
+    (packed,) = pack_cache(tmp_path).packed
+    (path,) = folder.glob("signals-*")
+    assert (packed.files_before, packed.files) == (2, 1)
+    assert peek_shard(path).schema.equals(SCHEMA, check_metadata=True)
+    assert same(seen(read_signals(tmp_path, SCORING)), {found.key: found for found in rows})
+
+
+def test_samples_are_packed_and_the_first_of_two_stays(tmp_path: Path) -> None:
+    (tmp_path / "responses").mkdir()
+    requests = [SampleRequest(np.array([n], dtype=np.int32), 0) for n in range(6)]
+    for start, token in ((0, 7), (2, 8), (3, 9)):
+        part = requests[start : start + 3]
+        write_samples(tmp_path, SAMPLING, part, [np.array([token, n], dtype=np.int32) for n in range(len(part))])
+    before = {key: ids.tolist() for key, ids in read_samples(tmp_path, SAMPLING).items()}
+    (packed,) = pack_cache(tmp_path).packed
+    assert (packed.files_before, packed.files, packed.repeated) == (3, 1, 3)
+    assert {key: ids.tolist() for key, ids in read_samples(tmp_path, SAMPLING).items()} == before
+
+
+def test_a_damaged_file_stops_it_and_nothing_is_lost(tmp_path: Path) -> None:
+    fill(tmp_path, SCORING, [[row(key)] for key in range(4)])
+    (tmp_path / "responses").mkdir()
+    paths = list_shards((tmp_path / "scorings" / SCORING.id), "signals")
+    content = bytearray(paths[2].read_bytes())
+    content[-100] ^= 1
+    paths[2].write_bytes(bytes(content))
+    with pytest.raises(DamagedFileError, match=paths[2].name):
+        pack_cache(tmp_path)
+    assert list_shards((tmp_path / "scorings" / SCORING.id), "signals") == paths
+
+
+def test_a_table_that_is_open_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SMALL_FILE", 0)  # so that these are mapped, as large ones are
+    before = fill(tmp_path, SCORING, [[row(key)] for key in range(4)])
+    (tmp_path / "responses").mkdir()
+    table = read_signals(tmp_path, SCORING)
+    pack_cache(tmp_path)
+    assert same(seen(table), before)
+
+
+def test_the_command_says_what_became_of_the_files(tmp_path: Path) -> None:
+    fill(tmp_path, SCORING, [[row(key), row(9)] for key in range(3)])
+    (tmp_path / "responses").mkdir()
+    done = CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    (line,) = (line.split() for line in done.stdout.splitlines() if SCORING.id in line)
+    assert (line[1], line[2], line[-1]) == ("3", "1", "2")
+    assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "1 folders are packed well\n"
+
+
+def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CacheError, match="no cache there"):
+        pack_cache(tmp_path)
+    (tmp_path / "responses").mkdir()
+    monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
+        pack_cache(tmp_path)
+
+
+def test_a_scoring_without_files_is_left_alone(tmp_path: Path) -> None:
+    write_scoring(tmp_path, replace(SCORING, top_k=1))
+    (tmp_path / "responses").mkdir()
+    assert pack_cache(tmp_path).packed == []

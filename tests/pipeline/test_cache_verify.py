@@ -1,0 +1,279 @@
+"""A cache that is whole, and everything that can be wrong with it: each fault found, named, and mended."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.pipeline.conftest import Filled
+from typer.testing import CliRunner
+
+from adpa import VerifyReport, cli, precompute, verify_cache
+from adpa.data.responses import read_response_sets
+from adpa.data.shards import read_shard, write_shard
+from adpa.data.signal_rows import plain_schema, plain_table
+from adpa.data.signals import read_scorings, read_signals, write_signals
+from adpa.errors import CacheError, OptionError
+
+
+@pytest.fixture
+def cache(filled: Filled, tmp_path: Path) -> Path:
+    """A copy of the filled cache."""
+    return Path(shutil.copytree(filled.cache, tmp_path / "cache"))
+
+
+def arrow_files(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.arrow"))
+
+
+def resume(cache: Path, filled: Filled) -> tuple[int, int]:
+    """Runs the fixture's two commands again; gives the rows that each scored."""
+    common: dict[str, Any] = {
+        "teacher": str(filled.models.teacher),
+        "reference": str(filled.models.reference),
+        "data": str(filled.data),
+        "cache": cache,
+        "top_k": 10,
+    }
+    sampled: dict[str, Any] = {"student": str(filled.models.student), "samples_per_prompt": 2, "max_new_tokens": 6}
+    return precompute(**common).scored, precompute(**common, **sampled).scored
+
+
+def places(report: VerifyReport) -> set[str]:
+    return {fault.place for fault in report.faults}
+
+
+def test_a_whole_cache_has_no_fault(filled: Filled) -> None:
+    report = verify_cache(filled.cache)
+    assert (report.faults, report.failure, report.unknown) == ([], "", [])
+    (scoring,) = read_scorings(filled.cache)
+    signals = len(read_signals(filled.cache, scoring))
+    assert report.rows == sum(map(len, read_response_sets(filled.cache))) + signals + 16, "and the samples"
+    assert report.files == sum(path.is_file() for path in filled.cache.rglob("*"))
+
+
+def test_one_bit_anywhere_in_a_shard_is_found(cache: Path) -> None:
+    dice = random.Random(0)
+    for path in arrow_files(cache):
+        flipped = bytearray(path.read_bytes())
+        flipped[dice.randrange(len(flipped))] ^= 1 << dice.randrange(8)
+        path.write_bytes(flipped)
+    assert places(verify_cache(cache)) == {path.relative_to(cache).as_posix() for path in arrow_files(cache)}
+
+
+def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
+    cut, empty, renamed = arrow_files(cache)[:3]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    empty.write_bytes(b"")
+    renamed = renamed.rename(renamed.with_name(renamed.name[:-9] + "0000.arrow"))
+    assert places(verify_cache(cache)) == {path.relative_to(cache).as_posix() for path in (cut, empty, renamed)}
+
+
+def rewrite_signals(cache: Path, change: Callable[..., Any]) -> str:
+    """Writes a scoring's rows changed, with a right digest; gives the shard's place."""
+    (scoring,) = read_scorings(cache)
+    signals = read_signals(cache, scoring)
+    rows = [signals.row(number) for number in range(len(signals))]
+    for path in (cache / "scorings" / scoring.id).glob("signals-*"):
+        path.unlink()
+    write_signals(cache, scoring, [change(row) for row in rows])
+    (path,) = (cache / "scorings" / scoring.id).glob("signals-*")
+    return path.relative_to(cache).as_posix()
+
+
+def test_a_wrong_number_under_a_right_digest_is_found(cache: Path) -> None:
+    place = rewrite_signals(cache, lambda row: replace(row, topk_ids=row.topk_ids + 60_000))
+    report = verify_cache(cache)
+    (scoring,) = read_scorings(cache)
+    fault = next(fault for fault in report.faults if "vocabulary" in fault.problem)
+    assert (fault.place, fault.rows) == (place, len(read_signals(cache, scoring)))
+    assert "row 0, key " in fault.problem
+
+
+def test_signals_of_other_responses_are_found(cache: Path) -> None:
+    keys: list[bytes] = []
+
+    def exchanged(row: Any) -> Any:
+        keys.append(row.key)
+        return replace(row, key=keys[-2] if len(keys) % 2 == 0 else row.key[::-1])
+
+    place = rewrite_signals(cache, exchanged)
+    report = verify_cache(cache)
+    assert places(report) == {place}
+    assert any(word in report.faults[0].problem for word in ("not as long", "other log-probabilities"))
+
+
+def rewrite_set(cache: Path, change: Callable[[pa.Table], pa.Table]) -> str:
+    """Writes the chosen responses changed, with right digests of file and id; gives their place."""
+    chosen = next(found for found in read_response_sets(cache) if found.info.name == "chosen")
+    for path in (cache / "responses").glob("chosen-*"):
+        path.unlink()
+    changed = replace(chosen, table=change(chosen.table))
+    return f"responses/{write_shard(cache / 'responses', changed.shard_prefix(), changed.table).name}"
+
+
+def with_ids(table: pa.Table, column: str, ids: list[int]) -> pa.Table:
+    values = table[column].to_pylist()
+    values[3] = ids
+    place = table.column_names.index(column)
+    return table.set_column(place, table.schema.field(column), pa.array(values, table.schema.field(column).type))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda table: with_ids(table, "prompt_ids", [1, 2, 3]), "row 3: the key is not the digest"),
+        (lambda table: with_ids(table, "response_ids", [49152]), "row 3: ids that the vocabulary lacks"),
+        (lambda table: with_ids(table, "response_ids", [-1]), "row 3: ids that the vocabulary lacks"),
+        (lambda table: with_ids(table, "prompt_ids", []), "row 3: an empty prompt or response"),
+        (lambda table: table.slice(1), "not those of its rows"),
+        (lambda table: table.take([1, 0, *range(2, len(table))]), "not those of its rows"),
+    ],
+)
+def test_a_set_that_is_not_what_its_rows_make_is_found(
+    change: Callable[[pa.Table], pa.Table], problem: str, cache: Path
+) -> None:
+    place = rewrite_set(cache, change)
+    report = verify_cache(cache)
+    assert places(report) == {place}
+    assert any(problem in fault.problem for fault in report.faults)
+
+
+def test_a_set_under_another_id_is_found(cache: Path) -> None:
+    path = next((cache / "responses").glob("chosen-*"))
+    moved = path.rename(path.with_name(path.name.replace("chosen-", "chosen-f")))
+    (fault,) = verify_cache(cache).faults
+    assert (fault.place, fault.problem) == (f"responses/{moved.name}", "its content does not give the id in its name")
+
+
+def test_samples_without_a_token_are_found(cache: Path) -> None:
+    path = next((cache / "samples").rglob("*.arrow"))
+    table = read_shard(path)
+    path.unlink()
+    wrong = write_shard(path.parent, "samples", with_ids(table, "response_ids", []))
+    (fault,) = verify_cache(cache).faults
+    assert (fault.place, fault.rows) == (Path(str(wrong)).relative_to(cache).as_posix(), 1)
+
+
+def test_what_is_missing_is_told(cache: Path) -> None:
+    tokenizer = next((cache / "tokenizers").iterdir())
+    shutil.rmtree(tokenizer)
+    (scoring,) = read_scorings(cache)
+    ((cache / "scorings" / scoring.id) / "scoring.json").unlink()
+    report = verify_cache(cache)
+    found = {fault.place: fault.problem for fault in report.faults}
+    assert found.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
+    assert all(problem.startswith("not there") for problem in found.values())
+
+
+def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    path = (cache / "scorings" / scoring.id) / "scoring.json"
+    path.write_text(path.read_text().replace('"top_k": 10', '"top_k": 11'))
+    tokenizer = next((cache / "tokenizers").iterdir())
+    description = json.loads((tokenizer / "tokenizer.json").read_text())
+    description["model"]["vocab"]["adpa"] = 49152
+    (tokenizer / "tokenizer.json").write_text(json.dumps(description))
+    assert places(verify_cache(cache)) == {f"scorings/{scoring.id}/scoring.json", f"tokenizers/{tokenizer.name}"}
+
+
+def test_what_is_not_the_caches_is_told_and_is_no_fault(cache: Path) -> None:
+    (cache / "notes.txt").write_text("mine")
+    (cache / "responses" / ".chosen-0.arrow.f00").write_bytes(b"half")
+    (cache / "damaged").mkdir()
+    (cache / "damaged" / "file").write_bytes(b"")
+    report = verify_cache(cache)
+    assert (report.faults, report.unknown, report.unfinished, report.damaged) == ([], ["notes.txt"], 1, 1)
+
+
+def test_pending_rows_are_checked_as_the_teachers_alone(cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    signals = read_signals(cache, scoring)
+    row = replace(signals.row(0), token_advantages=None, topk_advantages=None)
+    wide = replace(row, topk_logprobs=row.topk_logprobs.astype(np.float32))
+    schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
+    write_shard((cache / "scorings" / scoring.id) / "pending", "teacher", plain_table([wide], schema))
+    assert verify_cache(cache).faults == []
+    path = write_shard((cache / "scorings" / scoring.id) / "pending", "teacher", plain_table([wide], schema))
+    path.write_bytes(path.read_bytes() + b"1")
+    assert places(verify_cache(cache)) == {Path(str(path)).relative_to(cache).as_posix()}
+
+
+def test_repair_sets_aside_and_precompute_scores_the_lost_rows_again(cache: Path, filled: Filled) -> None:
+    (scoring,) = read_scorings(cache)
+    shard = sorted((cache / "scorings" / scoring.id).glob("signals-*"))[0]
+    lost = len(read_shard(shard))
+    chosen = next((cache / "responses").glob("chosen-*"))
+    damaged = [shard, chosen]
+    for path in damaged:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    report = verify_cache(cache, repair=True)
+    assert report.set_aside == sorted(f"damaged/{path.relative_to(cache).as_posix()}" for path in damaged)
+    assert all((cache / place).exists() for place in report.set_aside)
+    assert not any(path.exists() for path in damaged)
+    assert "run the same adpa precompute again" in report.failure
+    assert verify_cache(cache).faults == [], "what is left is whole"
+    assert sum(resume(cache, filled)) == lost
+    assert verify_cache(cache).faults == []
+    (again,) = read_scorings(cache)
+    assert read_signals(cache, again).keys() == read_signals(filled.cache, scoring).keys()
+
+
+def test_repair_of_a_tokenizer_and_of_a_description_leaves_no_gap_for_long(cache: Path, filled: Filled) -> None:
+    (scoring,) = read_scorings(cache)
+    ((cache / "scorings" / scoring.id) / "scoring.json").write_text("{")
+    tokenizer = next((cache / "tokenizers").iterdir())
+    (tokenizer / "tokenizer.json").write_text("{")
+    report = verify_cache(cache, repair=True)
+    assert places(report) == {f"scorings/{scoring.id}/scoring.json", f"tokenizers/{tokenizer.name}"}
+    assert not tokenizer.exists()
+    assert resume(cache, filled) == (0, 0), "the rows were whole"
+    assert verify_cache(cache).faults == []
+
+
+def test_a_fault_is_exit_code_1_and_the_files_name(cache: Path, tmp_path: Path) -> None:
+    verify = partial(CliRunner().invoke, cli.app)
+    done = verify(["cache", "verify", str(cache)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.startswith("no fault in ")
+    (scoring,) = read_scorings(cache)
+    shard = sorted((cache / "scorings" / scoring.id).glob("signals-*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    done = verify(["cache", "verify", str(cache), "--report", str(tmp_path / "report.json")])
+    place = shard.relative_to(cache).as_posix()
+    assert done.exit_code == 1
+    assert place in done.stdout.replace("\n", "")
+    assert done.stderr == f"adpa: {cache}: 1 faults in {place}; --repair sets damaged files aside\n"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["faults"] == [asdict(fault) for fault in verify_cache(cache).faults]
+    done = verify(["cache", "verify", str(cache), "--repair"])
+    assert done.exit_code == 1
+    assert "set aside under damaged/" in done.stderr
+    assert verify(["cache", "verify", str(cache)]).exit_code == 0
+
+
+def test_the_programme_ends_without_a_traceback(cache: Path) -> None:
+    arrow_files(cache)[0].write_bytes(b"")
+    command = [sys.executable, "-m", "adpa", "cache", "verify", str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+def test_what_cannot_be_verified_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CacheError, match="no cache there"):
+        verify_cache(tmp_path)
+    monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OptionError, match="cannot be written"):
+        verify_cache(cache, repair=True)
+    assert verify_cache(cache).faults == []
