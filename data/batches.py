@@ -111,44 +111,42 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
 Collator = Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]
 
 
-def make_collator(top_k: int) -> Collator:
-    """The function that turns examples into the tensors of a batch.
+def collate(examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
+    """Turns examples into the tensors of a batch.
 
-    It gives the tensors of ``PaddedSequences`` and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32
-    [N, K], −1 in rows without signals; ``teacher_logprobs`` float32 [N, K]; ``tail_logprob`` float32 [N];
-    ``advantages`` float32 [N, K], 0 in rows without a reference.
+    These are the tensors of ``PaddedSequences`` and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32
+    [N, K], −1 in rows without signals and where a row has fewer ids; ``teacher_logprobs`` float32 [N, K];
+    ``tail_logprob`` float32 [N]; ``advantages`` float32 [N, K], 0 in rows without a reference. K is that of the rows, 0
+    where none has signals.
     """
-
-    def collate(examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
-        sequences = [sequence for example in examples for sequence in example]
-        padded = pad_sequences([sequence.tokens for sequence in sequences])
-        tokens = len(padded.labels)
-        role_N = np.empty(tokens, dtype=np.int64)
-        topk_ids_NK = np.full((tokens, top_k), -1, dtype=np.int32)
-        logprobs_NK = np.full((tokens, top_k), -np.inf, dtype=np.float32)
-        tail_N = np.full(tokens, -np.inf, dtype=np.float32)
-        advantages_NK = np.zeros((tokens, top_k), dtype=np.float32)
-        start = 0
-        for sequence in sequences:
-            rows = slice(start, start + len(sequence.tokens.response_ids))
-            role_N[rows] = sequence.role
-            if sequence.signals is not None:
-                topk_ids_NK[rows] = sequence.signals.topk_ids
-                logprobs_NK[rows] = sequence.signals.topk_logprobs
-                tail_N[rows] = sequence.signals.tail_logprob
-                if sequence.signals.topk_advantages is not None:
-                    advantages_NK[rows] = sequence.signals.topk_advantages
-            start = rows.stop
-        return {
-            "input_ids": padded.input_ids,
-            "attention_mask": padded.attention_mask,
-            "predicts": padded.predicts,
-            "labels": padded.labels,
-            "role": torch.from_numpy(role_N),
-            "topk_ids": torch.from_numpy(topk_ids_NK),
-            "teacher_logprobs": torch.from_numpy(logprobs_NK),
-            "tail_logprob": torch.from_numpy(tail_N),
-            "advantages": torch.from_numpy(advantages_NK),
-        }
-
-    return collate
+    sequences = [sequence for example in examples for sequence in example]
+    padded = pad_sequences([sequence.tokens for sequence in sequences])
+    tokens = len(padded.labels)
+    top_k = max((sequence.signals.topk_ids.shape[1] for sequence in sequences if sequence.signals), default=0)
+    role_N = np.empty(tokens, dtype=np.int64)
+    topk_ids_NK = np.full((tokens, top_k), -1, dtype=np.int32)
+    logprobs_NK = np.full((tokens, top_k), -np.inf, dtype=np.float32)
+    tail_N = np.full(tokens, -np.inf, dtype=np.float32)
+    advantages_NK = np.zeros((tokens, top_k), dtype=np.float32)
+    start = 0
+    for sequence in sequences:
+        rows = slice(start, start + len(sequence.tokens.response_ids))
+        role_N[rows] = sequence.role
+        if sequence.signals is not None:
+            topk_ids_NK[rows] = sequence.signals.topk_ids
+            logprobs_NK[rows] = sequence.signals.topk_logprobs
+            tail_N[rows] = sequence.signals.tail_logprob
+            if sequence.signals.topk_advantages is not None:
+                advantages_NK[rows] = sequence.signals.topk_advantages
+        start = rows.stop
+    return {
+        "input_ids": padded.input_ids,
+        "attention_mask": padded.attention_mask,
+        "predicts": padded.predicts,
+        "labels": padded.labels,
+        "role": torch.from_numpy(role_N),
+        "topk_ids": torch.from_numpy(topk_ids_NK),
+        "teacher_logprobs": torch.from_numpy(logprobs_NK),
+        "tail_logprob": torch.from_numpy(tail_N),
+        "advantages": torch.from_numpy(advantages_NK),
+    }

@@ -3,6 +3,7 @@
 An error ε of log p_k changes KL(p‖q) by about p_k·ε·log(p_k/q_k), so the grid of log-probabilities has steps of
 LOGPROB_STEP / p nats, COARSEST at most: p·ε is the same for every token that matters. Advantages are weighted by the
 student's probabilities, for which the teacher's stand here: their step is ADVANTAGE_STEP / √p, COARSEST at most.
+What is not per id (the response's own tokens, the tail) is kept in float16.
 
 Shapes: T response tokens, K ids. Steps in nats.
 """

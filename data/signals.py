@@ -156,7 +156,9 @@ def read_scoring(cache: Location, scoring_id: str) -> Scoring:
 
 def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
     """Adds a shard of rows to a scoring, and gives its bytes."""
-    return write_shard(scoring.folder(cache), SHARD_PREFIX, signals_table(rows, scoring)).stat().st_size
+    table = signals_table(rows, scoring)
+    write_shard(scoring.folder(cache), SHARD_PREFIX, table)
+    return int(serialize(table).size)  # the file itself may be packed into another one by now
 
 
 def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adpa.data.batches import TrainingExamples, TrainingPart, make_collator
+from adpa.data.batches import TrainingExamples, TrainingPart, collate
 from adpa.data.encoding import TokenIds
 from adpa.data.responses import ResponseName, ResponseSet, ResponseSetInfo, make_response_set
 from adpa.data.signal_rows import SignalRow
@@ -82,7 +82,6 @@ def measure(examples: TrainingExamples, generator: np.random.Generator) -> list[
         )
     )
     attach_distill_head(model)
-    collate = make_collator(TOP_K)
     ratios = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()

@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, TrainingArguments, set_seed
 from typing_extensions import Doc
 
-from adpa.data.batches import TrainingExamples, make_collator
+from adpa.data.batches import TrainingExamples, collate
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
@@ -180,7 +180,7 @@ def distill(
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=make_collator(selection.scoring.top_k if selection.scoring else 0),
+        data_collator=collate,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

@@ -15,7 +15,7 @@ from adpa.pipeline.lm_head import LmHead, check_head, hidden_states, read_head
 def attach_distill_head(model: PreTrainedModel) -> None:
     """Makes ``model(**batch)`` give the weighted loss and its parts instead of logits.
 
-    The batch has the tensors of ``adpa.data.batches.make_collator`` and, instead of ``role``, the three per-row
+    The batch has the tensors of ``adpa.data.batches.collate`` and, instead of ``role``, the three per-row
     weights of ``distill_head``. It stays a method of the model, so that whatever wraps a model's forward (mixed
     precision, data parallelism, gradient checkpointing) works as it does for any other model.
 
@@ -54,7 +54,7 @@ def observe(
     teacher_logprobs: Tensor,
     advantages: Tensor,
 ) -> StudentStatistics:
-    """The statistics of the rows of a batch, whose tensors are those of ``adpa.data.batches.make_collator``.
+    """The statistics of the rows of a batch, whose tensors are those of ``adpa.data.batches.collate``.
 
     Dropout is off meanwhile, so that no random number is drawn.
     """

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_rows, token_ids
 
-from adpa.data.batches import TrainingExamples, TrainingPart, make_collator, pad_sequences
+from adpa.data.batches import TrainingExamples, TrainingPart, collate, pad_sequences
 from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.responses import ResponseSet, make_response_set
 from adpa.data.signal_rows import SignalRow
@@ -102,7 +102,7 @@ def test_every_token_has_its_own_signals_in_its_row(
     parts = [TrainingPart(sets[name], signals if name in roles_with_signals else None) for name in ROLES]
     examples = TrainingExamples(parts)
     assert len(examples) == len(EXAMPLES)
-    batch = make_collator(K)([examples[index] for index in (4, 0, 3)])
+    batch = collate([examples[index] for index in (4, 0, 3)])
 
     by_key = {row.key: row for row in rows}
     expected = []
@@ -139,7 +139,7 @@ def test_every_token_has_its_own_signals_in_its_row(
 def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
     examples = TrainingExamples([TrainingPart(response_set(name, seed), None) for seed, name in enumerate(ROLES)])
     chosen = [examples[5], examples[1]]
-    batch = make_collator(K)(chosen)
+    batch = collate(chosen)
     padded = pad_sequences([item.tokens for example in chosen for item in example])
     for name in ("input_ids", "attention_mask", "predicts", "labels"):
         assert torch.equal(batch[name], getattr(padded, name))
@@ -166,5 +166,5 @@ def test_equal_responses_of_several_examples_share_one_signal_row(tmp_path: Path
     (row, *_) = signal_rows(responses, seed=0)
     write_signals(tmp_path, SCORING, [row])
     examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
-    batch = make_collator(K)([examples[index] for index in range(3)])
+    batch = collate([examples[index] for index in range(3)])
     assert batch["topk_ids"].tolist() == row.topk_ids.tolist() * 3

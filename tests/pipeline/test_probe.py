@@ -15,7 +15,7 @@ from tests.pipeline.conftest import Filled, dense_logprobs
 from torch import Tensor
 
 from adpa import distill, precompute
-from adpa.data.batches import make_collator
+from adpa.data.batches import collate
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.kernels.student_statistics import IMPLAUSIBLE
@@ -118,21 +118,16 @@ def train(own_teacher: Path, models: Models, tmp_path: Path) -> Train:
     return run
 
 
-def praise_the_implausible(top_k: int) -> Any:
-    collate = make_collator(top_k)
-
-    def made_up(examples: Any) -> dict[str, Tensor]:
-        batch = collate(examples)
-        implausible_NK = batch["teacher_logprobs"] < math.log(IMPLAUSIBLE)
-        return batch | {"advantages": torch.where(implausible_NK, 5.0, -5.0)}
-
-    return made_up
+def praise_the_implausible(examples: Any) -> dict[str, Tensor]:
+    batch = collate(examples)
+    implausible_NK = batch["teacher_logprobs"] < math.log(IMPLAUSIBLE)
+    return batch | {"advantages": torch.where(implausible_NK, 5.0, -5.0)}
 
 
 def test_a_run_that_collapses_warns_once(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.distill.make_collator", praise_the_implausible)
+    monkeypatch.setattr("adpa.pipeline.distill.collate", praise_the_implausible)
     with caplog.at_level(logging.WARNING, "adpa"):
         report = train(advantage_weight=50.0, plausibility=0.0)
     (warning,) = report.warnings
