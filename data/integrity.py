@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from adpa.data.encoding import sequence_key
 from adpa.data.ragged import list_row
 from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.rounding import COARSEST, DEEPEST, LOGPROB_STEP
+from adpa.data.rounding import COARSEST, GRID, LOGPROB_STEP
 from adpa.data.signal_rows import PADDING, SignalRow
 
 FLOAT16_ERROR = 2.0**-11
@@ -145,7 +145,7 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if response_ids is not None:
         own_T, rank_T = np.nonzero(row.topk_ids == response_ids[:, None])
         listed, own = logprobs_TK[own_T, rank_T], token_T[own_T]
-        possible = np.maximum(own, -DEEPEST) if rules.lossy else own
+        possible = np.maximum(own, GRID[-1]) if rules.lossy else own
         if not (np.abs(listed - possible) <= FLOAT32_ERROR + errors_TK[own_T, rank_T]).all():
             yield "the response's tokens have other log-probabilities than the same ids in the top K"
     if row.token_advantages is not None and row.topk_advantages is not None:
