@@ -21,12 +21,11 @@ from typing import Annotated, Any, get_args, get_origin
 import torch
 import transformers
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from tqdm.contrib import DummyTqdmFile
 from upath import UPath
 
-from adpa.data.locations import find_location
 from adpa.errors import AdpaError, OptionError
 from adpa.lab.conduct import lab
 from adpa.lab.report import show_study
@@ -37,12 +36,13 @@ from adpa.pipeline.cache_merge import merge_cache
 from adpa.pipeline.cache_pack import pack_cache
 from adpa.pipeline.cache_terminal import show_garbage, show_listing, show_packing, show_verification
 from adpa.pipeline.cache_verify import verify_cache
-from adpa.pipeline.directories import check_writable_file
+from adpa.pipeline.directories import check_writable_file, find_location
 from adpa.pipeline.distill import distill
 from adpa.pipeline.evaluate import evaluate
+from adpa.pipeline.fidelity_terminal import show_probe
 from adpa.pipeline.inspect import inspect_cache
 from adpa.pipeline.inspect_terminal import show_inspection
-from adpa.pipeline.precompute import precompute
+from adpa.pipeline.precompute import PrecomputeReport, precompute
 from adpa.pipeline.yaml_options import read_options
 
 app = typer.Typer(
@@ -109,7 +109,10 @@ def as_command(
                 _option_type(parameter),
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
                 if parameter.name in arguments
-                else typer.Option(help=_documentation(parameter), metavar=_metavar(parameter)),
+                else typer.Option(
+                    help=_documentation(parameter),
+                    metavar="PATH|URL" if parameter.name in locations else _metavar(parameter),
+                ),
             ],
         )
         for parameter in inspect.signature(stage).parameters.values()
@@ -222,11 +225,17 @@ def _print_error(text: str) -> None:
     print(f"adpa: {text}", file=sys.stderr)
 
 
-def _fields_table(title: str, report: Any) -> Table:
+def _fields_table(title: str, report: Any, leave_out: str = "") -> Table:
     table = Table(title=f"adpa {title}", show_header=False)
     for name, value in dataclasses.asdict(report).items():
-        table.add_row(name.replace("_", " "), _field_text(value))
+        if name != leave_out:
+            table.add_row(name.replace("_", " "), _field_text(value))
     return table
+
+
+def _precompute_table(report: PrecomputeReport) -> RenderableType:
+    table = _fields_table("precompute", report, leave_out="probe")
+    return table if report.probe is None else Group(table, "", show_probe(report.probe, report.sampled))
 
 
 def _field_text(value: object) -> str:
@@ -241,7 +250,7 @@ def _field_text(value: object) -> str:
     return str(value)
 
 
-app.command("precompute")(as_command(precompute))
+app.command("precompute")(as_command(precompute, _precompute_table))
 app.command("distill")(as_command(distill))
 app.command("evaluate")(as_command(evaluate))
 app.command("inspect")(as_command(inspect_cache, show_inspection, arguments=["cache"]))

@@ -181,4 +181,7 @@ def _pack(values: NDArray[Any]) -> bytes:
 
 def _unpack(packed: bytes | pa.Buffer, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     planes = np.frombuffer(CODEC.decompress(packed, count * dtype.itemsize), np.uint8)
-    return np.ascontiguousarray(planes.reshape(dtype.itemsize, count).T).reshape(-1).view(dtype)
+    values = np.empty((count, dtype.itemsize), np.uint8)
+    for byte, plane in enumerate(planes.reshape(dtype.itemsize, count)):
+        values[:, byte] = plane  # several times as fast as a transpose
+    return values.reshape(-1).view(dtype)

@@ -37,6 +37,8 @@ def prepare_cache(cache: Location) -> None:
     try:
         write_document(cache / MARKER, {"format": FORMAT, "version": VERSION})
     except Exception as error:  # clients of object stores have errors of their own
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+            raise  # a full disk is not the user's mistake
         raise _unusable(cache, "written", error) from error
 
 

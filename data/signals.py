@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from adpa.data.compact import compact_table, is_compact, read_compact_row
 from adpa.data.documents import read_document, write_document
 from adpa.data.locations import Location
-from adpa.data.shards import damaged, list_folder, read_shards, write_shard
+from adpa.data.shards import damaged, list_folder, read_shards, serialize, write_shard
 from adpa.data.signal_rows import SignalRow, keep_nucleus, read_plain_row
 from adpa.errors import CacheError
 
@@ -155,10 +155,18 @@ def read_scoring(cache: Location, scoring_id: str) -> Scoring:
 
 
 def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
-    """Adds a shard of rows to a scoring, cut to its nucleus, and gives the shard's bytes."""
-    cut = [keep_nucleus(row, scoring.top_p) for row in rows]
-    table = compact_table(cut, scoring.top_k, scoring.lossy)
-    return write_shard(scoring.folder(cache), SHARD_PREFIX, table).stat().st_size
+    """Adds a shard of rows to a scoring, and gives its bytes."""
+    return write_shard(scoring.folder(cache), SHARD_PREFIX, signals_table(rows, scoring)).stat().st_size
+
+
+def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
+    """Bytes of the file that ``write_signals`` makes of some rows."""
+    return int(serialize(signals_table(rows, scoring)).size)
+
+
+def signals_table(rows: Sequence[SignalRow], scoring: Scoring) -> pa.Table:
+    """Rows as a shard has them: cut to the scoring's nucleus, and compact."""
+    return compact_table([keep_nucleus(row, scoring.top_p) for row in rows], scoring.top_k, scoring.lossy)
 
 
 def read_signals(cache: Location, scoring: Scoring) -> SignalTable:

@@ -1,10 +1,30 @@
-"""Directories and files that a stage will write, checked before its long work begins and without making them."""
+"""Places that users name: URLs among them, and whether a stage can write there, checked before its long work begins."""
 
 import os
 from pathlib import Path
 
+from upath import UPath
+
 from adpa.data.locations import Location
 from adpa.errors import OptionError
+
+
+def find_location(text: str) -> Location:
+    """The location that a user named: a path, or the URL of anything that fsspec opens.
+
+    Raises:
+        OptionError: the URL's scheme is unknown, or the package that opens it is not installed.
+    """
+    if "://" not in text:
+        return Path(text)
+    try:
+        location = UPath(text)
+        local = "file" in location.fs.protocol
+    except (ImportError, ValueError) as error:
+        raise OptionError(
+            f"{text}: cannot be opened: {error}", "name a directory, or s3://bucket/folder with pip install 'adpa[s3]'"
+        ) from error
+    return Path(location.path) if local else location
 
 
 def check_writable(option: str, directory: Location) -> None:

@@ -52,8 +52,13 @@ class Engine(Protocol):
         """Positions that scoring a sequence takes beside one for each of its tokens."""
         ...
 
+    @property
+    def pads(self) -> bool:
+        """Whether every sequence of a batch costs as much as its longest one."""
+        ...
+
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
-        """Loads a model of a scoring, for sequences of up to so many tokens."""
+        """Loads a model of a scoring, or the student beside it, for sequences of up to so many tokens."""
         ...
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
@@ -72,6 +77,7 @@ class HfEngine:
     batch_tokens = 8192
     max_tokens = None
     extra_positions = 0
+    pads = True
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """See ``Engine.open_scorer``."""

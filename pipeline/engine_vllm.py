@@ -21,7 +21,7 @@ import torch
 from packaging.version import Version
 
 from adpa.data.responses import Sampling
-from adpa.data.signals import Scoring
+from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.sampling import Sampler
@@ -138,6 +138,7 @@ class VllmEngine:
     reason: str
 
     batch_tokens = 262_144
+    pads = False
 
     @property
     def max_tokens(self) -> int | None:
@@ -162,9 +163,10 @@ class VllmEngine:
         return " ".join(["vllm", *self.options.numerics("student")])
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
-        """Starts vLLM on the teacher or the reference of a scoring, for sequences of up to so many tokens."""
+        """Starts vLLM on a model of a scoring, or on the student beside it, for sequences of up to so many tokens."""
         models = _models()
-        role: Role = "teacher" if checkpoint.identity == scoring.teacher else "reference"
+        roles: dict[ModelIdentity | None, Role] = {scoring.reference: "reference", scoring.teacher: "teacher"}
+        role = roles.get(checkpoint.identity, "student")
         if self.head_dtype is None:
             head = checkpoint.load_head(self.device).float()
             arguments = self._arguments(role, scoring.dtype, longest)
@@ -179,7 +181,7 @@ class VllmEngine:
             self._arguments(role, scoring.dtype, longest + self.extra_positions),
             self.head_dtype,
             scoring.top_k,
-            self.with_reference,
+            self.with_reference or role == "student",
         )
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:

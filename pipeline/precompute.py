@@ -30,6 +30,7 @@ from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.engine import Engine, choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmOptions
+from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,
@@ -71,7 +72,8 @@ class PrecomputeReport:
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
-        dry_run: whether nothing was sampled, scored or written.
+        dry_run: whether nothing was sampled or written, and nothing scored but the responses of a probe.
+        probe: what the probe of a dry run measured.
     """
 
     scored: int
@@ -88,6 +90,7 @@ class PrecomputeReport:
     responses: dict[str, str]
     seconds: float
     dry_run: bool
+    probe: ProbeReport | None = None
 
 
 def precompute(
@@ -135,20 +138,28 @@ def precompute(
     batch_tokens: BatchTokensOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    dry_run: Annotated[bool, Doc("Count rows, tokens and bytes; ask no model and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, Doc("Count rows, tokens and bytes; write nothing, and ask no model without --probe.")
+    ] = False,
+    probe: Annotated[
+        int | None,
+        Doc("With --dry-run: score so many responses to see what each K would keep, and to predict bytes and hours."),
+    ] = None,
 ) -> PrecomputeReport:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache.
 
     What the cache already has is not scored again: a killed run is resumed by running it again, and grown data costs
     only its new rows. With a student, its own responses to the prompts are sampled and scored; the chosen responses
-    are then stored too, unscored, for the SFT term.
+    are then stored too, unscored, for the SFT term. A dry run with a probe says what it would cost and what K keeps.
 
     Raises:
         AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
     """
     started = time.perf_counter()
     names = _response_names(responses, student)
-    _check_options(top_k, top_p, samples_per_prompt, temperature, sampling_top_p, max_new_tokens, batch_tokens)
+    _check_options(
+        *(top_k, top_p, samples_per_prompt, temperature, sampling_top_p, max_new_tokens, batch_tokens, dry_run, probe)
+    )
     check_writable("--cache", cache)
     find_version(cache)  # one that this program must not write to is refused at once
     torch_device = resolve_device(device)
@@ -217,18 +228,31 @@ def precompute(
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
     missing = missing_sequences(cache, scoring, list(wanted.values()))
     written = 0
+
+    def open_scorer(scoring: Scoring, identity: ModelIdentity) -> Scorer:
+        return runs_on.open_scorer(models.find(identity), scoring, longest)
+
     if not dry_run:
         write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
         for responses_of in sets.values():
             write_response_set(cache, responses_of)
-
-        def open_scorer(identity: ModelIdentity) -> Scorer:
-            return runs_on.open_scorer(models.find(identity), scoring, longest)
-
-        written = score(cache, scoring, missing, open_scorer, batch_tokens)
+        written = score(cache, scoring, missing, partial(open_scorer, scoring), batch_tokens)
 
     planned = len(unsampled) if dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in missing) + planned * max_new_tokens
+    probed = None
+    if probe is not None:
+        probed = probe_signals(
+            probe,
+            Work(list(wanted.values()), missing, unsampled, max_new_tokens),
+            sets["chosen"].sequences(),
+            scoring,
+            open_scorer,
+            student=models.student.identity if models.student else None,
+            vocabulary=models.teacher.config.vocab_size,
+            batch_tokens=batch_tokens,
+            pads=runs_on.pads,
+        )
     return PrecomputeReport(
         scored=len(missing) + planned,
         reused=len(wanted) - len(missing),
@@ -244,6 +268,7 @@ def precompute(
         responses={name: responses_of.id for name, responses_of in sets.items()},
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
+        probe=probed,
     )
 
 
@@ -331,12 +356,15 @@ def _check_options(
     sampling_top_p: float,
     max_new_tokens: int,
     batch_tokens: int | None,
+    dry_run: bool,
+    probe: int | None,
 ) -> None:
     at_least_one = {
         "--top-k": top_k,
         "--samples-per-prompt": samples_per_prompt,
         "--max-new-tokens": max_new_tokens,
         "--batch-tokens": batch_tokens,
+        "--probe": probe,
     }
     for option, value in at_least_one.items():
         if value is not None and value < 1:
@@ -346,6 +374,8 @@ def _check_options(
     for option, probability in {"--top-p": top_p, "--sampling-top-p": sampling_top_p}.items():
         if not 0 < probability <= 1:
             raise OptionError(f"{option} {probability:g}; expected more than 0 and at most 1")
+    if probe is not None and not dry_run:
+        raise OptionError(f"--probe {probe} without --dry-run", "a probe scores a few responses and writes nothing")
 
 
 def _preference_sets(

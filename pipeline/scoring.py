@@ -105,8 +105,12 @@ def _score_with_both(
         schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
 
         def write_pending(rows: list[SignalRow]) -> None:
-            path = write_shard(folder, PENDING_PREFIX, plain_table(rows, schema))
-            pending[path] = read_shard(path)
+            table = plain_table(rows, schema)
+            path = write_shard(folder, PENDING_PREFIX, table)
+            try:
+                pending[path] = read_shard(path)
+            except FileNotFoundError:  # a run beside this one wrote the same rows, and has just finished with them
+                pending[path] = table
 
         _ask_teacher(scoring, unjudged, open_scorer, batch_tokens, write_pending)
     if missing:
@@ -127,8 +131,7 @@ def _ask_teacher(
 ) -> None:
     batches = make_batches(sequences, len, batch_tokens)
     with closing(open_scorer(scoring.teacher)) as teacher:
-        answers = (_checked(rows, scoring) for rows in teacher.top_k(batches, scoring.top_k))
-        write_batches("teacher: tokens", batches, len, answers, write)
+        write_batches("teacher: tokens", batches, len, judge(teacher, batches, scoring), write)
 
 
 def _ask_reference(
@@ -142,28 +145,43 @@ def _ask_reference(
     assert scoring.reference is not None
     batches = make_batches(sequences, len, batch_tokens)
 
-    def teacher_rows(batch: Batch) -> list[SignalRow]:
+    def find(batch: Batch) -> list[SignalRow]:
         numbers = judged.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
         return [judged.row(int(number)) for number in numbers]
 
-    def complete(batch: Batch, given: list[ReferenceLogprobs]) -> list[SignalRow]:
-        return [
-            _with_advantages(row, *logprobs, scoring) for row, logprobs in zip(teacher_rows(batch), given, strict=True)
-        ]
-
     with closing(open_scorer(scoring.reference)) as reference:
-        topk_ids = ([row.topk_ids for row in teacher_rows(batch)] for batch in batches)
-        answers = map(complete, batches, reference.logprobs_at(batches, topk_ids))
+        answers = complete(reference, batches, find, scoring)
         write_batches("reference: tokens", batches, len, answers, write)
 
 
-def _checked(rows: list[SignalRow], scoring: Scoring) -> list[SignalRow]:
-    if not all(np.isfinite(row.token_logprobs).all() and np.isfinite(row.topk_logprobs[:, 0]).all() for row in rows):
-        raise ModelError(
-            f"{scoring.teacher.name}: the teacher's log-probabilities are not finite",
-            "check the checkpoint, or use --dtype float32",
-        )
-    return rows
+def judge(teacher: Scorer, batches: Sequence[Batch], scoring: Scoring) -> Iterator[list[SignalRow]]:
+    """The teacher's part of the signal rows, batch by batch.
+
+    Raises:
+        ModelError: its log-probabilities are not finite.
+    """
+    for rows in teacher.top_k(batches, scoring.top_k):
+        if not all(
+            np.isfinite(row.token_logprobs).all() and np.isfinite(row.topk_logprobs[:, 0]).all() for row in rows
+        ):
+            raise ModelError(
+                f"{scoring.teacher.name}: the teacher's log-probabilities are not finite",
+                "check the checkpoint, or use --dtype float32",
+            )
+        yield rows
+
+
+def complete(
+    reference: Scorer, batches: Sequence[Batch], find: Callable[[Batch], list[SignalRow]], scoring: Scoring
+) -> Iterator[list[SignalRow]]:
+    """Whole signal rows, batch by batch; ``find`` gives what ``judge`` made of a batch.
+
+    Raises:
+        ModelError: the reference's log-probabilities are not finite.
+    """
+    topk_ids = ([row.topk_ids for row in find(batch)] for batch in batches)
+    for batch, given in zip(batches, reference.logprobs_at(batches, topk_ids), strict=True):
+        yield [_with_advantages(row, *logprobs, scoring) for row, logprobs in zip(find(batch), given, strict=True)]
 
 
 def _with_advantages(

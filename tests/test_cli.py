@@ -13,6 +13,7 @@ import pytest
 import typer
 from tests.conftest import Models, Row, WriteRows
 from typer.testing import CliRunner
+from upath import UPath
 
 from adpa import (
     cli,
@@ -176,6 +177,27 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     assert "truncated responses" in done.stdout
 
 
+def test_a_probe_is_shown_below_the_counts_and_an_ordinary_run_is_silent_about_it(
+    tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, runner: CliRunner
+) -> None:
+    data, report = write_rows(preference_rows[:3]), tmp_path / "report.json"
+    options = ["--teacher", str(models.teacher), "--reference", str(models.reference), "--data", str(data)]
+    options += ["--cache", str(tmp_path / "cache"), "--report", str(report), "--dry-run", "--top-k", "30"]
+    assert "probe" not in runner.invoke(cli.app, ["precompute", *options]).stdout.lower()
+    assert json.loads(report.read_text())["probe"] is None
+    done = runner.invoke(cli.app, ["precompute", *options, "--probe", "4"])
+    assert done.exit_code == 0
+    probe = json.loads(report.read_text())["probe"]
+    text = " ".join(done.stdout.split())
+    assert f"Probed: 4 of 6 responses, {probe['tokens']} tokens, with K = 1,000" in text
+    assert [kept["top_k"] for kept in probe["by_top_k"]] == [10, 20, 30, 50, 100]
+    for kept in probe["by_top_k"]:
+        assert f"{kept['top_k']} {kept['captured_mass']:.4f} {kept['captured_mass_5']:.4f} {kept['tail']:.4f}" in text
+        assert f"{kept['advantage_lost']:.2%}" in text
+        assert f"{kept['bytes']:,}" in text
+    assert f"Hours: {probe['teacher_hours'] + probe['reference_hours']:.3g} (teacher" in text
+
+
 def test_a_cache_is_inspected_in_the_terminal_and_as_a_page(
     tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, runner: CliRunner
 ) -> None:
@@ -269,6 +291,25 @@ def test_a_config_file_holds_options_and_the_command_line_outranks_it(
     assert recorded["teacher"] == "T"
     assert recorded["cache"] == Path("C")
     assert (recorded["top_k"], recorded["max_length"]) == (7, 77)
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/team/cache", "s3://bucket/a//b"])
+def test_a_cache_may_be_a_url(given: str, recorded: dict[str, object], runner: CliRunner, tmp_path: Path) -> None:
+    done = runner.invoke(cli.app, ["precompute", "--teacher", "T", "--data", "d", "--cache", given])
+    assert done.exit_code == 0, done.output
+    assert isinstance(recorded["cache"], UPath)
+    assert str(recorded["cache"]) == given
+    (tmp_path / "run.yaml").write_text(f"teacher: T\ndata: d\ncache: {given}\n")
+    runner.invoke(cli.app, ["precompute", "--config", str(tmp_path / "run.yaml")])
+    assert str(recorded["cache"]) == given
+
+
+def test_a_url_that_nothing_opens_is_one_line_and_exit_code_2(recorded: dict[str, object], runner: CliRunner) -> None:
+    done = runner.invoke(cli.app, ["precompute", "--teacher", "T", "--data", "d", "--cache", "nothing://bucket/cache"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("adpa: nothing://bucket/cache: cannot be opened: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not recorded
 
 
 def test_an_engine_argument_may_be_given_again_on_the_command_line_and_as_a_list_in_a_file(

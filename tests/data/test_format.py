@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -124,3 +125,13 @@ def test_no_permission_is_one_line(tmp_path: Path) -> None:
             prepare_cache(tmp_path)
     finally:
         os.seteuid(0)
+
+
+def test_a_full_disk_is_not_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare_cache(tmp_path / "cache")
+    assert find_version(tmp_path / "cache") is None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adpa.errors import OptionError
-from adpa.pipeline.directories import check_writable, check_writable_file
+from adpa.pipeline.directories import check_writable, check_writable_file, find_location
 
 
 def test_a_directory_that_is_there_or_can_be_made_is_good(tmp_path: Path) -> None:
@@ -41,3 +41,19 @@ def test_a_file_needs_a_directory_that_is_there(tmp_path: Path) -> None:
     for file in (tmp_path, tmp_path / "nowhere" / "page.html"):
         with pytest.raises(OptionError, match=f"--html {file}: cannot be written there; name a file in an existing"):
             check_writable_file("--html", file)
+
+
+def test_a_plain_path_stays_one() -> None:
+    assert find_location("runs/cache") == Path("runs/cache")
+    assert find_location("file:///runs/cache") == Path("/runs/cache")
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [("nothing://bucket/cache", "nothing"), ("abfs://bucket/cache", "adlfs"), ("gs://bucket/cache", "gcsfs")],
+)
+def test_an_address_that_nothing_opens_is_one_line(url: str, problem: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        find_location(url)
+    assert str(caught.value).startswith(f"{url}: cannot be opened: ")
+    assert problem in str(caught.value)

@@ -405,6 +405,17 @@ def test_every_model_is_opened_with_its_own_arguments(
     assert vllm_models.opened == [common | {"seed": 1}, common | {"seed": 2}]
 
 
+def test_a_student_that_is_asked_beside_the_scoring_has_its_own_arguments(
+    vllm_models: StandIn, teacher: Checkpoint, models: Models
+) -> None:
+    runs_on = engine("float32", device=GPU, tensor_parallel=2, quantization="fp8", engine_arg=("student:seed=3",))
+    student = open_checkpoint(str(models.student))
+    scorer: Any = runs_on.open_scorer(student, scoring_of(teacher), longest=9)
+    assert (scorer.checkpoint, scorer.rest) == (student, ("float32", 8, True)), "it is asked at given ids"
+    expected = {"dtype": "float32", "max_model_len": 10, "gpu_memory_utilization": 0.9, "seed": 3}
+    assert vllm_models.opened == [expected]
+
+
 def test_the_student_is_opened_with_the_samplings_dtype(vllm_models: StandIn, models: Models) -> None:
     sampling = Sampling("s", 2, 1.0, 1.0, 12, 1, 0, "bfloat16", "vllm")
     runs_on = engine(device=GPU, tensor_parallel=2, quantization="fp8", engine_arg=("student:seed=3", "teacher:seed=1"))

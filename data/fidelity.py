@@ -1,0 +1,152 @@
+"""What a K keeps of the teacher's signals and what it loses, measured on rows of a much larger K.
+
+A scoring with K keeps K + 1 outcomes of each token: the teacher's top K and the rest. Against the M + 1 outcomes of a
+larger M, what a loss over the K + 1 no longer sees is
+
+    KL lost         Σ_{k beyond K} p_k·log(p_k/q_k) − P·log(P/Q), where P and Q are the sums of p and q beyond K: the KL
+                    over M + 1 outcomes minus the KL over K + 1. It is P times the KL within the rest, hence never
+                    negative (the log-sum inequality).
+    advantage lost  Σ_{k beyond K} p_k·|A_k| over Σ_k p_k·|A_k|.
+
+"Beyond K" are the ids from K to M and, in the KL, what lies beyond M as one outcome. p is the teacher, q the student.
+Where there is no student the reference stands in, and log(p_k/q_k) = A_k. It is usually closer to the teacher than a
+student is; what is lost then is too small, and only the values of K can be compared.
+
+Shapes: T response tokens, M ids of the rows, Q values of K.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import Scoring, encoded_bytes
+
+SMALLEST_TAIL = 1e-7  # 1 − Σq of float32 log-probabilities has no digits below
+SMALLEST = np.finfo(np.float64).tiny
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What a K keeps, over all tokens of some rows.
+
+    Attributes:
+        top_k: K.
+        captured_mass: the teacher's probability of its top K, mean.
+        captured_mass_5: its 5 % quantile: all but one in twenty tokens have at least this.
+        tail: the teacher's probability of everything else, mean.
+        kl_lost: nats a token, mean; none without student and reference.
+        kl_lost_95: its 95 % quantile.
+        advantage_lost: share of Σ p·|A| that lies beyond K; none without a reference.
+        bytes: what rows of so many tokens as was asked for take in the cache.
+    """
+
+    top_k: int
+    captured_mass: float
+    captured_mass_5: float
+    tail: float
+    kl_lost: float | None
+    kl_lost_95: float | None
+    advantage_lost: float | None
+    bytes: int
+
+
+def measure_fidelity(
+    shards: Sequence[Sequence[SignalRow]],
+    scoring: Scoring,
+    top_ks: Sequence[int],
+    tokens: int,
+    student_ratios: Mapping[bytes, NDArray[Any]] | None = None,
+) -> list[Fidelity]:
+    """What each K would keep of some rows.
+
+    Args:
+        shards: rows of a large K, grouped as they would be written.
+        scoring: who judged them.
+        top_ks: the values of K, none above that of the rows.
+        tokens: the number of tokens to predict bytes for.
+        student_ratios: for each row's key, teacher minus student at its ids, [T, M]; the reference's without.
+    """
+    rows = [row for shard in shards for row in shard]
+    tail_NQ = np.concatenate([_sums_beyond(_outcomes(row), top_ks) for row in rows])
+    ratios = student_ratios or {row.key: row.topk_advantages for row in rows if row.topk_advantages is not None}
+    kl_NQ = np.concatenate([_kl_beyond(row, ratios[row.key], top_ks) for row in rows]) if ratios else None
+    advantages_lost = None if scoring.reference is None else _advantages_lost(rows, top_ks)
+    found = []
+    for place, top_k in enumerate(top_ks):
+        tail_N = tail_NQ[:, place]
+        narrow = replace(scoring, top_k=top_k)
+        size = sum(encoded_bytes([cut_row(row, top_k) for row in shard], narrow) for shard in shards)
+        found.append(
+            Fidelity(
+                top_k=top_k,
+                captured_mass=float(1 - tail_N.mean()),
+                captured_mass_5=_quantile(1 - tail_N, 0.05),
+                tail=float(tail_N.mean()),
+                kl_lost=None if kl_NQ is None else float(kl_NQ[:, place].mean()),
+                kl_lost_95=None if kl_NQ is None else _quantile(kl_NQ[:, place], 0.95),
+                advantage_lost=None if advantages_lost is None else advantages_lost[place],
+                bytes=round(size * tokens / len(tail_N)),
+            )
+        )
+    return found
+
+
+def cut_row(row: SignalRow, top_k: int) -> SignalRow:
+    """The row that a scoring with a smaller K gives."""
+    tail_T = _sums_beyond(_outcomes(row), [top_k])[:, 0]
+    with np.errstate(divide="ignore"):
+        tail_logprob = np.log(tail_T).astype(np.float32)
+    return replace(
+        row,
+        topk_ids=row.topk_ids[:, :top_k],
+        topk_logprobs=row.topk_logprobs[:, :top_k],
+        tail_logprob=tail_logprob,
+        topk_advantages=None if row.topk_advantages is None else row.topk_advantages[:, :top_k],
+    )
+
+
+def _kl_beyond(row: SignalRow, ratios: NDArray[Any], top_ks: Sequence[int]) -> NDArray[np.float64]:
+    """The KL lost by each K, [T, Q]; ``ratios`` are log p − log q at the row's ids."""
+    p_TM = _outcomes(row)
+    possible = p_TM[:, :-1] > 0
+    ratios_TM = np.where(possible, ratios.astype(np.float64), 0)
+    q_ids = np.where(possible, np.exp(row.topk_logprobs.astype(np.float64) - ratios_TM), 0)
+    q_tail = np.maximum(1 - q_ids.sum(axis=1), np.where(p_TM[:, -1] > 0, SMALLEST_TAIL, 0))
+    ratios_TM = np.column_stack([ratios_TM, _log(p_TM[:, -1]) - _log(q_tail)])
+    p_TQ, q_TQ = _sums_beyond(p_TM, top_ks), _sums_beyond(np.column_stack([q_ids, q_tail]), top_ks)
+    return np.maximum(_sums_beyond(p_TM * ratios_TM, top_ks) - p_TQ * (_log(p_TQ) - _log(q_TQ)), 0)
+
+
+def _advantages_lost(rows: Sequence[SignalRow], top_ks: Sequence[int]) -> list[float]:
+    """The share of Σ p·|A| of all rows that lies beyond each K."""
+    sums = np.zeros(1 + len(top_ks))
+    for row in rows:
+        assert row.topk_advantages is not None
+        p_TM = _outcomes(row)[:, :-1]
+        sizes_TM = p_TM * np.abs(np.where(p_TM > 0, row.topk_advantages.astype(np.float64), 0))
+        sizes_TM = np.column_stack([sizes_TM, np.zeros(len(sizes_TM))])
+        sums += _sums_beyond(sizes_TM, [0, *top_ks]).sum(axis=0)
+    whole, *beyond = sums.tolist()
+    return [size / whole if whole else 0.0 for size in beyond]
+
+
+def _outcomes(row: SignalRow) -> NDArray[np.float64]:
+    """The teacher's probabilities of the ids and of the rest, [T, M + 1]."""
+    return np.exp(np.column_stack([row.topk_logprobs, row.tail_logprob]).astype(np.float64))
+
+
+def _sums_beyond(values: NDArray[np.float64], top_ks: Sequence[int]) -> NDArray[np.float64]:
+    """The sum of all columns from K on, for each K; smallest probabilities first."""
+    return np.cumsum(values[:, ::-1], axis=1)[:, ::-1][:, top_ks]
+
+
+def _log(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.log(np.maximum(values, SMALLEST))
+
+
+def _quantile(values: NDArray[Any], share: float) -> float:
+    return float(np.quantile(values, share, method="inverted_cdf"))

@@ -1,0 +1,70 @@
+"""What a probe measured, in a terminal."""
+
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from adpa.pipeline.fidelity import ProbeReport
+
+
+def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
+    """A line for each K, the run's own in bold, then what the numbers are of; ``unsampled`` responses are not there."""
+    table = Table("K", box=None, padding=(0, 1, 0, 0))
+    losses = ["KL lost", "95%"] if report.kl_against else []
+    losses += ["A lost"] if report.reference_hours is not None else []
+    for name in ("mass", "5%", "tail", *losses, "bytes/token", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kept in report.by_top_k:
+        cells = [f"{kept.captured_mass:.4f}", f"{kept.captured_mass_5:.4f}", f"{kept.tail:.4f}"]
+        if kept.kl_lost is not None:
+            cells += [f"{kept.kl_lost:.2g}", f"{kept.kl_lost_95:.2g}"]
+        if kept.advantage_lost is not None:
+            cells.append(f"{kept.advantage_lost:.2%}")
+        cells += [f"{kept.bytes / report.data_tokens:,.0f}", f"{kept.bytes:,}"]
+        table.add_row(str(kept.top_k), *cells, style=Style(bold=kept.top_k == report.own_top_k))
+
+    lines = [
+        f"Probed: {report.responses:,} of {report.data_responses:,} responses, {report.tokens:,} tokens, with "
+        f"K = {report.top_k:,}; {report.tail:.2g} of the teacher's probability lies beyond and is seen as one outcome."
+    ]
+    if report.stand_ins:
+        lines.append(
+            f"No response is sampled yet: chosen ones were probed in their place, and {unsampled:,} are counted with "
+            "--max-new-tokens tokens each."
+        )
+    elif unsampled:
+        lines.append(
+            f"{unsampled:,} responses are not sampled yet: none of them was probed, and they are counted with "
+            "--max-new-tokens tokens each."
+        )
+    lines.append(_losses(report))
+    lines += [
+        f"Bytes: for the {report.data_tokens:,} response tokens of the whole data set.",
+        f"Hours: {_hours(report)} for {report.input_tokens:,} tokens of prompts and responses, without loading and "
+        "sampling.",
+    ]
+    return Group(table, "", *map(Text, lines))
+
+
+def _losses(report: ProbeReport) -> str:
+    if report.kl_against is None:
+        return "What of KL and advantages is lost is not known without a student and without a reference."
+    text = "KL lost: nats a token that the student's KL over K + 1 outcomes does not see"
+    if report.kl_against == "reference":
+        text += (
+            "; the reference stands in, which may be far closer to the teacher than a student is: give --student, with "
+            "sampled among --responses, to measure its own"
+        )
+    if report.reference_hours is not None:
+        text += ". A lost: share of Σ p·|A|"
+    return f"{text}."
+
+
+def _hours(report: ProbeReport) -> str:
+    hours = {"teacher": report.teacher_hours, "reference": report.reference_hours or 0.0}
+    whole, missing = f"{sum(hours.values()):.3g}", f"{report.missing_hours:.3g}"
+    parts = [f"{role} {share:.3g}" for role, share in hours.items() if report.reference_hours is not None]
+    if missing != whole:
+        parts.append(f"{missing} for what the cache lacks")
+    return f"{whole} ({', '.join(parts)})" if parts else whole
