@@ -5,7 +5,7 @@ log-sum-exp; for logits of up to 1,024 the steps of float32 are 2^-13, half a st
 is 2^-13. Stored in float16 it is off by half a unit of the last of 11 binary digits more: by at most |log p| · 2^-11.
 Rounded by the lossy encoding, it is off by half a step of the grid of ``rounding.py``, whatever p was before:
 min(LOGPROB_STEP / p, COARSEST) / 2; the tail and the response's own tokens are in float16 there. An error e of log p is
-one of p · (exp(e) − 1) of the mass. So the mass may be off by the sum of these, which is computed for each position, and
+one of p · (exp(e) − 1) of the mass. So the mass may be off by the sum of these, computed for each position, and
 by ``FLOAT32_ERROR``.
 
 Shapes: T response tokens, K ids of the teacher's top K.
