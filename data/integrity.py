@@ -4,8 +4,9 @@ Tolerances come from the number formats alone. A log-probability is a float32 di
 log-sum-exp; for logits of up to 1,024 the steps of float32 are 2^-13, half a step of error each, so ``FLOAT32_ERROR``
 is 2^-13. Stored in float16 it is off by half a unit of the last of 11 binary digits more: by at most |log p| · 2^-11.
 Rounded by the lossy encoding, it is off by half a step of the grid of ``rounding.py``, whatever p was before:
-min(LOGPROB_STEP / p, COARSEST) / 2. An error e of log p is one of p · (exp(e) − 1) of the mass. So the mass of the top
-K may be off by the sum of these, which is computed for each position, and by ``FLOAT32_ERROR``.
+min(LOGPROB_STEP / p, COARSEST) / 2; the tail and the response's own tokens are in float16 there. An error e of log p is
+one of p · (exp(e) − 1) of the mass. So the mass may be off by the sum of these, computed for each position, and
+by ``FLOAT32_ERROR``.
 
 Shapes: T response tokens, K ids of the teacher's top K.
 """
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from adpa.data.encoding import sequence_key
 from adpa.data.ragged import list_row
 from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.rounding import COARSEST, DEEPEST, LOGPROB_STEP
+from adpa.data.rounding import COARSEST, GRID, LOGPROB_STEP
 from adpa.data.signal_rows import PADDING, SignalRow
 
 FLOAT16_ERROR = 2.0**-11
@@ -138,6 +139,8 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
         errors_TK = np.minimum(COARSEST, LOGPROB_STEP / np.maximum(masses_TK, LOGPROB_STEP)) / 2
     rounding_TK = masses_TK * np.expm1(errors_TK)
     off_T = np.abs(masses_TK.sum(axis=1) + np.exp(tail_T) - 1) - rounding_TK.sum(axis=1)
+    if rules.lossy:
+        off_T -= np.exp(tail_T) * np.where(np.isfinite(tail_T), np.abs(tail_T), 0) * FLOAT16_ERROR
     if (off_T > FLOAT32_ERROR).any():
         place = int(off_T.argmax())
         mass = masses_TK[place].sum() + np.exp(tail_T[place])
@@ -145,8 +148,11 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if response_ids is not None:
         own_T, rank_T = np.nonzero(row.topk_ids == response_ids[:, None])
         listed, own = logprobs_TK[own_T, rank_T], token_T[own_T]
-        possible = np.maximum(own, -DEEPEST) if rules.lossy else own
-        if not (np.abs(listed - possible) <= FLOAT32_ERROR + errors_TK[own_T, rank_T]).all():
+        errors = FLOAT32_ERROR + errors_TK[own_T, rank_T]
+        if rules.lossy:
+            errors += np.abs(own) * FLOAT16_ERROR
+            own = np.maximum(own, GRID[-1])
+        if not (np.abs(listed - own) <= errors).all():
             yield "the response's tokens have other log-probabilities than the same ids in the top K"
     if row.token_advantages is not None and row.topk_advantages is not None:
         possible_TK = np.isfinite(logprobs_TK) & (row.topk_ids != PADDING)

@@ -121,6 +121,16 @@ def read_shard(path: Location) -> pa.Table:
     return table
 
 
+def check_shard(path: Location) -> None:
+    """Checks the bytes of a shard in an object store, of which ``read_shard`` may have a copy from better days.
+
+    Raises:
+        DamagedFileError: they are not those that were written.
+    """
+    if not isinstance(path, Path):
+        _check_digest(path, path.read_bytes())
+
+
 def peek_shard(path: Location) -> pa.Table:
     """Opens a shard without reading all of its bytes: for counting its rows and looking at their keys.
 

@@ -13,7 +13,7 @@ from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_set
-from adpa.data.shards import list_shards, peek_shard, read_shard, write_file
+from adpa.data.shards import check_shard, list_shards, peek_shard, read_shard, write_file
 from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
@@ -147,6 +147,7 @@ class _Merge:
         if file.kind == "signals" and not (folder / "scoring.json").exists():
             self.report.left_out.add(file.size)  # its description is damaged, or was never there
             return
+        check_shard(file.path)
         keys = read_shard(file.path)["key"].to_pylist()
         if self.keys[folder].issuperset(keys):
             self.report.present.add(file.size)
@@ -163,6 +164,7 @@ class _Merge:
             self.keys[folder] = {key for table in tables for key in table["key"].to_pylist()}
 
     def _response_set(self, file: CacheFile) -> None:
+        check_shard(file.path)
         responses = read_response_set(file.path)
         if list_shards(self.cache / "responses", responses.shard_prefix()):
             self.report.present.add(file.size)

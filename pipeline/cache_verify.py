@@ -18,7 +18,7 @@ from adpa.data.ragged import list_row
 from adpa.data.removal import set_aside
 from adpa.data.responses import ResponseSet, read_response_set
 from adpa.data.samples import SCHEMA as SAMPLES_SCHEMA
-from adpa.data.shards import read_shard
+from adpa.data.shards import check_shard, read_shard
 from adpa.data.signals import Scoring, SignalTable, read_scoring_file
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
 from adpa.errors import DamagedFileError
@@ -169,6 +169,7 @@ class _Check:
         """The sets without a fault."""
         for file in self._of("response set"):
             try:
+                check_shard(file.path)
                 found = read_response_set(file.path)
             except DamagedFileError as error:
                 self._note(file.place, error)
@@ -254,6 +255,7 @@ class _Check:
 
     def _read(self, file: CacheFile) -> pa.Table | None:
         try:
+            check_shard(file.path)
             return read_shard(file.path)
         except (DamagedFileError, pa.ArrowInvalid) as error:
             self._note(file.place, error)

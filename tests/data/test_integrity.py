@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from adpa.data.compact import compact_table, read_compact_row
 from adpa.data.integrity import SignalRules, signal_problems
 from adpa.data.signal_rows import SignalRow
 
@@ -16,7 +17,9 @@ LENGTH, K, VOCABULARY = 4, 6, 400
 RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
 
 
-def make_row(seed: int = 0, scale: float = 3.0, top_k: int = K) -> tuple[SignalRow, NDArray[np.int32]]:
+def make_row(
+    seed: int = 0, scale: float = 3.0, top_k: int = K, dtype: type = np.float16
+) -> tuple[SignalRow, NDArray[np.int32]]:
     """A row as a teacher gives it, computed in float64 and rounded as it is stored; and its response."""
     generator = np.random.default_rng(seed)
     logits_TV = generator.normal(scale=scale, size=(LENGTH, VOCABULARY))
@@ -31,7 +34,7 @@ def make_row(seed: int = 0, scale: float = 3.0, top_k: int = K) -> tuple[SignalR
         key=b"k" * 16,
         token_logprobs=logprobs_TV[np.arange(LENGTH), response_ids].astype(np.float32),
         topk_ids=ids_TK,
-        topk_logprobs=np.take_along_axis(logprobs_TV, ids_TK, axis=1).astype(np.float16),
+        topk_logprobs=np.take_along_axis(logprobs_TV, ids_TK, axis=1).astype(dtype),
         tail_logprob=tail_T,
         token_advantages=np.zeros(LENGTH, np.float32),
         topk_advantages=np.zeros((LENGTH, top_k), np.float16),
@@ -45,6 +48,15 @@ def test_what_float16_rounded_is_no_fault(seed: int, scale: float, top_k: int) -
     row, response_ids = make_row(seed, scale, top_k)
     rules = replace(RULES, top_k=top_k)
     assert list(signal_problems(row, rules, response_ids)) == []
+
+
+@given(st.integers(0, 2**32), st.floats(0, 30), st.integers(1, VOCABULARY - 1))
+@settings(max_examples=100, deadline=None)
+def test_what_the_lossy_encoding_rounded_is_no_fault(seed: int, scale: float, top_k: int) -> None:
+    row, response_ids = make_row(seed, scale, top_k, np.float32)
+    rounded = read_compact_row(compact_table([row], top_k, lossy=True), 0)
+    rules = replace(RULES, top_k=top_k, lossy=True)
+    assert list(signal_problems(rounded, rules, response_ids)) == []
 
 
 def changed(column: str, place: Any, value: float) -> SignalRow:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
-from adpa import VerifyReport, cli, precompute, verify_cache
+from adpa import VerifyReport, cli, export_cache, pack_cache, precompute, verify_cache
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import read_shard, write_shard
 from adpa.data.signal_rows import plain_schema, plain_table
@@ -61,13 +62,31 @@ def test_a_whole_cache_has_no_fault(filled: Filled) -> None:
     assert report.files == sum(path.is_file() for path in filled.cache.rglob("*"))
 
 
-def test_one_bit_anywhere_in_a_shard_is_found(cache: Path) -> None:
-    dice = random.Random(0)
-    for path in arrow_files(cache):
+@pytest.mark.parametrize("options", [{"lossy": True}, {"top_p": 0.01}, {"lossy": True, "top_p": 0.01}])
+def test_every_encoding_is_without_a_fault(options: dict[str, Any], filled: Filled, tmp_path: Path) -> None:
+    models = filled.models
+    common: dict[str, Any] = {"teacher": str(models.teacher), "data": str(filled.data), "top_k": 50}
+    precompute(**common, reference=str(models.reference), cache=tmp_path, **options)
+    report = verify_cache(tmp_path)
+    assert report.faults == []
+    pack_cache(tmp_path)
+    assert verify_cache(tmp_path).faults == []
+    exported = export_cache(tmp_path, tmp_path.with_name(f"{tmp_path.name}.parquet"), response_set="chosen")
+    rows = pq.read_table(exported.output).to_pylist()
+    lengths = {len(ids) for row in rows for ids in row["topk_ids"]}
+    assert lengths == {50} if "top_p" not in options else lengths != {50} and lengths <= set(range(1, 51))
+
+
+def test_one_bit_anywhere_in_any_file_is_found(cache: Path) -> None:
+    dice, files = random.Random(0), sorted(path for path in cache.rglob("*") if path.is_file())
+    for path in files:
         flipped = bytearray(path.read_bytes())
         flipped[dice.randrange(len(flipped))] ^= 1 << dice.randrange(8)
         path.write_bytes(flipped)
-    assert places(verify_cache(cache)) == {path.relative_to(cache).as_posix() for path in arrow_files(cache)}
+    expected = {path.relative_to(cache).as_posix() for path in files}
+    tokenizers = {place for place in expected if place.startswith("tokenizers/")}
+    folders = {place.rpartition("/")[0] for place in tokenizers}
+    assert places(verify_cache(cache)) == (expected - tokenizers) | folders
 
 
 def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
