@@ -1,0 +1,126 @@
+"""Caches of every version of the format, as they were written at the time, are read for ever.
+
+``frozen/<version>`` holds the signals of six pairs of the laboratory: chosen, rejected and sampled responses with a
+reference and K = 4, chosen ones without a reference and K = 3; from version 2 on also with ``--top-p 0.9`` and
+``--lossy``. ``frozen/signals.json`` has the numbers, as plain pyarrow read them from version 1. A version that has been
+released is never changed here: a new one gets a folder of its own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adpa import distill, verify_cache
+from adpa.data.format import VERSION, check_cache
+from adpa.data.responses import read_response_sets
+from adpa.data.rounding import COARSEST
+from adpa.data.signal_rows import SignalRow
+from adpa.data.signals import Scoring, read_scorings, read_signals
+from adpa.data.vocabulary import read_tokenizer
+
+FROZEN = Path(__file__).parent / "frozen"
+VERSIONS = sorted(int(folder.name) for folder in FROZEN.iterdir() if folder.is_dir())
+NUMBERS: dict[str, dict[str, dict[str, Any]]] = json.loads((FROZEN / "signals.json").read_text())
+WITH_REFERENCE, WITHOUT_REFERENCE = "3021168e2423d2f3", "227c2b4372d065c5"
+SETS = {"chosen": "a723f17867f68313", "rejected": "36e14a3367c422e3", "sampled": "fb5ec47321d4c1b8"}
+
+
+@pytest.fixture(params=VERSIONS, ids=[f"version {version}" for version in VERSIONS])
+def cache(request: pytest.FixtureRequest) -> Path:
+    return FROZEN / str(request.param)
+
+
+def rows_of(cache: Path, scoring: Scoring) -> dict[str, SignalRow]:
+    signals = read_signals(cache, scoring)
+    return {row.key.hex(): row for row in map(signals.row, range(len(signals)))}
+
+
+def assert_numbers(row: SignalRow, numbers: dict[str, Any]) -> None:
+    """The same numbers, to the last bit of the types in which they are stored."""
+    for name, expected in numbers.items():
+        found = getattr(row, name)
+        if expected is None:
+            assert found is None
+        else:
+            np.testing.assert_array_equal(found, np.array(expected, dtype=found.dtype), err_msg=name)
+
+
+def test_every_version_is_frozen() -> None:
+    assert list(range(1, VERSION + 1)) == VERSIONS
+
+
+def test_its_version_is_known(cache: Path) -> None:
+    assert check_cache(cache) == int(cache.name)
+
+
+def test_it_says_what_it_said(cache: Path) -> None:
+    scorings = {scoring.id: scoring for scoring in read_scorings(cache)}
+    for scoring_id, numbers in NUMBERS.items():
+        rows = rows_of(cache, scorings[scoring_id])
+        assert rows.keys() == numbers.keys()
+        for key, row in rows.items():
+            assert_numbers(row, numbers[key])
+
+
+def test_a_nucleus_is_a_part_of_it(cache: Path) -> None:
+    for scoring in read_scorings(cache):
+        if scoring.top_p == 1:
+            continue
+        for key, row in rows_of(cache, scoring).items():
+            numbers = NUMBERS[WITH_REFERENCE][key]
+            kept = row.topk_ids != -1
+            assert 0 < kept.sum() < kept.size
+            for name in ("topk_ids", "topk_logprobs", "topk_advantages"):
+                found = getattr(row, name)
+                np.testing.assert_array_equal(found[kept], np.array(numbers[name], dtype=found.dtype)[kept])
+
+
+def test_lossy_signals_are_near_it(cache: Path) -> None:
+    for scoring in read_scorings(cache):
+        if not scoring.lossy:
+            continue
+        for key, row in rows_of(cache, scoring).items():
+            numbers = NUMBERS[WITH_REFERENCE][key]
+            np.testing.assert_array_equal(row.topk_ids, numbers["topk_ids"])
+            np.testing.assert_allclose(np.exp(row.topk_logprobs), np.exp(numbers["topk_logprobs"]), atol=1e-3)
+            np.testing.assert_allclose(np.asarray(row.topk_advantages), numbers["topk_advantages"], atol=COARSEST / 2)
+
+
+def test_its_responses_are_those_that_were(cache: Path) -> None:
+    assert {found.info.name: found.id for found in read_response_sets(cache)} == SETS
+
+
+def test_nothing_is_wrong_with_it(cache: Path) -> None:
+    report = verify_cache(cache)
+    assert not report.failure, report
+
+
+def test_a_student_trains_on_it(cache: Path, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(cache, next(read_response_sets(cache)).info.tokenizer)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    report = distill(
+        objective="dckd",
+        student=str(tmp_path / "student"),
+        cache=cache,
+        output=tmp_path / "run",
+        scoring=WITH_REFERENCE,
+        max_steps=2,
+    )
+    assert report.steps == 2
+    assert np.isfinite(report.last_loss)
