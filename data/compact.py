@@ -10,10 +10,12 @@ Shapes: T response tokens, K ids, E entries that are not padding.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from adpa.data.rounding import (
@@ -66,6 +68,33 @@ def compact_table(rows: Sequence[SignalRow], top_k: int, lossy: bool) -> pa.Tabl
     encoded = [_encode(row, top_k, lossy) for row in rows]
     return pa.Table.from_arrays(
         [pa.array([row.get(field.name) for row in encoded], field.type) for field in schema], schema=schema
+    )
+
+
+@dataclass(frozen=True)
+class RoundingErrors:
+    """What the lossy form changes, in nats a token; see ``kl_errors`` and ``advantage_errors`` of ``rounding.py``.
+
+    Attributes:
+        kl: |ΔKL|, mean over the tokens.
+        largest_kl: the largest of a token.
+        advantage: Σ_k p_k·|ΔA_k|, mean over the tokens.
+    """
+
+    kl: float
+    largest_kl: float
+    advantage: float
+
+
+def rounding_errors(tables: Sequence[pa.Table]) -> RoundingErrors | None:
+    """The errors that lossy tables have noted beside their rows; none of tables without tokens."""
+    columns = ("tokens", "kl_error", "largest_kl_error", "advantage_error")
+    rows = pa.concat_tables([table.select(columns) for table in tables]) if tables else None
+    if rows is None or not pc.sum(rows["tokens"]).as_py():
+        return None
+    tokens, kl, largest, advantage = (rows[name].to_numpy() for name in columns)
+    return RoundingErrors(
+        float(np.average(kl, weights=tokens)), float(largest.max()), float(np.average(advantage, weights=tokens))
     )
 
 

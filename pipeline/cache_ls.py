@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Doc
 
+from adpa.data.compact import RoundingErrors, rounding_errors
 from adpa.data.format import check_cache
 from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
@@ -60,6 +61,7 @@ class ListedScoring:
         bytes_per_token: what a response token takes, in the files whose rows are all needed; none without such files.
         pending: rows that wait for the reference.
         pending_bytes: size of their files.
+        rounding: what a lossy scoring's rounding changes; none of an exact one.
     """
 
     id: str
@@ -73,6 +75,7 @@ class ListedScoring:
     bytes_per_token: float | None
     pending: int
     pending_bytes: int
+    rounding: RoundingErrors | None
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,7 @@ def _list_scoring(
         bytes_per_token=whole_bytes / whole_tokens if whole_tokens else None,
         pending=len(pc.unique(_joined(waiting))),
         pending_bytes=sum(file.size for file in pending),
+        rounding=rounding_errors([peek_shard(file.path) for file, _ in shards]) if scoring.lossy else None,
     )
 
 

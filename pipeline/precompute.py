@@ -226,6 +226,10 @@ def precompute(
         lossy=lossy,
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
+    if not dry_run:  # before it is counted what is missing: rows of sets are nobody's garbage
+        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
+        for responses_of in sets.values():
+            write_response_set(cache, responses_of)
     missing = missing_sequences(cache, scoring, list(wanted.values()))
     written = 0
 
@@ -233,9 +237,6 @@ def precompute(
         return runs_on.open_scorer(models.find(identity), scoring, longest)
 
     if not dry_run:
-        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
-        for responses_of in sets.values():
-            write_response_set(cache, responses_of)
         written = score(cache, scoring, missing, partial(open_scorer, scoring), batch_tokens)
 
     planned = len(unsampled) if dry_run else 0

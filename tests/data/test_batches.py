@@ -113,6 +113,7 @@ def test_every_token_has_its_own_signals_in_its_row(
                     for position, token in enumerate(row["response_ids"]):
                         expected.append((role, name, by_key[row["key"]], position, token))
     assert len(batch["labels"]) == len(expected) == int(batch["predicts"].sum())
+    width = K if roles_with_signals else 0
     for number, (role, name, row, position, token) in enumerate(expected):
         assert batch["labels"][number] == token
         assert batch["role"][number] == role
@@ -121,12 +122,12 @@ def test_every_token_has_its_own_signals_in_its_row(
             assert batch["teacher_logprobs"][number].tolist() == row.topk_logprobs[position].tolist()
             assert batch["tail_logprob"][number].item() == row.tail_logprob[position]
         else:
-            assert batch["topk_ids"][number].tolist() == [-1] * K
-            assert batch["teacher_logprobs"][number].tolist() == [-np.inf] * K
+            assert batch["topk_ids"][number].tolist() == [-1] * width
+            assert batch["teacher_logprobs"][number].tolist() == [-np.inf] * width
             assert batch["tail_logprob"][number].item() == -np.inf
         advantages = row.topk_advantages if name in roles_with_signals else None
         assert batch["advantages"][number].tolist() == (
-            [0] * K if advantages is None else advantages[position].tolist()
+            [0] * width if advantages is None else advantages[position].tolist()
         )
     assert {name: batch[name].dtype for name in ("role", "topk_ids", "teacher_logprobs", "tail_logprob")} == {
         "role": torch.int64,

@@ -6,12 +6,14 @@ from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tests.pipeline.conftest import Filled
 
 from adpa import CacheListing, list_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.rounding import advantage_errors, kl_errors
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
 from adpa.pipeline.cache_terminal import show_listing
@@ -171,3 +173,25 @@ def test_an_empty_scoring_and_an_empty_set_are_listed(cache: Path) -> None:
 def test_where_no_cache_is_nothing_is_listed(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         list_cache(tmp_path)
+
+
+def test_a_lossy_scoring_says_what_its_rounding_changes(cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    lossy = replace(scoring, lossy=True)
+    signals = read_signals(cache, scoring)
+    rows = [signals.row(number) for number in range(len(signals))]
+    write_scoring(cache, lossy)
+    write_signals(cache, lossy, rows[:3])
+    write_signals(cache, lossy, rows[3:])
+    errors = {found.id: found.rounding for found in list_cache(cache).scorings}
+    assert errors[scoring.id] is None
+    found = errors[lossy.id]
+    assert found is not None
+    rounded = read_signals(cache, lossy)
+    by_key = {row.key: row for row in map(rounded.row, range(len(rounded)))}
+    changes = np.concatenate([np.abs(kl_errors(row, by_key[row.key])) for row in rows])
+    assert found.kl == pytest.approx(changes.mean(), rel=1e-3)
+    assert found.largest_kl == pytest.approx(changes.max(), rel=1e-3)
+    advantages = np.concatenate([advantage_errors(row, by_key[row.key]) for row in rows])
+    assert found.advantage == pytest.approx(advantages.mean(), rel=1e-3)
+    assert f"by {found.kl:.1e} nats in the mean" in " ".join(as_text(list_cache(cache)).split())
