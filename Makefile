@@ -23,7 +23,8 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
 	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
-bench: $(VLLM)  ## on a CPU: reading the cache, the loss head, scoring
+bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, the loss head, scoring
+	$(BIN)/python -m adpa.lab.benchmark_encoding
 	$(BIN)/python -m adpa.lab.benchmark_reading
 	$(BIN)/python -m adpa.lab.benchmark_head --device cpu
 	$(BIN)/python -m adpa.lab.benchmark_scoring
