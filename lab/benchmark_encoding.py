@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adpa.data.compact import compact_table
+from adpa.data.compact import ARRAYS, compact_table
 from adpa.data.rounding import advantage_errors, kl_errors
 from adpa.data.shards import serialize
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
@@ -219,6 +219,10 @@ def print_table(
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         )
     Console(width=120).print(table)
+    for name, lossy in ((COMPACT, False), (LOSSY, True)):
+        columns = compact_table(rows, TOP_K, lossy).select([field.name for field in ARRAYS]).to_pydict()
+        weights = {column: sum(len(value or b"") for value in values) / tokens for column, values in columns.items()}
+        print(f"{name}: " + ", ".join(f"{column} {weight:.1f}" for column, weight in weights.items() if weight))
     pairs = [(row, encodings[LOSSY].read(number)) for number, row in enumerate(rows)]
     errors = np.abs(np.concatenate([kl_errors(*pair) for pair in pairs]))
     advantages = np.concatenate([advantage_errors(*pair) for pair in pairs]).mean()

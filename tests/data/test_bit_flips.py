@@ -1,50 +1,48 @@
 """A bit that flips anywhere in a cache is found before a wrong number is used."""
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_rows, token_ids
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
-from adpa.data.format import check_cache, prepare_cache
-from adpa.data.responses import RESPONSE_NAMES, make_response_set, write_response_set
-from adpa.data.samples import SampleRequest, read_samples, write_samples
+from adpa import verify_cache
+from adpa.data.format import check_cache
+from adpa.data.responses import RESPONSE_NAMES, ResponseName, Sampling, read_response_sets
+from adpa.data.samples import read_samples
 from adpa.data.selection import Need, select
-from adpa.data.signals import write_scoring, write_signals
-from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
+from adpa.data.signals import read_scorings
+from adpa.data.vocabulary import read_tokenizer
 from adpa.errors import CacheError
 
 FLIPS = 1000
-TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")), unk_token="a")
-DIGEST = digest_tokenizer(TOKENIZER).tokenizer
-NEEDS = {name: Need(signals=True, advantages=True) for name in RESPONSE_NAMES}
+FROZEN = Path(__file__).parent / "frozen" / "2"
+CHOSEN: dict[ResponseName, Need] = {"chosen": Need(signals=True, advantages=False)}
+ALL = {name: Need(signals=True, advantages=True) for name in RESPONSE_NAMES}
+COMPLETE = "3021168e2423d2f3"  # the scoring that has all three response sets
+NEEDS = {found.id: ALL if found.id == COMPLETE else CHOSEN for found in read_scorings(FROZEN)}
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of file that a cache has: four documents, a tokenizer, response sets, signals, samples."""
-    cache = tmp_path_factory.mktemp("flips") / "cache"
-    prepare_cache(cache)
-    write_tokenizer(cache, TOKENIZER, DIGEST)
-    write_scoring(cache, SCORING)
-    for seed, name in enumerate(RESPONSE_NAMES):
-        info = replace(INFO, name=name, tokenizer=DIGEST, sampling=SAMPLING if name == "sampled" else None)
-        responses = make_response_set(info, response_rows(seed, "abc"))
-        write_response_set(cache, responses)
-        write_signals(cache, SCORING, signal_rows(responses, seed))
-    write_samples(cache, SAMPLING, [SampleRequest(token_ids(1, 2), 0)], [token_ids(3, 4)])
-    return cache
+    """Every kind of file that a cache has: documents, a tokenizer, response sets, signals, samples."""
+    return Path(shutil.copytree(FROZEN, tmp_path_factory.mktemp("flips") / "cache"))
+
+
+def sampling_of(cache: Path) -> Sampling:
+    (sampling,) = (found.info.sampling for found in read_response_sets(cache) if found.info.sampling)
+    return sampling
+
+
+SAMPLING = sampling_of(FROZEN)
 
 
 def read_as_distill_does(cache: Path) -> None:
-    selection = select(cache, NEEDS, SAMPLING.student)
-    read_tokenizer(cache, selection.sets["chosen"].info.tokenizer)
+    for scoring, needs in NEEDS.items():
+        selection = select(cache, needs, SAMPLING.student, scoring)
+        read_tokenizer(cache, selection.sets["chosen"].info.tokenizer)
 
 
 def read_as_precompute_does(cache: Path) -> None:
@@ -52,11 +50,19 @@ def read_as_precompute_does(cache: Path) -> None:
     read_samples(cache, SAMPLING)
 
 
+def read_as_verify_does(cache: Path) -> None:
+    report = verify_cache(cache)
+    if report.failure:
+        raise CacheError(report.failure)
+
+
 # Each judge has to find every flip in the folders named beside it.
-JUDGES: list[tuple[Callable[[Path], None], set[str]]] = [
+Judges = list[tuple[Callable[[Path], None], set[str]]]
+READERS: Judges = [
     (read_as_distill_does, {"cache.json", "responses", "scorings", "tokenizers"}),
     (read_as_precompute_does, {"cache.json", "samples"}),
 ]
+FOLDERS = {"cache.json", "responses", "samples", "scorings", "tokenizers"}
 
 
 @pytest.fixture
@@ -85,24 +91,31 @@ def flips(cache: Path) -> Iterator[Callable[[random.Random], str]]:
     mend()
 
 
-def test_a_thousand_flipped_bits_are_each_found_by_whoever_reads_the_file(
-    cache: Path, flips: Callable[[random.Random], str]
+@pytest.mark.parametrize(
+    "judges",
+    [
+        pytest.param(READERS, id="whoever reads the file"),
+        pytest.param([(read_as_verify_does, FOLDERS)], id="adpa cache verify", marks=pytest.mark.slow),
+    ],
+)
+def test_a_thousand_flipped_bits_are_each_found_by(
+    judges: Judges, cache: Path, flips: Callable[[random.Random], str]
 ) -> None:
     generator = random.Random(0)
     found: Counter[str] = Counter()
     for _ in range(FLIPS):
         name = flips(generator)
         folder = name.partition("/")[0]
-        for judge, folders in JUDGES:
+        for judge, folders in judges:
             if folder in folders:
                 with pytest.raises(CacheError):
                     judge(cache)
         found[folder] += 1
     print(dict(found))
-    assert found.keys() == {"cache.json", "responses", "samples", "scorings", "tokenizers"}
+    assert found.keys() == FOLDERS
     assert sum(found.values()) == FLIPS
 
 
 def test_without_a_flip_nobody_complains(cache: Path) -> None:
-    for judge, _ in JUDGES:
+    for judge in (read_as_distill_does, read_as_precompute_does, read_as_verify_does):
         judge(cache)
