@@ -127,7 +127,7 @@ class _Garbage:
         for file in own:
             if file.kind == "pending" and (table := _peek(file)) is not None:
                 stays.append(self._rows(file, table, waiting, "done, or no response set needs it"))
-        if not any(stays):
+        if own and not any(stays):  # one that appeared after the files were listed has none here
             left = [file for file in own if file.kind == "scoring"]
             self._unless_young(left, "it has no rows", max(file.changed for file in own))
 
