@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from adpa.data.encoding import TokenSequence
 from adpa.data.responses import ResponseSet
-from adpa.data.signal_rows import SignalRow
+from adpa.data.signal_rows import SignalRow, check_length
 from adpa.data.signals import SignalTable
 
 
@@ -104,8 +104,12 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
 
     def _read(self, role: int, row: int) -> TrainingSequence:
         signals, rows = self._signals[role], self._signal_rows[role]
-        signal_row = None if signals is None or rows is None else signals.row(int(rows[row]))
-        return TrainingSequence(role, self._sequences[role][row], signal_row)
+        tokens = self._sequences[role][row]
+        if signals is None or rows is None:
+            return TrainingSequence(role, tokens, None)
+        signal_row = signals.row(int(rows[row]))
+        check_length(signal_row, len(tokens.response_ids))
+        return TrainingSequence(role, tokens, signal_row)
 
 
 Collator = Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]

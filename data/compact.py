@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from adpa.data.locations import Location
 from adpa.data.rounding import (
     LOGPROBS,
     advantage_errors,
@@ -26,12 +27,13 @@ from adpa.data.rounding import (
     round_advantages,
     round_logprobs,
 )
+from adpa.data.shards import damaged
 from adpa.data.signal_rows import PADDING, SignalRow
-from adpa.errors import DamagedFileError
+from adpa.errors import CacheError, DamagedFileError
 
 CODEC = pa.Codec("zstd", compression_level=1)
 ENCODINGS = {"exact": False, "rounded": True}
-LARGEST_ARRAY = 1 << 31  # in bytes; no row of a model that exists comes near it
+LARGEST_ARRAY = 1 << 28  # in bytes: a million tokens with 64 ids each
 
 ARRAYS = [
     pa.field("token_logprobs", pa.binary(), nullable=False),
@@ -98,6 +100,20 @@ def rounding_errors(tables: Sequence[pa.Table]) -> RoundingErrors | None:
     )
 
 
+def check_encoding(path: Location, schema: pa.Schema) -> None:
+    """Checks that the encoding of a compact table is one that this program knows.
+
+    Raises:
+        CacheError: it is not.
+    """
+    try:
+        encoding = json.loads(schema.metadata[b"adpa"])["encoding"]
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise damaged(path, "its metadata does not say how it is encoded") from error
+    if encoding not in ENCODINGS:
+        raise CacheError(f"{path}: of a newer format: its encoding is {encoding!r}", "install a newer adpa")
+
+
 def is_compact(schema: pa.Schema) -> bool:
     """Whether a table of signals is compact; a plain one otherwise."""
     return "tokens" in schema.names
@@ -112,8 +128,6 @@ def read_compact_row(table: pa.Table, place: int) -> SignalRow:
     key = table["key"][place].as_py()
     try:
         how = json.loads(table.schema.metadata[b"adpa"])
-        if how["encoding"] not in ENCODINGS:
-            raise ValueError(f"its encoding is {how['encoding']}, which this adpa does not know")
         arrays = {field.name: table[field.name][place].as_buffer() for field in ARRAYS}
         return _decode(key, table["tokens"][place].as_py(), arrays, how["top_k"], ENCODINGS[how["encoding"]])
     except (LookupError, TypeError, ValueError, OSError) as error:
@@ -165,7 +179,7 @@ def _decode(key: bytes, tokens: int, arrays: dict[str, Any], top_k: int, lossy: 
         counts_T = _unpack(arrays["topk_counts"], U32, tokens)
         if (counts_T > top_k).any():
             raise ValueError(f"{counts_T.max()} ids of a token where K is {top_k}")
-        kept_KT = np.arange(top_k)[:, None] < counts_T
+        kept_KT = np.arange(top_k, dtype=U32)[:, None] < counts_T
         entries = int(kept_KT.sum())
 
     def by_token(name: str, dtype: np.dtype[Any], padding: float) -> NDArray[Any]:

@@ -49,7 +49,7 @@ def round_advantages(advantages: NDArray[np.floating], codes: NDArray[np.uint16]
 def restore_advantages(numbers: NDArray[np.uint32], codes: NDArray[np.uint16]) -> NDArray[np.float32]:
     """What ``round_advantages`` rounded to; −inf where the teacher says never."""
     counts = (numbers >> 1).astype(np.int32) ^ -(numbers & 1).astype(np.int32)
-    return np.where(codes == IMPOSSIBLE, np.float32(-np.inf), counts * STEPS[codes])
+    return np.where(codes == IMPOSSIBLE, np.float32(-np.inf), counts.astype(np.float32) * STEPS[codes])
 
 
 def kl_errors(exact: SignalRow, rounded: SignalRow) -> NDArray[np.float64]:

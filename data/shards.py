@@ -78,7 +78,11 @@ def serialize(table: pa.Table) -> pa.Buffer:
 
 def write_shard(folder: Location, prefix: str, table: pa.Table) -> Location:
     """Writes ``folder/prefix-<digest of the file's bytes>.arrow``."""
-    payload = serialize(table)
+    return write_serialized(folder, prefix, serialize(table))
+
+
+def write_serialized(folder: Location, prefix: str, payload: pa.Buffer) -> Location:
+    """Writes what ``serialize`` gave, as ``write_shard`` does."""
     path = folder / f"{prefix}-{_digest(payload)}.arrow"
     write_file(path, payload)
     return path

@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from adpa.data.ragged import list_column, list_row
+from adpa.errors import DamagedFileError
 
 PADDING = -1
 
@@ -41,6 +42,22 @@ class SignalRow:
     tail_logprob: NDArray[np.float32]
     token_advantages: NDArray[np.float32] | None = None
     topk_advantages: NDArray[Any] | None = None
+
+
+def check_length(row: SignalRow, tokens: int) -> None:
+    """Checks that a row is about a response of so many tokens.
+
+    Raises:
+        DamagedFileError: it is not.
+    """
+    arrays: list[NDArray[Any] | None] = [row.token_logprobs, row.topk_ids, row.topk_logprobs, row.tail_logprob]
+    arrays += [row.token_advantages, row.topk_advantages]
+    lengths = sorted({len(array) for array in arrays if array is not None})
+    if lengths != [tokens]:
+        raise DamagedFileError(
+            f"the signal row {row.key.hex()} is of {' and '.join(map(str, lengths))} tokens; its response has {tokens}",
+            "run adpa cache verify --repair",
+        )
 
 
 def keep_nucleus(row: SignalRow, top_p: float) -> SignalRow:

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from adpa.data.compact import compact_table, is_compact, read_compact_row
+from adpa.data.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.documents import read_document, write_document
 from adpa.data.locations import Location
-from adpa.data.shards import damaged, list_folder, read_shards, serialize, write_shard
-from adpa.data.signal_rows import SignalRow, keep_nucleus, read_plain_row
+from adpa.data.shards import damaged, list_folder, open_shards, serialize, write_serialized
+from adpa.data.signal_rows import SignalRow, plain_schema, read_plain_row
 from adpa.errors import CacheError
 
 SHARD_PREFIX = "signals"
@@ -156,28 +156,42 @@ def read_scoring(cache: Location, scoring_id: str) -> Scoring:
 
 def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
     """Adds a shard of rows to a scoring, and gives its bytes."""
-    table = signals_table(rows, scoring)
-    write_shard(scoring.folder(cache), SHARD_PREFIX, table)
-    return int(serialize(table).size)  # the file itself may be packed into another one by now
+    payload = serialize(compact_table(rows, scoring.top_k, scoring.lossy))
+    write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
+    return int(payload.size)
 
 
 def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
     """Bytes of the file that ``write_signals`` makes of some rows."""
-    return int(serialize(signals_table(rows, scoring)).size)
-
-
-def signals_table(rows: Sequence[SignalRow], scoring: Scoring) -> pa.Table:
-    """Rows as a shard has them: cut to the scoring's nucleus, and compact."""
-    return compact_table([keep_nucleus(row, scoring.top_p) for row in rows], scoring.top_k, scoring.lossy)
+    return int(serialize(compact_table(rows, scoring.top_k, scoring.lossy)).size)
 
 
 def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
     """Opens every row of a scoring.
 
     Raises:
-        DamagedFileError: a shard's bytes are not those that were written.
+        CacheError: a shard is of a newer format.
+        DamagedFileError: a shard's bytes are not those that were written, or its columns not those of the scoring.
     """
-    return SignalTable(read_shards(scoring.folder(cache), SHARD_PREFIX))
+    shards = open_shards(scoring.folder(cache), SHARD_PREFIX)
+    return SignalTable(check_signals(path, table, scoring) for path, table in shards)
+
+
+def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table:
+    """Checks that the columns of a shard are those of a scoring's signals, and gives its table.
+
+    Raises:
+        CacheError: it is of a newer format.
+        DamagedFileError: they are not.
+    """
+    if is_compact(table.schema):
+        check_encoding(path, table.schema)
+        whole = table.schema.equals(compact_schema(scoring.top_k, scoring.lossy), check_metadata=True)
+    else:
+        whole = table.schema.equals(plain_schema(scoring.top_k)) and not scoring.lossy and scoring.top_p == 1
+    if not whole:
+        raise damaged(path, "its columns are not those of its scoring's signals")
+    return table
 
 
 def _described(scoring: Scoring) -> dict[str, Any]:

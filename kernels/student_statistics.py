@@ -23,7 +23,8 @@ class StudentStatistics(NamedTuple):
         entropy: −Σ_V q log q, in nats.
         mass_on_topk: Σ_S q.
         implausible_mass: the share of q that is on tokens to which the teacher gives less than ``IMPLAUSIBLE``. What is
-            outside S counts: the cache knows only that it is less than the least of S.
+            outside S counts, though the cache knows only that it is less than the least of S; but not where S is a
+            nucleus of fewer than K ids, all plausible, that leaves ``IMPLAUSIBLE`` or more to others.
         advantage: Σ_S q·A, what the advantage term of ADPA raises.
     """
 
@@ -67,10 +68,12 @@ def student_statistics(
         len(weight), zeros_N, topk_ids, teacher_logprobs, zeros_N, advantages, all_terms_N3
     )  # every row; labels and tail are of no account here
     plausible_NK = targets.logprobs[:, :-1] >= math.log(IMPLAUSIBLE)
-    table = (hidden, targets.ids, targets.counts, plausible_NK, targets.advantages[:, :-1])
+    outside_N = 1 - targets.logprobs[:, :-1].exp().sum(dim=1)
+    unknown_N = (topk_ids < 0).any(dim=1) & (outside_N >= IMPLAUSIBLE) & (plausible_NK == targets.counts).all(dim=1)
+    table = (hidden, targets.ids, targets.counts, plausible_NK, unknown_N, targets.advantages[:, :-1])
     with torch.autocast(hidden.device.type, enabled=False):
         chunks = []
-        for hidden_Cd, ids_CK, counts_CK, plausible_CK, advantages_CK in zip(
+        for hidden_Cd, ids_CK, counts_CK, plausible_CK, unknown_C, advantages_CK in zip(
             *(rows.split(CHUNK_ROWS) for rows in table), strict=True
         ):
             logits_CV = (hidden_Cd @ weight.T).to(dtype)
@@ -79,7 +82,8 @@ def student_statistics(
             scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=False)
             q_CV = logits_CV.softmax(dim=1)
             q_CK = q_CV.gather(1, ids_CK).masked_fill_(~counts_CK, 0)
-            implausible_C = 1 - (q_CK * plausible_CK).sum(dim=1)
+            known_C = torch.where(unknown_C, q_CK.sum(dim=1), 1)
+            implausible_C = known_C - (q_CK * plausible_CK).sum(dim=1)
             columns = (entr(q_CV).sum(dim=1), q_CK.sum(dim=1), implausible_C, (q_CK * advantages_CK).sum(dim=1))
             chunks.append(torch.stack(columns))
     return StudentStatistics(*torch.cat(chunks, dim=1))

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adpa.data.signal_rows import PADDING
 from adpa.data.signals import SignalTable
 from adpa.data.summary import PLAUSIBLE
 from adpa.lab.report import MethodResult, StudyReport
@@ -67,8 +68,12 @@ def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> N
 def plot_advantages(axes: Axes, signals: SignalTable) -> None:
     """Every token id of some responses' S_t: its advantage against the teacher's probability of it."""
     rows = [signals.row(number) for number in range(min(SHOWN_ROWS, len(signals)))]
-    p_S = np.exp(np.concatenate([row.topk_logprobs.ravel() for row in rows]).astype(np.float64))
-    advantages_S = np.concatenate([np.ravel(np.asarray(row.topk_advantages)) for row in rows]).astype(np.float64)
+    kept = [row.topk_ids != PADDING for row in rows]
+    p_S = np.exp(
+        np.concatenate([row.topk_logprobs[ids] for row, ids in zip(rows, kept, strict=True)], dtype=np.float64)
+    )
+    advantages = [np.asarray(row.topk_advantages)[ids] for row, ids in zip(rows, kept, strict=True)]
+    advantages_S = np.concatenate(advantages, dtype=np.float64)
     axes.plot(p_S, advantages_S, ".", markersize=1, color=BLUE, alpha=0.3, rasterized=True)
     axes.axhline(0, color="black", linewidth=1)
     axes.axvline(PLAUSIBLE, color=RED, linestyle="--", linewidth=1, label=f"plausibility {PLAUSIBLE:g}")

@@ -260,7 +260,9 @@ def _list_scoring(
         bytes_per_token=whole_bytes / whole_tokens if whole_tokens else None,
         pending=len(pc.unique(_joined(waiting))),
         pending_bytes=sum(file.size for file in pending),
-        rounding=rounding_errors([peek_shard(file.path) for file, _ in shards]) if scoring.lossy else None,
+        rounding=rounding_errors(
+            [table for file, _ in shards if "kl_error" in (table := peek_shard(file.path)).column_names]
+        ),
     )
 
 

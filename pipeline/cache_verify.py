@@ -198,25 +198,34 @@ class _Check:
         for owner in sorted(described.keys() | {file.owner for file in shards}):
             own = [file for file in shards if file.owner == owner]
             place = f"scorings/{owner}/scoring.json"
-            rules = None
+            scoring = None
             if owner not in described:
                 self.faults.append(Fault(place, f"not there, so that nobody reads the {len(own)} files beside it"))
             else:
                 try:
-                    rules = _rules(read_scoring_file(described[owner].path), sizes)
+                    scoring = read_scoring_file(described[owner].path)
                 except DamagedFileError as error:
                     self._note(place, error)
                 self._advance(described[owner].size)
             for file in own:
-                self._signals(file, rules, responses)
+                self._signals(file, scoring, sizes, responses)
                 self._advance(file.size)
 
-    def _signals(self, file: CacheFile, rules: SignalRules | None, responses: "_Responses") -> None:
+    def _signals(
+        self, file: CacheFile, scoring: Scoring | None, sizes: dict[str, int], responses: "_Responses"
+    ) -> None:
         table = self._read(file)
-        if table is None or rules is None:
+        if table is None or scoring is None:
             return
+        rules = _rules(scoring, sizes)
         if file.kind == "pending":
             rules = SignalRules(rules.top_k, with_reference=False, ids_below=rules.ids_below)
+        else:
+            try:
+                check_signals(file.path, table, scoring)
+            except DamagedFileError as error:
+                self._note(file.place, error)
+                return
         first: dict[str, str] = {}
         counts: dict[str, int] = {}
         number = 0

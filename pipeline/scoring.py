@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from adpa.data.encoding import TokenSequence
 from adpa.data.locations import Location
 from adpa.data.shards import open_shards, read_shard, remove_file, write_shard
-from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import ModelError
 from adpa.pipeline.batching import make_batches, write_batches
@@ -78,7 +78,7 @@ def score(
     sizes: list[int] = []
 
     def write(rows: list[SignalRow]) -> None:
-        sizes.append(write_signals(cache, scoring, rows))
+        sizes.append(write_signals(cache, scoring, [keep_nucleus(row, scoring.top_p) for row in rows]))
 
     if scoring.reference is not None:
         _score_with_both(cache, scoring, missing, open_scorer, batch_tokens, write)
@@ -161,14 +161,18 @@ def judge(teacher: Scorer, batches: Sequence[Batch], scoring: Scoring) -> Iterat
         ModelError: its log-probabilities are not finite.
     """
     for rows in teacher.top_k(batches, scoring.top_k):
-        if not all(
-            np.isfinite(row.token_logprobs).all() and np.isfinite(row.topk_logprobs[:, 0]).all() for row in rows
-        ):
+        if not all(map(_has_numbers, rows)):
             raise ModelError(
                 f"{scoring.teacher.name}: the teacher's log-probabilities are not finite",
                 "check the checkpoint, or use --dtype float32",
             )
         yield rows
+
+
+def _has_numbers(row: SignalRow) -> bool:
+    """Whether the response's tokens and the most probable ids are possible, and nothing is NaN."""
+    possible = np.isfinite(row.token_logprobs).all() and np.isfinite(row.topk_logprobs[:, 0]).all()
+    return bool(possible and not np.isnan(row.topk_logprobs).any() and not np.isnan(row.tail_logprob).any())
 
 
 def complete(
