@@ -68,11 +68,8 @@ def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> N
 def plot_advantages(axes: Axes, signals: SignalTable) -> None:
     """Every token id of some responses' S_t: its advantage against the teacher's probability of it."""
     rows = [signals.row(number) for number in range(min(SHOWN_ROWS, len(signals)))]
-    kept = [row.topk_ids != PADDING for row in rows]
-    p_S = np.exp(
-        np.concatenate([row.topk_logprobs[ids] for row, ids in zip(rows, kept, strict=True)], dtype=np.float64)
-    )
-    advantages = [np.asarray(row.topk_advantages)[ids] for row, ids in zip(rows, kept, strict=True)]
+    p_S = np.exp(np.concatenate([row.topk_logprobs[row.topk_ids != PADDING] for row in rows], dtype=np.float64))
+    advantages = [np.asarray(row.topk_advantages)[row.topk_ids != PADDING] for row in rows]
     advantages_S = np.concatenate(advantages, dtype=np.float64)
     axes.plot(p_S, advantages_S, ".", markersize=1, color=BLUE, alpha=0.3, rasterized=True)
     axes.axhline(0, color="black", linewidth=1)

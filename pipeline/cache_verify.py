@@ -19,7 +19,7 @@ from adpa.data.removal import set_aside
 from adpa.data.responses import ResponseSet, read_response_set
 from adpa.data.samples import SCHEMA as SAMPLES_SCHEMA
 from adpa.data.shards import check_shard, read_shard
-from adpa.data.signals import Scoring, SignalTable, read_scoring_file
+from adpa.data.signals import Scoring, SignalTable, check_signals, read_scoring_file
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
 from adpa.errors import DamagedFileError
 from adpa.pipeline.directories import check_writable
