@@ -8,7 +8,8 @@ larger M, what a loss over the K + 1 no longer sees is
                     negative (the log-sum inequality).
     advantage lost  Σ_{k beyond K} p_k·|A_k| over Σ_k p_k·|A_k|.
 
-"Beyond K" are the ids from K to M and, in the KL, what lies beyond M as one outcome. p is the teacher, q the student.
+"Beyond K" are the ids from K to M and, in the KL, what lies beyond M as one outcome; with ``top_p`` each token has a K
+of its own, as ``keep_nucleus`` cuts it. p is the teacher, q the student.
 Where there is no student the reference stands in, and log(p_k/q_k) = A_k. It is usually closer to the teacher than a
 student is; what is lost then is too small, and only the values of K can be compared.
 
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.signal_rows import SignalRow
+from adpa.data.signal_rows import PADDING, SignalRow, keep_nucleus
 from adpa.data.signals import Scoring, encoded_bytes
 
 SMALLEST_TAIL = 1e-7  # 1 − Σq of float32 log-probabilities has no digits below
@@ -71,15 +72,20 @@ def measure_fidelity(
         student_ratios: for each row's key, teacher minus student at its ids, [T, M]; the reference's without.
     """
     rows = [row for shard in shards for row in shard]
-    tail_NQ = np.concatenate([_sums_beyond(_outcomes(row), top_ks) for row in rows])
+    kept = [_kept(row, top_ks, scoring.top_p) for row in rows]
+    tail_NQ = np.concatenate([_sums_beyond(_outcomes(row), kept_TQ) for row, kept_TQ in zip(rows, kept, strict=True)])
     ratios = student_ratios or {row.key: row.topk_advantages for row in rows if row.topk_advantages is not None}
-    kl_NQ = np.concatenate([_kl_beyond(row, ratios[row.key], top_ks) for row in rows]) if ratios else None
-    advantages_lost = None if scoring.reference is None else _advantages_lost(rows, top_ks)
+    kl_NQ = None
+    if ratios:
+        lost = [_kl_beyond(row, ratios[row.key], kept_TQ) for row, kept_TQ in zip(rows, kept, strict=True)]
+        kl_NQ = np.concatenate(lost)
+    advantages_lost = None if scoring.reference is None else _advantages_lost(rows, kept)
     found = []
     for place, top_k in enumerate(top_ks):
         tail_N = tail_NQ[:, place]
         narrow = replace(scoring, top_k=top_k)
-        size = sum(encoded_bytes([cut_row(row, top_k) for row in shard], narrow) for shard in shards)
+        cut = [[keep_nucleus(cut_row(row, top_k), scoring.top_p) for row in shard] for shard in shards]
+        size = sum(encoded_bytes(shard, narrow) for shard in cut)
         found.append(
             Fidelity(
                 top_k=top_k,
@@ -97,7 +103,7 @@ def measure_fidelity(
 
 def cut_row(row: SignalRow, top_k: int) -> SignalRow:
     """The row that a scoring with a smaller K gives."""
-    tail_T = _sums_beyond(_outcomes(row), [top_k])[:, 0]
+    tail_T = _sums_beyond(_outcomes(row), _kept(row, [top_k]))[:, 0]
     with np.errstate(divide="ignore"):
         tail_logprob = np.log(tail_T).astype(np.float32)
     return replace(
@@ -109,7 +115,7 @@ def cut_row(row: SignalRow, top_k: int) -> SignalRow:
     )
 
 
-def _kl_beyond(row: SignalRow, ratios: NDArray[Any], top_ks: Sequence[int]) -> NDArray[np.float64]:
+def _kl_beyond(row: SignalRow, ratios: NDArray[Any], kept_TQ: NDArray[np.int64]) -> NDArray[np.float64]:
     """The KL lost by each K, [T, Q]; ``ratios`` are log p − log q at the row's ids."""
     p_TM = _outcomes(row)
     possible = p_TM[:, :-1] > 0
@@ -117,19 +123,20 @@ def _kl_beyond(row: SignalRow, ratios: NDArray[Any], top_ks: Sequence[int]) -> N
     q_ids = np.where(possible, np.exp(row.topk_logprobs.astype(np.float64) - ratios_TM), 0)
     q_tail = np.maximum(1 - q_ids.sum(axis=1), np.where(p_TM[:, -1] > 0, SMALLEST_TAIL, 0))
     ratios_TM = np.column_stack([ratios_TM, _log(p_TM[:, -1]) - _log(q_tail)])
-    p_TQ, q_TQ = _sums_beyond(p_TM, top_ks), _sums_beyond(np.column_stack([q_ids, q_tail]), top_ks)
-    return np.maximum(_sums_beyond(p_TM * ratios_TM, top_ks) - p_TQ * (_log(p_TQ) - _log(q_TQ)), 0)
+    p_TQ, q_TQ = _sums_beyond(p_TM, kept_TQ), _sums_beyond(np.column_stack([q_ids, q_tail]), kept_TQ)
+    return np.maximum(_sums_beyond(p_TM * ratios_TM, kept_TQ) - p_TQ * (_log(p_TQ) - _log(q_TQ)), 0)
 
 
-def _advantages_lost(rows: Sequence[SignalRow], top_ks: Sequence[int]) -> list[float]:
+def _advantages_lost(rows: Sequence[SignalRow], kept: Sequence[NDArray[np.int64]]) -> list[float]:
     """The share of Σ p·|A| of all rows that lies beyond each K."""
-    sums = np.zeros(1 + len(top_ks))
-    for row in rows:
+    sums = np.zeros(1 + kept[0].shape[1])
+    for row, kept_TQ in zip(rows, kept, strict=True):
         assert row.topk_advantages is not None
         p_TM = _outcomes(row)[:, :-1]
         sizes_TM = p_TM * np.abs(np.where(p_TM > 0, row.topk_advantages.astype(np.float64), 0))
         sizes_TM = np.column_stack([sizes_TM, np.zeros(len(sizes_TM))])
-        sums += _sums_beyond(sizes_TM, [0, *top_ks]).sum(axis=0)
+        sums[0] += sizes_TM.sum()
+        sums[1:] += _sums_beyond(sizes_TM, kept_TQ).sum(axis=0)
     whole, *beyond = sums.tolist()
     return [size / whole if whole else 0.0 for size in beyond]
 
@@ -139,9 +146,15 @@ def _outcomes(row: SignalRow) -> NDArray[np.float64]:
     return np.exp(np.column_stack([row.topk_logprobs, row.tail_logprob]).astype(np.float64))
 
 
-def _sums_beyond(values: NDArray[np.float64], top_ks: Sequence[int]) -> NDArray[np.float64]:
-    """The sum of all columns from K on, for each K; smallest probabilities first."""
-    return np.cumsum(values[:, ::-1], axis=1)[:, ::-1][:, top_ks]
+def _kept(row: SignalRow, top_ks: Sequence[int], top_p: float = 1.0) -> NDArray[np.int64]:
+    """How many ids each token keeps with each K, [T, Q]."""
+    counts_T1 = (keep_nucleus(row, top_p).topk_ids != PADDING).sum(axis=1, keepdims=True)
+    return np.minimum(np.array(top_ks), counts_T1)
+
+
+def _sums_beyond(values: NDArray[np.float64], kept_TQ: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The sum of all columns from K on, for each K of each token; smallest probabilities first."""
+    return np.take_along_axis(np.cumsum(values[:, ::-1], axis=1)[:, ::-1], kept_TQ, axis=1)
 
 
 def _log(values: NDArray[np.float64]) -> NDArray[np.float64]:

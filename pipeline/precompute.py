@@ -25,7 +25,7 @@ from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.signal_rows import plain_bytes
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_turn_end, write_tokenizer
-from adpa.errors import DataError, OptionError
+from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.engine import Engine, choose_engine
@@ -208,11 +208,15 @@ def precompute(
             open_sampler = partial(runs_on.open_sampler, models.student, sampling, longest)
             sample_responses(cache, sampling, unsampled, open_sampler, batch_tokens)
         said = read_samples(cache, sampling)
-        rows = [
-            (example_id, request.prompt_ids, said[request.key])
-            for example_id, request in requests
-            if request.key in said
-        ]
+        answered = [(example_id, request) for example_id, request in requests if not dry_run or request.key in said]
+        unanswered = sum(request.key not in said for _, request in answered)
+        if unanswered:
+            raise CacheError(
+                f"{cache}: {unanswered} of the {len(requests)} samples that this run found or made are gone: another "
+                "process removed them",
+                "run the same adpa precompute again",
+            )
+        rows = [(example_id, request.prompt_ids, said[request.key]) for example_id, request in answered]
         sets["sampled"] = make_response_set(replace(sets["chosen"].info, name="sampled", sampling=sampling), rows)
 
     scoring = Scoring(

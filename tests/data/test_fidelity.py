@@ -186,3 +186,26 @@ def test_the_bytes_are_those_of_the_files_and_grow_with_the_tokens(tmp_path: Pat
             write_signals(tmp_path, scoring, [cut_row(row, top_k) for row in shard])
         assert kept.bytes == sum(path.stat().st_size for path in scoring.folder(tmp_path).iterdir())
         assert more.bytes == 3 * kept.bytes
+
+
+def test_with_a_nucleus_everything_is_of_what_it_keeps() -> None:
+    """Mass, KL and advantages are those that ``keep_nucleus`` leaves, each token with a K of its own."""
+    teacher, reference = random_logprobs(6, tokens=30)
+    rows = [make_row(teacher, reference, V)]
+    (found,) = measure_fidelity([rows], replace(SCORING, top_p=0.5), [20], 30)
+    descending = -np.sort(-np.exp(teacher), axis=1)
+    counts = np.minimum((np.cumsum(descending, axis=1) - descending < 0.5).sum(axis=1), 20)
+    assert len(set(counts.tolist())) > 2
+    mass = [row[:count].sum() for row, count in zip(descending, counts, strict=True)]
+    assert found.captured_mass == pytest.approx(np.mean(mass), abs=1e-6)
+    lost = [
+        kl_of_outcomes(p, q, V) - kl_of_outcomes(p, q, count)
+        for p, q, count in zip(teacher, reference, counts, strict=True)
+    ]
+    assert found.kl_lost == pytest.approx(np.mean(lost), abs=1e-5)
+    (whole,) = measure_fidelity([rows], SCORING, [20], 30)
+    assert whole.captured_mass > found.captured_mass
+    assert whole.advantage_lost is not None
+    assert found.advantage_lost is not None
+    assert whole.advantage_lost < found.advantage_lost
+    assert whole.bytes > found.bytes

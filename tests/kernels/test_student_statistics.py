@@ -39,11 +39,13 @@ def definition(problem: Problem) -> list[tuple[float, ...]]:
             if 0 <= token < len(q_V):
                 in_s.setdefault(token, (logprob, advantage))
         plausible = [token for token, (logprob, _) in in_s.items() if logprob >= math.log(IMPLAUSIBLE)]
+        outside = 1 - sum(math.exp(logprob) for logprob, _ in in_s.values())
+        unknown = min(row[0], default=0) < 0 and outside >= IMPLAUSIBLE and len(plausible) == len(in_s)
         rows.append(
             (
                 -sum(q * math.log(q) for q in q_V if q > 0),
                 sum(q_V[token] for token in in_s),
-                sum(q for token, q in enumerate(q_V) if token not in plausible),
+                sum(q for token, q in enumerate(q_V) if token not in plausible and not (unknown and token not in in_s)),
                 sum(q_V[token] * advantage for token, (_, advantage) in in_s.items() if math.isfinite(advantage)),
             )
         )
@@ -70,6 +72,19 @@ def test_a_token_the_teacher_gives_less_than_one_in_a_hundred_is_implausible() -
     )
     assert statistics_of(equal).implausible_mass.item() == pytest.approx(0.5)
     assert statistics_of(equal).entropy.item() == pytest.approx(math.log(4))
+
+
+def test_outside_a_nucleus_of_plausible_tokens_nothing_is_known_to_be_implausible() -> None:
+    """The teacher gives 0.30 to the second token; a nucleus of 0.5 does not have it."""
+    teacher = torch.tensor([[0.55, 0.30, 0.15]])
+    problem = random_problem(N=1, V=3, d=3, K=3)._replace(
+        hidden=teacher.log(), weight=torch.eye(3), topk_ids=torch.tensor([[0, 1, 2]]), teacher_logprobs=teacher.log()
+    )
+    assert statistics_of(problem).implausible_mass.item() == pytest.approx(0, abs=1e-6)
+    cut = problem._replace(topk_ids=torch.tensor([[0, -1, -1]]), teacher_logprobs=torch.tensor([[0.55, 0, 0]]).log())
+    assert statistics_of(cut).implausible_mass.item() == pytest.approx(0, abs=1e-6)
+    sure = cut._replace(teacher_logprobs=torch.tensor([[0.995, 0, 0]]).log())
+    assert statistics_of(sure).implausible_mass.item() == pytest.approx(0.45)
 
 
 def test_the_logits_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
