@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_rows, token_ids
+from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_row, signal_rows, teacher_row, token_ids
 
 from adpa.data.batches import TrainingExamples, TrainingPart, collate, pad_sequences
 from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.signal_rows import SignalRow
+from adpa.data.shards import write_shard
+from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.signals import SignalTable, read_signals, write_signals
+from adpa.errors import DamagedFileError
 
 EXAMPLES = [f"example-{letter}" for letter in "abcdef"]
 IDS = st.lists(st.integers(0, 49151), min_size=1, max_size=6)
@@ -169,3 +171,36 @@ def test_equal_responses_of_several_examples_share_one_signal_row(tmp_path: Path
     examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
     batch = collate([examples[index] for index in range(3)])
     assert batch["topk_ids"].tolist() == row.topk_ids.tolist() * 3
+
+
+@pytest.mark.parametrize("encoding", ["compact", "plain"])
+def test_signals_of_another_length_are_refused_instead_of_repeated(encoding: str, tmp_path: Path) -> None:
+    """One token's signals would fit a response of any length."""
+    responses = make_response_set(INFO, [("a", token_ids(1), token_ids(5, 6, 2))])
+    key = responses.table["key"][0].as_py()
+    row = signal_row(key, 1, seed=0)
+    if encoding == "compact":
+        write_signals(tmp_path, SCORING, [row])
+    else:
+        write_shard(SCORING.folder(tmp_path), "signals", plain_table([row], plain_schema(K)))
+    examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
+    with pytest.raises(DamagedFileError, match=f"{key.hex()} is of 1 tokens; its response has 3"):
+        examples[0]
+
+
+def test_padding_of_ragged_rows_is_padding_of_the_batch(tmp_path: Path) -> None:
+    responses = make_response_set(INFO, [("a", token_ids(1), token_ids(5, 2)), ("b", token_ids(1), token_ids(6, 7, 2))])
+    rows = [
+        keep_nucleus(teacher_row(sequence.key, len(sequence.response_ids), 3, top_k=K, vocabulary=20), 0.5)
+        for sequence in responses.sequences()
+    ]
+    assert any((row.topk_ids == -1).any() for row in rows)
+    ragged = replace(SCORING, top_p=0.5)
+    write_signals(tmp_path, ragged, rows)
+    batch = collate([TrainingExamples([TrainingPart(responses, read_signals(tmp_path, ragged))])[0]])
+    padding = batch["topk_ids"] == -1
+    assert torch.equal(padding, torch.from_numpy(rows[0].topk_ids == -1))
+    assert batch["teacher_logprobs"][padding].isneginf().all()
+    assert (batch["advantages"][padding] == 0).all()
+    mass = batch["teacher_logprobs"].double().exp().sum(dim=1) + batch["tail_logprob"].double().exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-3)

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
+from adpa.data.compact import compact_table
 from adpa.data.documents import write_document
-from adpa.data.shards import list_shards, write_file
-from adpa.data.signal_rows import SignalRow
+from adpa.data.shards import list_shards, write_file, write_shard
+from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, read_scoring, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, DamagedFileError
 
@@ -220,3 +221,48 @@ def test_a_loop_of_links_among_the_scorings_is_told(tmp_path: Path) -> None:
     (tmp_path / "scorings" / SCORING.id).symlink_to(SCORING.id)
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
         list(read_scorings(tmp_path))
+
+
+def other_columns() -> dict[str, pa.Table]:
+    """Tables whose columns are not those of ``SCORING``'s signals."""
+    row = signal_row(KEYS[0], 2, seed=0)
+    table = compact_table([row], K, lossy=False)
+    unknown = {b"adpa": json.dumps({"encoding": "exact", "top_k": 2**40}).encode()}
+    return {
+        "no key": table.drop_columns(["key"]),
+        "a key of text": table.set_column(0, "key", pa.array(["key"])),
+        "ids that are no bytes": table.set_column(5, "topk_ids", pa.array([7])),
+        "another K": compact_table([signal_row(KEYS[0], 2, seed=0, top_k=K + 1)], K + 1, lossy=False),
+        "an absurd K": table.replace_schema_metadata(unknown),
+        "no metadata": table.replace_schema_metadata(None),
+        "deep metadata": table.replace_schema_metadata({b"adpa": b"[" * 100_000}),
+        "the lossy form": compact_table([row], K, lossy=True),
+        "plain of another K": plain_table([signal_row(KEYS[0], 2, seed=0, top_k=1)], plain_schema(1)),
+        "samples": pa.table({"key": pa.array([KEYS[0]], pa.binary(16))}),
+    }
+
+
+@pytest.mark.parametrize("name", other_columns())
+def test_a_shard_with_other_columns_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    path = write_shard(SCORING.folder(tmp_path), "signals", other_columns()[name])
+    with pytest.raises(DamagedFileError) as caught:
+        read_signals(tmp_path, SCORING)
+    assert str(caught.value).startswith(f"{path}: damaged: ")
+
+
+@pytest.mark.parametrize("change", [{"lossy": True}, {"top_p": 0.9}])
+def test_plain_signals_are_exact_and_whole(change: dict[str, Any], tmp_path: Path) -> None:
+    scoring = replace(SCORING, **change)
+    write_shard(scoring.folder(tmp_path), "signals", plain_table([signal_row(KEYS[0], 2, seed=0)], plain_schema(K)))
+    with pytest.raises(DamagedFileError, match="not those of its scoring's signals"):
+        read_signals(tmp_path, scoring)
+
+
+def test_an_encoding_that_nobody_knows_yet_is_a_newer_format(tmp_path: Path) -> None:
+    table = compact_table([signal_row(KEYS[0], 2, seed=0)], K, lossy=False)
+    newer = table.replace_schema_metadata({"adpa": json.dumps({"encoding": "wavelet", "top_k": K})})
+    path = write_shard(SCORING.folder(tmp_path), "signals", newer)
+    with pytest.raises(CacheError, match="of a newer format: its encoding is 'wavelet'") as caught:
+        read_signals(tmp_path, SCORING)
+    assert str(path) in str(caught.value)
+    assert not isinstance(caught.value, DamagedFileError)

@@ -200,6 +200,25 @@ def test_logprobs_that_are_not_finite_are_refused_by_the_models_name(
     assert missing_sequences(tmp_path, SCORING, SEQUENCES) == SEQUENCES
 
 
+@pytest.mark.parametrize("place", ["a later rank", "the tail"])
+def test_a_number_that_is_none_is_refused_wherever_it_is(
+    tmp_path: Path, scripted: type[ScriptedScorer], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    whole = scripted._row
+
+    def broken(self: ScriptedScorer, sequence: TokenSequence, top_k: int) -> SignalRow:
+        row = whole(self, sequence, top_k)
+        if place == "the tail":
+            row.tail_logprob[-1] = np.nan
+        else:
+            row.topk_logprobs[-1, -1] = np.nan
+        return row
+
+    monkeypatch.setattr(scripted, "_row", broken)
+    with pytest.raises(ModelError, match="not finite"):
+        score(tmp_path, SCORING, SEQUENCES, lambda identity: scripted(identity.name), batch_tokens=4)
+
+
 def test_a_checkpoint_with_nan_weights_is_refused(make_model: MakeModel, filled: Filled, tmp_path: Path) -> None:
     broken = make_model(9)
     model = AutoModelForCausalLM.from_pretrained(broken)
