@@ -130,7 +130,7 @@ def _check_marker(cache: Location) -> list[Fault]:
     try:
         check_cache(cache)
     except DamagedFileError as error:
-        return [Fault(MARKER, _problem(error))]
+        return [Fault(MARKER, _problem(error).removeprefix(f"{cache / MARKER}: "))]
     return []
 
 
