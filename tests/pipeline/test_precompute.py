@@ -211,6 +211,8 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_written(
     common: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data)}
     with pytest.raises(AdpaError, match=message):
         precompute(**(common | options), cache=tmp_path / "cache")
+        ({"sampling_top_p": 1.5}, r"--sampling-top-p 1.5; expected more than 0 and at most 1"),
+        ({"max_new_tokens": 0}, r"--max-new-tokens 0; expected at least 1"),
     assert not (tmp_path / "cache").exists()
 
 
