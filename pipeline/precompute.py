@@ -63,7 +63,8 @@ class PrecomputeReport:
         reused: token sequences whose signals were already there.
         sampled: responses sampled now.
         tokens: response tokens scored now.
-        bytes: size of the files written for them; with ``dry_run``, of their signals without any encoding.
+        bytes: size of the files written for them; with ``dry_run``, what a probe predicts for them, or without one what
+            they take at most, with K ids a token and no encoding.
         truncated_prompts: prompts cut to ``max_prompt_length``.
         truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``.
         dropped: pairs left out because of ``drop_invalid``.
@@ -170,12 +171,12 @@ def precompute(
             "--probe": probe,
         }
     )
-    check_writable("--cache", cache)
     _check_probabilities({"--top-p": top_p, "--sampling-top-p": sampling_top_p})
     if temperature < 0:
         raise OptionError(f"--temperature {temperature:g}; expected 0 or more")
     if probe is not None and not dry_run:
         raise OptionError(f"--probe {probe} without --dry-run", "a probe scores a few responses and writes nothing")
+    check_writable("--cache", cache)
     find_version(cache)  # one that this program must not write to is refused at once
     torch_device = resolve_device(device)
     models = _open_models(teacher, reference, student, top_k)
@@ -269,12 +270,14 @@ def precompute(
             batch_tokens=batch_tokens,
             pads=runs_on.pads,
         )
+    if dry_run:
+        written = tokens * plain_bytes(top_k, reference is not None) if probed is None else probed.predict_bytes(tokens)
     return PrecomputeReport(
         scored=len(missing) + planned,
         reused=len(wanted) - len(missing),
         sampled=len(unsampled),
         tokens=tokens,
-        bytes=tokens * plain_bytes(top_k, reference is not None) if dry_run else written,
+        bytes=written,
         truncated_prompts=encoder.counts.truncated_prompts,
         truncated_responses=sum(sets[name].info.truncated_responses for name in names),
         dropped=encoder.counts.dropped,
