@@ -3,6 +3,7 @@
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,3 +187,15 @@ def test_the_bytes_are_those_of_the_files_and_grow_with_the_tokens(tmp_path: Pat
             write_signals(tmp_path, scoring, [cut_row(row, top_k) for row in shard])
         assert kept.bytes == sum(path.stat().st_size for path in scoring.folder(tmp_path).iterdir())
         assert more.bytes == 3 * kept.bytes
+
+
+@pytest.mark.parametrize("kept", [{"top_p": 0.6}, {"lossy": True}, {"top_p": 0.6, "lossy": True}])
+def test_the_bytes_of_a_nucleus_and_of_rounding_are_those_of_the_files(kept: dict[str, Any], tmp_path: Path) -> None:
+    teacher, reference = random_logprobs(7, tokens=30)
+    row = make_row(teacher, reference, 20)
+    whole, less = (measure_fidelity([[row]], replace(SCORING, **given), [20], 30)[0] for given in ({}, kept))
+    scoring = replace(SCORING, top_k=20, **kept)
+    write_signals(tmp_path, scoring, [row])
+    (path,) = scoring.folder(tmp_path).iterdir()
+    assert less.bytes == path.stat().st_size < whole.bytes
+    assert replace(less, bytes=0) == replace(whole, bytes=0), "K is what is judged"
