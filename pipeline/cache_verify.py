@@ -299,7 +299,7 @@ def _rules(scoring: Scoring, sizes: dict[str, int]) -> SignalRules:
     size = sizes.get(scoring.vocabulary)
     return SignalRules(
         top_k=scoring.top_k,
-        ragged=scoring.top_p < 1,
+        top_p=scoring.top_p,
         lossy=scoring.lossy,
         with_reference=scoring.reference is not None,
         ids_below=None if size is None else int(size * PADDED_VOCABULARY),
