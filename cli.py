@@ -235,7 +235,9 @@ def _fields_table(title: str, report: Any, leave_out: str = "") -> Table:
 
 def _precompute_table(report: PrecomputeReport) -> RenderableType:
     table = _fields_table("precompute", report, leave_out="probe")
-    return table if report.probe is None else Group(table, "", show_probe(report.probe, report.sampled))
+    if report.probe is not None:
+        return Group(table, "", show_probe(report.probe, report.sampled))
+    return Group(table, "", "Bytes: at most, without encoding; --probe 64 predicts them.") if report.dry_run else table
 
 
 def _field_text(value: object) -> str:

@@ -6,7 +6,7 @@
 from adpa.data.documents import read_document, write_document
 from adpa.data.locations import Location
 from adpa.data.shards import damaged
-from adpa.errors import AdpaError, CacheError
+from adpa.errors import CacheError, DamagedFileError
 
 FORMAT, VERSION = "adpa-cache", 2
 MARKER = "cache.json"
@@ -16,8 +16,8 @@ def check_cache(cache: Location) -> int:
     """The version of a cache that is to be read.
 
     Raises:
-        CacheError: there is none, it is of a newer format or another program, or it cannot be read.
-        DamagedFileError: its marker is damaged.
+        CacheError: there is none, it is of a newer format or names another program, or it cannot be read.
+        DamagedFileError: its marker is damaged, or of another program.
     """
     version = find_version(cache)
     if version is None:
@@ -29,8 +29,8 @@ def prepare_cache(cache: Location) -> None:
     """Makes a cache one of this version, before anything else is written to it.
 
     Raises:
-        CacheError: it is of a newer format or another program, or it cannot be read or written.
-        DamagedFileError: its marker is damaged.
+        CacheError: it is of a newer format or names another program, or it cannot be read or written.
+        DamagedFileError: its marker is damaged, or of another program.
     """
     if find_version(cache) == VERSION:
         return
@@ -46,16 +46,17 @@ def find_version(cache: Location) -> int | None:
     """The version of the format of a cache; none where there is no cache yet.
 
     Raises:
-        CacheError: it is of a newer format or another program, or it cannot be read.
-        DamagedFileError: its marker is damaged.
+        CacheError: it is of a newer format or names another program, or it cannot be read.
+        DamagedFileError: its marker is damaged, or of another program.
     """
     marker = cache / MARKER
     try:
         fields, proved = read_document(marker)
     except FileNotFoundError:
         return 1 if any((cache / folder).is_dir() for folder in ("responses", "scorings")) else None
-    except AdpaError:
-        raise
+    except DamagedFileError as error:  # nothing in it is proved, not even that it is a marker
+        problem = str(error.args[0]).replace(": damaged: ", ": damaged, or of another program: ", 1)
+        raise DamagedFileError(problem, "name another directory, or restore this file") from error
     except Exception as error:  # clients of object stores have errors of their own
         raise _unusable(cache, "read", error) from error
     if fields.get("format") != FORMAT:

@@ -36,14 +36,14 @@ class SignalRules:
         top_k: K.
         with_reference: whether there are advantages.
         ids_below: what every id is below; none where the vocabulary's size is not known.
-        ragged: whether a position may have fewer than K ids, the rest being padding.
+        top_p: below 1, a position may have fewer than K ids, of so much mass at least, the rest being padding.
         lossy: whether log-probabilities were rounded as ``rounding.py`` says.
     """
 
     top_k: int
     with_reference: bool
     ids_below: int | None = None
-    ragged: bool = False
+    top_p: float = 1.0
     lossy: bool = False
 
 
@@ -112,7 +112,7 @@ def sample_problems(response_ids: NDArray[np.int32]) -> Iterator[str]:
 
 def _id_problems(ids_TK: NDArray[np.int32], rules: SignalRules) -> Iterator[str]:
     padding_TK = ids_TK == PADDING
-    if padding_TK.any() and not (rules.ragged and not padding_TK[:, 0].any() and _rising(padding_TK)):
+    if padding_TK.any() and not (rules.top_p < 1 and not padding_TK[:, 0].any() and _rising(padding_TK)):
         yield "padding where an id must be"
     elif not _in_range(ids_TK[~padding_TK], rules.ids_below):
         yield f"ids that the vocabulary lacks: {ids_TK.min()} to {ids_TK.max()}"
@@ -145,6 +145,11 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
         place = int(off_T.argmax())
         mass = masses_TK[place].sum() + np.exp(tail_T[place])
         yield f"mass + tail is not 1: {mass:.6f} at token {place}"
+    most_T = (masses_TK + rounding_TK).sum(axis=1) + FLOAT32_ERROR
+    short_T = (row.topk_ids == PADDING).any(axis=1) & (most_T < rules.top_p)
+    if rules.top_p < 1 and short_T.any():
+        place = int(short_T.argmax())
+        yield f"fewer ids than K have less mass than {rules.top_p:g}: {masses_TK[place].sum():.6f} at token {place}"
     if response_ids is not None:
         own_T, rank_T = np.nonzero(row.topk_ids == response_ids[:, None])
         listed, own = logprobs_TK[own_T, rank_T], token_T[own_T]

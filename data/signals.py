@@ -225,7 +225,5 @@ def read_scoring_file(path: Location) -> Scoring:
     if found != path.parent.name:
         raise damaged(path, f"describes {found}")
     if not possible:
-        raise damaged(
-            path, f"its top_k is {scoring.top_k}; expected at most {TOP_K_LIMIT}, for no vocabulary is larger"
-        )
+        raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, for no vocabulary is larger")
     return scoring

@@ -180,7 +180,7 @@ def _read_contents(path: Location) -> dict[str, bytes]:
         raise damaged(path, f"{CONTENTS} has no digests of files, or no checksum")
     read = {}
     for name, digest in files.items():
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
+        if re.search(r"[\\\0]", name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise damaged(path, f"{CONTENTS} has the name {name!r}, which may lead out of the folder")
         read[name] = (path / name).read_bytes()
         if _digest_bytes(read[name]) != digest:

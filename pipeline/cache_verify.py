@@ -130,7 +130,7 @@ def _check_marker(cache: Location) -> list[Fault]:
     try:
         check_cache(cache)
     except DamagedFileError as error:
-        return [Fault(MARKER, _problem(error))]
+        return [Fault(MARKER, _problem(error).removeprefix(f"{cache / MARKER}: "))]
     return []
 
 
@@ -308,7 +308,7 @@ def _rules(scoring: Scoring, sizes: dict[str, int]) -> SignalRules:
     size = sizes.get(scoring.vocabulary)
     return SignalRules(
         top_k=scoring.top_k,
-        ragged=scoring.top_p < 1,
+        top_p=scoring.top_p,
         lossy=scoring.lossy,
         with_reference=scoring.reference is not None,
         ids_below=None if size is None else int(size * PADDED_VOCABULARY),

@@ -87,6 +87,11 @@ class ProbeReport:
     reference_hours: float | None
     missing_hours: float
 
+    def predict_bytes(self, tokens: int) -> int:
+        """What so many response tokens take in the cache with the run's own K."""
+        (own,) = (kept for kept in self.by_top_k if kept.top_k == self.own_top_k)
+        return round(own.bytes * tokens / self.data_tokens)
+
 
 def probe_signals(
     count: int,

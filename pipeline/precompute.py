@@ -1,7 +1,7 @@
 """Stage one: asks the large models once and keeps what they said."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -63,7 +63,8 @@ class PrecomputeReport:
         reused: token sequences whose signals were already there.
         sampled: responses sampled now.
         tokens: response tokens scored now.
-        bytes: size of the files written for them; with ``dry_run``, of their signals without any encoding.
+        bytes: size of the files written for them; with ``dry_run``, what a probe predicts for them, or without one what
+            they take at most, with K ids a token and no encoding.
         truncated_prompts: prompts cut to ``max_prompt_length``.
         truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``.
         dropped: pairs left out because of ``drop_invalid``.
@@ -111,7 +112,11 @@ def precompute(
     split: SplitOption = None,
     top_k: Annotated[int, Doc("Ids of highest teacher probability kept for each response token.")] = 50,
     top_p: Annotated[
-        float, Doc("Keep only the fewest of these ids that have this much probability together; 1 keeps all.")
+        float,
+        Doc(
+            "Of the teacher's signals keep only the fewest of these ids that have this much probability together; "
+            "1 keeps all. Sampling has --sampling-top-p."
+        ),
     ] = 1.0,
     lossy: Annotated[
         bool, Doc("Round the signals to about 60% of their size; what that changes is kept beside them.")
@@ -157,9 +162,20 @@ def precompute(
     """
     started = time.perf_counter()
     names = _response_names(responses, student)
-    _check_options(
-        *(top_k, top_p, samples_per_prompt, temperature, sampling_top_p, max_new_tokens, batch_tokens, dry_run, probe)
+    _check_at_least_one(
+        {
+            "--top-k": top_k,
+            "--samples-per-prompt": samples_per_prompt,
+            "--max-new-tokens": max_new_tokens,
+            "--batch-tokens": batch_tokens,
+            "--probe": probe,
+        }
     )
+    _check_probabilities({"--top-p": top_p, "--sampling-top-p": sampling_top_p})
+    if temperature < 0:
+        raise OptionError(f"--temperature {temperature:g}; expected 0 or more")
+    if probe is not None and not dry_run:
+        raise OptionError(f"--probe {probe} without --dry-run", "a probe scores a few responses and writes nothing")
     check_writable("--cache", cache)
     find_version(cache)  # one that this program must not write to is refused at once
     torch_device = resolve_device(device)
@@ -258,12 +274,14 @@ def precompute(
             batch_tokens=batch_tokens,
             pads=runs_on.pads,
         )
+    if dry_run:
+        written = tokens * plain_bytes(top_k, reference is not None) if probed is None else probed.predict_bytes(tokens)
     return PrecomputeReport(
         scored=len(missing) + planned,
         reused=len(wanted) - len(missing),
         sampled=len(unsampled),
         tokens=tokens,
-        bytes=tokens * plain_bytes(top_k, reference is not None) if dry_run else written,
+        bytes=written,
         truncated_prompts=encoder.counts.truncated_prompts,
         truncated_responses=sum(sets[name].info.truncated_responses for name in names),
         dropped=encoder.counts.dropped,
@@ -353,34 +371,16 @@ def _response_names(responses: str | None, student: str | None) -> list[Response
     return [name for name in RESPONSE_NAMES if name in given]
 
 
-def _check_options(
-    top_k: int,
-    top_p: float,
-    samples_per_prompt: int,
-    temperature: float,
-    sampling_top_p: float,
-    max_new_tokens: int,
-    batch_tokens: int | None,
-    dry_run: bool,
-    probe: int | None,
-) -> None:
-    at_least_one = {
-        "--top-k": top_k,
-        "--samples-per-prompt": samples_per_prompt,
-        "--max-new-tokens": max_new_tokens,
-        "--batch-tokens": batch_tokens,
-        "--probe": probe,
-    }
-    for option, value in at_least_one.items():
+def _check_at_least_one(options: Mapping[str, int | None]) -> None:
+    for option, value in options.items():
         if value is not None and value < 1:
             raise OptionError(f"{option} {value}; expected at least 1")
-    if temperature < 0:
-        raise OptionError(f"--temperature {temperature:g}; expected 0 or more")
-    for option, probability in {"--top-p": top_p, "--sampling-top-p": sampling_top_p}.items():
-        if not 0 < probability <= 1:
-            raise OptionError(f"{option} {probability:g}; expected more than 0 and at most 1")
-    if probe is not None and not dry_run:
-        raise OptionError(f"--probe {probe} without --dry-run", "a probe scores a few responses and writes nothing")
+
+
+def _check_probabilities(options: Mapping[str, float]) -> None:
+    for option, value in options.items():
+        if not 0 < value <= 1:
+            raise OptionError(f"{option} {value:g}; expected more than 0 and at most 1")
 
 
 def _preference_sets(

@@ -177,16 +177,18 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     assert "truncated responses" in done.stdout
 
 
-def test_a_probe_is_shown_below_the_counts_and_an_ordinary_run_is_silent_about_it(
+def test_a_probe_is_shown_below_the_counts_and_without_one_bytes_are_told_to_be_at_most(
     tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, runner: CliRunner
 ) -> None:
     data, report = write_rows(preference_rows[:3]), tmp_path / "report.json"
     options = ["--teacher", str(models.teacher), "--reference", str(models.reference), "--data", str(data)]
     options += ["--cache", str(tmp_path / "cache"), "--report", str(report), "--dry-run", "--top-k", "30"]
-    assert "probe" not in runner.invoke(cli.app, ["precompute", *options]).stdout.lower()
+    at_most = "Bytes: at most"
+    assert at_most in runner.invoke(cli.app, ["precompute", *options]).stdout
     assert json.loads(report.read_text())["probe"] is None
     done = runner.invoke(cli.app, ["precompute", *options, "--probe", "4"])
     assert done.exit_code == 0
+    assert at_most not in done.stdout
     probe = json.loads(report.read_text())["probe"]
     text = " ".join(done.stdout.split())
     assert f"Probed: 4 of 6 responses, {probe['tokens']} tokens, with K = 1,000" in text

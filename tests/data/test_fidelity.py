@@ -3,6 +3,7 @@
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from tests.data.makers import SCORING
 
 from adpa.data.fidelity import Fidelity, cut_row, measure_fidelity
-from adpa.data.signal_rows import SignalRow
+from adpa.data.signal_rows import SignalRow, keep_nucleus
 from adpa.data.signals import write_signals
 
 V = 60
@@ -209,3 +210,16 @@ def test_with_a_nucleus_everything_is_of_what_it_keeps() -> None:
     assert found.advantage_lost is not None
     assert whole.advantage_lost < found.advantage_lost
     assert whole.bytes > found.bytes
+
+
+@pytest.mark.parametrize("kept", [{"top_p": 0.6}, {"lossy": True}, {"top_p": 0.6, "lossy": True}])
+def test_the_bytes_of_a_nucleus_and_of_rounding_are_those_of_the_files(kept: dict[str, Any], tmp_path: Path) -> None:
+    teacher, reference = random_logprobs(7, tokens=30)
+    row = make_row(teacher, reference, 20)
+    whole, less = (measure_fidelity([[row]], replace(SCORING, **given), [20], 30)[0] for given in ({}, kept))
+    scoring = replace(SCORING, top_k=20, **kept)
+    write_signals(tmp_path, scoring, [keep_nucleus(row, scoring.top_p)])
+    (path,) = scoring.folder(tmp_path).iterdir()
+    assert less.bytes == path.stat().st_size < whole.bytes
+    if scoring.top_p == 1:
+        assert replace(less, bytes=0) == replace(whole, bytes=0), "rounding is not judged here"

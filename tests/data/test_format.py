@@ -77,14 +77,31 @@ def test_a_marker_of_another_program_is_refused_and_left(use: Callable[[Path], o
 @pytest.mark.parametrize("use", [check_cache, prepare_cache])
 @pytest.mark.parametrize(
     "content",
-    [json.dumps(WRITTEN), json.dumps(WRITTEN | {"version": "2"}), json.dumps(WRITTEN | {"checksum": "0"}), "{", ""],
-    ids=["no checksum", "a version that is no number", "another checksum", "cut off", "empty"],
+    [json.dumps(WRITTEN), json.dumps(WRITTEN | {"version": "2"})],
+    ids=["no checksum", "a version that is no number"],
 )
 def test_a_damaged_marker_is_refused_by_name(use: Callable[[Path], object], content: str, tmp_path: Path) -> None:
     (tmp_path / MARKER).write_text(content)
     with pytest.raises(DamagedFileError) as caught:
         use(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / MARKER}: damaged: ")
+
+
+@pytest.mark.parametrize("use", [check_cache, prepare_cache])
+@pytest.mark.parametrize(
+    "content",
+    ['{"format": "other", "checksum": "abc"}', json.dumps(WRITTEN | {"checksum": "0"}), "[]", "hello: 1", "{", ""],
+    ids=["a checksum of another kind", "another checksum", "no object", "no JSON", "cut off", "empty"],
+)
+def test_what_may_be_another_programs_is_left_and_nobody_is_told_to_delete_it(
+    use: Callable[[Path], object], content: str, tmp_path: Path
+) -> None:
+    (tmp_path / MARKER).write_text(content)
+    with pytest.raises(DamagedFileError) as caught:
+        use(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / MARKER}: damaged, or of another program: ")
+    assert str(caught.value).endswith("; name another directory, or restore this file")
+    assert (tmp_path / MARKER).read_text() == content
 
 
 def test_a_field_that_this_version_does_not_write_is_damage(tmp_path: Path) -> None:

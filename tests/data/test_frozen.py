@@ -27,12 +27,24 @@ FROZEN = Path(__file__).parent / "frozen"
 VERSIONS = sorted(int(folder.name) for folder in FROZEN.iterdir() if folder.is_dir())
 NUMBERS: dict[str, dict[str, dict[str, Any]]] = json.loads((FROZEN / "signals.json").read_text())
 WITH_REFERENCE, WITHOUT_REFERENCE = "3021168e2423d2f3", "227c2b4372d065c5"
+NUCLEUS, LOSSY = "90b2ed95eedfd8e5", "b8e09b2b30b62c1f"  # of chosen responses with a reference
+TOP_P = 0.9
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    WITH_REFERENCE: {"objective": "dckd"},
+    WITHOUT_REFERENCE: {"objective": "kd"},
+    NUCLEUS: {"objective": "adpa", "on": "chosen", "kl_weight": 1.0},
+    LOSSY: {"objective": "adpa", "on": "chosen", "kl_weight": 1.0},
+}
 SETS = {"chosen": "a723f17867f68313", "rejected": "36e14a3367c422e3", "sampled": "fb5ec47321d4c1b8"}
 
 
 @pytest.fixture(params=VERSIONS, ids=[f"version {version}" for version in VERSIONS])
 def cache(request: pytest.FixtureRequest) -> Path:
     return FROZEN / str(request.param)
+
+
+def scorings_of(cache: Path) -> dict[str, Scoring]:
+    return {scoring.id: scoring for scoring in read_scorings(cache)}
 
 
 def rows_of(cache: Path, scoring: Scoring) -> dict[str, SignalRow]:
@@ -59,7 +71,7 @@ def test_its_version_is_known(cache: Path) -> None:
 
 
 def test_it_says_what_it_said(cache: Path) -> None:
-    scorings = {scoring.id: scoring for scoring in read_scorings(cache)}
+    scorings = scorings_of(cache)
     for scoring_id, numbers in NUMBERS.items():
         rows = rows_of(cache, scorings[scoring_id])
         assert rows.keys() == numbers.keys()
@@ -67,28 +79,44 @@ def test_it_says_what_it_said(cache: Path) -> None:
             assert_numbers(row, numbers[key])
 
 
-def test_a_nucleus_is_a_part_of_it(cache: Path) -> None:
-    for scoring in read_scorings(cache):
-        if scoring.top_p == 1:
-            continue
-        for key, row in rows_of(cache, scoring).items():
-            numbers = NUMBERS[WITH_REFERENCE][key]
-            kept = row.topk_ids != -1
-            assert 0 < kept.sum() < kept.size
+def test_its_scorings_are_those_that_were(cache: Path) -> None:
+    since_2 = {NUCLEUS, LOSSY} if int(cache.name) >= 2 else set()
+    assert scorings_of(cache).keys() == {WITH_REFERENCE, WITHOUT_REFERENCE} | since_2
+
+
+@pytest.mark.parametrize("version", range(2, VERSION + 1))
+def test_a_nucleus_has_the_fewest_ids_of_so_much_mass_and_the_rest_is_in_the_tail(version: int) -> None:
+    scoring = scorings_of(FROZEN / str(version))[NUCLEUS]
+    assert (scoring.top_p, scoring.lossy) == (TOP_P, False)
+    rows = rows_of(FROZEN / str(version), scoring)
+    assert rows.keys() == NUMBERS[WITHOUT_REFERENCE].keys(), "the chosen responses"
+    fewer = 0
+    for key, row in rows.items():
+        numbers = NUMBERS[WITH_REFERENCE][key]
+        masses = np.exp(np.array(numbers["topk_logprobs"], np.float64))
+        for token, masses_K in enumerate(masses):
+            count = next((n for n in range(1, 5) if masses_K[:n].sum() >= TOP_P), 4)
+            fewer += count < 4
+            assert (row.topk_ids[token, count:] == -1).all()
             for name in ("topk_ids", "topk_logprobs", "topk_advantages"):
-                found = getattr(row, name)
-                np.testing.assert_array_equal(found[kept], np.array(numbers[name], dtype=found.dtype)[kept])
+                found = getattr(row, name)[token, :count]
+                np.testing.assert_array_equal(found, np.array(numbers[name][token][:count], found.dtype))
+            tail = np.exp(numbers["tail_logprob"][token]) + masses_K[count:].sum()
+            assert np.exp(float(row.tail_logprob[token])) == pytest.approx(tail, rel=5e-3, abs=1e-7)
+    assert fewer > 0
 
 
-def test_lossy_signals_are_near_it(cache: Path) -> None:
-    for scoring in read_scorings(cache):
-        if not scoring.lossy:
-            continue
-        for key, row in rows_of(cache, scoring).items():
-            numbers = NUMBERS[WITH_REFERENCE][key]
-            np.testing.assert_array_equal(row.topk_ids, numbers["topk_ids"])
-            np.testing.assert_allclose(np.exp(row.topk_logprobs), np.exp(numbers["topk_logprobs"]), atol=1e-3)
-            np.testing.assert_allclose(np.asarray(row.topk_advantages), numbers["topk_advantages"], atol=COARSEST / 2)
+@pytest.mark.parametrize("version", range(2, VERSION + 1))
+def test_lossy_signals_are_near_it(version: int) -> None:
+    scoring = scorings_of(FROZEN / str(version))[LOSSY]
+    assert (scoring.top_p, scoring.lossy) == (1, True)
+    rows = rows_of(FROZEN / str(version), scoring)
+    assert rows.keys() == NUMBERS[WITHOUT_REFERENCE].keys(), "the chosen responses"
+    for key, row in rows.items():
+        numbers = NUMBERS[WITH_REFERENCE][key]
+        np.testing.assert_array_equal(row.topk_ids, numbers["topk_ids"])
+        np.testing.assert_allclose(np.exp(row.topk_logprobs), np.exp(numbers["topk_logprobs"]), atol=1e-3)
+        np.testing.assert_allclose(np.asarray(row.topk_advantages), numbers["topk_advantages"], atol=COARSEST / 2)
 
 
 def test_its_responses_are_those_that_were(cache: Path) -> None:
@@ -100,7 +128,7 @@ def test_nothing_is_wrong_with_it(cache: Path) -> None:
     assert not report.failure, report
 
 
-def test_a_student_trains_on_it(cache: Path, tmp_path: Path) -> None:
+def test_a_student_trains_on_every_scoring(cache: Path, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(cache, next(read_response_sets(cache)).info.tokenizer)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -114,13 +142,14 @@ def test_a_student_trains_on_it(cache: Path, tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    report = distill(
-        objective="dckd",
-        student=str(tmp_path / "student"),
-        cache=cache,
-        output=tmp_path / "run",
-        scoring=WITH_REFERENCE,
-        max_steps=2,
-    )
-    assert report.steps == 2
-    assert np.isfinite(report.last_loss)
+    for scoring in read_scorings(cache):
+        report = distill(
+            **OBJECTIVES[scoring.id],
+            student=str(tmp_path / "student"),
+            cache=cache,
+            output=tmp_path / scoring.id,
+            scoring=scoring.id,
+            max_steps=2,
+        )
+        assert report.steps == 2
+        assert np.isfinite(report.last_loss)

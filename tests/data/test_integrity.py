@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adpa.data.compact import compact_table, read_compact_row
 from adpa.data.integrity import SignalRules, signal_problems
-from adpa.data.signal_rows import SignalRow
+from adpa.data.signal_rows import SignalRow, keep_nucleus
 
 LENGTH, K, VOCABULARY = 4, 6, 400
 RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
@@ -130,10 +130,70 @@ def test_advantages_without_a_reference_are_told() -> None:
 def test_only_ragged_rows_have_padding_and_only_at_the_end() -> None:
     nothing = -np.inf
     row = padded([5, 7, -1, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
-    assert list(signal_problems(row, replace(RULES, ragged=True), None)) == []
+    assert list(signal_problems(row, replace(RULES, top_p=0.8), None)) == []
     assert list(signal_problems(row, RULES, None)) == ["padding where an id must be"]
     row = padded([5, -1, 7, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
-    assert "padding where an id must be" in list(signal_problems(row, replace(RULES, ragged=True), None))
+    assert "padding where an id must be" in list(signal_problems(row, replace(RULES, top_p=0.8), None))
+
+
+def test_fewer_ids_than_k_with_less_mass_than_top_p_are_told() -> None:
+    nothing = -np.inf
+    row = padded([5, 7, -1, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
+    mass = np.exp(-0.5) + np.exp(-1.5)
+    assert list(signal_problems(row, replace(RULES, top_p=mass + 1e-4), None)) == [], "within rounding"
+    (found,) = signal_problems(row, replace(RULES, top_p=mass + 2e-3), None)
+    assert found == "fewer ids than K have less mass than 0.831661: 0.829661 at token 0"
+    row = padded([5, 7, 8, 9, 10, 11], [-0.5, -1.5, -9, -9, -9, -9])
+    assert list(signal_problems(row, replace(RULES, top_p=0.9), None)) == [], "K ids may have less"
+
+
+@given(st.integers(0, 2**32), st.floats(0, 30), st.floats(0.01, 0.999), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_what_top_p_keeps_is_no_fault(seed: int, scale: float, top_p: float, lossy: bool) -> None:
+    row, response_ids = make_row(seed, scale, 50, np.float32)
+    kept = read_compact_row(compact_table([keep_nucleus(row, top_p)], 50, lossy), 0)
+    rules = replace(RULES, top_k=50, top_p=top_p, lossy=lossy)
+    assert list(signal_problems(kept, rules, response_ids)) == []
+
+
+LOSSY = replace(RULES, lossy=True)
+
+
+@pytest.fixture
+def rounded() -> SignalRow:
+    row, _ = make_row(dtype=np.float32)
+    return read_compact_row(compact_table([row], K, lossy=True), 0)
+
+
+def lossy_error(mass: float) -> float:
+    """By how much the grid may move a log-probability."""
+    return min(0.5, 2**-12 / mass) / 2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_mass_beyond_what_rounding_does_is_told_of_lossy_rows(sign: int, rounded: SignalRow) -> None:
+    masses = np.exp(rounded.topk_logprobs[2].astype(np.float64))
+    tail = 1 - masses.sum()
+    tolerance = sum(mass * np.expm1(lossy_error(mass)) for mass in masses) + 2**-13
+    tolerance += tail * -np.log(tail) * 2**-11
+    for share in (0.9, 1.1):
+        tails = rounded.tail_logprob.copy()
+        tails[2] = np.log(tail + sign * share * tolerance)
+        found = list(signal_problems(replace(rounded, tail_logprob=tails), LOSSY, RESPONSE))
+        assert [text.partition(":")[0] for text in found] == (["mass + tail is not 1"] if share > 1 else [])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_token_off_by_more_than_rounding_is_told_of_lossy_rows(sign: int, rounded: SignalRow) -> None:
+    (rank,) = np.flatnonzero(rounded.topk_ids[2] == RESPONSE[2])
+    listed = float(rounded.topk_logprobs[2, rank])
+    tolerance = 2**-13 + lossy_error(np.exp(listed)) + abs(listed) * 2**-11
+    for share in (0.9, 1.1):
+        own = rounded.token_logprobs.copy()
+        own[2] = listed + sign * share * tolerance
+        found = list(signal_problems(replace(rounded, token_logprobs=own), LOSSY, RESPONSE))
+        assert len(found) == (share > 1)
+        assert all("other log-probabilities" in text for text in found)
 
 
 def test_an_id_of_probability_0_is_no_fault() -> None:

@@ -1,5 +1,6 @@
 """The lossy grids: how far a number moves, and that the noted errors are those of the plain formula."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,10 @@ from adpa.data.rounding import (
     ADVANTAGE_STEP,
     COARSEST,
     DEEPEST,
+    IMPOSSIBLE,
     LOGPROB_STEP,
     LOGPROBS,
+    STEPS,
     advantage_errors,
     kl_errors,
     restore_advantages,
@@ -25,6 +28,18 @@ from adpa.data.rounding import (
 from adpa.data.signal_rows import SignalRow, keep_nucleus
 
 KEY = bytes(16)
+
+
+def digest(numbers: NDArray[np.float32]) -> str:
+    return hashlib.blake2b(numbers.astype("<f4").tobytes(), digest_size=16).hexdigest()
+
+
+def test_the_grids_are_frozen_for_caches_outlive_the_program() -> None:
+    assert (len(LOGPROBS), len(STEPS), IMPOSSIBLE) == (4341, 4341, 4340)
+    assert (LOGPROBS[0], LOGPROBS[IMPOSSIBLE], STEPS[IMPOSSIBLE]) == (0, -np.inf, 0)
+    assert digest(LOGPROBS) == "74b900de22db5d5efe08ed362a2a08ea"
+    assert digest(STEPS) == "fbb54980e00b25af2ecf3995a7e8517b"
+    assert round_logprobs(np.array([-np.inf])).tolist() == [4340]
 
 
 @given(st.floats(-DEEPEST, 0))

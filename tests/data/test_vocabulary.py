@@ -160,6 +160,17 @@ def test_a_tokenizer_comes_back_from_the_cache(tokenizer: PreTrainedTokenizerBas
     assert (tmp_path / "tokenizers" / digests.tokenizer).stat().st_mode & 0o777 == 0o755
 
 
+def test_chat_templates_of_any_name_come_back_from_the_cache(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    named = deepcopy(tokenizer)
+    names = ["tool use", "-x", ".hidden", "naïve (2)", "a..b", "rag:v1"]
+    named.chat_template = {"default": tokenizer.chat_template} | dict.fromkeys(names, "{{ eos_token }}")
+    digest = digest_tokenizer(named).tokenizer
+    write_tokenizer(tmp_path, named, digest)
+    assert read_tokenizer(tmp_path, digest).chat_template == named.chat_template
+
+
 def test_a_tokenizer_that_is_there_is_not_written_again(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     digest = digest_tokenizer(tokenizer).tokenizer
 
@@ -251,7 +262,9 @@ def test_a_digest_that_may_lead_out_of_the_cache_is_refused(digest: str, tmp_pat
         read_tokenizer(tmp_path, digest)
 
 
-@pytest.mark.parametrize("name", ["../0", "/etc/passwd", "a/../../0", "a//b", "", ".", "..", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["../0", "/etc/passwd", "a/../../0", "a//b", "a/", "a/.", "", ".", "..", "a\0", "a\\b"]
+)
 def test_a_name_that_may_lead_out_of_the_folder_is_refused(name: str, written: Path, tmp_path: Path) -> None:
     write_document(written / "files.json", {"files": {name: "0" * 32}})
     with pytest.raises(DamagedFileError, match=r"which may lead out of the folder"):

@@ -67,6 +67,20 @@ def test_a_probe_of_everything_predicts_the_size_of_the_files_and_writes_none(fi
         assert kept.bytes == sum(path.stat().st_size for path in shards)
 
 
+@pytest.mark.parametrize("others", [{}, {"top_p": 0.1}, {"lossy": True}], ids=["exact", "a nucleus", "lossy"])
+def test_the_summary_has_the_bytes_that_the_probe_predicts_for_what_is_missing(
+    others: dict[str, Any], filled: Filled, tmp_path: Path
+) -> None:
+    given = options(filled, tmp_path / "cache", top_k=20, **others)
+    predicted, at_most = (precompute(**given, dry_run=True, probe=count) for count in (1000, None))
+    assert predicted.probe is not None
+    assert [predicted.bytes] == [kept.bytes for kept in predicted.probe.by_top_k if kept.top_k == 20]
+    done = precompute(**given)
+    assert predicted.bytes == done.bytes < at_most.bytes
+    again = precompute(**given, dry_run=True, probe=3)
+    assert (again.tokens, again.bytes) == (0, 0)
+
+
 def test_what_is_kept_and_lost_is_what_a_dense_forward_says(filled: Filled, tmp_path: Path) -> None:
     probed = probe(filled, tmp_path / "cache", 1000)
     tails: dict[int, list[float]] = {kept.top_k: [] for kept in probed.by_top_k}

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from adpa import precompute
 from adpa.data.responses import read_response_sets
+from adpa.data.rounding import LOGPROBS
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import AdpaError, DamagedFileError, DataError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint
@@ -156,6 +157,25 @@ def test_a_dry_run_predicts_what_a_run_does_and_loads_no_model(
     assert done.bytes == size
 
 
+def test_a_nucleus_and_rounding_reach_the_scoring_and_its_rows(filled: Filled, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "top_k": 50}
+    common |= {"reference": str(filled.models.reference), "cache": tmp_path}
+    precompute(**common)
+    precompute(**common, top_p=0.1, lossy=True)
+    scorings = {(scoring.top_p, scoring.lossy): scoring for scoring in read_scorings(tmp_path)}
+    assert scorings.keys() == {(1.0, False), (0.1, True)}
+    exact, small = (read_signals(tmp_path, scorings[kind]) for kind in ((1.0, False), (0.1, True)))
+    keys = pa.array(sorted(exact.keys()), pa.binary(16))
+    ragged = 0
+    for here, there in zip(exact.locate(keys), small.locate(keys), strict=True):
+        row, rounded = exact.row(int(here)), small.row(int(there))
+        kept = rounded.topk_ids != -1
+        ragged += int((~kept).sum())
+        np.testing.assert_array_equal(rounded.topk_ids[kept], row.topk_ids[kept])
+        assert np.isin(rounded.topk_logprobs[kept], LOGPROBS).all()
+    assert ragged > 0
+
+
 def test_a_dry_run_with_a_student_counts_at_most(filled: Filled, tmp_path: Path) -> None:
     report = precompute(
         str(filled.models.teacher),
@@ -191,6 +211,8 @@ def test_a_flipped_byte_and_a_truncated_shard_are_refused_by_name(filled: Filled
         ({"top_k": 0}, r"--top-k 0; expected at least 1"),
         ({"temperature": -1.0}, r"--temperature -1; expected 0 or more"),
         ({"top_p": 0.0}, r"--top-p 0; expected more than 0"),
+        ({"sampling_top_p": 1.5}, r"--sampling-top-p 1.5; expected more than 0 and at most 1"),
+        ({"max_new_tokens": 0}, r"--max-new-tokens 0; expected at least 1"),
         ({"tensor_parallel": 2, "device": "cpu"}, r"--tensor-parallel is for vLLM; the engine is hf"),
         ({"engine_arg": ["seed"]}, r"--engine-arg seed; expected key=value"),
         ({"batch_tokens": 0}, r"--batch-tokens 0; expected at least 1"),
