@@ -18,7 +18,7 @@ from adpa import precompute
 from adpa.data.responses import read_response_sets
 from adpa.data.rounding import LOGPROBS
 from adpa.data.signals import read_scorings, read_signals
-from adpa.errors import AdpaError, DamagedFileError, DataError, ModelError, OptionError
+from adpa.errors import AdpaError, CacheError, DamagedFileError, DataError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint
 
 
@@ -344,3 +344,18 @@ def test_the_position_of_the_token_that_vllms_own_head_adds_is_counted(
     precompute(**options)
     with pytest.raises(ModelError, match=rf"need more positions, up to {longest + 1}, than the model has, {longest}"):
         precompute(**options, head_dtype="model")
+
+
+def test_a_set_is_never_made_of_a_part_of_its_samples(
+    filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may remove samples between sampling and reading."""
+    monkeypatch.setattr("adpa.pipeline.precompute.sample_responses", lambda *_: None)
+    with pytest.raises(CacheError, match=r"8 of the 8 samples .* are gone"):
+        precompute(
+            teacher=str(filled.models.teacher),
+            student=str(filled.models.student),
+            data=str(filled.data),
+            cache=tmp_path / "cache",
+        )
+    assert not list((tmp_path / "cache").glob("responses/sampled-*"))
