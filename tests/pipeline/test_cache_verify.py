@@ -89,6 +89,12 @@ def test_one_bit_anywhere_in_any_file_is_found(cache: Path) -> None:
     assert places(verify_cache(cache)) == (expected - tokenizers) | folders
 
 
+def test_a_marker_that_may_be_of_another_program_is_told_as_such(cache: Path) -> None:
+    (cache / "cache.json").write_text("[]")
+    (fault,) = verify_cache(cache).faults
+    assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: no JSON object")
+
+
 def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
     cut, empty, renamed = arrow_files(cache)[:3]
     cut.write_bytes(cut.read_bytes()[:-1])
