@@ -35,6 +35,9 @@ def show_listing(listing: CacheListing) -> RenderableType:
     for tokenizer in listing.tokenizers:
         made = ", ".join(tokenizer.sets) or "no response set names it"
         parts.append(_line(f"tokenizer {tokenizer.digest}", f"{tokenizer.bytes:,} bytes: {made}"))
+    if listing.undescribed.files:
+        counts = f"{listing.undescribed.files:,} files, {listing.undescribed.bytes:,} bytes"
+        parts.append(_line("signals without description", f"{counts}; the same adpa precompute describes them"))
     for name, files in (("unfinished", listing.unfinished), ("damaged", listing.damaged)):
         if files.files:
             parts.append(_line(name, f"{files.files:,} files, {files.bytes:,} bytes; adpa cache gc removes them"))
