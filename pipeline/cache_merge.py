@@ -66,10 +66,10 @@ class MergeReport:
         """One line on what is damaged; empty if nothing is."""
         parts = []
         if self.refused:
-            parts.append(f"{self.other}: {len(self.refused)} damaged, not taken: {'; '.join(self.refused)}")
+            parts.append(f"{self.other}: files that are damaged were not taken: {'; '.join(self.refused)}")
         if self.damaged:
             parts.append(
-                f"{self.cache}: {len(self.damaged)} damaged; what {self.other} has of them was taken: "
+                f"{self.cache}: files of its own are damaged; what {self.other} has of them was taken: "
                 f"{'; '.join(self.damaged)}; adpa cache verify --repair sets aside what is still there"
             )
         return "; ".join(parts)

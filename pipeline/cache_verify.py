@@ -78,7 +78,8 @@ class VerifyReport:
         if not self.faults:
             return ""
         places = {fault.place for fault in self.faults}
-        found = f"{self.cache}: {len(self.faults)} faults in {', '.join(sorted(places))}"
+        faults = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        found = f"{self.cache}: {faults} in {', '.join(sorted(places))}"
         if self.set_aside:
             return f"{found}; set aside under damaged/: run the same adpa precompute again to fill the gap"
         return f"{found}; --repair sets damaged files aside"
