@@ -58,9 +58,9 @@ def export_cache(
 ) -> ExportReport:
     """Write a response set and its signals as plain columns.
 
-    The file is Parquet, or a directory for datasets.load_from_disk. The columns are example_id, prompt_ids, response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs,
-    topk_advantages (lists of lists) and tail_logprob; advantages are null without a reference. Where several response
-    sets or scorings fit, they are listed.
+    The file is Parquet, or a directory for datasets.load_from_disk. The columns are example_id, prompt_ids,
+    response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs, topk_advantages (lists of lists) and
+    tail_logprob; advantages are null without a reference. Where several response sets or scorings fit, they are listed.
 
     Raises:
         AdpaError: something about the arguments or the cache that the caller can put right.

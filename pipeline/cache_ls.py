@@ -141,7 +141,8 @@ class CacheListing:
 def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
     """List what a cache holds, and who made it.
 
-    That is response sets and scorings, their rows, tokens and bytes, and everything else that takes room. It looks at sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
+    That is response sets and scorings, their rows, tokens and bytes, and everything else that takes room. It looks at
+    sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
 
     Raises:
         CacheError: there is no cache.

@@ -47,8 +47,8 @@ class MergeReport:
         copied: files that were copied.
         present: files that say nothing new: they, or all of their rows, were there already.
         refused: a line about each damaged file, nothing of which was taken.
-        damaged: a line about each damaged file of the cache itself, which counts as not there: what the other one has of
-            it is taken, in its place where the name is the same.
+        damaged: a line about each damaged file of the cache itself, which counts as not there: what the other one has
+            of it is taken, in its place where the name is the same.
         left_out: files that are not taken: rows that wait for a reference, temporary and damaged files, and others.
     """
 
@@ -82,8 +82,8 @@ def merge_cache(
     """Take another cache's sets, signals, samples and tokenizers.
 
     Files are linked where both caches lie on one file system, and copied elsewhere; the digest of each is checked
-    first. What is there already is left as it is, unless it is damaged. Damaged files, which are never taken, are named,
-    and the exit code is 1.
+    first. What is there already is left as it is, unless it is damaged. Damaged files, which are never taken, are
+    named, and the exit code is 1.
 
     Raises:
         CacheError: one of them is no cache.
@@ -201,7 +201,7 @@ class _Merge:
         check_shard(file.path)
         responses = read_response_set(file.path)
         own = list_shards(self.cache / "responses", responses.shard_prefix())
-        if any([self._is_whole(path, partial(read_response_set, path)) for path in own]):
+        if [path for path in own if self._is_whole(path, partial(read_response_set, path))]:
             self.report.present.add(file.size)
         else:
             self._link_or_copy(file, self.cache / file.place)

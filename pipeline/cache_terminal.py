@@ -36,11 +36,12 @@ def show_listing(listing: CacheListing) -> RenderableType:
         made = ", ".join(tokenizer.sets) or "no response set names it"
         parts.append(_line(f"tokenizer {tokenizer.digest}", f"{tokenizer.bytes:,} bytes: {made}"))
     if listing.undescribed.files:
-        counts = f"{_count(listing.undescribed.files, 'file')}, {listing.undescribed.bytes:,} bytes"
-        parts.append(_line("signals without description", f"{counts}; the same adpa precompute describes them"))
+        size = f"{_count(listing.undescribed.files, 'file')}, {listing.undescribed.bytes:,} bytes"
+        parts.append(_line("signals without description", f"{size}; the same adpa precompute describes them"))
     for name, files in (("unfinished", listing.unfinished), ("damaged", listing.damaged)):
         if files.files:
-            parts.append(_line(name, f"{_count(files.files, 'file')}, {files.bytes:,} bytes; adpa cache gc removes them"))
+            size = f"{_count(files.files, 'file')}, {files.bytes:,} bytes"
+            parts.append(_line(name, f"{size}; adpa cache gc removes them"))
     parts += [_line("unknown", place) for place in listing.unknown]
     parts += [_line("unreadable", line) for line in listing.unreadable]
     parts.append(_line("total", f"{listing.total.files:,} files, {listing.total.bytes:,} bytes"))

@@ -86,7 +86,7 @@ def few_words(preference_rows: list[Row], tmp_path_factory: pytest.TempPathFacto
         directories.append(folder / f"model-{seed}")
         LlamaForCausalLM(config).save_pretrained(directories[-1])
         tokenizer.save_pretrained(directories[-1])
-    return fill(folder, Models(*directories, directories[-1]), preference_rows)
+    return fill(folder, Models(directories[0], directories[1], directories[2], directories[2]), preference_rows)
 
 
 def synthetic(prompt: ArrayLike, response: ArrayLike) -> TokenSequence:

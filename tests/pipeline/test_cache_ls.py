@@ -15,6 +15,7 @@ from tests.pipeline.conftest import Filled
 from adpa import CacheListing, list_cache, pack_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.rounding import advantage_errors, kl_errors
+from adpa.data.shards import peek_shard
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
 from adpa.pipeline import cache_ls
@@ -175,13 +176,13 @@ def test_signals_without_their_description_are_told(cache: Path) -> None:
 
 
 def test_a_pack_between_listing_and_looking_is_no_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peek, calls = cache_ls.peek_shard, iter(range(10**9))
+    calls = iter(range(10**9))
     (before,) = list_cache(cache).scorings
 
     def packing(path: Path) -> pa.Table:
         if next(calls) == 0:
             pack_cache(cache)
-        return peek(path)
+        return peek_shard(path)
 
     monkeypatch.setattr(cache_ls, "peek_shard", packing)
     listing = list_cache(cache)
