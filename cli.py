@@ -21,6 +21,7 @@ from typing import Annotated, Any, get_args, get_origin
 import torch
 import transformers
 import typer
+import typer.core
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from tqdm.contrib import DummyTqdmFile
@@ -56,6 +57,14 @@ cache_app = typer.Typer(help="Look after a cache.", rich_markup_mode=None)
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose usage names its arguments plainly, without the braces that elsewhere mean a choice."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The pieces of the line of usage."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
 def main() -> None:
@@ -110,6 +119,7 @@ def as_command(
                 typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
                 if parameter.name in arguments
                 else typer.Option(
+                    *_flag(parameter),
                     help=_documentation(parameter),
                     metavar="PATH|URL" if parameter.name in locations else _metavar(parameter),
                 ),
@@ -175,6 +185,12 @@ def _option_type(parameter: inspect.Parameter) -> Any:
     if UPath not in _types(parameter):
         return get_args(parameter.annotation)[0]
     return str | None if NoneType in _types(parameter) else str
+
+
+def _flag(parameter: inspect.Parameter) -> list[str]:
+    """The name of an option that is off unless it is named: it needs no other name that says so."""
+    is_flag = bool in _types(parameter) and parameter.default is False
+    return [f"--{parameter.name.replace('_', '-')}"] if is_flag else []
 
 
 def _documentation(parameter: inspect.Parameter) -> str:
@@ -255,14 +271,20 @@ def _field_text(value: object) -> str:
 app.command("precompute")(as_command(precompute, _precompute_table))
 app.command("distill")(as_command(distill))
 app.command("evaluate")(as_command(evaluate))
-app.command("inspect")(as_command(inspect_cache, show_inspection, arguments=["cache"]))
+app.command("inspect", cls=Command)(as_command(inspect_cache, show_inspection, arguments=["cache"]))
 app.command("lab")(as_command(lab, show_study))
 app.add_typer(cache_app, name="cache")
-cache_app.command("ls")(as_command(list_cache, show_listing, arguments=["cache"]))
-cache_app.command("verify")(
+cache_app.command("ls", cls=Command)(as_command(list_cache, show_listing, arguments=["cache"]))
+cache_app.command("verify", cls=Command)(
     as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
 )
-cache_app.command("gc")(as_command(collect_garbage, show_garbage, arguments=["cache"]))
-cache_app.command("pack")(as_command(pack_cache, show_packing, arguments=["cache"]))
-cache_app.command("export")(as_command(export_cache, arguments=["cache"]))
-cache_app.command("merge")(as_command(merge_cache, arguments=["cache", "other"], failure=attrgetter("failure")))
+cache_app.command("gc", cls=Command)(as_command(collect_garbage, show_garbage, arguments=["cache"]))
+cache_app.command("pack", cls=Command)(as_command(pack_cache, show_packing, arguments=["cache"]))
+cache_app.command("export", cls=Command)(
+    as_command(export_cache, partial(_fields_table, "cache export"), arguments=["cache"])
+)
+cache_app.command("merge", cls=Command)(
+    as_command(
+        merge_cache, partial(_fields_table, "cache merge"), arguments=["cache", "other"], failure=attrgetter("failure")
+    )
+)

@@ -9,15 +9,18 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from upath import UPath
 
 from adpa.data.locations import Location, copies_folder
 from adpa.errors import CacheError, DamagedFileError
+
+Result = TypeVar("Result")
 
 SMALL_FILE = 1 << 16
 LISTINGS = 100
@@ -176,6 +179,22 @@ def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, 
     vanished = [path for path in list_shards(folder, prefix) if path.name not in read and not path.exists()]
     if vanished:
         raise CacheError(f"{vanished[0]}: listed, but not there", "remove the link, or restore what it leads to")
+
+
+def list_again(folder: Location, work: Callable[[], Result]) -> Result:
+    """What ``work`` gives, which lists a folder and reads what is there; begun again when a listed file has vanished.
+
+    Raises:
+        CacheError: that happens again and again.
+    """
+    for _ in range(LISTINGS):
+        try:
+            return work()
+        except FileNotFoundError as error:  # what replaced it was there before it went
+            vanished = error
+    raise CacheError(
+        f"{folder}: a listed file is not there: {vanished}", "remove the link, or restore what it leads to"
+    ) from vanished
 
 
 def read_shards(folder: Location, prefix: str) -> Iterator[pa.Table]:

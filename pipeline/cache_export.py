@@ -1,5 +1,6 @@
 """A response set joined with a scoring as files that need no adpa: Parquet, or a directory of ``datasets``."""
 
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,23 +49,25 @@ class ExportReport:
 def export_cache(
     cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
     output: Annotated[
-        Path, Doc("What to write: a Parquet file if it ends with .parquet, or else a directory of datasets.")
+        Path, Doc("What to write, locally: a Parquet file if it ends with .parquet, or else a directory of datasets.")
     ],
     response_set: Annotated[
         str | None, Doc("Response set to export: chosen, rejected or sampled, or the beginning of its id.")
     ] = None,
     scoring: Annotated[str | None, Doc("Scoring to export (the beginning of its id).")] = None,
 ) -> ExportReport:
-    """Write a response set with its signals in plain columns, as Parquet or for datasets.load_from_disk.
+    """Write a response set and its signals as plain columns.
 
-    The columns are example_id, prompt_ids, response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs,
-    topk_advantages (lists of lists) and tail_logprob; advantages are null without a reference. Where several response
-    sets or scorings fit, they are listed.
+    The file is Parquet, or a directory for datasets.load_from_disk. The columns are example_id, prompt_ids,
+    response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs, topk_advantages (lists of lists) and
+    tail_logprob; advantages are null without a reference. Where several response sets or scorings fit, they are listed.
 
     Raises:
         AdpaError: something about the arguments or the cache that the caller can put right.
     """
     check_cache(cache)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one of a URL's two slashes
+        raise OptionError(f"--output {output}: not a local path", "name a local file or directory, and copy that")
     if output.exists():
         raise OptionError(f"--output {output}: there already", "name a new file or directory")
     if cache.resolve() in output.resolve().parents:

@@ -5,6 +5,7 @@ It is told from file sizes, Arrow metadata and the column ``key``; no signal is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseSet, ResponseSetInfo, peek_response_set
 from adpa.data.samples import samples_folder
-from adpa.data.shards import peek_shard
+from adpa.data.shards import list_again, peek_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import DamagedFileError
 
@@ -116,6 +117,7 @@ class CacheListing:
         scorings: the scorings.
         samples: what was sampled.
         tokenizers: the tokenizers.
+        undescribed: signals that nobody reads, as the description of their scoring is not there.
         unfinished: temporary files, of runs that write now or were killed.
         damaged: what ``adpa cache verify --repair`` set aside.
         unknown: places of files that are none of a cache's.
@@ -128,6 +130,7 @@ class CacheListing:
     scorings: list[ListedScoring]
     samples: list[ListedSamples]
     tokenizers: list[ListedTokenizer]
+    undescribed: ListedFiles
     unfinished: ListedFiles
     damaged: ListedFiles
     unknown: list[str]
@@ -136,15 +139,20 @@ class CacheListing:
 
 
 def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
-    """List what a cache holds: response sets, scorings, their rows, tokens and bytes, and who made them.
+    """List what a cache holds, and who made it.
 
-    It looks at sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
+    That is response sets and scorings, their rows, tokens and bytes, and everything else that takes room. It looks at
+    sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
 
     Raises:
         CacheError: there is no cache.
         DamagedFileError: the description of a scoring is damaged.
     """
     check_cache(cache)
+    return list_again(cache, partial(_list_cache, cache))
+
+
+def _list_cache(cache: Location) -> CacheListing:
     files = list_files(cache)
     peek = _Peek([])
     sets = {
@@ -176,6 +184,13 @@ def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
             )
             for digest in sorted({file.owner for file in files if file.kind == "tokenizer"})
         ],
+        undescribed=_count(
+            [
+                file
+                for file in files
+                if file.kind in ("signals", "pending") and file.owner not in {scoring.id for scoring in signals}
+            ]
+        ),
         unfinished=_count([file for file in files if file.kind == "unfinished"]),
         damaged=_count([file for file in files if file.kind == "damaged"]),
         unknown=[file.place for file in files if file.kind == "unknown"],

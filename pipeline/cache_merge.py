@@ -1,7 +1,9 @@
 """Another cache's files, taken over by hard link where that is possible and by copy elsewhere."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_set
-from adpa.data.shards import check_shard, list_shards, peek_shard, read_shard, write_file
+from adpa.data.shards import check_shard, list_again, list_shards, peek_shard, read_shard, remove_file, write_file
 from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
@@ -45,6 +47,8 @@ class MergeReport:
         copied: files that were copied.
         present: files that say nothing new: they, or all of their rows, were there already.
         refused: a line about each damaged file, nothing of which was taken.
+        damaged: a line about each damaged file of the cache itself, which counts as not there: what the other one has
+            of it is taken, in its place where the name is the same.
         left_out: files that are not taken: rows that wait for a reference, temporary and damaged files, and others.
     """
 
@@ -54,24 +58,32 @@ class MergeReport:
     copied: Taken = field(default_factory=Taken)
     present: Taken = field(default_factory=Taken)
     refused: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     left_out: Taken = field(default_factory=Taken)
 
     @property
     def failure(self) -> str:
-        """One line on what was refused; empty if nothing was."""
-        if not self.refused:
-            return ""
-        return f"{self.other}: {len(self.refused)} files are damaged and were not taken: {'; '.join(self.refused)}"
+        """One line on what is damaged; empty if nothing is."""
+        parts = []
+        if self.refused:
+            parts.append(f"{self.other}: files that are damaged were not taken: {'; '.join(self.refused)}")
+        if self.damaged:
+            parts.append(
+                f"{self.cache}: files of its own are damaged; what {self.other} has of them was taken: "
+                f"{'; '.join(self.damaged)}; adpa cache verify --repair sets aside what is still there"
+            )
+        return "; ".join(parts)
 
 
 def merge_cache(
     cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache that is added to.")],
     other: Annotated[Location, Doc("Directory or URL of the cache whose files are taken; it is not changed.")],
 ) -> MergeReport:
-    """Take another cache's response sets, scorings, signals, samples and tokenizers.
+    """Take another cache's sets, signals, samples and tokenizers.
 
     Files are linked where both caches lie on one file system, and copied elsewhere; the digest of each is checked
-    first. What is there already is left as it is. Damaged files are not taken: they are named, and the exit code is 1.
+    first. What is there already is left as it is, unless it is damaged. Damaged files, which are never taken, are
+    named, and the exit code is 1.
 
     Raises:
         CacheError: one of them is no cache.
@@ -83,20 +95,25 @@ def merge_cache(
         raise OptionError(f"{other}: the same cache as {cache}", "name another one")
     check_writable("CACHE", cache)
     prepare_cache(cache)
-    files = list_files(other)
     merge = _Merge(cache, other, MergeReport(str(cache), str(other)))
+    for file in list_again(other, partial(_take_all, merge)):
+        if file.kind == "marker":
+            merge.report.present.add(file.size)
+        if file.kind in ("pending", "unfinished", "damaged", "evaluation", "unknown"):
+            merge.report.left_out.add(file.size)
+    return merge.report
+
+
+def _take_all(merge: "_Merge") -> list[CacheFile]:
+    """Takes what has not been taken of the files that are there now; gives all of them."""
+    files = list_files(merge.other)
     with progress("merging: bytes", sum(file.size for file in files)) as advance:
         for kind in ("tokenizer", "scoring", "signals", "samples", "response set"):  # a set comes after its rows
             for file in files:
                 if file.kind == kind:
                     merge.take(file)
                     advance(file.size)
-    for file in files:
-        if file.kind == "marker":
-            merge.report.present.add(file.size)
-        if file.kind in ("pending", "unfinished", "damaged", "evaluation", "unknown"):
-            merge.report.left_out.add(file.size)
-    return merge.report
+    return files
 
 
 @dataclass
@@ -106,9 +123,17 @@ class _Merge:
     report: MergeReport
     tokenizers: dict[str, Taken] = field(default_factory=dict)
     keys: dict[Location, set[bytes]] = field(default_factory=dict)
+    damaged: set[Location] = field(default_factory=set)
+    taken: set[str] = field(default_factory=set)
 
     def take(self, file: CacheFile) -> None:
-        """Takes a file, unless it is damaged."""
+        """Takes a file, unless it is damaged or was taken before.
+
+        Raises:
+            FileNotFoundError: it has vanished, or one of the cache's own has.
+        """
+        if file.place in self.taken:
+            return
         if file.kind in ("signals", "samples"):
             self._read_keys(file)
         take = {
@@ -122,12 +147,15 @@ class _Merge:
             take(file)
         except DamagedFileError as error:
             self.report.refused.append(str(error.args[0]))
+        self.taken.add(file.place)
 
     def _tokenizer(self, file: CacheFile) -> None:
         """Takes the whole tokenizer with its first file; the others count as what became of it."""
         if file.owner not in self.tokenizers:
             self.tokenizers[file.owner] = Taken()  # of a damaged one, whose files are refused together
-            if (self.cache / "tokenizers" / file.owner).exists():
+            folder = self.cache / "tokenizers" / file.owner
+            if folder.exists():
+                self._is_whole(folder, lambda: read_tokenizer(self.cache, file.owner))
                 self.tokenizers[file.owner] = self.report.present
             else:
                 write_tokenizer(self.cache, read_tokenizer(self.other, file.owner), file.owner)
@@ -136,7 +164,10 @@ class _Merge:
 
     def _scoring(self, file: CacheFile) -> None:
         scoring = read_scoring_file(file.path)
-        present = (scoring.folder(self.cache) / file.path.name).exists()
+        own = scoring.folder(self.cache) / file.path.name
+        present = own.exists() and self._is_whole(own, lambda: read_scoring_file(own))
+        if not present:
+            remove_file(own)
         write_scoring(self.cache, scoring)
         (self.report.present if present else self.report.copied).add(file.size)
 
@@ -160,18 +191,35 @@ class _Merge:
         folder = (self.cache / file.place).parent
         if folder not in self.keys:
             prefix = signals.SHARD_PREFIX if file.kind == "signals" else samples.SHARD_PREFIX
-            tables = map(peek_shard, list_shards(folder, prefix))
-            self.keys[folder] = {key for table in tables for key in table["key"].to_pylist()}
+            keys: set[bytes] = set()
+            for path in list_shards(folder, prefix):
+                if self._is_whole(path, partial(read_shard, path)):
+                    keys.update(peek_shard(path)["key"].to_pylist())
+            self.keys[folder] = keys
 
     def _response_set(self, file: CacheFile) -> None:
         check_shard(file.path)
         responses = read_response_set(file.path)
-        if list_shards(self.cache / "responses", responses.shard_prefix()):
+        own = list_shards(self.cache / "responses", responses.shard_prefix())
+        if [path for path in own if self._is_whole(path, partial(read_response_set, path))]:
             self.report.present.add(file.size)
         else:
             self._link_or_copy(file, self.cache / file.place)
 
+    def _is_whole(self, path: Location, read: Callable[[], object]) -> bool:
+        """Whether a file of the cache itself is what was written; if not, it is named."""
+        try:
+            read()
+        except DamagedFileError as error:
+            if path not in self.damaged:
+                self.damaged.add(path)
+                self.report.damaged.append(str(error.args[0]))
+            return False
+        return True
+
     def _link_or_copy(self, file: CacheFile, target: Location) -> None:
+        if target in self.damaged:
+            remove_file(target)
         if _link(file.path, target):
             self.report.linked.add(file.size)
         else:

@@ -1,8 +1,10 @@
 """Many small files of signals or samples, written again as few large ones; no row is changed.
 
-New files are written and synced before the old ones go, and both say the same, so that a kill at any moment leaves a
-cache that is whole. Readers see the first of the rows with one key, in the order of the files' names. After packing, a
-key stands once. Until then the old files go from the last name to the first: the row that was seen first goes last.
+A new file is written and synced before the old ones go, and both say the same, so that a kill at any moment leaves a
+cache that is whole. The old files whose rows a new one has go at once: it takes the room of one new file. Readers see
+the first of the rows with one key, in the order of the files' names; after packing, a key stands once. So files that
+have a key in common go when all of them are written, from the last name to the first: the row that was seen goes last.
+No process removes a file before it has itself written what it drops elsewhere, so that two may pack the same folder.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from adpa.data.compact import compact_schema, compact_table
 from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import list_files
 from adpa.data.locations import Location
-from adpa.data.shards import list_shards, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import list_again, list_shards, peek_shard, read_shard, remove_file, write_shard
 from adpa.data.signals import Scoring, SignalTable, read_scorings
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
@@ -61,13 +63,14 @@ class PackReport:
 
 
 def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> PackReport:
-    """Write a cache's many small files as few large ones, without changing any row.
+    """Write many small files as few large ones; no row changes.
 
     Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.
-    Until the old files go, the new ones take as much room again.
+    It takes the room of one new file, about 256 MiB, and of all files with rows that stand twice. Runs may read and
+    write the cache meanwhile.
 
     Raises:
-        CacheError: there is no cache.
+        CacheError: there is no cache, or a file of it is a link to nothing.
         DamagedFileError: a file is damaged.
         OptionError: the cache cannot be written.
     """
@@ -99,54 +102,94 @@ def pack_folder(
         schema: what shards are written with now.
         encode: gives the rows of a table with another schema as tables with this one.
         goal: bytes of a new shard, which may be more by what the last of the old ones brings.
+
+    Raises:
+        CacheError: a file is listed again and again, but is not there.
+        DamagedFileError: a file is damaged.
     """
+    return list_again(folder, partial(_pack_once, folder, prefix, schema, encode, goal))
+
+
+def _pack_once(
+    folder: Location, prefix: str, schema: pa.Schema, encode: Callable[[pa.Table], Iterator[pa.Table]], goal: int
+) -> PackedFolder | None:
     paths = list_shards(folder, prefix)
     sizes = {path: path.stat().st_size for path in paths}
-    first = _first_rows(paths)
+    first, shared = _first_rows(paths)
     other = {path for path in paths if not peek_shard(path).schema.equals(schema, check_metadata=True)}
     again = {path for path in paths if not first[path].all()}
     chosen = [path for path in paths if sizes[path] < goal // 2 or path in other | again]
     if len(chosen) < 2 and not other | again:
         return None
     written: list[Location] = []
-    group: list[pa.Table] = []
 
-    def flush() -> None:
-        if group:
-            written.append(write_shard(folder, prefix, pa.concat_tables(group)))
-            group.clear()
-
-    with progress(f"packing {folder.name}: bytes", sum(sizes[path] for path in chosen)) as advance:
-        for path in chosen:
+    def rewrite(old: list[Location]) -> Iterator[list[Location]]:
+        """Writes their rows as new files; after each, gives the old ones that it makes needless."""
+        group: list[pa.Table] = []
+        needless: list[Location] = []
+        size = 0
+        for path in old:
             rows = read_shard(path).filter(pa.array(first[path]))
             for table in encode(rows) if path in other else [rows]:
                 assert table.schema == schema
-                group += [table] if len(table) else []
-                if sum(part.nbytes for part in group) >= goal:
-                    flush()
+                if size >= goal:
+                    written.append(write_shard(folder, prefix, pa.concat_tables(group)))
+                    yield needless
+                    group, size, needless = [], 0, []
+                if len(table):
+                    group.append(table)
+                    size += table.nbytes
+            needless.append(path)
             advance(sizes[path])
-        flush()
-    for path in reversed(chosen):
-        if path not in written:
-            remove_file(path)
-    left = [path for path in paths if path not in chosen]
+        if group:
+            written.append(write_shard(folder, prefix, pa.concat_tables(group)))
+        yield needless
+
+    def remove(needless: list[Location]) -> None:
+        for path in needless:
+            if path not in written:
+                remove_file(path)
+
+    with progress(f"packing {folder.name}: bytes", sum(sizes[path] for path in chosen)) as advance:
+        stay, late, safe = set(chosen), [], 0
+        try:
+            for needless in rewrite(sorted(chosen, key=shared.__contains__)):  # those that have to wait come last
+                if shared.isdisjoint(needless):
+                    stay, safe = stay - set(needless), len(written)
+                    remove(needless)
+                else:
+                    late += needless
+        except BaseException:
+            if all(path.exists() for path in stay):  # or another process may count on what is new
+                for path in set(written[safe:]) - sizes.keys():
+                    remove_file(path)
+            raise
+        remove(late[::-1])
+    untouched = sizes.keys() - set(chosen)
     return PackedFolder(
         folder=f"{folder.parent.name}/{folder.name}",
         files_before=len(paths),
-        files=len(left) + len(written),
+        files=len(untouched) + len(written),
         bytes_before=sum(sizes.values()),
-        bytes=sum(path.stat().st_size for path in [*left, *written]),
+        bytes=sum(path.stat().st_size for path in [*untouched, *written]),
         repeated=sum(int((~mask).sum()) for mask in first.values()),
     )
 
 
-def _first_rows(paths: list[Location]) -> dict[Location, NDArray[np.bool_]]:
-    """Which rows of each shard readers see: those that are the first with their key."""
+def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]], set[Location]]:
+    """Which rows of each shard readers see, the first with their key; and the shards with a key that stands twice."""
     columns = [peek_shard(path)["key"] for path in paths]
+    if not columns:
+        return {}, set()
     keys = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
-    seen = pc.index_in(keys, value_set=keys).to_numpy() == np.arange(len(keys))
+    places = pc.index_in(keys, value_set=keys).to_numpy()
     ends = np.cumsum([len(column) for column in columns])[:-1]
-    return dict(zip(paths, np.split(seen, ends), strict=True)) if paths else {}
+    first = np.split(places == np.arange(len(keys)), ends)
+    repeated = np.split(np.bincount(places, minlength=len(keys))[places] > 1, ends)
+    return (
+        dict(zip(paths, first, strict=True)),
+        {path for path, mask in zip(paths, repeated, strict=True) if mask.any()},
+    )
 
 
 def _schema(scoring: Scoring) -> pa.Schema:

@@ -35,9 +35,13 @@ def show_listing(listing: CacheListing) -> RenderableType:
     for tokenizer in listing.tokenizers:
         made = ", ".join(tokenizer.sets) or "no response set names it"
         parts.append(_line(f"tokenizer {tokenizer.digest}", f"{tokenizer.bytes:,} bytes: {made}"))
+    if listing.undescribed.files:
+        size = f"{_count(listing.undescribed.files, 'file')}, {listing.undescribed.bytes:,} bytes"
+        parts.append(_line("signals without description", f"{size}; the same adpa precompute describes them"))
     for name, files in (("unfinished", listing.unfinished), ("damaged", listing.damaged)):
         if files.files:
-            parts.append(_line(name, f"{files.files:,} files, {files.bytes:,} bytes; adpa cache gc removes them"))
+            size = f"{_count(files.files, 'file')}, {files.bytes:,} bytes"
+            parts.append(_line(name, f"{size}; adpa cache gc removes them"))
     parts += [_line("unknown", place) for place in listing.unknown]
     parts += [_line("unreadable", line) for line in listing.unreadable]
     parts.append(_line("total", f"{listing.total.files:,} files, {listing.total.bytes:,} bytes"))
@@ -46,17 +50,18 @@ def show_listing(listing: CacheListing) -> RenderableType:
 
 def show_verification(report: VerifyReport) -> RenderableType:
     """Every fault, then what was checked, and what was not."""
-    parts = []
+    parts: list[RenderableType] = []
     for fault in report.faults:
         rows = f" ({fault.rows:,} rows)" if fault.rows is not None and fault.rows > 1 else ""
-        parts.append(_line(fault.place, fault.problem + rows))
+        parts += [_line(fault.place, fault.problem + rows), ""]
     parts += [_line("set aside", place) for place in report.set_aside]
     parts += [_line("not checked", place) for place in report.unknown]
     for name, count in (("unfinished", report.unfinished), ("set aside before", report.damaged)):
         if count:
             parts.append(_line("not checked", f"{count:,} {name}"))
-    faults = f"{len(report.faults):,} faults" if report.faults else "no fault"
-    parts.append(_line(faults, f"in {report.files:,} files, {report.rows:,} rows, {report.bytes:,} bytes"))
+    faults = _count(len(report.faults), "fault") if report.faults else "no fault"
+    checked = f"in {_count(report.files, 'file')}, {_count(report.rows, 'row')}, {report.bytes:,} bytes"
+    parts.append(_line(faults, checked))
     return Group(*parts)
 
 
@@ -68,17 +73,18 @@ def show_garbage(report: GarbageReport) -> RenderableType:
         parts.append(_line(garbage.place, f"{rows}{garbage.bytes:,} bytes: {garbage.reason}"))
     parts += [_line("stays", f"{place}: a run may be at work with it") for place in report.young]
     done = "removed" if report.done else "can be removed; --yes does it"
-    parts.append(_line(f"{report.bytes:,} bytes", done if report.garbage else "no garbage"))
+    parts.append(_line(f"{report.bytes:,} bytes", done) if report.garbage else _line("no garbage", ""))
     return Group(*parts)
 
 
 def show_packing(report: PackReport) -> RenderableType:
     """The folders whose files changed."""
-    table = _table("folder", "files", "now", "bytes", "now", "repeated rows")
+    table = _table("folder", "files", "files now", "bytes", "bytes now", "repeated rows")
     for packed in report.packed:
         counts = (packed.files_before, packed.files, packed.bytes_before, packed.bytes, packed.repeated)
         table.add_row(packed.folder, *(f"{count:,}" for count in counts))
-    untouched = _line(f"{report.untouched:,} folders", "are packed well")
+    are = "is" if report.untouched == 1 else "are"
+    untouched = _line(_count(report.untouched, "folder"), f"{are} packed well")
     return Group(table, untouched) if report.packed else untouched
 
 
@@ -122,5 +128,9 @@ def _table(first: str, *right: str) -> Table:
     return table
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def _line(title: str, text: str) -> Text:
-    return Text.assemble((visible(title), Style(bold=True)), " ", visible(text), overflow="fold")
+    return Text.assemble((visible(title), Style(bold=True)), f" {visible(text)}".rstrip(), overflow="fold")

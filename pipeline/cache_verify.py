@@ -1,7 +1,8 @@
 """Everything that a cache says about itself, checked: digests, names, forms, ranges, sums, lengths."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated
 
 import numpy as np
@@ -18,7 +19,7 @@ from adpa.data.ragged import list_row
 from adpa.data.removal import set_aside
 from adpa.data.responses import ResponseSet, read_response_set
 from adpa.data.samples import SCHEMA as SAMPLES_SCHEMA
-from adpa.data.shards import check_shard, read_shard
+from adpa.data.shards import check_shard, list_again, read_shard
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scoring_file
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
 from adpa.errors import DamagedFileError
@@ -27,6 +28,7 @@ from adpa.pipeline.progress import progress
 
 # Embedding matrices are padded: their models may give probability to ids that the tokenizer lacks.
 PADDED_VOCABULARY = 1 + 1 / 16
+UNCHECKED = ("unknown", "unfinished", "damaged", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class VerifyReport:
         if not self.faults:
             return ""
         places = {fault.place for fault in self.faults}
-        found = f"{self.cache}: {len(self.faults)} faults in {', '.join(sorted(places))}"
+        faults = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        found = f"{self.cache}: {faults} in {', '.join(sorted(places))}"
         if self.set_aside:
             return f"{found}; set aside under damaged/: run the same adpa precompute again to fill the gap"
         return f"{found}; --repair sets damaged files aside"
@@ -88,7 +91,7 @@ def verify_cache(
         bool, Doc("Move damaged files to CACHE/damaged, so that the next adpa precompute makes them again.")
     ] = False,
 ) -> VerifyReport:
-    """Check everything that a cache says: every digest, every row, every file's name.
+    """Check every digest, every row and every file's name.
 
     Every row is decoded: ids must be in the vocabulary and distinct, log-probabilities at most 0 and falling, mass and
     tail 1 together (as far as float16 can tell), lengths those of the responses, keys the digests of their ids, and
@@ -102,21 +105,19 @@ def verify_cache(
     marker = _check_marker(cache)
     if repair:
         check_writable("--repair:", cache)
-    files = list_files(cache)
-    checked = [file for file in files if file.kind not in ("unknown", "unfinished", "damaged", "evaluation")]
-    total = sum(file.size for file in checked)
-    with progress("verifying: bytes", total) as advance:
-        check = _Check(cache, checked, advance)
-        check.faults += marker
-        check.all()
+    check = _Check(cache)
+    check.faults += marker
+    files = list_again(cache, check.new)
+    checked = [*check.checked.values()]
     aside = []
     if repair:
         faulty = {fault.place for fault in check.faults}
-        aside = set_aside(cache, [file for file in checked if file.place in faulty or _folder(file) in faulty])
+        damaged = [file for file in checked if file.place in faulty or _folder(file) in faulty]
+        aside = set_aside(cache, sorted(damaged, key=attrgetter("place")))
     return VerifyReport(
         cache=str(cache),
         files=len(checked),
-        bytes=total,
+        bytes=sum(file.size for file in checked),
         rows=check.rows,
         faults=check.faults,
         set_aside=aside,
@@ -135,50 +136,63 @@ def _check_marker(cache: Location) -> list[Fault]:
 
 
 class _Check:
-    """Checks files in the order in which they explain each other, and notes faults."""
+    """Checks files in the order in which they explain each other, and notes faults and what was checked."""
 
-    def __init__(self, cache: Location, files: Sequence[CacheFile], advance: Callable[[int], None]) -> None:
+    def __init__(self, cache: Location) -> None:
         self.rows = 0
         self.faults: list[Fault] = []
+        self.checked: dict[str, CacheFile] = {}
         self._cache = cache
-        self._files = files
-        self._advance = advance
+        self._files: list[CacheFile] = []
+        self._vocabularies: dict[str, _Vocabulary] = {}  # of each whole tokenizer, by the tokenizer's digest
+        self._sets: list[ResponseSet] = []  # those without a fault
+        self._described: dict[str, Scoring | None] = {}  # none of what is damaged
 
-    def all(self) -> None:
-        vocabularies = self._tokenizers()
-        responses = _Responses(list(self._response_sets(vocabularies)))
-        self._scorings(responses, {found.vocabulary: found.size for found in vocabularies.values()})
-        self._samples()
+    def new(self) -> list[CacheFile]:
+        """Lists the cache and checks what has not been checked; gives the listing.
 
-    def _tokenizers(self) -> dict[str, "_Vocabulary"]:
-        """The vocabulary of each whole tokenizer, by the tokenizer's digest."""
-        vocabularies = {}
+        Raises:
+            FileNotFoundError: a listed file has vanished.
+        """
+        files = list_files(self._cache)
+        self._files = [file for file in files if file.kind not in UNCHECKED and file.place not in self.checked]
+        with progress("verifying: bytes", sum(file.size for file in self._files)) as advance:
+            self._advance = advance
+            self._tokenizers()
+            self._response_sets()
+            self._scorings()
+            self._samples()
+            for file in self._of("marker"):
+                self._done(file)
+        return files
+
+    def _tokenizers(self) -> None:
         for digest in sorted({file.owner for file in self._of("tokenizer")}):
             try:
                 tokenizer = read_tokenizer(self._cache, digest)
             except DamagedFileError as error:
                 self._note(f"tokenizers/{digest}", error)
             else:
-                vocabularies[digest] = _Vocabulary(
+                self._vocabularies[digest] = _Vocabulary(
                     digest_tokenizer(tokenizer).vocabulary, max(tokenizer.get_vocab().values()) + 1
                 )
-            self._advance(sum(file.size for file in self._of("tokenizer") if file.owner == digest))
-        return vocabularies
+            for file in self._of("tokenizer"):
+                if file.owner == digest:
+                    self._done(file)
 
-    def _response_sets(self, vocabularies: dict[str, "_Vocabulary"]) -> Iterator[ResponseSet]:
-        """The sets without a fault."""
+    def _response_sets(self) -> None:
         for file in self._of("response set"):
             try:
                 check_shard(file.path)
                 found = read_response_set(file.path)
             except DamagedFileError as error:
                 self._note(file.place, error)
+                self._done(file)
                 continue
-            finally:
-                self._advance(file.size)
+            self._done(file)
             self.rows += len(found)
             info = found.info
-            vocabulary = vocabularies.get(info.tokenizer)
+            vocabulary = self._vocabularies.get(info.tokenizer)
             below = None if vocabulary is None else vocabulary.size
             if below is not None and info.sampling is not None:
                 below = int(below * PADDED_VOCABULARY)
@@ -190,26 +204,29 @@ class _Check:
             if vocabulary is None and missing not in {fault.place for fault in self.faults}:
                 self.faults.append(Fault(missing, f"not there, though {found.shard_prefix()} names it"))
             if not problems:
-                yield found
+                self._sets.append(found)
 
-    def _scorings(self, responses: "_Responses", sizes: dict[str, int]) -> None:
-        described = {file.owner: file for file in self._of("scoring")}
-        shards = [*self._of("signals"), *self._of("pending")]
-        for owner in sorted(described.keys() | {file.owner for file in shards}):
-            own = [file for file in shards if file.owner == owner]
-            place = f"scorings/{owner}/scoring.json"
+    def _scorings(self) -> None:
+        for file in self._of("scoring"):
             scoring = None
-            if owner not in described:
-                self.faults.append(Fault(place, f"not there, so that nobody reads the {len(own)} files beside it"))
-            else:
-                try:
-                    scoring = read_scoring_file(described[owner].path)
-                except DamagedFileError as error:
-                    self._note(place, error)
-                self._advance(described[owner].size)
+            try:
+                scoring = read_scoring_file(file.path)
+            except DamagedFileError as error:
+                self._note(file.place, error)
+            self._described[file.owner] = scoring
+            self._done(file)
+        responses = _Responses(self._sets)
+        sizes = {found.vocabulary: found.size for found in self._vocabularies.values()}
+        shards = [*self._of("signals"), *self._of("pending")]
+        for owner in sorted({file.owner for file in shards}):
+            own = [file for file in shards if file.owner == owner]
+            if owner not in self._described:
+                self._described[owner] = None
+                problem = f"not there, so that nobody reads the {len(own)} files beside it"
+                self.faults.append(Fault(f"scorings/{owner}/scoring.json", problem))
             for file in own:
-                self._signals(file, scoring, sizes, responses)
-                self._advance(file.size)
+                self._signals(file, self._described[owner], sizes, responses)
+                self._done(file)
 
     def _signals(
         self, file: CacheFile, scoring: Scoring | None, sizes: dict[str, int], responses: "_Responses"
@@ -246,7 +263,7 @@ class _Check:
     def _samples(self) -> None:
         for file in self._of("samples"):
             table = self._read(file)
-            self._advance(file.size)
+            self._done(file)
             if table is None:
                 continue
             if not table.schema.equals(SAMPLES_SCHEMA):
@@ -272,6 +289,10 @@ class _Check:
 
     def _of(self, kind: str) -> list[CacheFile]:
         return [file for file in self._files if file.kind == kind]
+
+    def _done(self, file: CacheFile) -> None:
+        self.checked[file.place] = file
+        self._advance(file.size)
 
     def _note(self, place: str, error: Exception) -> None:
         self.faults.append(Fault(place, _problem(error)))

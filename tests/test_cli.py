@@ -377,6 +377,27 @@ def test_a_failure_of_the_machine_is_one_line_and_exit_code_1(
     assert " ".join(str(error).split()) in done.stderr
 
 
+@pytest.mark.parametrize("command", ["ls", "verify", "gc", "pack", "export", "merge"])
+def test_the_help_of_a_cache_command_names_its_arguments_plainly(command: str, runner: CliRunner) -> None:
+    shown = runner.invoke(cli.app, ["cache", command, "--help"], env={"COLUMNS": "80"}).stdout
+    arguments = "CACHE OTHER" if command == "merge" else "CACHE"
+    assert shown.startswith(f"Usage: {shown.split()[1]} cache {command} [OPTIONS] {arguments}\n")
+    assert "Directory or URL of" in " ".join(shown.split())
+    assert "--no-" not in shown
+
+
+def test_an_option_that_is_off_unless_named_may_be_in_a_config_file(
+    recorded: dict[str, object], runner: CliRunner, tmp_path: Path
+) -> None:
+    options = ["--teacher", "T", "--data", "d", "--cache", "c"]
+    (tmp_path / "run.yaml").write_text("lossy: true\ndry-run: false\n")
+    done = runner.invoke(cli.app, ["precompute", *options, "--config", str(tmp_path / "run.yaml")])
+    assert done.exit_code == 0, done.output
+    assert (recorded["lossy"], recorded["dry_run"]) == (True, False)
+    runner.invoke(cli.app, ["precompute", *options, "--dry-run"])
+    assert (recorded["lossy"], recorded["dry_run"]) == (False, True)
+
+
 def test_a_repeatable_option_may_be_one_value_in_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "adpa.yaml").write_text("engine-arg: nonsense\nteacher: t\ndata: d\ncache: c\n")
     done = adpa("precompute", "--config", "adpa.yaml", cwd=tmp_path)

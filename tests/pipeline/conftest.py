@@ -13,8 +13,18 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file, save_file
 from tests.conftest import Models, Row
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from adpa import precompute
 from adpa.data.encoding import TokenSequence, sequence_key
@@ -33,7 +43,11 @@ class Filled:
 @pytest.fixture(scope="session")
 def filled(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """Eight pairs, K = 10; the sampled responses are those of ``models.student``, two to a prompt."""
-    folder = tmp_path_factory.mktemp("filled")
+    return fill(tmp_path_factory.mktemp("filled"), models, preference_rows)
+
+
+def fill(folder: Path, models: Models, preference_rows: list[Row]) -> Filled:
+    """Makes the cache of ``filled``."""
     data, cache = folder / "prefs.jsonl", folder / "cache"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows[:8]))
     common: dict[str, Any] = {
@@ -45,6 +59,34 @@ def filled(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.
     precompute(**common, top_k=10)
     precompute(**common, top_k=10, student=str(models.student), samples_per_prompt=2, max_new_tokens=6)
     return Filled(cache, data, models)
+
+
+WORDS = """
+    user assistant : What is the capital of France Name a prime number Why sky blue Say hello 2 + Paris Seven Because
+    Rayleigh scattering mostly Hello there Four Or not ( ) ? . , ! 0 1 3 4 5 6 7"""
+
+
+@pytest.fixture(scope="session")
+def few_words(preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    """The same as ``filled``, of a tokenizer of a few words, which is read in no time."""
+    folder = tmp_path_factory.mktemp("few_words")
+    words = ["<unk>", "<s>", "</s>", *dict.fromkeys(WORDS.split()), *map(str, range(100, 200))]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words[:96]))}
+    whole = Tokenizer(WordLevel(vocabulary, "<unk>"))
+    whole.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'] }} : {{ turn['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    directories = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = LlamaConfig(**SMALL | {"vocab_size": len(vocabulary)}, dtype="float32", initializer_range=0.5)
+        directories.append(folder / f"model-{seed}")
+        LlamaForCausalLM(config).save_pretrained(directories[-1])
+        tokenizer.save_pretrained(directories[-1])
+    return fill(folder, Models(directories[0], directories[1], directories[2], directories[2]), preference_rows)
 
 
 def synthetic(prompt: ArrayLike, response: ArrayLike) -> TokenSequence:

@@ -110,6 +110,7 @@ def test_what_cannot_be_written_is_refused(filled: Filled, tmp_path: Path) -> No
     inside = filled.cache / "responses" / "rows.parquet"
     assert "lies in the cache" in refused(OptionError, filled.cache, inside, response_set="chosen")
     output.write_text("mine")
+    assert "not a local path" in refused(OptionError, filled.cache, Path("s3://bucket/rows"), response_set="chosen")
     assert f"--output {output}: there already" in refused(OptionError, filled.cache, output, response_set="chosen")
     assert output.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -7,22 +7,25 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 from tests.pipeline.conftest import Filled
 
-from adpa import CacheListing, list_cache
+from adpa import CacheListing, list_cache, pack_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.rounding import advantage_errors, kl_errors
+from adpa.data.shards import peek_shard
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
+from adpa.pipeline import cache_ls
 from adpa.pipeline.cache_terminal import show_listing
 
 
 @pytest.fixture
-def cache(filled: Filled, tmp_path: Path) -> Path:
-    """A copy of the filled cache."""
-    return Path(shutil.copytree(filled.cache, tmp_path / "cache"))
+def cache(few_words: Filled, tmp_path: Path) -> Path:
+    """A copy of a filled cache."""
+    return Path(shutil.copytree(few_words.cache, tmp_path / "cache"))
 
 
 def as_text(listing: CacheListing) -> str:
@@ -75,10 +78,10 @@ def test_every_file_is_in_the_total(cache: Path) -> None:
     assert (listing.unknown, listing.unreadable, listing.unfinished.files) == ([], [], 0)
 
 
-def test_the_terminal_says_who_made_what(cache: Path, filled: Filled) -> None:
+def test_the_terminal_says_who_made_what(cache: Path, few_words: Filled) -> None:
     text = " ".join(as_text(list_cache(cache)).split())
     (scoring,) = read_scorings(cache)
-    for part in (str(filled.models.teacher), str(filled.models.reference), "K = 10", "float32, hf"):
+    for part in (str(few_words.models.teacher), str(few_words.models.reference), "K = 10", "float32, hf"):
         assert part.replace(" ", "") in text.replace(" ", "")
     assert f"scored: 8 of 8 by {scoring.id}" in text
     assert "temperature 1, top-p 1, seed 0, 2 to a prompt, at most 6 tokens" in text
@@ -129,7 +132,7 @@ def test_leftovers_and_strangers_are_told(cache: Path) -> None:
     assert asdict(listing.unfinished) == {"files": 1, "bytes": 4}
     assert asdict(listing.damaged) == {"files": 1, "bytes": 3}
     assert listing.unknown == ["loop/", "mine/", "notes.txt"]
-    assert "unfinished 1 files, 4 bytes" in as_text(listing)
+    assert "unfinished 1 file, 4 bytes" in as_text(listing)
 
 
 def test_a_file_that_cannot_be_read_is_told_and_the_rest_is_listed(cache: Path) -> None:
@@ -158,6 +161,34 @@ def test_the_numbers_need_no_signal_to_be_read(cache: Path) -> None:
 def test_the_report_is_plain_json(cache: Path) -> None:
     listing = list_cache(cache)
     assert json.loads(json.dumps(asdict(listing), allow_nan=False)) == asdict(listing)
+
+
+def test_signals_without_their_description_are_told(cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    folder = cache / "scorings" / scoring.id
+    assert list_cache(cache).undescribed.files == 0
+    assert "without description" not in as_text(list_cache(cache))
+    (folder / "scoring.json").unlink()
+    listing = list_cache(cache)
+    assert asdict(listing.undescribed) == {"files": len(files(folder)), "bytes": size(folder)}
+    assert listing.scorings == []
+    assert f"signals without description {len(files(folder))} files, {size(folder):,} bytes" in as_text(listing)
+
+
+def test_a_pack_between_listing_and_looking_is_no_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(10**9))
+    (before,) = list_cache(cache).scorings
+
+    def packing(path: Path) -> pa.Table:
+        if next(calls) == 0:
+            pack_cache(cache)
+        return peek_shard(path)
+
+    monkeypatch.setattr(cache_ls, "peek_shard", packing)
+    listing = list_cache(cache)
+    (scored,) = listing.scorings
+    assert before.shards > scored.shards == 1
+    assert (scored.rows, scored.repeated, listing.unreadable) == (before.rows, 0, [])
 
 
 def test_an_empty_scoring_and_an_empty_set_are_listed(cache: Path) -> None:

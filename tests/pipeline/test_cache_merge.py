@@ -4,15 +4,17 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import Models, WriteRows
+from tests.conftest import WriteRows
 from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_row
 from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
@@ -20,9 +22,10 @@ from typer.testing import CliRunner
 from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards
+from adpa.data.shards import list_shards, read_shard
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, OptionError
+from adpa.pipeline import cache_merge
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -30,9 +33,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def other(filled: Filled, tmp_path: Path) -> Path:
-    """A copy of the filled cache."""
-    return Path(shutil.copytree(filled.cache, tmp_path / "other"))
+def other(few_words: Filled, tmp_path: Path) -> Path:
+    """A copy of a filled cache."""
+    return Path(shutil.copytree(few_words.cache, tmp_path / "other"))
 
 
 @pytest.fixture
@@ -86,14 +89,15 @@ def test_a_packed_cache_takes_no_row_again(empty: Path, other: Path) -> None:
 
 
 def test_precompute_goes_on_with_what_another_machine_scored(
-    models: Models, filled: Filled, other: Path, write_rows: WriteRows, tmp_path: Path
+    few_words: Filled, other: Path, write_rows: WriteRows, tmp_path: Path
 ) -> None:
+    models = few_words.models
     common: dict[str, Any] = {"teacher": str(models.teacher), "reference": str(models.reference), "top_k": 10}
     row = {"prompt": "Say hello.", "chosen": "Hello.", "rejected": "No."}
     mine = tmp_path / "mine"
     assert precompute(**common, data=str(write_rows([row])), cache=mine).scored == 2
     merge_cache(mine, other)
-    assert precompute(**common, data=str(filled.data), cache=mine).scored == 0
+    assert precompute(**common, data=str(few_words.data), cache=mine).scored == 0
     (scoring,) = read_scorings(mine)
     assert len(read_signals(mine, scoring)) == 2 + len(read_signals(other, scoring))
 
@@ -140,6 +144,79 @@ def test_what_is_no_result_is_left_out(empty: Path, other: Path) -> None:
     assert not any((empty / place).exists() for place in places)
 
 
+def flip(path: Path) -> None:
+    """Changes one bit of a file that others are linked to; theirs stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_damaged_here_and_sound_there_is_taken_and_named(empty: Path, other: Path, packed: bool) -> None:
+    """Under the same names it is mended; rows of another file come beside it, and it stays for verify."""
+    merge_cache(empty, other)
+    if packed:
+        pack_cache(empty)
+    (scoring,) = read_scorings(other)
+    signals = min((empty / "scorings" / scoring.id).glob("signals-*"))
+    samples, chosen = next((empty / "samples").rglob("*.arrow")), next((empty / "responses").glob("chosen-*"))
+    description = empty / "scorings" / scoring.id / "scoring.json"
+    damaged = [signals, samples, chosen, description]
+    for path in damaged:
+        flip(path)
+    done = CliRunner().invoke(cli.app, ["cache", "merge", str(empty), str(other)])
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "adpa cache merge" in done.stdout
+    assert f"{empty}: files of its own are damaged" in done.stderr
+    assert all(str(path) in done.stderr for path in damaged)
+    report = verify_cache(empty)
+    if packed:
+        assert {fault.place for fault in report.faults} == {signals.relative_to(empty).as_posix()}
+        verify_cache(empty, repair=True)
+    assert verify_cache(empty).faults == []
+    assert read_signals(empty, scoring).keys() == read_signals(other, scoring).keys()
+    assert merge_cache(empty, other).failure == ""
+
+
+def test_a_damaged_tokenizer_here_is_named(empty: Path, other: Path) -> None:
+    merge_cache(empty, other)
+    tokenizer = next((empty / "tokenizers").iterdir())
+    (tokenizer / "tokenizer.json").write_text("{")
+    report = merge_cache(empty, other)
+    assert len(report.damaged) == 1
+    assert str(tokenizer) in report.failure
+
+
+@pytest.mark.parametrize("which", ["cache", "other"])
+def test_a_pack_at_any_moment_is_no_fault(
+    which: str, empty: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the one or the other, before any one call of reading a shard."""
+    (scoring,) = read_scorings(other)
+    signals = read_signals(other, scoring)
+    merge_cache(empty, other)
+    write_signals(empty, scoring, [replace(signals.row(0), key=b"e" * 16)])
+    write_signals(other, scoring, [replace(signals.row(0), key=b"o" * 16)])
+    for moment in range(6):
+        pair = {
+            "cache": Path(shutil.copytree(empty, tmp_path / f"cache-{moment}")),
+            "other": Path(shutil.copytree(other, tmp_path / f"other-{moment}")),
+        }
+        calls = iter(range(10**9))
+
+        def read(path: Path, pair: dict[str, Path] = pair, calls: Any = calls, moment: int = moment) -> pa.Table:
+            if next(calls) == moment:
+                pack_cache(pair[which])
+            return read_shard(path)
+
+        monkeypatch.setattr(cache_merge, "read_shard", read)
+        report = merge_cache(pair["cache"], pair["other"])
+        assert (report.refused, report.damaged) == ([], [])
+        assert read_signals(pair["cache"], scoring).keys() == signals.keys() | {b"e" * 16, b"o" * 16}
+
+
 def rows(cache: Path) -> tuple[set[str], set[bytes], set[bytes]]:
     """Sets, keys of signals, keys of samples."""
     return (
@@ -168,7 +245,7 @@ def fill(cache: Path, content: tuple[set[int], list[set[int]], list[set[int]]]) 
 
 
 @given(contents, contents)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_rows_are_those_of_both_in_either_order_and_once_is_enough(left: Any, right: Any) -> None:
     with TemporaryDirectory() as folder:
         for name in ("left", "there", "right", "back"):

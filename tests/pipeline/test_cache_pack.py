@@ -1,5 +1,7 @@
 """Packing: fewer files, the same rows for whoever reads them, at every moment of it."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,9 +23,10 @@ from typer.testing import CliRunner
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data import shards
 from adpa.data.compact import compact_schema
+from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, peek_shard, remove_file, write_shard
+from adpa.data.shards import list_shards, peek_shard, read_shard, remove_file, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
@@ -47,6 +50,11 @@ def as_it_is(table: pa.Table) -> Iterator[pa.Table]:
 def row(key: int, version: int = 0) -> SignalRow:
     """A row of a key; versions of it differ, as those of two runs do."""
     return signal_row(bytes([key]) * 16, 1 + key % 4, seed=10 * key + version)
+
+
+def long_row(key: int, version: int = 0) -> SignalRow:
+    """One that takes more room than what surrounds it in a file, so that few of them reach a goal."""
+    return signal_row(bytes([key]) * 16, 250, seed=10 * key + version)
 
 
 def seen(table: SignalTable) -> dict[bytes, SignalRow]:
@@ -211,6 +219,125 @@ def test_a_damaged_file_stops_it_and_nothing_is_lost(tmp_path: Path) -> None:
     assert list_shards((tmp_path / "scorings" / SCORING.id), "signals") == paths
 
 
+def test_the_work_for_many_files_grows_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a file are measured once, however many files follow."""
+    fill(tmp_path, SCORING, [[row(key)] for key in range(40)])
+    measured = []
+
+    class Measured:
+        """A table, as far as packing looks at it."""
+
+        def __init__(self, table: pa.Table) -> None:
+            self.table, self.schema = table, table.schema
+
+        def __len__(self) -> int:
+            return len(self.table)
+
+        def filter(self, mask: pa.Array) -> "Measured":
+            return Measured(self.table.filter(mask))
+
+        @property
+        def nbytes(self) -> int:
+            measured.append(self)
+            return int(self.table.nbytes)
+
+    class Arrow:
+        array = staticmethod(pa.array)
+        binary, chunked_array = staticmethod(pa.binary), staticmethod(pa.chunked_array)
+
+        @staticmethod
+        def concat_tables(tables: list[Measured]) -> pa.Table:
+            return pa.concat_tables([table.table for table in tables])
+
+    monkeypatch.setattr(cache_pack, "read_shard", lambda path: Measured(read_shard(path)))
+    monkeypatch.setattr(cache_pack, "pa", Arrow)
+    packed = pack_folder(tmp_path / "scorings" / SCORING.id, "signals", SCHEMA, as_it_is)
+    assert packed is not None
+    assert packed.files == 1
+    assert len(measured) == 40
+
+
+def full_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the disk full when so many files are written."""
+    written: list[Location] = []
+
+    def write(*arguments: Any) -> Location:
+        if len(written) == files:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(write_shard(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(cache_pack, "write_shard", write)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_on_a_full_disk_the_cache_gets_no_larger_and_the_next_time_goes_on(
+    files: int, repeated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files without a row in common go as soon as a new one has theirs; otherwise what is new goes again."""
+    parts = [[long_row(key), *([long_row(key + 1, 1)] if repeated else [])] for key in range(20)]
+    before = fill(tmp_path, SCORING, parts)
+    folder = tmp_path / "scorings" / SCORING.id
+    room, count_before = size(folder), count(tmp_path)
+    goal = 3 * room // count_before
+    with monkeypatch.context() as patch:
+        full_after(files, patch)
+        with pytest.raises(OSError, match="No space left"):
+            pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
+    assert size(folder) <= room
+    assert count(tmp_path) == count_before if repeated or files == 0 else count(tmp_path) < count_before
+    assert same(seen(read_signals(tmp_path, SCORING)), before)
+    pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
+    assert same(seen(read_signals(tmp_path, SCORING)), before)
+    assert len(read_signals(tmp_path, SCORING)) == len(before)
+
+
+@given(parts_of_rows, st.sampled_from([400, 20_000, 1 << 20]), st.integers(0, 40), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_second_pack_at_any_moment_of_the_first_loses_nothing(
+    parts: list[list[tuple[int, int]]], goal: int, moment: int, full: bool
+) -> None:
+    """The second one runs whole, or until the disk is full, before any one call of the first one."""
+    with TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        cache = Path(temporary)
+        before = fill(cache, SCORING, [[long_row(*version) for version in part] for part in parts])
+        folder, left = cache / "scorings" / SCORING.id, [moment]
+
+        def disturbed(work: Any) -> Any:
+            def wrapper(*arguments: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    with pytest.MonkeyPatch.context() as inner, suppress(OSError):
+                        if full:
+                            full_after(1, inner)
+                        pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
+                assert same(seen(read_signals(cache, SCORING)), before)
+                return work(*arguments)
+
+            return wrapper
+
+        for work in (peek_shard, read_shard, write_shard, remove_file):
+            patch.setattr(cache_pack, work.__name__, disturbed(work))
+        pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
+        assert same(seen(read_signals(cache, SCORING)), before)
+        pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
+        assert len(read_signals(cache, SCORING)) == len(before)
+
+
+def test_a_link_to_nothing_is_told_and_no_loop(tmp_path: Path) -> None:
+    fill(tmp_path, SCORING, [[row(1)], [row(2)]])
+    (tmp_path / "responses").mkdir()
+    link = tmp_path / "scorings" / SCORING.id / "signals-0.arrow"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CacheError, match=r"a listed file is not there: .*signals-0\.arrow"):
+        pack_cache(tmp_path)
+
+
 def test_a_table_that_is_open_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SMALL_FILE", 0)  # so that these are mapped, as large ones are
     before = fill(tmp_path, SCORING, [[row(key)] for key in range(4)])
@@ -227,7 +354,7 @@ def test_the_command_says_what_became_of_the_files(tmp_path: Path) -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     (line,) = (line.split() for line in done.stdout.splitlines() if SCORING.id in line)
     assert (line[1], line[2], line[-1]) == ("3", "1", "2")
-    assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "1 folders are packed well\n"
+    assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "1 folder is packed well\n"
 
 
 def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.conftest import Filled
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from adpa import VerifyReport, cli, export_cache, pack_cache, precompute, verify_cache
@@ -24,12 +24,19 @@ from adpa.data.shards import read_shard, write_shard
 from adpa.data.signal_rows import plain_schema, plain_table
 from adpa.data.signals import read_scorings, read_signals, write_signals
 from adpa.errors import CacheError, OptionError
+from adpa.pipeline import cache_verify
 
 
 @pytest.fixture
-def cache(filled: Filled, tmp_path: Path) -> Path:
-    """A copy of the filled cache."""
-    return Path(shutil.copytree(filled.cache, tmp_path / "cache"))
+def cache(few_words: Filled, tmp_path: Path) -> Path:
+    """A copy of a filled cache."""
+    return Path(shutil.copytree(few_words.cache, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(few_words: Filled) -> int:
+    """How many tokens there are."""
+    return len(AutoTokenizer.from_pretrained(few_words.models.teacher))
 
 
 def arrow_files(cache: Path) -> list[Path]:
@@ -63,9 +70,9 @@ def test_a_whole_cache_has_no_fault(filled: Filled) -> None:
 
 
 @pytest.mark.parametrize("options", [{"lossy": True}, {"top_p": 0.01}, {"lossy": True, "top_p": 0.01}])
-def test_every_encoding_is_without_a_fault(options: dict[str, Any], filled: Filled, tmp_path: Path) -> None:
-    models = filled.models
-    common: dict[str, Any] = {"teacher": str(models.teacher), "data": str(filled.data), "top_k": 50}
+def test_every_encoding_is_without_a_fault(options: dict[str, Any], few_words: Filled, tmp_path: Path) -> None:
+    models = few_words.models
+    common: dict[str, Any] = {"teacher": str(models.teacher), "data": str(few_words.data), "top_k": 50}
     precompute(**common, reference=str(models.reference), cache=tmp_path, **options)
     report = verify_cache(tmp_path)
     assert report.faults == []
@@ -77,7 +84,8 @@ def test_every_encoding_is_without_a_fault(options: dict[str, Any], filled: Fill
     assert lengths == {50} if "top_p" not in options else lengths != {50} and lengths <= set(range(1, 51))
 
 
-def test_one_bit_anywhere_in_any_file_is_found(cache: Path) -> None:
+def test_one_bit_anywhere_in_any_file_is_found(filled: Filled, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(filled.cache, tmp_path / "cache"))
     dice, files = random.Random(0), sorted(path for path in cache.rglob("*") if path.is_file())
     for path in files:
         flipped = bytearray(path.read_bytes())
@@ -157,7 +165,7 @@ def with_ids(table: pa.Table, column: str, ids: list[int]) -> pa.Table:
     ("change", "problem"),
     [
         (lambda table: with_ids(table, "prompt_ids", [1, 2, 3]), "row 3: the key is not the digest"),
-        (lambda table: with_ids(table, "response_ids", [49152]), "row 3: ids that the vocabulary lacks"),
+        (lambda table: with_ids(table, "response_ids", [10_000]), "row 3: ids that the vocabulary lacks"),
         (lambda table: with_ids(table, "response_ids", [-1]), "row 3: ids that the vocabulary lacks"),
         (lambda table: with_ids(table, "prompt_ids", []), "row 3: an empty prompt or response"),
         (lambda table: table.slice(1), "not those of its rows"),
@@ -200,13 +208,13 @@ def test_what_is_missing_is_told(cache: Path) -> None:
     assert all(problem.startswith("not there") for problem in found.values())
 
 
-def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path) -> None:
+def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path, vocabulary: int) -> None:
     (scoring,) = read_scorings(cache)
     path = (cache / "scorings" / scoring.id) / "scoring.json"
     path.write_text(path.read_text().replace('"top_k": 10', '"top_k": 11'))
     tokenizer = next((cache / "tokenizers").iterdir())
     description = json.loads((tokenizer / "tokenizer.json").read_text())
-    description["model"]["vocab"]["adpa"] = 49152
+    description["model"]["vocab"]["adpa"] = vocabulary
     (tokenizer / "tokenizer.json").write_text(json.dumps(description))
     assert places(verify_cache(cache)) == {f"scorings/{scoring.id}/scoring.json", f"tokenizers/{tokenizer.name}"}
 
@@ -233,7 +241,7 @@ def test_pending_rows_are_checked_as_the_teachers_alone(cache: Path) -> None:
     assert places(verify_cache(cache)) == {Path(str(path)).relative_to(cache).as_posix()}
 
 
-def test_repair_sets_aside_and_precompute_scores_the_lost_rows_again(cache: Path, filled: Filled) -> None:
+def test_repair_sets_aside_and_precompute_scores_the_lost_rows_again(cache: Path, few_words: Filled) -> None:
     (scoring,) = read_scorings(cache)
     shard = sorted((cache / "scorings" / scoring.id).glob("signals-*"))[0]
     lost = len(read_shard(shard))
@@ -249,13 +257,13 @@ def test_repair_sets_aside_and_precompute_scores_the_lost_rows_again(cache: Path
     assert not any(path.exists() for path in damaged)
     assert "run the same adpa precompute again" in report.failure
     assert verify_cache(cache).faults == [], "what is left is whole"
-    assert sum(resume(cache, filled)) == lost
+    assert sum(resume(cache, few_words)) == lost
     assert verify_cache(cache).faults == []
     (again,) = read_scorings(cache)
-    assert read_signals(cache, again).keys() == read_signals(filled.cache, scoring).keys()
+    assert read_signals(cache, again).keys() == read_signals(few_words.cache, scoring).keys()
 
 
-def test_repair_of_a_tokenizer_and_of_a_description_leaves_no_gap_for_long(cache: Path, filled: Filled) -> None:
+def test_repair_of_a_tokenizer_and_of_a_description_leaves_no_gap_for_long(cache: Path, few_words: Filled) -> None:
     (scoring,) = read_scorings(cache)
     ((cache / "scorings" / scoring.id) / "scoring.json").write_text("{")
     tokenizer = next((cache / "tokenizers").iterdir())
@@ -263,7 +271,7 @@ def test_repair_of_a_tokenizer_and_of_a_description_leaves_no_gap_for_long(cache
     report = verify_cache(cache, repair=True)
     assert places(report) == {f"scorings/{scoring.id}/scoring.json", f"tokenizers/{tokenizer.name}"}
     assert not tokenizer.exists()
-    assert resume(cache, filled) == (0, 0), "the rows were whole"
+    assert resume(cache, few_words) == (0, 0), "the rows were whole"
     assert verify_cache(cache).faults == []
 
 
@@ -279,7 +287,7 @@ def test_a_fault_is_exit_code_1_and_the_files_name(cache: Path, tmp_path: Path) 
     place = shard.relative_to(cache).as_posix()
     assert done.exit_code == 1
     assert place in done.stdout.replace("\n", "")
-    assert done.stderr == f"adpa: {cache}: 1 faults in {place}; --repair sets damaged files aside\n"
+    assert done.stderr == f"adpa: {cache}: 1 fault in {place}; --repair sets damaged files aside\n"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["faults"] == [asdict(fault) for fault in verify_cache(cache).faults]
     done = verify(["cache", "verify", str(cache), "--repair"])
@@ -288,11 +296,57 @@ def test_a_fault_is_exit_code_1_and_the_files_name(cache: Path, tmp_path: Path) 
     assert verify(["cache", "verify", str(cache)]).exit_code == 0
 
 
-def test_the_programme_ends_without_a_traceback(cache: Path) -> None:
+def test_the_programme_ends_without_a_traceback(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arrow_files(cache)[0].write_bytes(b"")
-    command = [sys.executable, "-m", "adpa", "cache", "verify", str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    monkeypatch.setattr(sys, "argv", ["adpa", "cache", "verify", str(cache)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert (stop.value.code, len(capsys.readouterr().err.splitlines())) == (1, 1)
+
+
+def test_findings_have_a_line_between_them(cache: Path) -> None:
+    for path in arrow_files(cache)[:2]:
+        path.write_bytes(b"")
+    lines = CliRunner().invoke(cli.app, ["cache", "verify", str(cache)]).stdout.splitlines()
+    assert lines.count("") == 2
+    assert lines[-1].startswith("2 faults in ")
+
+
+def test_a_pack_at_any_moment_is_no_fault_and_every_row_is_checked(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It packs before one call of reading a shard; what was there vanishes for all that follow."""
+    (scoring,) = read_scorings(cache)
+    signals = read_signals(cache, scoring)
+    for path in (cache / "scorings" / scoring.id).glob("signals-*"):
+        path.unlink()
+    for number in range(6):
+        write_signals(cache, scoring, [signals.row(number)])
+    rows, shards = verify_cache(cache).rows, len(arrow_files(cache))
+    for moment in range(7):  # six files of signals and one of samples are read
+        disturbed, calls = Path(shutil.copytree(cache, cache.with_name(f"{moment}"))), iter(range(10**9))
+
+        def read(path: Path, disturbed: Path = disturbed, calls: Any = calls, moment: int = moment) -> pa.Table:
+            if next(calls) == moment:
+                pack_cache(disturbed)
+            return read_shard(path)
+
+        monkeypatch.setattr(cache_verify, "read_shard", read)
+        report = verify_cache(disturbed)
+        assert report.faults == []
+        assert rows <= report.rows <= rows + 6, "those that were checked before are checked again in the new file"
+        assert len(arrow_files(disturbed)) == shards - 5
+
+
+def test_files_that_vanish_again_and_again_are_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(path: Path) -> pa.Table:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(cache_verify, "read_shard", vanished)
+    with pytest.raises(CacheError, match="a listed file is not there"):
+        verify_cache(cache)
 
 
 def test_what_cannot_be_verified_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

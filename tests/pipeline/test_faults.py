@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -250,10 +250,11 @@ def test_after_a_fault_at_any_step_nothing_is_lost_nothing_is_partial_and_a_reru
     whole = contents(folder / "whole")
     assert {point.call for point in points} == set(CALLS)
     injected: Counter[str] = Counter()
+    # Both errors take the same path through the code: each kind of call gives them by turns.
+    errors: dict[Point, Iterator[str]] = defaultdict(lambda: cycle(["EIO", "ENOSPC"]))
     for at, point in enumerate(points):
-        for name in ("SIGKILL", "EIO", "ENOSPC"):
-            if name != "SIGKILL" and point.moment == "after":  # an error is of a call that has not done its work
-                continue
+        # An error is of a call that has not done its work.
+        for name in ["SIGKILL"] + [next(errors[point])] * (point.moment != "after"):
             cache = folder / f"{at}-{name}"
             committed = (
                 fill_and_kill(cache, at) if name == "SIGKILL" else fill_and_fail(cache, at, getattr(errno, name))
