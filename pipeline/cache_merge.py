@@ -86,7 +86,8 @@ def merge_cache(
     files = list_files(other)
     merge = _Merge(cache, other, MergeReport(str(cache), str(other)))
     with progress("merging: bytes", sum(file.size for file in files)) as advance:
-        for kind in ("tokenizer", "scoring", "signals", "samples", "response set"):  # a set comes after its rows
+        # A set comes first, so that a gc beside this one sees whose the rest is; then a scoring before its rows.
+        for kind in ("response set", "tokenizer", "scoring", "signals", "samples"):
             for file in files:
                 if file.kind == kind:
                     merge.take(file)

@@ -208,6 +208,11 @@ def precompute(
             open_sampler = partial(runs_on.open_sampler, models.student, sampling, longest)
             sample_responses(cache, sampling, unsampled, open_sampler, batch_tokens)
         said = read_samples(cache, sampling)
+        while not dry_run and (lost := [request for _, request in requests if request.key not in said]):
+            # Samples of no set are garbage after a day: a gc beside this run may have removed some just now.
+            again = list({request.key: request for request in lost}.values())
+            sample_responses(cache, sampling, again, open_sampler, batch_tokens)
+            said |= read_samples(cache, sampling)
         rows = [
             (example_id, request.prompt_ids, said[request.key])
             for example_id, request in requests
@@ -226,10 +231,10 @@ def precompute(
         lossy=lossy,
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
-    if not dry_run:  # before it is counted what is missing: rows of sets are nobody's garbage
-        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
+    if not dry_run:  # before it is looked what is missing: what sets need is nobody's garbage
         for responses_of in sets.values():
             write_response_set(cache, responses_of)
+        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
     missing = missing_sequences(cache, scoring, list(wanted.values()))
     written = 0
 
