@@ -1,6 +1,7 @@
 """The format of a cache: which program and which version wrote it.
 
-``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file, and is told by what else it has. A reader reads every version up to its own.
+``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file, and is told by its other files. A reader
+reads every version up to its own.
 """
 
 import re

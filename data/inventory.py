@@ -72,7 +72,7 @@ def list_files(cache: Location) -> list[CacheFile]:
 
 def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
     try:
-        paths = list(folder.iterdir())
+        paths: list[Location] = list(folder.iterdir())
     except FileNotFoundError:  # removed meanwhile
         return
     for path in paths:

@@ -179,7 +179,7 @@ def test_a_gc_killed_at_any_step_loses_nothing_and_the_next_one_and_a_run_mend_i
 def test_rows_that_a_killed_gc_hid_are_put_back_for_the_set_that_needs_them(cache: Path) -> None:
     run(cache, a_set(0, 4))
     whole = {row.key for row in rows_of(cache)}
-    for path in list_shards(SCORING.folder(cache), "signals"):
+    for path in list((cache / "scorings" / SCORING.id).glob("signals-*")):
         path.rename(path.with_name(f".{path.name}.{0:032x}"))
     tokenizer = cache / "tokenizers" / DIGEST
     tokenizer.rename(tokenizer.with_name(f".{DIGEST}.{0:032x}"))
@@ -194,7 +194,7 @@ def test_rows_that_a_killed_gc_hid_are_put_back_for_the_set_that_needs_them(cach
 
 def test_the_file_of_a_run_at_work_is_not_taken_from_it(cache: Path) -> None:
     run(cache, a_set(0, 4))
-    (path, *_) = list_shards(SCORING.folder(cache), "signals")
+    path = next((cache / "scorings" / SCORING.id).glob("signals-*"))
     writing = path.rename(path.with_name(f".{path.name}.{0:032x}"))
     collect_garbage(cache, yes=True)
     assert writing.exists()
