@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from tests.data.makers import INFO, SAMPLING, TURN_END, token_ids
 from tests.pipeline.test_faults import DIGEST, SCORING, SCORING_BATCH, TOKENIZER, Model, Point, Watched
+from upath import UPath
 
 from adpa import collect_garbage, list_cache, merge_cache, verify_cache
 from adpa.data.format import prepare_cache
 from adpa.data.inventory import list_files
-from adpa.data.removal import set_aside
+from adpa.data.removal import remove_unless, set_aside
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.shards import list_shards, write_shard
@@ -286,3 +287,12 @@ def test_samples_are_there_until_a_set_is_made_of_them(cache: Path) -> None:
     assert samples_folder(cache, SAMPLING).exists()
     collect_garbage(cache, yes=True)
     assert not samples_folder(cache, SAMPLING).exists()
+
+
+def test_in_an_object_store_it_is_looked_just_before_a_file_goes() -> None:
+    file = UPath("memory://gc/signals-0.arrow")
+    file.write_bytes(b"rows")
+    assert not remove_unless(file.parent, file, lambda: True)
+    assert file.exists()
+    assert remove_unless(file.parent, file, lambda: False)
+    assert not file.exists()
