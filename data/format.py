@@ -1,15 +1,19 @@
 """The format of a cache: which program and which version wrote it.
 
-``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file. A reader reads every version up to its own.
+``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file, and is told by its other files. A reader
+reads every version up to its own.
 """
+
+import re
 
 from adpa.data.documents import read_document, write_document
 from adpa.data.locations import Location
-from adpa.data.shards import damaged
-from adpa.errors import CacheError, DamagedFileError
+from adpa.data.shards import damaged, list_folder
+from adpa.errors import AdpaError, CacheError, DamagedFileError
 
 FORMAT, VERSION = "adpa-cache", 2
 MARKER = "cache.json"
+RESPONSE_SET = r"[a-z]+-[0-9a-f]{16}-[0-9a-f]{32}\.arrow"
 
 
 def check_cache(cache: Location) -> int:
@@ -51,12 +55,15 @@ def find_version(cache: Location) -> int | None:
     """
     marker = cache / MARKER
     try:
-        fields, proved = read_document(marker)
-    except FileNotFoundError:
-        return 1 if any((cache / folder).is_dir() for folder in ("responses", "scorings")) else None
+        try:
+            fields, proved = read_document(marker)
+        except FileNotFoundError:
+            return 1 if _has_files(cache) else None
     except DamagedFileError as error:  # nothing in it is proved, not even that it is a marker
         problem = str(error.args[0]).replace(": damaged: ", ": damaged, or of another program: ", 1)
         raise DamagedFileError(problem, "name another directory, or restore this file") from error
+    except AdpaError:
+        raise
     except Exception as error:  # clients of object stores have errors of their own
         raise _unusable(cache, "read", error) from error
     if fields.get("format") != FORMAT:
@@ -72,6 +79,13 @@ def find_version(cache: Location) -> int | None:
     if not proved or version != VERSION or len(fields) != 2:
         raise damaged(marker, f"its version is {version!r}, or its checksum is gone")
     return VERSION
+
+
+def _has_files(cache: Location) -> bool:
+    """Whether a directory has a file that only a cache has; a folder of some name is anybody's."""
+    if any(re.fullmatch(RESPONSE_SET, path.name) for path in list_folder(cache / "responses")):
+        return True
+    return any((folder / "scoring.json").exists() for folder in list_folder(cache / "scorings"))
 
 
 def _unusable(cache: Location, what: str, error: Exception) -> CacheError:

@@ -1,39 +1,44 @@
 """Every file of a cache, and what it is by its place."""
 
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from adpa.data.locations import Location
+from adpa.data.shards import HIDDEN
 
 FileKind = Literal[
     "marker", "response set", "scoring", "signals", "pending", "samples", "tokenizer", "unfinished", "damaged",
     "evaluation", "unknown",
 ]  # fmt: skip
 
-# The first that fits a place, which is the path below the cache. Readers take whatever has such a name.
+NAME = r"[^/.][^/]*"
+
+# The first that fits a place, which is the path below the cache. Readers take whatever has such a name. What is hidden
+# and has no name that adpa gives belongs to somebody else.
 PLACES: dict[FileKind, str] = {
-    "damaged": r"damaged/.+",
-    "unfinished": r"(.+/)?\..+",
+    "unfinished": rf"(({NAME}/)*{HIDDEN}|tokenizers/{HIDDEN}(/.*[^/])?)",
+    "damaged": rf"damaged(/{NAME})+",
     "marker": r"cache\.json",
-    "response set": r"responses/[^/]+\.arrow",
-    "scoring": r"scorings/[^/]+/scoring\.json",
-    "signals": r"scorings/[^/]+/signals-[^/]+\.arrow",
-    "pending": r"scorings/[^/]+/pending/teacher-[^/]+\.arrow",
-    "samples": r"samples/[^/]+/samples-[^/]+\.arrow",
-    "tokenizer": r"tokenizers/[^/]+/.+",
+    "response set": rf"responses/{NAME}\.arrow",
+    "scoring": rf"scorings/{NAME}/scoring\.json",
+    "signals": rf"scorings/{NAME}/signals-[^/]+\.arrow",
+    "pending": rf"scorings/{NAME}/pending/teacher-[^/]+\.arrow",
+    "samples": rf"samples/{NAME}/samples-[^/]+\.arrow",
+    "tokenizer": rf"tokenizers(/{NAME}){{2,}}",
     "evaluation": r"evaluation/",
     "unknown": r".+",
 }
-FOLDERS = r"responses|(scorings|samples)(/[^/]+)?|scorings/[^/]+/pending"
-DEEP_FOLDERS = r"(tokenizers|damaged)(/.+)?"
+FOLDERS = rf"responses|(scorings|samples)(/{NAME})?|scorings/{NAME}/pending"
+DEEP_FOLDERS = rf"(tokenizers|damaged)(/{NAME})*|tokenizers/{HIDDEN}(/.+)?"
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A file of a cache; a directory that is none of the cache's is one entry of no size.
+    """A file of a cache; a directory that is none of the cache's, and what is no regular file, is one entry of no size.
 
     Attributes:
         path: where it is.
@@ -66,7 +71,11 @@ def list_files(cache: Location) -> list[CacheFile]:
 
 
 def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
-    for path in folder.iterdir():
+    try:
+        paths: list[Location] = list(folder.iterdir())
+    except FileNotFoundError:  # removed meanwhile
+        return
+    for path in paths:
         place = above + path.name
         is_directory = path.is_dir()
         # Folders of any depth must not be a loop of links, nor lead out of the cache.
@@ -77,7 +86,17 @@ def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
             found = path.stat()
         except FileNotFoundError:  # removed meanwhile, or a link to nothing
             continue
+        except OSError:  # a link to itself
+            yield CacheFile(path, place, "unknown", 0, 0.0)
+            continue
         if is_directory:
-            place += "/"
-        kind = next(kind for kind, pattern in PLACES.items() if re.fullmatch(pattern, place))
-        yield CacheFile(path, place, kind, 0 if is_directory else found.st_size, found.st_mtime)
+            yield CacheFile(path, place + "/", find_kind(place + "/"), 0, found.st_mtime)
+        elif isinstance(path, Path) and not stat.S_ISREG(found.st_mode):
+            yield CacheFile(path, place, "unknown", 0, found.st_mtime)
+        else:
+            yield CacheFile(path, place, find_kind(place), found.st_size, found.st_mtime)
+
+
+def find_kind(place: str) -> FileKind:
+    """What a file is by its place."""
+    return next(kind for kind, pattern in PLACES.items() if re.fullmatch(pattern, place))

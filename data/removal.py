@@ -1,18 +1,89 @@
-"""Taking files out of a cache: for good, or into ``CACHE/damaged``."""
+"""Taking files out of a cache: for good, unless they are needed again, or into ``CACHE/damaged``.
 
-from collections.abc import Iterable
+Writers put a file that needs others into the cache before they look whether these are there. So what seems to be of no
+use is hidden first, then it is looked who needs it: either the writer finds it gone, or he is seen here. A process that
+is killed in between leaves hidden files, which the next one puts back.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from adpa.data.inventory import CacheFile
+from adpa.data.inventory import CacheFile, find_kind
 from adpa.data.locations import Location
-from adpa.data.shards import remove_file, write_file
+from adpa.data.shards import find_hidden, hide, is_whole, remove_file, write_file
+from adpa.data.signals import read_scoring_file
+from adpa.data.vocabulary import CONTENTS, read_contents
+from adpa.errors import CacheError
 
 
 def remove_files(cache: Location, files: Iterable[CacheFile]) -> None:
     """Removes files, and the folders of the cache that this leaves empty; what is gone already is as good."""
     for file in files:
         remove_file(file.path)
-        _remove_empty_folders(cache, file)
+        _remove_empty_folders(cache, file.path)
+
+
+def remove_unless(cache: Location, path: Location, needed: Callable[[], bool]) -> bool:
+    """Removes a file, or a folder of a file system with its files, unless it is needed; says whether it did.
+
+    ``needed`` is asked when it is hidden. Object stores cannot rename: there it is asked just before the file goes.
+    """
+    if not isinstance(path, Path):
+        if needed():
+            return False
+        remove_file(path)
+        return True
+    try:
+        hidden = hide(path)
+    except FileNotFoundError:  # another process was first
+        return False
+    try:
+        keep = needed()
+    except BaseException:
+        _show(hidden, path)
+        raise
+    if keep:
+        _show(hidden, path)
+        return False
+    _remove(hidden)
+    _remove_empty_folders(cache, path)
+    return True
+
+
+def find_restorable(files: Iterable[CacheFile]) -> list[CacheFile]:
+    """The hidden files that are whole, and nobody has written again; of a hidden tokenizer, the list of its files.
+
+    A process was killed when it had hidden them, or before it gave them their names.
+    """
+    hidden = (file for file in files if file.kind == "unfinished" and isinstance(file.path, Path))
+    return [file for file in hidden if _is_restorable(file)]
+
+
+def as_restored(files: Iterable[CacheFile], restorable: Iterable[CacheFile]) -> list[CacheFile]:
+    """What a listing of the files would be if what can be restored were."""
+    folders = {_hidden_path(file) for file in restorable}
+
+    def moved(file: CacheFile) -> CacheFile:
+        hidden = _hidden_path(file) if folders and file.kind == "unfinished" else None
+        if hidden is None or hidden not in folders:
+            return file
+        place = file.place.replace(hidden.name, find_hidden(hidden).name)
+        return replace(file, place=place, kind=find_kind(place))
+
+    return [moved(file) for file in files]
+
+
+def restore(file: CacheFile, abandoned: bool) -> None:
+    """Puts back what ``find_restorable`` gave; a copy of it, where the one that writes it may still be at work."""
+    hidden = _hidden_path(file)
+    path = find_hidden(hidden)
+    if abandoned or hidden.is_dir():
+        _show(hidden, path)
+    else:
+        write_file(path, hidden.read_bytes())
 
 
 def set_aside(cache: Location, files: Iterable[CacheFile]) -> list[str]:
@@ -26,8 +97,56 @@ def set_aside(cache: Location, files: Iterable[CacheFile]) -> list[str]:
     return places
 
 
-def _remove_empty_folders(cache: Location, file: CacheFile) -> None:
-    folder = file.path.parent
+def _is_restorable(file: CacheFile) -> bool:
+    hidden = _hidden_path(file)
+    path = find_hidden(hidden)
+    place = file.place[: -len(file.path.name)] + path.name if hidden == file.path else ""
+    kind = find_kind(place) if place else "tokenizer"
+    try:
+        if os.path.lexists(path):
+            return False
+        if kind in ("signals", "pending", "samples"):
+            return is_whole(hidden)
+        if kind == "scoring":
+            read_scoring_file(hidden)
+            return True
+        if kind == "tokenizer" and file.path == hidden / CONTENTS:
+            read_contents(hidden)
+            return True
+    except (FileNotFoundError, CacheError):  # its process has just ended, or it is half
+        return False
+    return False
+
+
+def _hidden_path(file: CacheFile) -> Path:
+    """The hidden file, or the folder of a tokenizer that is hidden as a whole."""
+    assert isinstance(file.path, Path), "in object stores nothing is hidden"
+    parts = file.place.split("/")
+    is_folder = len(parts) > 2 and parts[0] == "tokenizers" and parts[1].startswith(".")
+    return file.path.parents[len(parts) - 3] if is_folder else file.path
+
+
+def _show(hidden: Path, path: Path) -> None:
+    """Gives a hidden file or folder its name back."""
+    try:
+        os.rename(hidden, path)
+    except FileNotFoundError:  # another process has put it back
+        return
+    except OSError:
+        if not path.is_dir():
+            raise
+        _remove(hidden)  # another process has written the folder again
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        remove_file(path)
+
+
+def _remove_empty_folders(cache: Location, path: Location) -> None:
+    folder = path.parent
     # The folders right below the cache stay, as readers look for them. Object stores have no folders.
     while isinstance(folder, Path) and folder.parent != cache and folder != cache:
         try:

@@ -7,7 +7,9 @@ store an object appears when it is whole; it is read through a local copy, which
 
 import hashlib
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -24,6 +26,7 @@ Result = TypeVar("Result")
 
 SMALL_FILE = 1 << 16
 LISTINGS = 100
+HIDDEN = r"\.[^/]+\.[0-9a-f]{32}"  # what this module names what readers must not see
 
 
 def write_file(path: Location, payload: bytes | pa.Buffer) -> None:
@@ -69,6 +72,28 @@ def remove_file(path: Location) -> None:
     """Removes a file; one that another process has removed is as good."""
     with suppress(FileNotFoundError):
         path.unlink()
+
+
+def hide(path: Path) -> Path:
+    """Gives a file or folder a name that readers ignore, at once.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    hidden = _hidden(path)
+    os.rename(path, hidden)
+    return hidden
+
+
+def find_hidden(path: Path) -> Path:
+    """The path that a hidden file or folder had, or was to get."""
+    assert re.fullmatch(HIDDEN, path.name)
+    return path.with_name(path.name[1:].rpartition(".")[0])
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the bytes of a hidden shard are those that its name without the hiding says."""
+    return _digest(map_file(path)) == find_hidden(path).stem.rpartition("-")[2]
 
 
 def serialize(table: pa.Table) -> pa.Buffer:
@@ -204,7 +229,10 @@ def read_shards(folder: Location, prefix: str) -> Iterator[pa.Table]:
 
 def map_file(path: Path) -> pa.Buffer:
     """A file's bytes: mapped into memory, or read where that is cheaper (a process may map some 65,000 files)."""
-    if path.stat().st_size < SMALL_FILE:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # to read a pipe is to wait for ever
+        raise damaged(path, "no regular file")
+    if found.st_size < SMALL_FILE:
         return pa.py_buffer(path.read_bytes())
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()

@@ -158,7 +158,7 @@ def read_tokenizer(cache: Location, digest: str) -> PreTrainedTokenizerBase:
     if not re.fullmatch("[0-9a-f]+", digest):  # it was read from a file, and must not lead out of the cache
         raise damaged(path, "no digest of a tokenizer")
     try:
-        files = _read_contents(path)
+        files = read_contents(path)
         with TemporaryDirectory() as temporary:
             write_folder(Path(temporary) / digest, files)
             tokenizer = load_tokenizer(Path(temporary) / digest)
@@ -169,8 +169,13 @@ def read_tokenizer(cache: Location, digest: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_contents(path: Location) -> dict[str, bytes]:
-    """The files of a tokenizer that were written, each the same as it was then; all there are where nobody noted it."""
+def read_contents(path: Location) -> dict[str, bytes]:
+    """The files of a tokenizer that were written, each the same as it was then; all there are where nobody noted it.
+
+    Raises:
+        FileNotFoundError: one is not there.
+        DamagedFileError: one is not what was written.
+    """
     try:
         contents, proved = read_document(path / CONTENTS)
     except FileNotFoundError:  # version 1

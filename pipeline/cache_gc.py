@@ -1,11 +1,15 @@
 """What a cache keeps and no response set needs: found, listed with its bytes, and removed when asked to."""
 
+import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Doc
@@ -13,11 +17,12 @@ from typing_extensions import Doc
 from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, FileKind, list_files
 from adpa.data.locations import Location
-from adpa.data.removal import remove_files
+from adpa.data.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.samples import samples_folder
-from adpa.data.shards import peek_shard, read_shard, serialize, write_shard
+from adpa.data.shards import list_folder, list_shards, peek_shard, read_shard, write_shard
 from adpa.data.signals import Scoring, read_scorings
+from adpa.errors import CacheError
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
 
@@ -34,7 +39,7 @@ class Garbage:
         reason: why it can go.
         rows: rows that go; none for what has no rows.
         kept: rows that stay, in a new file.
-        bytes: what this frees.
+        bytes: what this frees; before it is removed, what it would free if all rows were of one size.
     """
 
     place: str
@@ -74,71 +79,141 @@ def collect_garbage(
     file that has others too is written anew without them), scorings without rows, tokenizers that no set names,
     samples of which no set was made, rows that waited for the reference and need not, temporary files of killed runs,
     and what was set aside in CACHE/damaged. What a run at work may be about to need stays for a day: temporary files,
-    samples, tokenizers, and scorings without rows.
+    samples, tokenizers, and scorings without rows. With --yes a day is told by the clock of the file system, else by
+    this machine's. Other commands may run beside it on a file system; in an object store, which cannot rename, adpa
+    precompute and adpa cache merge must not.
 
     Raises:
-        CacheError: there is no cache.
+        CacheError: there is no cache, or a response set was set aside and is not there again.
         DamagedFileError: a file is damaged, so that it cannot be told what is needed.
-        OptionError: the cache cannot be written.
+        OptionError: the cache cannot be written, with ``yes``.
     """
     check_cache(cache)
-    check_writable("CACHE", cache)
-    found = _Garbage(list_files(cache), _now(cache) - DAY)
-    sets = list(read_response_sets(cache))
-    for scoring in read_scorings(cache):
-        found.of_scoring(scoring, sets)
-    samplings = [responses.info.sampling for responses in sets]
-    samples = {samples_folder(cache, sampling).name for sampling in samplings if sampling is not None}
-    found.of_owners("samples", samples, "no response set was made of them")
-    found.of_owners("tokenizer", {responses.info.tokenizer for responses in sets}, "no response set names it")
-    found.others()
+    if yes:
+        check_writable("CACHE", cache)
+    needs = _Needs(cache)
+    _check_sets_are_whole(cache, needs)
     if yes:
         prepare_cache(cache)
-        with progress("removing: files", len(found.files)) as advance:
-            for file, kept in found.files:
-                if kept is not None:
-                    write_shard(file.path.parent, file.path.name.partition("-")[0], kept)
-                remove_files(cache, [file])
+    young = (_now(cache) if yes else time.time()) - DAY
+    files = list_files(cache)
+    restorable = find_restorable(files)
+    if yes and restorable:
+        for file in restorable:
+            restore(file, abandoned=file.changed <= young)
+        files = list_files(cache)
+    else:
+        files = as_restored(files, restorable)
+    needs.look()
+    found = _Garbage(cache, needs, files, young)
+    for scoring in read_scorings(cache):
+        found.of_scoring(scoring)
+    found.of_owners("samples", "no response set was made of them")
+    found.of_owners("tokenizer", "no response set names it")
+    found.others()
+    garbage = [part for candidate in found.candidates for part in candidate.garbage]
+    if yes:
+        garbage = []
+        with progress("removing: files", len(found.candidates)) as advance:
+            for candidate in found.candidates:
+                garbage += candidate.remove()
                 advance(1)
-    return GarbageReport(
-        str(cache), found.garbage, sum(garbage.bytes for garbage in found.garbage), sorted(found.young), yes
-    )
+    return GarbageReport(str(cache), garbage, sum(found.bytes for found in garbage), sorted(found.young), yes)
+
+
+class _Needs:
+    """What response sets need; a set that was seen once counts, whatever becomes of its file."""
+
+    def __init__(self, cache: Location) -> None:
+        self.sets: dict[str, ResponseSet] = {}
+        self._cache = cache
+        self._names: set[str] = set()
+        self.look()
+
+    def look(self) -> int:
+        """Reads the sets if any has appeared; gives how many were ever seen."""
+        names = {path.name for path in list_shards(self._cache / "responses")}
+        if not names <= self._names:
+            self.sets |= {found.id: found for found in read_response_sets(self._cache)}
+            self._names |= names
+        return len(self.sets)
+
+    def keys(self, vocabulary: str) -> pa.ChunkedArray:
+        """The keys of the sets of a vocabulary."""
+        tables = [found.table for found in self.sets.values() if found.info.vocabulary == vocabulary]
+        return pa.chunked_array([chunk for table in tables for chunk in table["key"].chunks], pa.binary(16))
+
+    def owners(self, kind: FileKind) -> set[str]:
+        """The ids of the samples, or of the tokenizers, that sets were made of or with."""
+        infos = [found.info for found in self.sets.values()]
+        if kind == "tokenizer":
+            return {info.tokenizer for info in infos}
+        return {samples_folder(self._cache, info.sampling).name for info in infos if info.sampling is not None}
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What can go, as far as one knows, and what removes it and says what has gone."""
+
+    garbage: list[Garbage]
+    remove: Callable[[], list[Garbage]]
 
 
 class _Garbage:
-    """Notes what can go: whole files, and files with the rows that stay."""
+    """Notes what can go: whole files, and files with rows that stay."""
 
-    def __init__(self, files: Sequence[CacheFile], young: float) -> None:
-        self.garbage: list[Garbage] = []
-        self.files: list[tuple[CacheFile, pa.Table | None]] = []
+    def __init__(self, cache: Location, needs: _Needs, files: Sequence[CacheFile], young: float) -> None:
+        self.candidates: list[_Candidate] = []
         self.young: list[str] = []
+        self._cache = cache
+        self._needs = needs
         self._files = files
         self._young = young
 
-    def of_scoring(self, scoring: Scoring, sets: Sequence[ResponseSet]) -> None:
+    def of_scoring(self, scoring: Scoring) -> None:
         """Rows that no set of the scoring's vocabulary has; rows in waiting that are done, too; then the scoring."""
-        needed = _keys(found.table for found in sets if found.info.vocabulary == scoring.vocabulary)
         own = [file for file in self._files if file.place.startswith(f"scorings/{scoring.id}/")]
-        signals = [file for file in own if file.kind == "signals"]
-        tables = {file: table for file in signals if (table := _peek(file)) is not None}
-        stays = [self._rows(file, table, needed, "no response set needs it") for file, table in tables.items()]
-        done = _keys(tables.values())
-        waiting = needed.filter(pc.invert(pc.is_in(needed, value_set=done)))
-        for file in own:
-            if file.kind == "pending" and (table := _peek(file)) is not None:
-                stays.append(self._rows(file, table, waiting, "done, or no response set needs it"))
+        signals, pending = (_read_keys(own, kind) for kind in ("signals", "pending"))
+
+        def wanted(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pc.is_in(keys, value_set=self._needs.keys(scoring.vocabulary))
+
+        done = _join(signals.values())
+        done = done.filter(wanted(done))
+
+        def awaited(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pc.and_not(wanted(keys), pc.is_in(keys, value_set=done))
+
+        stays = [
+            *self._rows(signals, wanted, "no response set needs it"),
+            *self._rows(pending, awaited, "done, or no response set needs it"),
+        ]
         if own and not any(stays):  # one that appeared after the files were listed has none here
             left = [file for file in own if file.kind == "scoring"]
-            self._unless_young(left, "it has no rows", max(file.changed for file in own))
+            folder = scoring.folder(self._cache)
 
-    def of_owners(self, kind: FileKind, needed: set[str], reason: str) -> None:
+            def has_rows() -> bool:
+                return bool(list_shards(folder) or list_shards(folder / "pending"))
+
+            self._unless_young(left, "it has no rows", max(file.changed for file in own), has_rows)
+
+    def of_owners(self, kind: FileKind, reason: str) -> None:
         """Folders of files of a kind, but for those that are needed."""
         folders: dict[str, list[CacheFile]] = defaultdict(list)
         for file in self._files:
-            if file.kind == kind and file.owner not in needed:
+            if file.kind == kind and file.owner not in self._needs.owners(kind):
                 folders[file.owner].append(file)
-        for files in folders.values():
-            self._unless_young(files, reason, max(file.changed for file in files))
+        for owner, files in folders.items():
+
+            def needed(owner: str = owner) -> bool:
+                self._needs.look()
+                return owner in self._needs.owners(kind)
+
+            changed = max(file.changed for file in files)
+            if kind == "tokenizer" and isinstance(self._cache, Path):  # which is there as a whole, or not at all
+                self._unless_young(files, reason, changed, needed, self._cache / "tokenizers" / owner)
+            else:
+                self._unless_young(files, reason, changed, needed)
 
     def others(self) -> None:
         """Temporary files, and damaged ones."""
@@ -146,32 +221,110 @@ class _Garbage:
             if file.kind == "unfinished":
                 self._unless_young([file], "left by a run that was killed", file.changed)
             elif file.kind == "damaged":
-                self._whole(file, "damaged, and set aside")
+                self._whole([file], "damaged, and set aside", None, file.path)
 
-    def _rows(self, file: CacheFile, table: pa.Table, needed: pa.ChunkedArray, reason: str) -> bool:
-        """Notes the rows of a file that are not needed; says whether any stay."""
-        wanted = pc.is_in(table["key"], value_set=needed)
-        kept = pc.sum(wanted).as_py() or 0
-        if kept == 0:
-            self._whole(file, reason, len(table))
-        elif kept < len(table):
-            # Its digest is computed first, so that no damage gets a new one.
-            rest = read_shard(file.path).filter(wanted)
-            freed = file.size - serialize(rest).size
-            self.garbage.append(Garbage(file.place, file.kind, reason, len(table) - kept, kept, freed))
-            self.files.append((file, rest))
-        return kept > 0
+    def _rows(
+        self,
+        files: dict[CacheFile, pa.ChunkedArray],
+        wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        reason: str,
+    ) -> list[bool]:
+        """Notes the rows of some files that are not wanted; says of each file whether any stay."""
+        masks, start = wanted(_join(files.values())), 0
+        stays = []
+        for file, keys in files.items():
+            mask, start = masks.slice(start, len(keys)), start + len(keys)
+            kept = _count(mask)
+            stays.append(kept > 0)
+            gone = len(keys) - kept
+            if gone or not kept:
+                freed = file.size * gone // len(keys) if kept else file.size
+                garbage = Garbage(file.place, file.kind, reason, gone, kept, freed)
+                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted)
+                self.candidates.append(_Candidate([garbage], remove))
+        return stays
 
-    def _whole(self, file: CacheFile, reason: str, rows: int | None = None) -> None:
-        self.garbage.append(Garbage(file.place, file.kind, reason, rows, 0, file.size))
-        self.files.append((file, None))
+    def _remove_rows(
+        self,
+        file: CacheFile,
+        garbage: Garbage,
+        mask: pa.ChunkedArray,
+        sets: int,
+        wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+    ) -> list[Garbage]:
+        """Removes the rows of a file that so many sets do not want, unless new ones do."""
+        table = _peek(file)
+        if table is None:
+            return []
+        keys = table["key"]
+        now = self._needs.look()
+        if now != sets:
+            mask = wanted(keys)
+        kept, size = _count(mask), file.size
+        if kept == len(keys) > 0:
+            return []
+        if kept:
+            try:
+                rest = read_shard(file.path).filter(mask)  # its digest is checked, so that no damage gets a new one
+            except FileNotFoundError:
+                return []
+            size -= write_shard(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
+        unwanted = keys.filter(pc.invert(mask))
 
-    def _unless_young(self, files: Sequence[CacheFile], reason: str, changed: float) -> None:
+        def needed() -> bool:
+            return self._needs.look() != now and _count(wanted(unwanted)) > 0
+
+        if not remove_unless(self._cache, file.path, needed):
+            return []
+        return [replace(garbage, rows=len(keys) - kept, kept=kept, bytes=size)]
+
+    def _unless_young(
+        self,
+        files: Sequence[CacheFile],
+        reason: str,
+        changed: float,
+        needed: Callable[[], bool] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         if changed > self._young:
             self.young += [file.place for file in files]
-            return
-        for file in files:
-            self._whole(file, reason)
+        elif folder is not None:
+            self._whole(files, reason, needed, folder)
+        else:
+            for file in files:
+                self._whole([file], reason, needed, file.path)
+
+    def _whole(
+        self, files: Sequence[CacheFile], reason: str, needed: Callable[[], bool] | None, path: Location
+    ) -> None:
+        """Notes a file, or the files of a folder; ``needed`` says whether it is, once it is to go."""
+        garbage = [Garbage(file.place, file.kind, reason, None, 0, file.size) for file in files]
+
+        def remove() -> list[Garbage]:
+            if needed is None:
+                remove_files(self._cache, files)
+            elif needed() or not remove_unless(self._cache, path, needed):
+                return []
+            return garbage
+
+        self.candidates.append(_Candidate(garbage, remove))
+
+
+def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
+    """A set that was set aside must be there again: it cannot be told what it needs."""
+    present = {found.shard_prefix() for found in needs.sets.values()}
+    for path in list_folder(cache / "damaged" / "responses"):
+        if path.stem.rpartition("-")[0] not in present:
+            raise CacheError(
+                f"{path}: a response set that was set aside; without it its rows would be taken for garbage",
+                "run the same adpa precompute first, or remove this file",
+            )
+
+
+def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa.ChunkedArray]:
+    """A copy of the keys of each shard of a kind, which holds no file open."""
+    tables = ((file, _peek(file)) for file in files if file.kind == kind)
+    return {file: table["key"].take(np.arange(len(table))) for file, table in tables if table is not None}
 
 
 def _peek(file: CacheFile) -> pa.Table | None:
@@ -181,8 +334,12 @@ def _peek(file: CacheFile) -> pa.Table | None:
         return None
 
 
-def _keys(tables: Iterable[pa.Table]) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for table in tables for chunk in table["key"].chunks], pa.binary(16))
+def _join(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
+
+
+def _count(mask: pa.ChunkedArray) -> int:
+    return pc.sum(mask).as_py() or 0
 
 
 def _now(cache: Location) -> float:

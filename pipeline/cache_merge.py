@@ -108,7 +108,8 @@ def _take_all(merge: "_Merge") -> list[CacheFile]:
     """Takes what has not been taken of the files that are there now; gives all of them."""
     files = list_files(merge.other)
     with progress("merging: bytes", sum(file.size for file in files)) as advance:
-        for kind in ("tokenizer", "scoring", "signals", "samples", "response set"):  # a set comes after its rows
+        # A set comes first, so that a gc beside this one sees whose the rest is; then a scoring before its rows.
+        for kind in ("response set", "tokenizer", "scoring", "signals", "samples"):
             for file in files:
                 if file.kind == kind:
                     merge.take(file)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.encoding import EncodedPair, Encoder, TokenIds
 from adpa.data.format import find_version, prepare_cache
 from adpa.data.locations import Location
 from adpa.data.preferences import read_rows
@@ -224,15 +224,20 @@ def precompute(
             open_sampler = partial(runs_on.open_sampler, models.student, sampling, longest)
             sample_responses(cache, sampling, unsampled, open_sampler, batch_tokens)
         said = read_samples(cache, sampling)
-        answered = [(example_id, request) for example_id, request in requests if not dry_run or request.key in said]
-        unanswered = sum(request.key not in said for _, request in answered)
-        if unanswered:
+        lost = [] if dry_run else _unanswered(requests, said)
+        if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
+            sample_responses(cache, sampling, lost, open_sampler, batch_tokens)
+            said |= read_samples(cache, sampling)
+            lost = _unanswered(requests, said)
+        if lost:
             raise CacheError(
-                f"{cache}: {unanswered} of the {len(requests)} samples that this run found or made are gone: another "
-                "process removed them",
-                "run the same adpa precompute again",
+                f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there"
             )
-        rows = [(example_id, request.prompt_ids, said[request.key]) for example_id, request in answered]
+        rows = [
+            (example_id, request.prompt_ids, said[request.key])
+            for example_id, request in requests
+            if request.key in said
+        ]
         sets["sampled"] = make_response_set(replace(sets["chosen"].info, name="sampled", sampling=sampling), rows)
 
     scoring = Scoring(
@@ -246,10 +251,10 @@ def precompute(
         lossy=lossy,
     )
     wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
-    if not dry_run:  # before it is counted what is missing: rows of sets are nobody's garbage
-        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
+    if not dry_run:  # before it is looked what is missing: what sets need is nobody's garbage
         for responses_of in sets.values():
             write_response_set(cache, responses_of)
+        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
     missing = missing_sequences(cache, scoring, list(wanted.values()))
     written = 0
 
@@ -293,6 +298,10 @@ def precompute(
         dry_run=dry_run,
         probe=probed,
     )
+
+
+def _unanswered(requests: Sequence[tuple[str, SampleRequest]], said: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
+    return list({request.key: request for _, request in requests if request.key not in said}.values())
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def score(
         _score_with_both(cache, scoring, missing, open_scorer, batch_tokens, write)
     elif missing:
         _ask_teacher(scoring, missing, open_scorer, batch_tokens, write)
+    write_scoring(cache, scoring)  # again: a gc beside this run may have taken it for one without rows
     return sum(sizes)
 
 

@@ -42,6 +42,13 @@ def test_a_cache_that_has_only_scorings_is_one(tmp_path: Path) -> None:
     assert find_version(tmp_path) == 1
 
 
+def test_folders_of_the_same_names_are_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "scorings" / "match").mkdir(parents=True)
+    (tmp_path / "responses").mkdir()
+    (tmp_path / "responses" / "survey.arrow").touch()
+    assert find_version(tmp_path) is None
+
+
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()], ids=["nothing", "an empty folder"])
 def test_where_no_cache_is_there_is_no_version(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "cache")

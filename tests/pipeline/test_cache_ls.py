@@ -120,7 +120,7 @@ def test_bytes_per_token_leave_out_files_with_rows_of_unknown_length(cache: Path
 
 
 def test_leftovers_and_strangers_are_told(cache: Path) -> None:
-    (cache / "responses" / ".chosen-0.arrow.f00").write_bytes(b"half")
+    (cache / "responses" / f".chosen-0.arrow.{0:032x}").write_bytes(b"half")
     (cache / "damaged" / "scorings").mkdir(parents=True)
     (cache / "damaged" / "scorings" / "gone").write_bytes(b"123")
     (cache / "notes.txt").write_text("mine\x1b[31m")

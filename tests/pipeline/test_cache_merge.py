@@ -20,6 +20,7 @@ from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
 from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
+from adpa.data.format import prepare_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, read_samples, write_samples
 from adpa.data.shards import list_shards, read_shard
@@ -41,7 +42,7 @@ def other(few_words: Filled, tmp_path: Path) -> Path:
 @pytest.fixture
 def empty(tmp_path: Path) -> Path:
     """A cache without anything."""
-    (tmp_path / "cache" / "responses").mkdir(parents=True)
+    prepare_cache(tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -233,7 +234,7 @@ contents = st.tuples(st.sets(st.integers(0, 3)), parts, parts)
 def fill(cache: Path, content: tuple[set[int], list[set[int]], list[set[int]]]) -> None:
     """Response sets, files of signals, and files of samples, by their numbers."""
     sets, signals, samples = content
-    (cache / "responses").mkdir(parents=True)
+    prepare_cache(cache)
     for seed in sets:
         write_response_set(cache, make_response_set(INFO, response_rows(seed, ["a", "b"])))
     write_scoring(cache, SCORING)

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 from tests.pipeline.conftest import Filled
 
 from adpa import collect_garbage, export_cache, list_cache, merge_cache, pack_cache, verify_cache
+from adpa.data.format import prepare_cache
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import list_shards, read_shard, remove_file, write_file, write_shard
@@ -22,6 +23,7 @@ def upload(source: Path, target: Location) -> None:
 def test_every_command_works_on_an_object_store(filled: Filled, bucket: str, tmp_path: Path) -> None:
     cache, other = find_location(f"{bucket}/cache"), find_location(f"{bucket}/other")
     upload(filled.cache, other)
+    prepare_cache(cache)
     write_file(cache / "responses" / "notes", b"")
 
     merged = merge_cache(cache, other)

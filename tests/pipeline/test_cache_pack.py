@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data import shards
 from adpa.data.compact import compact_schema
+from adpa.data.format import prepare_cache
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
@@ -196,7 +197,7 @@ def test_plain_files_of_version_1_are_written_in_the_newest_encoding(tmp_path: P
 
 
 def test_samples_are_packed_and_the_first_of_two_stays(tmp_path: Path) -> None:
-    (tmp_path / "responses").mkdir()
+    prepare_cache(tmp_path)
     requests = [SampleRequest(np.array([n], dtype=np.int32), 0) for n in range(6)]
     for start, token in ((0, 7), (2, 8), (3, 9)):
         part = requests[start : start + 3]
@@ -360,7 +361,7 @@ def test_the_command_says_what_became_of_the_files(tmp_path: Path) -> None:
 def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         pack_cache(tmp_path)
-    (tmp_path / "responses").mkdir()
+    prepare_cache(tmp_path)
     monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         pack_cache(tmp_path)

@@ -221,7 +221,7 @@ def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path, vocabu
 
 def test_what_is_not_the_caches_is_told_and_is_no_fault(cache: Path) -> None:
     (cache / "notes.txt").write_text("mine")
-    (cache / "responses" / ".chosen-0.arrow.f00").write_bytes(b"half")
+    (cache / "responses" / f".chosen-0.arrow.{0:032x}").write_bytes(b"half")
     (cache / "damaged").mkdir()
     (cache / "damaged" / "file").write_bytes(b"")
     report = verify_cache(cache)

@@ -40,6 +40,7 @@ from adpa.pipeline import precompute as stage
 from adpa.pipeline.cache_gc import collect_garbage
 from adpa.pipeline.cache_pack import pack_cache
 from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.sampling import sample_responses
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
 PATIENCE = 60  # seconds for one step
@@ -496,3 +497,22 @@ def test_any_interleaving_of_runs_ends_in_the_rows_of_one_run(
         assert not list(cache.glob("scorings/*/pending/*"))
         assert not [path for path in cache.rglob("*") if path.name.startswith(".")]
         assert len(list((cache / "tokenizers").iterdir())) == 1
+
+
+def test_samples_that_a_gc_removes_before_their_set_is_made_are_sampled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of no set are garbage once they are a day old, also when a run has just counted on them."""
+    job, cache, real = Job((0, 1, 2, 3), "sampled", 2), tmp_path / "cache", sample_responses
+    gone: list[Path] = []
+
+    def sample(*arguments: Any) -> None:
+        real(*arguments)
+        if not gone:
+            gone.extend(cache.glob("samples/*/*"))
+            gone[0].unlink()
+
+    monkeypatch.setattr(stage, "sample_responses", sample)
+    job.run(cache, None)
+    check_same_sets(read_sets(cache), alone_as(job, None)[0])
+    assert len(gone) > 1
