@@ -73,7 +73,7 @@ def collect_garbage(
     cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
     yes: Annotated[bool, Doc("Remove what is listed.")] = False,
 ) -> GarbageReport:
-    """List what no response set of a cache needs, and remove it with --yes.
+    """List what no response set needs; --yes removes it.
 
     To drop a response set, remove its file in CACHE/responses and run this. Rows of signals that no set needs go (a
     file that has others too is written anew without them), scorings without rows, tokenizers that no set names,
