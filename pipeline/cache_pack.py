@@ -67,7 +67,7 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
 
     Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.
     It takes the room of one new file, about 256 MiB, and of all files with rows that stand twice. Runs may read and
-    write the cache meanwhile.
+    write the cache meanwhile; pack itself should run once at a time.
 
     Raises:
         CacheError: there is no cache, or a file of it is a link to nothing.
