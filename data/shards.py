@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -145,12 +145,8 @@ def read_shard(path: Location) -> pa.Table:
         path = _copy_here(path)
     payload = map_file(path)
     _check_digest(path, payload)
-    try:
-        table = pa.ipc.open_file(payload).read_all()
-        table.validate(full=True)  # Arrow trusts its offsets: those of a hostile file would end the process later
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
-    return table
+    # Arrow trusts its offsets: those of a hostile file would end the process later.
+    return _open_table(path, payload, whole=True)
 
 
 def check_shard(path: Location) -> None:
@@ -171,12 +167,7 @@ def peek_shard(path: Location) -> pa.Table:
         DamagedFileError: it is no table.
     """
     payload = map_file(path if isinstance(path, Path) else _copy_here(path))
-    try:
-        table = pa.ipc.open_file(payload).read_all()
-        table.validate()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
-    return table
+    return _open_table(path, payload, whole=False)
 
 
 def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, pa.Table]]:
@@ -227,6 +218,11 @@ def read_shards(folder: Location, prefix: str) -> Iterator[pa.Table]:
     return (table for _, table in open_shards(folder, prefix))
 
 
+def join_keys(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
+    """The key columns of several shards as one."""
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
+
+
 def map_file(path: Path) -> pa.Buffer:
     """A file's bytes: mapped into memory, or read where that is cheaper (a process may map some 65,000 files)."""
     found = path.stat()
@@ -241,6 +237,16 @@ def map_file(path: Path) -> pa.Buffer:
 def damaged(path: Location, problem: str) -> DamagedFileError:
     """The error of a file that is not what was written, and can be made again."""
     return DamagedFileError(f"{path}: damaged: {problem}", "delete it and run the same adpa precompute again")
+
+
+def _open_table(path: Location, payload: pa.Buffer, whole: bool) -> pa.Table:
+    """The table of a shard, of which the form of everything is checked, or only that of its description."""
+    try:
+        table = pa.ipc.open_file(payload).read_all()
+        table.validate(full=whole)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
+    return table
 
 
 def _list_objects(folder: UPath) -> list[str]:

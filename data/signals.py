@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from adpa.data.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.documents import read_document, write_document
 from adpa.data.locations import Location
-from adpa.data.shards import damaged, list_folder, open_shards, serialize, write_serialized
+from adpa.data.shards import damaged, join_keys, list_folder, open_shards, serialize, write_serialized
 from adpa.data.signal_rows import SignalRow, plain_schema, read_plain_row
 from adpa.errors import CacheError
 
@@ -96,7 +96,7 @@ class SignalTable:
     def __init__(self, tables: Iterable[pa.Table]) -> None:
         self._tables = [table for table in tables if len(table)]
         self._ends = np.cumsum([len(table) for table in self._tables])
-        self._keys = pa.chunked_array([chunk for table in self._tables for chunk in table["key"].chunks], pa.binary(16))
+        self._keys = join_keys(table["key"] for table in self._tables)
 
     def __len__(self) -> int:
         return len(self._keys)

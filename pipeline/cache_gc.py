@@ -20,7 +20,7 @@ from adpa.data.locations import Location
 from adpa.data.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.samples import samples_folder
-from adpa.data.shards import list_folder, list_shards, peek_shard, read_shard, write_shard
+from adpa.data.shards import join_keys, list_folder, list_shards, peek_shard, read_shard, write_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.directories import check_writable
@@ -141,7 +141,7 @@ class _Needs:
     def keys(self, vocabulary: str) -> pa.ChunkedArray:
         """The keys of the sets of a vocabulary."""
         tables = [found.table for found in self.sets.values() if found.info.vocabulary == vocabulary]
-        return pa.chunked_array([chunk for table in tables for chunk in table["key"].chunks], pa.binary(16))
+        return join_keys(table["key"] for table in tables)
 
     def owners(self, kind: FileKind) -> set[str]:
         """The ids of the samples, or of the tokenizers, that sets were made of or with."""
@@ -178,7 +178,7 @@ class _Garbage:
         def wanted(keys: pa.ChunkedArray) -> pa.ChunkedArray:
             return pc.is_in(keys, value_set=self._needs.keys(scoring.vocabulary))
 
-        done = _join(signals.values())
+        done = join_keys(signals.values())
         done = done.filter(wanted(done))
 
         def awaited(keys: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -230,7 +230,7 @@ class _Garbage:
         reason: str,
     ) -> list[bool]:
         """Notes the rows of some files that are not wanted; says of each file whether any stay."""
-        masks, start = wanted(_join(files.values())), 0
+        masks, start = wanted(join_keys(files.values())), 0
         stays = []
         for file, keys in files.items():
             mask, start = masks.slice(start, len(keys)), start + len(keys)
@@ -332,10 +332,6 @@ def _peek(file: CacheFile) -> pa.Table | None:
         return peek_shard(file.path)
     except FileNotFoundError:  # a run that ended just now has removed it
         return None
-
-
-def _join(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
 
 
 def _count(mask: pa.ChunkedArray) -> int:

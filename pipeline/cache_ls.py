@@ -18,7 +18,7 @@ from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseSet, ResponseSetInfo, peek_response_set
 from adpa.data.samples import samples_folder
-from adpa.data.shards import list_again, peek_shard
+from adpa.data.shards import join_keys, list_again, peek_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import DamagedFileError
 
@@ -234,7 +234,7 @@ def _list_set(
         bytes=file.size,
         info=found.info,
         scored={
-            scoring.id: _sum(pc.is_in(found.table["key"], value_set=_joined([keys for _, keys in shards])))
+            scoring.id: _sum(pc.is_in(found.table["key"], value_set=join_keys([keys for _, keys in shards])))
             for scoring, shards in signals.items()
             if scoring.vocabulary == found.info.vocabulary
         },
@@ -249,11 +249,11 @@ def _list_scoring(
     peek: _Peek,
 ) -> ListedScoring:
     needing = [found.table for found in sets if found.info.vocabulary == scoring.vocabulary]
-    needed = _joined([table["key"] for table in needing])
+    needed = join_keys([table["key"] for table in needing])
     lengths = pa.chunked_array(
         [chunk for table in needing for chunk in pc.list_value_length(table["response_ids"]).chunks], pa.int32()
     )
-    stored = _joined([keys for _, keys in shards])
+    stored = join_keys([keys for _, keys in shards])
     distinct = pc.unique(stored)
     tokens, whole_bytes, whole_tokens = [], 0, 0
     for file, keys in shards:
@@ -273,7 +273,7 @@ def _list_scoring(
         shards=len(shards),
         bytes=sum(file.size for file, _ in shards),
         bytes_per_token=whole_bytes / whole_tokens if whole_tokens else None,
-        pending=len(pc.unique(_joined(waiting))),
+        pending=len(pc.unique(join_keys(waiting))),
         pending_bytes=sum(file.size for file in pending),
         rounding=rounding_errors(
             [table for file, _ in shards if "kl_error" in (table := peek_shard(file.path)).column_names]
@@ -292,13 +292,9 @@ def _list_samples(
     for owner in sorted({file.owner for file in files if file.kind == "samples"}):
         own = [file for file in files if file.kind == "samples" and file.owner == owner]
         keys = [column for file in own if (column := peek.keys(file)) is not None]
-        rows = len(pc.unique(_joined(keys)))
+        rows = len(pc.unique(join_keys(keys)))
         listed.append(ListedSamples(owner, makers.get(owner, []), rows, len(own), sum(file.size for file in own)))
     return listed
-
-
-def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
 
 
 def _sum(values: pa.ChunkedArray | pa.Array) -> int:

@@ -23,7 +23,7 @@ from adpa.data.compact import compact_schema, compact_table
 from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import list_files
 from adpa.data.locations import Location
-from adpa.data.shards import list_again, list_shards, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import join_keys, list_again, list_shards, peek_shard, read_shard, remove_file, write_shard
 from adpa.data.signals import Scoring, SignalTable, read_scorings
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
@@ -181,7 +181,7 @@ def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]
     columns = [peek_shard(path)["key"] for path in paths]
     if not columns:
         return {}, set()
-    keys = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.binary(16))
+    keys = join_keys(columns)
     places = pc.index_in(keys, value_set=keys).to_numpy()
     ends = np.cumsum([len(column) for column in columns])[:-1]
     first = np.split(places == np.arange(len(keys)), ends)
