@@ -53,8 +53,7 @@ F16, F32, U16, U32, I32 = (np.dtype(name) for name in ("<f2", "<f4", "<u2", "<u4
 def compact_schema(top_k: int, lossy: bool) -> pa.Schema:
     """The schema of a compact table; its metadata says how the arrays are encoded."""
     fields = [pa.field("key", pa.binary(16), nullable=False), pa.field("tokens", pa.int32(), nullable=False), *ARRAYS]
-    encoding = next(name for name, rounds in ENCODINGS.items() if rounds == lossy)
-    how = {"encoding": encoding, "top_k": top_k}
+    how = {"encoding": "rounded" if lossy else "exact", "top_k": top_k}
     return pa.schema(fields + (ERRORS if lossy else []), metadata={"adpa": json.dumps(how)})
 
 
@@ -108,9 +107,10 @@ def check_encoding(path: Location, schema: pa.Schema) -> None:
     """
     try:
         encoding = json.loads(schema.metadata[b"adpa"])["encoding"]
+        known = encoding in ENCODINGS
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise damaged(path, "its metadata does not say how it is encoded") from error
-    if encoding not in ENCODINGS:
+    if not known:
         raise CacheError(f"{path}: of a newer format: its encoding is {encoding!r}", "install a newer adpa")
 
 

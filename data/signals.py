@@ -87,6 +87,7 @@ class Scoring:
         )
 
 
+TYPES = {"vocabulary": str, "top_k": int, "dtype": str, "engine": str, "top_p": float, "lossy": bool}
 DEFAULTS = {field.name: field.default for field in fields(Scoring) if field.default is not MISSING}
 
 
@@ -156,14 +157,14 @@ def read_scoring(cache: Location, scoring_id: str) -> Scoring:
 
 def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
     """Adds a shard of rows to a scoring, and gives its bytes."""
-    payload = serialize(compact_table(rows, scoring.top_k, scoring.lossy))
+    payload = _serialized(rows, scoring)
     write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
     return int(payload.size)
 
 
 def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
     """Bytes of the file that ``write_signals`` makes of some rows."""
-    return int(serialize(compact_table(rows, scoring.top_k, scoring.lossy)).size)
+    return int(_serialized(rows, scoring).size)
 
 
 def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
@@ -194,6 +195,10 @@ def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table
     return table
 
 
+def _serialized(rows: Sequence[SignalRow], scoring: Scoring) -> pa.Buffer:
+    return serialize(compact_table(rows, scoring.top_k, scoring.lossy))
+
+
 def _described(scoring: Scoring) -> dict[str, Any]:
     """The fields of a description; one that came with a later version is left out where it says nothing."""
     return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}
@@ -220,10 +225,15 @@ def read_scoring_file(path: Location) -> Scoring:
         )
         found = scoring.id
         possible = 1 <= scoring.top_k <= TOP_K_LIMIT
+        typed = all(
+            type(getattr(scoring, field.name)) is TYPES[field.name] for field in fields(Scoring) if field.name in TYPES
+        )
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise damaged(path, str(error)) from error
     if found != path.parent.name:
         raise damaged(path, f"describes {found}")
+    if not typed or not 0 < scoring.top_p <= 1:
+        raise damaged(path, "a field of it has a value of another kind")
     if not possible:
         raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, for no vocabulary is larger")
     return scoring

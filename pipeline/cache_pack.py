@@ -24,7 +24,7 @@ from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import list_files
 from adpa.data.locations import Location
 from adpa.data.shards import join_keys, list_again, list_shards, peek_shard, read_shard, remove_file, write_shard
-from adpa.data.signals import Scoring, SignalTable, read_scorings
+from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
 
@@ -77,10 +77,11 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
     check_cache(cache)
     check_writable("CACHE", cache)
     prepare_cache(cache)
-    packed = [
-        pack_folder(scoring.folder(cache), signals.SHARD_PREFIX, _schema(scoring), partial(_encode, scoring))
-        for scoring in read_scorings(cache)
-    ]
+    packed = []
+    for scoring in read_scorings(cache):
+        folder = scoring.folder(cache)
+        list_again(folder, partial(_check_columns, folder, scoring))
+        packed.append(pack_folder(folder, signals.SHARD_PREFIX, _schema(scoring), partial(_encode, scoring)))
     for owner in sorted({file.owner for file in list_files(cache) if file.kind == "samples"}):
         packed.append(pack_folder(cache / "samples" / owner, samples.SHARD_PREFIX, samples.SCHEMA, _as_it_is))
     changed = [found for found in packed if found is not None]
@@ -190,6 +191,12 @@ def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]
         dict(zip(paths, first, strict=True)),
         {path for path, mask in zip(paths, repeated, strict=True) if mask.any()},
     )
+
+
+def _check_columns(folder: Location, scoring: Scoring) -> None:
+    """What readers refuse is not packed into what they accept."""
+    for path in list_shards(folder, signals.SHARD_PREFIX):
+        check_signals(path, peek_shard(path), scoring)
 
 
 def _schema(scoring: Scoring) -> pa.Schema:

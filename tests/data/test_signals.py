@@ -266,3 +266,31 @@ def test_an_encoding_that_nobody_knows_yet_is_a_newer_format(tmp_path: Path) -> 
         read_signals(tmp_path, SCORING)
     assert str(path) in str(caught.value)
     assert not isinstance(caught.value, DamagedFileError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top_k": 3.5},
+        {"top_p": "x"},
+        {"top_p": 1.5},
+        {"lossy": "no"},
+        {"dtype": 7},
+        {"vocabulary": [1]},
+        {"engine": None},
+    ],
+    ids=str,
+)
+def test_a_description_with_a_value_of_another_kind_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    """Its id is its folder's, its checksum is right, and yet nobody wrote it so."""
+    write_scoring(tmp_path, replace(SCORING, **change))
+    with pytest.raises(DamagedFileError, match=r"scoring\.json: damaged: "):
+        list(read_scorings(tmp_path))
+
+
+def test_an_encoding_that_is_no_name_is_damage(tmp_path: Path) -> None:
+    table = compact_table([signal_row(KEYS[0], 2, seed=0)], K, lossy=False)
+    how = {"adpa": json.dumps({"encoding": [1], "top_k": K})}
+    write_shard(SCORING.folder(tmp_path), "signals", table.replace_schema_metadata(how))
+    with pytest.raises(DamagedFileError, match="does not say how it is encoded"):
+        read_signals(tmp_path, SCORING)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data import shards
-from adpa.data.compact import compact_schema
+from adpa.data.compact import compact_schema, compact_table
 from adpa.data.format import prepare_cache
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
@@ -371,3 +371,15 @@ def test_a_scoring_without_files_is_left_alone(tmp_path: Path) -> None:
     write_scoring(tmp_path, replace(SCORING, top_k=1))
     (tmp_path / "responses").mkdir()
     assert pack_cache(tmp_path).packed == []
+
+
+def test_what_readers_refuse_is_not_packed_into_what_they_accept(tmp_path: Path) -> None:
+    prepare_cache(tmp_path)
+    write_scoring(tmp_path, SCORING)
+    rows = [signal_row(bytes([number]) * 16, 2, seed=number) for number in range(2)]
+    lossy = compact_table(rows[:1], SCORING.top_k, lossy=True)
+    write_signals(tmp_path, SCORING, rows[1:])
+    path = write_shard(SCORING.folder(tmp_path), "signals", lossy)
+    with pytest.raises(DamagedFileError, match="not those of its scoring's signals"):
+        pack_cache(tmp_path)
+    assert path.exists()
