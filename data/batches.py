@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +28,7 @@ class PaddedSequences:
     Attributes:
         input_ids: int64 [B, L].
         attention_mask: int64 [B, L], 1 on tokens and 0 on padding.
-        predicts: bool [B, L], true where the next token is a response token; N of them.
+        predicts: int64 [N], the places, counted through [B · L], whose next token is a response token.
         labels: int64 [N], those response tokens, sequence by sequence.
     """
 
@@ -46,15 +47,15 @@ def pad_sequences(sequences: Sequence[TokenSequence]) -> PaddedSequences:
     """Pads a batch of sequences; every prompt has at least one token."""
     input_ids_BL = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
     mask_BL = np.zeros_like(input_ids_BL)
-    predicts_BL = np.zeros(input_ids_BL.shape, dtype=bool)
+    predicts: list[NDArray[np.int64]] = []
     for row, sequence in enumerate(sequences):
         prompt, whole = len(sequence.prompt_ids), len(sequence)
         input_ids_BL[row, :prompt] = sequence.prompt_ids
         input_ids_BL[row, prompt:whole] = sequence.response_ids
         mask_BL[row, :whole] = 1
-        predicts_BL[row, prompt - 1 : whole - 1] = True
+        predicts.append(row * input_ids_BL.shape[1] + np.arange(prompt - 1, whole - 1))
     labels_N = np.concatenate([sequence.response_ids for sequence in sequences]).astype(np.int64)
-    return PaddedSequences(*map(torch.from_numpy, (input_ids_BL, mask_BL, predicts_BL, labels_N)))
+    return PaddedSequences(*map(torch.from_numpy, (input_ids_BL, mask_BL, np.concatenate(predicts), labels_N)))
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ The examples stay the same, so that what changes between two logs is the student
 training.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from torch import nn
 
 from adpa.data.batches import Collator, TrainingExamples
 from adpa.data.summary import PLAUSIBLE
 from adpa.kernels.student_statistics import IMPLAUSIBLE, StudentStatistics
 from adpa.pipeline.objectives import TermWeights
-from adpa.pipeline.student import observe
 
 PROBE_EXAMPLES = 32  # over all ranks, spread evenly over the data
 OBSERVED = ("input_ids", "attention_mask", "predicts", "topk_ids", "teacher_logprobs", "advantages")
@@ -26,7 +26,8 @@ IN_A_ROW = 3  # logs
 class Probe:
     """The examples on which a student is watched: their responses with an advantage term, or else with a KL term.
 
-    Every rank reads its share of them, in batches of at most `batch_size` examples.
+    Every rank reads its share of them, in batches of at most `batch_size` examples; all have as many batches, because
+    calling a sharded model takes all ranks.
     """
 
     def __init__(
@@ -43,25 +44,39 @@ class Probe:
         roles = with_advantage or {role for role, weights in enumerate(terms) if weights.kl != 0}
         watched_examples = min(PROBE_EXAMPLES, len(examples))
         numbers = [place * len(examples) // watched_examples for place in range(watched_examples)]
-        mine = numbers[accelerator.process_index :: accelerator.num_processes]
-        watched = [[sequence for sequence in examples[number] if sequence.role in roles] for number in mine]
-        starts = range(0, len(watched), batch_size) if roles else ()
-        batches = [collate(watched[start : start + batch_size]) for start in starts]
-        self._batches = [{name: batch[name] for name in OBSERVED} for batch in batches]
+        ranks = accelerator.num_processes
+        mine = numbers[accelerator.process_index :: ranks]
+        starts = range(0, math.ceil(watched_examples / ranks), batch_size) if roles else ()
+        self._batches = []
+        for start in starts:
+            counted = mine[start : start + batch_size]
+            shown = [examples[number] for number in counted or numbers[:1]]
+            batch = collate([[sequence for sequence in example if sequence.role in roles] for example in shown])
+            self._batches.append(({name: batch[name] for name in OBSERVED}, bool(counted)))
 
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """The means of the student's statistics over the response tokens of all ranks, by the names they are logged by.
 
-        Nothing if no term needs signals. Every rank has to call it.
+        Nothing if no term needs signals. Every rank has to call it. Dropout is off meanwhile, so that no random number
+        is drawn.
+
+        Args:
+            model: the student that ``attach_distill_head`` prepared, in whatever wraps it in training.
         """
         device = self._accelerator.device
         sums = torch.zeros(1 + len(StudentStatistics._fields), device=device)
-        for batch in self._batches:
-            with self._accelerator.autocast():
-                statistics = observe(model, **{name: tensor.to(device) for name, tensor in batch.items()})
-            sums += torch.stack([sums.new_tensor(len(statistics.entropy)), *(each_N.sum() for each_N in statistics)])
-        tokens, *totals = self._accelerator.reduce(sums, reduction="sum").tolist()
-        means = {name: total / tokens for name, total in zip(StudentStatistics._fields, totals, strict=True) if tokens}
+        training = model.training
+        model.eval()
+        for batch, counts in self._batches:
+            with torch.no_grad(), self._accelerator.autocast():
+                statistics = model(**{name: tensor.to(device) for name, tensor in batch.items()}, observe=True)
+            tokens = sums.new_tensor(len(statistics.entropy))
+            sums += counts * torch.stack([tokens, *(each_N.sum() for each_N in statistics)])
+        model.train(training)
+        observed, *totals = self._accelerator.reduce(sums, reduction="sum").tolist()
+        means = {
+            name: total / observed for name, total in zip(StudentStatistics._fields, totals, strict=True) if observed
+        }
         if not self._watches_advantage:
             means.pop("advantage", None)
         return {f"student/{name}": mean for name, mean in means.items()}

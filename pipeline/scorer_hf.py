@@ -41,4 +41,4 @@ class HfDecoder:
     def _hidden(self, batch: Batch) -> Tensor:
         padded = pad_sequences(batch).to(self._model.device)
         hidden_BLd = hidden_states(self._model, padded.input_ids, padded.attention_mask)
-        return hidden_BLd[padded.predicts]
+        return hidden_BLd.flatten(0, 1)[padded.predicts]

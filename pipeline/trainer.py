@@ -75,7 +75,6 @@ class DistillTrainer(Trainer):
         self._weights_R3 = torch.tensor([weights for _, weights in terms])
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
-        self._student = model  # self.model may become a wrapper of it
         self._probe = Probe(
             train_dataset,
             data_collator,
@@ -127,7 +126,7 @@ class DistillTrainer(Trainer):
         return next((entry for entry in self.state.log_history if entry["step"] == 0), {})
 
     def _log_start(self) -> None:
-        if statistics := self._probe.measure(self._student):
+        if statistics := self._probe.measure(self.model_wrapped):
             self.log(statistics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -144,7 +143,7 @@ class DistillTrainer(Trainer):
                     f"step {self.state.global_step}: the loss is {logs['loss']}",
                     "lower --learning-rate or the weights of the terms, or check the student",
                 )
-            logs |= self._take_terms() | self._probe.measure(self._student)
+            logs |= self._take_terms() | self._probe.measure(self.model_wrapped)
         super().log(logs, start_time)
         warning = collapse(self.state.log_history, self._plausibility)
         if warning is not None and not self.warnings:
