@@ -44,6 +44,7 @@ from adpa.pipeline.fidelity_terminal import show_probe
 from adpa.pipeline.inspect import inspect_cache
 from adpa.pipeline.inspect_terminal import show_inspection
 from adpa.pipeline.precompute import PrecomputeReport, precompute
+from adpa.pipeline.ranks import this_rank
 from adpa.pipeline.yaml_options import read_options
 
 app = typer.Typer(
@@ -86,6 +87,8 @@ def main() -> None:
         exit_code = error.exit_code
     except SystemExit as stop:
         exit_code = stop.code
+    if not exit_code and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if exit_code in (INTERRUPTED, TERMINATED):
         # Everything of ours is closed by now; threads of libraries that a signal caught at work abort an orderly end.
         sys.stdout.flush()
@@ -145,6 +148,8 @@ def as_command(
                 check_writable_file("--report", report)
             options |= {name: find_location(options[name]) for name in locations if options[name] is not None}
             done = stage(**options)
+            if this_rank() != 0:
+                return
             if report is not None:
                 report.write_text(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
         except KeyboardInterrupt as error:
@@ -238,7 +243,7 @@ def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") 
 
 
 def _print_error(text: str) -> None:
-    print(f"adpa: {text}", file=sys.stderr)
+    sys.stderr.write(f"adpa: {text}\n")  # at once, because ranks share it
 
 
 def _fields_table(title: str, report: Any, leave_out: str = "") -> Table:

@@ -1,11 +1,9 @@
 """Stage two: trains a student from the signals in a cache."""
 
-import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,18 +18,32 @@ from adpa.data.batches import TrainingExamples, collate
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
-from adpa.data.shards import write_file
 from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
-from adpa.pipeline.directories import check_writable
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
+from adpa.pipeline.ranks import check_agreement, number_of_ranks, on_all_ranks, this_rank
+from adpa.pipeline.run_directory import check_output, find_start, write_record
+from adpa.pipeline.sharding import check_sharding, loading_whole
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
 from adpa.pipeline.yaml_options import as_number
 
-RECORD = "adpa.json"
+_BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"
+_ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
+# What adpa decides itself, so that a step is the same however it is cut and spread over ranks.
+OWN_ARGUMENTS = {
+    "output_dir": "--output says where",
+    "per_device_train_batch_size": _BATCHES,
+    "gradient_accumulation_steps": _BATCHES,
+    "auto_find_batch_size": _BATCHES,
+    "train_sampling_strategy": _ORDER,
+    "dataloader_drop_last": _ORDER,
+    "data_seed": _ORDER,
+    "accelerator_config": _ORDER,
+    "ignore_data_skip": _ORDER,
+}
 
 SchedulerName = Literal[
     "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -110,7 +122,8 @@ def distill(
     logging_steps: Annotated[int, Doc("Steps between two logs, each with a look at 32 examples.")] = 10,
     save_steps: Annotated[int, Doc("Steps between two checkpoints; 0 saves only the trained student.")] = 0,
     resume_from_checkpoint: Annotated[
-        str | None, Doc("A checkpoint directory to go on from, or last for the newest one in --output.")
+        str | None,
+        Doc("A checkpoint directory to go on from, or last for the newest one in --output, if there is one."),
     ] = None,
     report_to: Annotated[str, Doc("Experiment tracker: none, wandb, tensorboard, …")] = "none",
     set: Annotated[list[str] | None, Doc("key=value of any transformers.TrainingArguments field; repeatable.")] = None,
@@ -130,8 +143,6 @@ def distill(
         raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
     if not num_train_epochs > 0:
         raise OptionError(f"--num-train-epochs {num_train_epochs:g}; expected more than 0")
-    _check_output(output, resume_from_checkpoint)
-    checkpoint = open_checkpoint(student)
     arguments = _training_arguments(
         set or [],
         device,
@@ -152,12 +163,19 @@ def distill(
         save_steps=save_steps or 500,
         report_to=report_to,
     )
-    if arguments.fp16 or checkpoint.dtype_name(dtype) == "float16":
-        raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
     needs = {name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in terms.items()}
-    selection = select(cache, needs, checkpoint.identity.digest, scoring, response_set or ())
-    tokenizer = _check_student(checkpoint, cache, selection)
 
+    check_sharding(arguments)
+
+    def look() -> tuple[Checkpoint, Selection, PreTrainedTokenizerBase]:
+        check_output(output, resume_from_checkpoint)
+        checkpoint = open_checkpoint(student)
+        if arguments.fp16 or checkpoint.dtype_name(dtype) == "float16":
+            raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
+        selection = select(cache, needs, checkpoint.identity.digest, scoring, response_set or ())
+        return checkpoint, selection, _check_student(checkpoint, cache, selection)
+
+    checkpoint, selection, tokenizer = on_all_ranks(look)
     origin = {
         "objective": objective,
         "terms": {name: term._asdict() for name, term in terms.items()},
@@ -166,12 +184,15 @@ def distill(
         "scoring": selection.scoring.id if selection.scoring else None,
         "responses": {name: found.id for name, found in selection.sets.items()},
     }
-    _check_origin(output, resume_from_checkpoint, origin)
-    if save_steps:
-        _write_record(output, origin)
+    start = on_all_ranks(lambda: find_start(output, resume_from_checkpoint, origin))
+    local = {"local_rank": None}
+    check_agreement(origin | {"checkpoint to go on from": start} | arguments.to_dict() | local)
+    if save_steps and this_rank() == 0:
+        write_record(output, origin)
 
     set_seed(seed)
-    model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
+    with loading_whole(arguments):
+        model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
     attach_distill_head(model)
     examples = TrainingExamples(selection.parts(needs))
     trainer = DistillTrainer(
@@ -184,10 +205,10 @@ def distill(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=True if resume_from_checkpoint == "last" else resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
     # Trainer has set the end of a text to the tokenizer's; a student's answer ends with its turn.
     model.generation_config.eos_token_id = next(iter(selection.sets.values())).info.turn_end
-    trainer.save_model(str(output))
+    trainer.save_student(output)
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     report = DistillReport(
@@ -202,8 +223,8 @@ def distill(
         seconds=time.perf_counter() - started,
         warnings=trainer.warnings,
     )
-    if trainer.is_world_process_zero():
-        _write_record(
+    if this_rank() == 0:
+        write_record(
             output,
             origin
             | {
@@ -226,21 +247,9 @@ def distill(
     return report
 
 
-def _check_output(output: Path, resume_from_checkpoint: str | None) -> None:
-    check_writable("--output", output)
-    contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    if contents and resume_from_checkpoint is None:
-        raise OptionError(
-            f"--output {output}: not empty, found {contents[0]}",
-            "name another directory, or go on with --resume-from-checkpoint last",
-        )
-    if resume_from_checkpoint == "last" and not any(name.startswith("checkpoint-") for name in contents):
-        raise OptionError(f"--resume-from-checkpoint last: found no checkpoint in {output}", "start without it")
-
-
 def _batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, int]:
     """Trainer's names for examples per optimizer step over all ranks, and examples at a time."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = number_of_ranks()
     per_rank, rest = divmod(batch_size, ranks)
     if batch_size < 1 or rest:
         raise OptionError(f"--batch-size {batch_size} on {ranks} ranks; expected a multiple of {ranks}")
@@ -259,6 +268,8 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
         key, equals, value = override.partition("=")
         if not equals or key not in known:
             raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
+        if key in OWN_ARGUMENTS:
+            raise OptionError(f"--set {override}: {OWN_ARGUMENTS[key]}", "leave it out")
         arguments[key] = as_number(yaml.safe_load(value))
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
@@ -271,7 +282,7 @@ def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any)
             logging_nan_inf_filter=False,  # it would hide a loss that is not finite
             disable_tqdm=not sys.stderr.isatty(),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error
     made._n_gpu = min(made.n_gpu, 1)  # one process drives one GPU: no DataParallel
     return made
@@ -286,32 +297,3 @@ def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection
     checkpoint.check_positions([len(sequence) for sequence in sequences])
     checkpoint.check_ids(max(int(max(s.prompt_ids.max(), s.response_ids.max())) for s in sequences))
     return tokenizer
-
-
-def _write_record(output: Path, record: Mapping[str, Any]) -> None:
-    write_file(output / RECORD, json.dumps(record, indent=2).encode() + b"\n")
-
-
-def _check_origin(output: Path, resume_from_checkpoint: str | None, origin: Mapping[str, Any]) -> None:
-    """A run goes on with the objective, the student and the data it began with."""
-    if resume_from_checkpoint is None:
-        return
-    run = output if resume_from_checkpoint == "last" else Path(resume_from_checkpoint).parent
-    try:
-        begun = json.loads((run / RECORD).read_text())
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"--resume-from-checkpoint {resume_from_checkpoint}: found no {RECORD} of its run in {run}",
-            "name a checkpoint that adpa distill wrote",
-        ) from error
-    for field, value in origin.items():
-        found, expected = (
-            {key: entry for key, entry in side.items() if key != "name"} if field == "student" else side
-            for side in (begun.get(field), value)
-        )
-        if found != expected:
-            raise OptionError(
-                f"--resume-from-checkpoint {resume_from_checkpoint}: its run has the {field} {found}; "
-                f"this one has {expected}",
-                "go on with the same options, or start anew in another --output",
-            )

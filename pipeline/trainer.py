@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adpa.data.batches import Collator, TrainingExamples
+from adpa.data.batches import Collator, TrainingExamples, TrainingSequence
+from adpa.data.steps import StepSampler
 from adpa.errors import ModelError
 from adpa.pipeline.objectives import TermWeights, plausible_advantages
 from adpa.pipeline.probe import Probe, collapse
@@ -37,6 +41,15 @@ class LogLastStep(TrainerCallback):
         """Asks for a log at the last step."""
         control.should_log |= state.global_step >= state.max_steps
         return control
+
+
+class StepLoader(DataLoader[Any]):
+    """A loader whose sampler Trainer tells which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next."""
+        assert isinstance(self.batch_sampler, StepSampler)
+        self.batch_sampler.set_epoch(epoch)
 
 
 class DistillTrainer(Trainer):
@@ -70,9 +83,12 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, train_dataset=train_dataset, data_collator=data_collator, **arguments)
         self.loss_is_scaled_for_ga = True
         self.add_callback(LogLastStep())
+        self._examples = train_dataset
+        self._make_batch = data_collator
         self._plausibility = plausibility
         self._names = [name for name, _ in terms]
-        self._weights_R3 = torch.tensor([weights for _, weights in terms])
+        # One role more than there are terms: what counts for nothing.
+        self._weights_R3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
         self._probe = Probe(
@@ -85,6 +101,35 @@ class DistillTrainer(Trainer):
         self.add_callback(LogStart(self._log_start))
         self.warnings: list[str] = []
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rank's micro-batches, as ``StepSampler`` deals them out."""
+        args = self.args
+        sampler = StepSampler(
+            len(self._examples),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.process_index,
+            args.seed,
+        )
+        return StepLoader(
+            self._examples,
+            batch_sampler=sampler,
+            collate_fn=self._collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # its own, so that a loader takes no random number from training
+        )
+
+    def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
+        """The batch of a micro-batch; of an empty one, a batch that counts for nothing."""
+        if examples:
+            return self._make_batch(examples)
+        batch = self._make_batch([self._examples[0]])
+        return batch | {"role": torch.full_like(batch["role"], len(self._names))}
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
@@ -92,7 +137,7 @@ class DistillTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        roles = len(self._names)
+        roles = len(self._weights_R3)
         counts_R = torch.stack([batch["role"].bincount(minlength=roles) for batch in batches]).sum(0).to(device)
         counts_R = self.accelerator.reduce(counts_R, reduction="sum")
         for batch in batches:
@@ -119,6 +164,24 @@ class DistillTrainer(Trainer):
         self._term_sums_R3.index_add_(0, role_N, torch.stack(parts, dim=1) * per_token_R1[role_N])
         loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, parts) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        """One micro-batch. Head and embeddings of a sharded student are gathered once a step, not for each of them."""
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_backward(self.accelerator.sync_gradients, recurse=False)
+        return super().training_step(model, *arguments, **options)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Without the second names of tied weights, which weights gathered from ranks have as copies."""
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        state = None if state_dict is None else {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict=state)
+
+    def save_student(self, output: Path) -> None:
+        """Writes the trained student as an ordinary checkpoint, gathered from the ranks where they share it."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            self._save(str(output), state_dict=state)
 
     @property
     def student_before(self) -> dict[str, float]:

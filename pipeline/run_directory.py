@@ -1,0 +1,98 @@
+"""The directory of a training run: the record of what it is, its checkpoints, and going on from one of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from adpa.data.shards import write_file
+from adpa.errors import OptionError
+from adpa.pipeline.directories import check_writable
+
+RECORD = "adpa.json"
+LAST = "last"
+
+
+def write_record(output: Path, record: Mapping[str, Any]) -> None:
+    """Writes how the student in a directory was made, or is being made."""
+    write_file(output / RECORD, json.dumps(record, indent=2).encode() + b"\n")
+
+
+def check_output(output: Path, resume_from_checkpoint: str | None) -> None:
+    """Checks that a run can be written there: the directory must be empty unless the run goes on.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    check_writable("--output", output)
+    contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    if contents and resume_from_checkpoint is None:
+        raise OptionError(
+            f"--output {output}: not empty, found {contents[0]}",
+            "name another directory, or go on with --resume-from-checkpoint last",
+        )
+
+
+def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that a run goes on from; None where it begins at its first step.
+
+    ``last`` is the newest checkpoint that was written to its end; a run that was stopped before it had one begins anew.
+
+    Args:
+        output: the run's directory.
+        resume_from_checkpoint: a checkpoint directory, or ``last``.
+        origin: what the run is: its objective, its student and its data.
+
+    Raises:
+        OptionError: there is no such checkpoint, or it is another run's.
+    """
+    if resume_from_checkpoint is None:
+        return None
+    if resume_from_checkpoint != LAST:
+        checkpoint = Path(resume_from_checkpoint)
+        if not _is_whole(checkpoint):
+            raise OptionError(
+                f"--resume-from-checkpoint {checkpoint}: found no {TRAINER_STATE_NAME} that can be read",
+                "name a checkpoint that was written to its end, or last",
+            )
+        _check_origin(checkpoint.parent, resume_from_checkpoint, origin)
+        return checkpoint
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    _check_origin(output, resume_from_checkpoint, origin)
+    numbers = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
+    steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+    return next(filter(_is_whole, (output / f"checkpoint-{step}" for step in steps)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: Trainer writes this file last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, Any]) -> None:
+    """A run goes on with the objective, the student and the data it began with."""
+    try:
+        begun = json.loads((run / RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"--resume-from-checkpoint {resume_from_checkpoint}: found no {RECORD} of its run in {run}",
+            "name a checkpoint that adpa distill wrote, or start without it",
+        ) from error
+    for field, value in origin.items():
+        found, expected = (
+            {key: entry for key, entry in side.items() if key != "name"} if field == "student" else side
+            for side in (begun.get(field), value)
+        )
+        if found != expected:
+            raise OptionError(
+                f"--resume-from-checkpoint {resume_from_checkpoint}: its run has the {field} {found}; "
+                f"this one has {expected}",
+                "go on with the same options, or start anew in another --output",
+            )

@@ -1,0 +1,56 @@
+"""Students that ranks share: what FSDP2 and DeepSpeed need beside what Trainer does for them.
+
+Both are Trainer's own: ``--set fsdp=true`` or ``accelerate launch`` for FSDP2, ``--set deepspeed=FILE.json`` for ZeRO.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from adpa.errors import OptionError
+
+
+def check_sharding(arguments: TrainingArguments) -> None:
+    """Checks that a student can be sharded as the arguments say.
+
+    Raises:
+        OptionError: it cannot, or would silently not be.
+    """
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if arguments.fsdp or by_launcher:
+        version = int((arguments.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+        if version != 2:
+            raise OptionError(f"FSDP in version {version}; adpa trains with FSDP2", "set fsdp_version to 2")
+        found = arguments.distributed_state.distributed_type
+        if found in (DistributedType.NO, DistributedType.MULTI_CPU):
+            raise OptionError(
+                f"fsdp with the ranks that are there ({found.value}): it shards over GPUs that torchrun or accelerate "
+                "launch started a rank for, and would silently do nothing",
+                "start it with torchrun on GPUs, or leave fsdp out",
+            )
+    zero = arguments.deepspeed_plugin.hf_ds_config if arguments.deepspeed_plugin else None
+    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if zero is not None and zero.is_zero3() and not zero.is_true(gather):
+        raise OptionError(
+            f"DeepSpeed's {gather} is not true, so that the trained student could not be written", "set it to true"
+        )
+
+
+@contextmanager
+def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """While it lasts, models are loaded whole under ZeRO-3 too; the engine shards them when training begins.
+
+    Sharded while they are loaded, they could not be called before, and a student's head is checked by calling it.
+    """
+    plugin_config = getattr(arguments.deepspeed_plugin, "dschf", None)
+    config = getattr(arguments, "hf_deepspeed_config", plugin_config)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)

@@ -1,0 +1,81 @@
+"""One rank: ``torchrun … rank.py CALLS.json`` calls ``adpa.distill`` with each of the options in a file.
+
+Beside the options of ``distill`` a call can have ``kill``, a rank and the micro-batch before which it kills itself, and
+``count_gathers``, a file for how often the step gathered a tensor of each size. With ``command`` instead of options it
+is the words of an ``adpa`` command, and the last. ``{rank}`` stands for the rank.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import DistributedType, PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adpa import cli, distill
+from adpa.pipeline.trainer import DistillTrainer
+
+torch.set_num_threads(1)
+RANK = os.environ["RANK"]
+
+
+class CountGathers(TorchDispatchMode):
+    """Counts the gathers of sharded weights by their size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_size: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "allgather" in str(func):
+            self.by_size[args[0].numel()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+SHARDS = [False]  # whether the call at hand does
+
+
+def call_cpus_gpus() -> None:
+    """accelerate shards over GPUs only; over gloo it works as well, if the ranks are not known to be CPUs."""
+    init = PartialState.__init__
+
+    def renamed(self: PartialState, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        if SHARDS[0] and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = renamed  # type: ignore[method-assign]
+
+
+def main() -> None:
+    call_cpus_gpus()
+    training_step = DistillTrainer.training_step
+    for call in json.loads(Path(sys.argv[1]).read_text().replace("{rank}", RANK)):
+        kill, gathers, steps = call.pop("kill", None), call.pop("count_gathers", None), 0
+        counter = CountGathers()
+        SHARDS[0] = "fsdp=true" in call.get("set", [])
+
+        def step(self: DistillTrainer, *arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            if [int(RANK), steps] == kill:  # noqa: B023
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps += 1
+            with counter:  # noqa: B023
+                return training_step(self, *arguments, **options)
+
+        DistillTrainer.training_step = step  # type: ignore[method-assign]
+        if "command" in call:
+            sys.argv[1:] = call["command"]
+            cli.main()
+        distill(**{name: Path(value) if name in ("cache", "output") else value for name, value in call.items()})
+        if gathers and RANK == "0":
+            Path(gathers).write_text(json.dumps(counter.by_size))
+    torch.distributed.destroy_process_group()
+
+
+main()

@@ -1,0 +1,228 @@
+"""Two ranks train as one process does, with DDP and with FSDP2; what happens when one is lost, or sees other files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import Row
+from tests.pipeline.conftest import Filled, fill
+from torch import Tensor
+
+from adpa import distill
+from adpa.errors import OptionError
+
+SMOOTH = ["adam_epsilon=1"]  # Adam as usual moves by the sign of a gradient, however small it is
+STRATEGIES: dict[str, list[str]] = {"ddp": [], "fsdp2": ["fsdp=true"]}
+# 7 examples, 4 a step: the second step of an epoch has 3, and a rank one less than the other.
+STEPS: dict[str, Any] = {
+    "batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "device": "cpu",
+}
+ONE_STEP: dict[str, Any] = {"batch_size": 8, "max_steps": 1, "learning_rate": 10.0}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dckd": {"micro_batch_size": 1},
+    "adpa": {"advantage_weight": 0.4, "micro_batch_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def seven(few_words: Filled, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    """A cache of seven examples, a number that two ranks cannot share evenly."""
+    return fill(tmp_path_factory.mktemp("seven"), few_words.models, preference_rows[:7])
+
+
+def start(folder: Path, calls: list[dict[str, Any]], ranks: int = 2) -> subprocess.Popen[str]:
+    (folder / "calls.json").write_text(json.dumps(calls, default=str))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*torchrun, str(Path(__file__).with_name("rank.py")), str(folder / "calls.json")],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def on_ranks(folder: Path, calls: list[dict[str, Any]], ranks: int = 2) -> None:
+    process = start(folder, calls, ranks)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+
+
+def call(filled: Filled, output: Path, **options: Any) -> dict[str, Any]:
+    return {"student": str(filled.models.student), "cache": filled.cache, "output": output, **STEPS, **options}
+
+
+def trained(output: Path) -> dict[str, Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    return [log["loss"] for log in json.loads((output / "adpa.json").read_text())["losses"]]
+
+
+def assert_same_training(found: Path, expected: Path, before: Path) -> None:
+    """The same losses, and the same change of every parameter, up to 1e-5."""
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    was, is_, should = trained(before), trained(found), trained(expected)
+    assert is_.keys() == should.keys()
+    difference = sum(float((is_[name].double() - should[name].double()).square().sum()) for name in should)
+    change = sum(float((should[name].double() - was[name].double()).square().sum()) for name in should)
+    assert (difference / change) ** 0.5 < 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(seven: Filled, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """What one process makes of each objective."""
+    folder = tmp_path_factory.mktemp("alone")
+    for objective, options in OBJECTIVES.items():
+        distill(**call(seven, folder / objective, objective=objective, set=SMOOTH, **options))
+    return {objective: folder / objective for objective in OBJECTIVES}
+
+
+@pytest.fixture(scope="module")
+def together(seven: Filled, filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks make of them, by strategy and objective."""
+    folder = tmp_path_factory.mktemp("together")
+    calls = [
+        call(seven, folder / f"{name}-{objective}", objective=objective, set=[*SMOOTH, *chosen], **options)
+        for name, chosen in STRATEGIES.items()
+        for objective, options in OBJECTIVES.items()
+    ]
+    calls[0] |= {"save_steps": 2}
+    fsdp2 = {"objective": "dckd", "set": [*SMOOTH, "fsdp=true"]}
+    calls.append(call(seven, folder / "fsdp2-saved", **fsdp2, save_steps=2))
+    tied = call(filled, folder / "fsdp2-tied", **fsdp2 | ONE_STEP | {"micro_batch_size": 1})
+    on_ranks(folder, [*calls, tied | {"count_gathers": folder / "gathers.json"}])
+    return folder
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_train_as_one_process_does(
+    strategy: str, objective: str, together: Path, alone: Mapping[str, Path], seven: Filled
+) -> None:
+    assert_same_training(together / f"{strategy}-{objective}", alone[objective], seven.models.student)
+
+
+def test_tied_embeddings_that_ranks_share_are_gathered_once_a_step(
+    together: Path, filled: Filled, tmp_path: Path
+) -> None:
+    """Four micro-batches, each with embeddings and head; the step before training watches the student with them too."""
+    tied = together / "fsdp2-tied"
+    distill(**call(filled, tmp_path / "alone", objective="dckd", set=SMOOTH, **ONE_STEP))
+    assert_same_training(tied, tmp_path / "alone", filled.models.student)
+    embeddings = trained(tied)["model.embed_tokens.weight"].numel()
+    by_size = json.loads((together / "gathers.json").read_text())
+    assert sum(times for size, times in by_size.items() if int(size) >= embeddings) <= 1
+    assert sum(by_size.values()) > 4
+
+
+def from_checkpoint(run: Path, folder: Path) -> Path:
+    """A run that was stopped after its checkpoint."""
+    folder.mkdir()
+    shutil.copy(run / "adpa.json", folder)
+    shutil.copytree(run / "checkpoint-2", folder / "checkpoint-2")
+    return folder
+
+
+def test_a_run_of_two_ranks_goes_on_in_one_process(
+    together: Path, alone: Mapping[str, Path], seven: Filled, tmp_path: Path
+) -> None:
+    output = from_checkpoint(together / "ddp-dckd", tmp_path / "out")
+    going_on = {"objective": "dckd", "set": SMOOTH, "resume_from_checkpoint": "last"}
+    distill(**call(seven, output, **going_on))
+    assert_same_training(output, alone["dckd"], seven.models.student)
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_ranks(
+    together: Path, alone: Mapping[str, Path], seven: Filled, tmp_path: Path
+) -> None:
+    output = from_checkpoint(together / "fsdp2-saved", tmp_path / "out")
+    going_on = {"objective": "dckd", "set": [*SMOOTH, "fsdp=true"], "resume_from_checkpoint": "last"}
+    on_ranks(tmp_path, [call(seven, output, **going_on)], ranks=1)
+    assert_same_training(output, alone["dckd"], seven.models.student)
+
+
+def test_when_a_rank_is_killed_the_others_stop_and_the_run_goes_on_from_its_checkpoint(
+    seven: Filled, tmp_path: Path
+) -> None:
+    """In the end the two ranks have the same student, bit for bit, as if none had been killed."""
+    options: dict[str, Any] = {"objective": "dckd", "micro_batch_size": 1, "save_steps": 1}
+    before_the_second_half_of_step_3 = {"kill": [1, 5]}
+    process = start(tmp_path, [call(seven, tmp_path / "killed", **options, **before_the_second_half_of_step_3)])
+    children = psutil.Process(process.pid).children
+    ranks: set[psutil.Process] = set()
+    while process.poll() is None:
+        ranks.update(children(recursive=True))
+        time.sleep(0.05)
+    assert process.returncode == 1
+    assert len(ranks) >= 2
+    assert not any(rank.is_running() for rank in ranks)
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    resumed = call(seven, tmp_path / "killed", **options, resume_from_checkpoint="last")
+    on_ranks(tmp_path, [resumed, call(seven, tmp_path / "whole", **options)])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    killed, whole = trained(tmp_path / "killed"), trained(tmp_path / "whole")
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("other", ["another cache", "no cache"])
+def test_ranks_that_see_different_caches_stop_at_once(
+    other: str, seven: Filled, few_words: Filled, tmp_path: Path
+) -> None:
+    (tmp_path / "cache-0").symlink_to(seven.cache)
+    if other == "another cache":
+        (tmp_path / "cache-1").symlink_to(few_words.cache)
+    student, output = str(seven.models.student), str(tmp_path / "out")
+    options = ["--objective", "dckd", "--student", student, "--cache", "cache-{rank}", "--output", output]
+    process = start(tmp_path, [{"command": ["distill", *options, "--device", "cpu"]}])
+    text, _ = process.communicate(timeout=120)
+    said = [line for line in text.splitlines() if line.startswith("adpa: ")]
+    expected = "rank 1 has the responses" if other == "another cache" else "rank 1: cache-1: no cache there"
+    assert said == [said[0]] * 2
+    assert said[0].startswith(f"adpa: {expected}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
+    options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
+    command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
+    process = start(tmp_path, [{"command": command}])
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert text.count("adpa distill") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["fsdp=true"], r"fsdp with the ranks that are there \(NO\).*torchrun on GPUs"),
+        (["fsdp=true", "fsdp_config={version: 1}"], "FSDP in version 1; adpa trains with FSDP2"),
+        (["deepspeed={zero_optimization: {stage: 3}}"], "stage3_gather_16bit_weights_on_model_save is not true"),
+        (["gradient_accumulation_steps=2"], "--micro-batch-size says how many fit"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    settings: list[str], message: str, seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # transformers leaves settings for accelerate there
+    with pytest.raises(OptionError, match=message):
+        distill(**call(seven, tmp_path / "out", objective="sft", set=settings))
+    assert not (tmp_path / "out").exists()
