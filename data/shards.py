@@ -170,6 +170,28 @@ def peek_shard(path: Location) -> pa.Table:
     return _open_table(path, payload, whole=False)
 
 
+def keys_of(path: Location, table: pa.Table) -> pa.ChunkedArray:
+    """The keys of a shard's rows, 16 bytes each.
+
+    Raises:
+        DamagedFileError: its table has no such column.
+    """
+    found = table.schema.get_all_field_indices("key")
+    if len(found) != 1 or table.schema.field(found[0]).type != pa.binary(16) or table["key"].null_count:
+        raise damaged(path, "it has no column of keys")
+    return table["key"]
+
+
+def peek_keys(path: Location) -> pa.ChunkedArray:
+    """The keys of a shard's rows, read as ``peek_shard`` does.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it is no table, or has no keys.
+    """
+    return keys_of(path, peek_shard(path))
+
+
 def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, pa.Table]]:
     """Reads every shard of a folder, while other processes add some, and replace some by others with the same rows.
 

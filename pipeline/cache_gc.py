@@ -20,7 +20,7 @@ from adpa.data.locations import Location
 from adpa.data.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.samples import samples_folder
-from adpa.data.shards import join_keys, list_folder, list_shards, peek_shard, read_shard, write_shard
+from adpa.data.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.directories import check_writable
@@ -253,10 +253,9 @@ class _Garbage:
         wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
     ) -> list[Garbage]:
         """Removes the rows of a file that so many sets do not want, unless new ones do."""
-        table = _peek(file)
-        if table is None:
+        keys = _peek(file)
+        if keys is None:
             return []
-        keys = table["key"]
         now = self._needs.look()
         if now != sets:
             mask = wanted(keys)
@@ -323,13 +322,13 @@ def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
 
 def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa.ChunkedArray]:
     """A copy of the keys of each shard of a kind, which holds no file open."""
-    tables = ((file, _peek(file)) for file in files if file.kind == kind)
-    return {file: table["key"].take(np.arange(len(table))) for file, table in tables if table is not None}
+    columns = ((file, _peek(file)) for file in files if file.kind == kind)
+    return {file: keys.take(np.arange(len(keys))) for file, keys in columns if keys is not None}
 
 
-def _peek(file: CacheFile) -> pa.Table | None:
+def _peek(file: CacheFile) -> pa.ChunkedArray | None:
     try:
-        return peek_shard(file.path)
+        return peek_keys(file.path)
     except FileNotFoundError:  # a run that ended just now has removed it
         return None
 

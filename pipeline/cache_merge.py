@@ -15,7 +15,16 @@ from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_set
-from adpa.data.shards import check_shard, list_again, list_shards, peek_shard, read_shard, remove_file, write_file
+from adpa.data.shards import (
+    check_shard,
+    keys_of,
+    list_again,
+    list_shards,
+    peek_keys,
+    read_shard,
+    remove_file,
+    write_file,
+)
 from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
@@ -180,7 +189,7 @@ class _Merge:
             self.report.left_out.add(file.size)  # its description is damaged, or was never there
             return
         check_shard(file.path)
-        keys = read_shard(file.path)["key"].to_pylist()
+        keys = _read_keys(file.path)
         if self.keys[folder].issuperset(keys):
             self.report.present.add(file.size)
             return
@@ -194,8 +203,8 @@ class _Merge:
             prefix = signals.SHARD_PREFIX if file.kind == "signals" else samples.SHARD_PREFIX
             keys: set[bytes] = set()
             for path in list_shards(folder, prefix):
-                if self._is_whole(path, partial(read_shard, path)):
-                    keys.update(peek_shard(path)["key"].to_pylist())
+                if self._is_whole(path, partial(_read_keys, path)):
+                    keys.update(peek_keys(path).to_pylist())
             self.keys[folder] = keys
 
     def _response_set(self, file: CacheFile) -> None:
@@ -226,6 +235,11 @@ class _Merge:
         else:
             write_file(target, pa.py_buffer(file.path.read_bytes()))
             self.report.copied.add(file.size)
+
+
+def _read_keys(path: Location) -> list[bytes]:
+    keys: list[bytes] = keys_of(path, read_shard(path)).to_pylist()
+    return keys
 
 
 def _link(source: Location, target: Location) -> bool:

@@ -23,7 +23,16 @@ from adpa.data.compact import compact_schema, compact_table
 from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import list_files
 from adpa.data.locations import Location
-from adpa.data.shards import join_keys, list_again, list_shards, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import (
+    join_keys,
+    list_again,
+    list_shards,
+    peek_keys,
+    peek_shard,
+    read_shard,
+    remove_file,
+    write_shard,
+)
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
@@ -179,7 +188,7 @@ def _pack_once(
 
 def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]], set[Location]]:
     """Which rows of each shard readers see, the first with their key; and the shards with a key that stands twice."""
-    columns = [peek_shard(path)["key"] for path in paths]
+    columns = [peek_keys(path) for path in paths]
     if not columns:
         return {}, set()
     keys = join_keys(columns)

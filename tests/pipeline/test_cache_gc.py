@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,3 +303,12 @@ def test_a_rewritten_file_says_what_the_old_one_said(cache: Path) -> None:
     for path in (cache / "scorings" / scoring.id).glob("signals-*"):
         table = read_shard(path)
         assert table.schema == next(iter(before.values())).schema
+
+
+def test_a_file_without_keys_stops_it(tmp_path: Path) -> None:
+    write_response_set(tmp_path, a_set(0))
+    write_scoring(tmp_path, SCORING)
+    path = write_shard(SCORING.folder(tmp_path), "signals", pa.table({"row": [1]}))
+    with pytest.raises(DamagedFileError, match="it has no column of keys"):
+        collect_garbage(tmp_path, yes=True)
+    assert Path(str(path)).exists()

@@ -27,7 +27,7 @@ from adpa.data.format import prepare_cache
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import list_shards, peek_keys, peek_shard, read_shard, remove_file, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
@@ -322,7 +322,7 @@ def test_a_second_pack_at_any_moment_of_the_first_loses_nothing(
 
             return wrapper
 
-        for work in (peek_shard, read_shard, write_shard, remove_file):
+        for work in (peek_keys, peek_shard, read_shard, write_shard, remove_file):
             patch.setattr(cache_pack, work.__name__, disturbed(work))
         pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
         assert same(seen(read_signals(cache, SCORING)), before)
