@@ -59,6 +59,8 @@ class GarbageReport:
         garbage: what goes.
         bytes: what this frees.
         young: places of files that look like garbage, and stay because a run may be at work with them.
+        repeated: places of files with rows that go, and stay because other files have rows of theirs, too: without them
+            readers might see another one of two rows. ``adpa cache pack`` drops the one that is not seen.
         done: whether it was removed.
     """
 
@@ -66,6 +68,7 @@ class GarbageReport:
     garbage: list[Garbage]
     bytes: int
     young: list[str]
+    repeated: list[str]
     done: bool
 
 
@@ -80,7 +83,8 @@ def collect_garbage(
     samples of which no set was made, rows that waited for the reference and need not, temporary files of killed runs,
     and what was set aside in CACHE/damaged. What a run at work may be about to need stays for a day: temporary files,
     samples, tokenizers, and scorings without rows. With --yes a day is told by the clock of the file system, else by
-    this machine's. Other commands may run beside it on a file system; in an object store, which cannot rename, adpa
+    this machine's. A file with rows that another file has, too, stays as it is: adpa cache pack drops them first. Other
+    commands may run beside it on a file system; in an object store, which cannot rename, adpa
     precompute and adpa cache merge must not.
 
     Raises:
@@ -118,7 +122,14 @@ def collect_garbage(
             for candidate in found.candidates:
                 garbage += candidate.remove()
                 advance(1)
-    return GarbageReport(str(cache), garbage, sum(found.bytes for found in garbage), sorted(found.young), yes)
+    return GarbageReport(
+        cache=str(cache),
+        garbage=garbage,
+        bytes=sum(found.bytes for found in garbage),
+        young=sorted(found.young),
+        repeated=sorted(found.repeated),
+        done=yes,
+    )
 
 
 class _Needs:
@@ -165,6 +176,7 @@ class _Garbage:
     def __init__(self, cache: Location, needs: _Needs, files: Sequence[CacheFile], young: float) -> None:
         self.candidates: list[_Candidate] = []
         self.young: list[str] = []
+        self.repeated: list[str] = []
         self._cache = cache
         self._needs = needs
         self._files = files
@@ -185,8 +197,8 @@ class _Garbage:
             return pc.and_not(wanted(keys), pc.is_in(keys, value_set=done))
 
         stays = [
-            *self._rows(signals, wanted, "no response set needs it"),
-            *self._rows(pending, awaited, "done, or no response set needs it"),
+            *self._rows(signals, wanted, "no response set needs it", _repeated(signals.values())),
+            *self._rows(pending, awaited, "done, or no response set needs it", _repeated([])),
         ]
         if own and not any(stays):  # one that appeared after the files were listed has none here
             left = [file for file in own if file.kind == "scoring"]
@@ -228,8 +240,12 @@ class _Garbage:
         files: dict[CacheFile, pa.ChunkedArray],
         wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         reason: str,
+        repeated: pa.Array,
     ) -> list[bool]:
-        """Notes the rows of some files that are not wanted; says of each file whether any stay."""
+        """Notes the rows of some files that are not wanted; says of each file whether any stay.
+
+        A file that keeps one of the ``repeated`` keys stays as it is: which row readers see is told by its name.
+        """
         masks, start = wanted(join_keys(files.values())), 0
         stays = []
         for file, keys in files.items():
@@ -237,10 +253,12 @@ class _Garbage:
             kept = _count(mask)
             stays.append(kept > 0)
             gone = len(keys) - kept
-            if gone or not kept:
+            if gone and _has_any(keys.filter(mask), repeated):
+                self.repeated.append(file.place)
+            elif gone or not kept:
                 freed = file.size * gone // len(keys) if kept else file.size
                 garbage = Garbage(file.place, file.kind, reason, gone, kept, freed)
-                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted)
+                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted, repeated)
                 self.candidates.append(_Candidate([garbage], remove))
         return stays
 
@@ -251,6 +269,7 @@ class _Garbage:
         mask: pa.ChunkedArray,
         sets: int,
         wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        repeated: pa.Array,
     ) -> list[Garbage]:
         """Removes the rows of a file that so many sets do not want, unless new ones do."""
         keys = _peek(file)
@@ -260,7 +279,7 @@ class _Garbage:
         if now != sets:
             mask = wanted(keys)
         kept, size = _count(mask), file.size
-        if kept == len(keys) > 0:
+        if kept == len(keys) > 0 or _has_any(keys.filter(mask), repeated):
             return []
         if kept:
             try:
@@ -331,6 +350,16 @@ def _peek(file: CacheFile) -> pa.ChunkedArray | None:
         return peek_keys(file.path)
     except FileNotFoundError:  # a run that ended just now has removed it
         return None
+
+
+def _repeated(columns: Iterable[pa.ChunkedArray]) -> pa.Array:
+    """The keys that more than one column has."""
+    counted = join_keys(pa.chunked_array([pc.unique(column)]) for column in columns).value_counts()
+    return counted.field("values").filter(pc.greater(counted.field("counts"), 1))
+
+
+def _has_any(keys: pa.ChunkedArray, wanted: pa.Array) -> bool:
+    return _count(pc.is_in(keys, value_set=wanted)) > 0
 
 
 def _count(mask: pa.ChunkedArray) -> int:

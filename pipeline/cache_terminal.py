@@ -72,6 +72,9 @@ def show_garbage(report: GarbageReport) -> RenderableType:
         rows = "" if garbage.rows is None else f"{garbage.rows:,} of {garbage.rows + garbage.kept:,} rows, "
         parts.append(_line(garbage.place, f"{rows}{garbage.bytes:,} bytes: {garbage.reason}"))
     parts += [_line("stays", f"{place}: a run may be at work with it") for place in report.young]
+    parts += [
+        _line("stays", f"{place}: other files have rows of it; adpa cache pack first") for place in report.repeated
+    ]
     done = "removed" if report.done else "can be removed; --yes does it"
     parts.append(_line(f"{report.bytes:,} bytes", done) if report.garbage else _line("no garbage", ""))
     return Group(*parts)
