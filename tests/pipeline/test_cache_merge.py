@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import WriteRows
-from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_row
+from tests.data.makers import INFO, SAMPLING, SCORING, assert_same_row, response_rows, signal_row
 from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
@@ -299,3 +299,24 @@ def test_a_file_without_keys_is_named_and_not_taken(empty: Path, tmp_path: Path)
     assert report.damaged == [f"{paths[0]}: damaged: it has no column of keys"]
     assert report.refused == [f"{paths[1]}: damaged: it has no column of keys"]
     assert report.linked.files == 1
+
+
+def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path) -> None:
+    """The other cache's file may have a name that comes first."""
+    ours, twice, theirs = (bytes([key]) * 16 for key in range(3))
+    for version in range(8):
+        empty, other = tmp_path / f"cache-{version}", tmp_path / f"other-{version}"
+        for cache, key in ((empty, ours), (other, theirs)):
+            prepare_cache(cache)
+            write_scoring(cache, SCORING)
+            seed = 2 * version + (cache == other)
+            write_signals(cache, SCORING, [signal_row(twice, 2, seed=seed), signal_row(key, 2, seed=seed)])
+        report = merge_cache(empty, other)
+        assert (report.linked.files, report.copied.files) == (0, 1)
+        read = read_signals(empty, SCORING)
+        assert (len(read), read.keys()) == (3, {ours, twice, theirs})
+        number = int(read.locate(pa.array([twice], pa.binary(16)))[0])
+        assert_same_row(read.row(number), signal_row(twice, 2, seed=2 * version))
+        known = files(empty)
+        assert merge_cache(empty, other).copied.files == 0
+        assert files(empty) == known
