@@ -89,10 +89,13 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
     packed = []
     for scoring in read_scorings(cache):
         folder = scoring.folder(cache)
-        list_again(folder, partial(_check_columns, folder, scoring))
+        check = partial(check_signals, scoring=scoring)
+        list_again(folder, partial(_check_columns, folder, signals.SHARD_PREFIX, check))
         packed.append(pack_folder(folder, signals.SHARD_PREFIX, _schema(scoring), partial(_encode, scoring)))
     for owner in sorted({file.owner for file in list_files(cache) if file.kind == "samples"}):
-        packed.append(pack_folder(cache / "samples" / owner, samples.SHARD_PREFIX, samples.SCHEMA, _as_it_is))
+        folder = cache / "samples" / owner
+        list_again(folder, partial(_check_columns, folder, samples.SHARD_PREFIX, samples.check_samples))
+        packed.append(pack_folder(folder, samples.SHARD_PREFIX, samples.SCHEMA, _without_metadata))
     changed = [found for found in packed if found is not None]
     return PackReport(str(cache), changed, len(packed) - len(changed))
 
@@ -202,10 +205,10 @@ def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]
     )
 
 
-def _check_columns(folder: Location, scoring: Scoring) -> None:
+def _check_columns(folder: Location, prefix: str, check: Callable[[Location, pa.Table], object]) -> None:
     """What readers refuse is not packed into what they accept."""
-    for path in list_shards(folder, signals.SHARD_PREFIX):
-        check_signals(path, peek_shard(path), scoring)
+    for path in list_shards(folder, prefix):
+        check(path, peek_shard(path))
 
 
 def _schema(scoring: Scoring) -> pa.Schema:
@@ -220,5 +223,5 @@ def _encode(scoring: Scoring, table: pa.Table) -> Iterator[pa.Table]:
         yield compact_table(rows, scoring.top_k, scoring.lossy)
 
 
-def _as_it_is(table: pa.Table) -> Iterator[pa.Table]:
-    yield table
+def _without_metadata(table: pa.Table) -> Iterator[pa.Table]:
+    yield table.replace_schema_metadata()

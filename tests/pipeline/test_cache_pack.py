@@ -383,3 +383,17 @@ def test_what_readers_refuse_is_not_packed_into_what_they_accept(tmp_path: Path)
     with pytest.raises(DamagedFileError, match="not those of its scoring's signals"):
         pack_cache(tmp_path)
     assert path.exists()
+
+
+def test_samples_that_readers_refuse_stop_it(tmp_path: Path) -> None:
+    prepare_cache(tmp_path)
+    write_samples(tmp_path, SAMPLING, [SampleRequest(np.array([1], dtype=np.int32), 0)], [np.array([7], np.int32)])
+    (path,) = (tmp_path / "samples").rglob("*.arrow")
+    table = read_shard(path)
+    more = write_shard(path.parent, "samples", table.append_column("more", pa.array([1])))
+    with pytest.raises(DamagedFileError, match=f"{more.name}: damaged: its columns are not those of samples"):
+        pack_cache(tmp_path)
+    more.unlink()
+    write_shard(path.parent, "samples", table.replace_schema_metadata({"made": "elsewhere"}))
+    assert [packed.files for packed in pack_cache(tmp_path).packed] == [1]
+    assert pack_cache(tmp_path).packed == [], "metadata that says nothing is left out"
