@@ -180,11 +180,15 @@ class _Garbage:
         self._cache = cache
         self._needs = needs
         self._files = files
+        self._scorings: dict[str, list[CacheFile]] = defaultdict(list)
+        for file in files:
+            if file.place.startswith("scorings/"):
+                self._scorings[file.owner].append(file)
         self._young = young
 
     def of_scoring(self, scoring: Scoring) -> None:
         """Rows that no set of the scoring's vocabulary has; rows in waiting that are done, too; then the scoring."""
-        own = [file for file in self._files if file.place.startswith(f"scorings/{scoring.id}/")]
+        own = self._scorings[scoring.id]
         signals, pending = (_read_keys(own, kind) for kind in ("signals", "pending"))
 
         def wanted(keys: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -211,9 +215,10 @@ class _Garbage:
 
     def of_owners(self, kind: FileKind, reason: str) -> None:
         """Folders of files of a kind, but for those that are needed."""
+        owners = self._needs.owners(kind)
         folders: dict[str, list[CacheFile]] = defaultdict(list)
         for file in self._files:
-            if file.kind == kind and file.owner not in self._needs.owners(kind):
+            if file.kind == kind and file.owner not in owners:
                 folders[file.owner].append(file)
         for owner, files in folders.items():
 
