@@ -86,9 +86,11 @@ def show_packing(report: PackReport) -> RenderableType:
     for packed in report.packed:
         counts = (packed.files_before, packed.files, packed.bytes_before, packed.bytes, packed.repeated)
         table.add_row(packed.folder, *(f"{count:,}" for count in counts))
-    are = "is" if report.untouched == 1 else "are"
-    untouched = _line(_count(report.untouched, "folder"), f"{are} packed well")
-    return Group(table, untouched) if report.packed else untouched
+    parts: list[RenderableType] = [table] if report.packed else []
+    if report.untouched:
+        are = "is" if report.untouched == 1 else "are"
+        parts.append(_line(_count(report.untouched, "folder"), f"{are} packed well"))
+    return Group(*parts) if parts else _line("nothing to pack", "")
 
 
 def _about_set(found: ListedSet) -> str:

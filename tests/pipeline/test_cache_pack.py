@@ -353,9 +353,15 @@ def test_the_command_says_what_became_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "responses").mkdir()
     done = CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)])
     assert (done.exit_code, done.stderr) == (0, "")
+    assert "packed well" not in done.stdout, "there is no other folder"
     (line,) = (line.split() for line in done.stdout.splitlines() if SCORING.id in line)
     assert (line[1], line[2], line[-1]) == ("3", "1", "2")
     assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "1 folder is packed well\n"
+
+
+def test_the_command_says_that_there_is_nothing_to_pack(tmp_path: Path) -> None:
+    prepare_cache(tmp_path)
+    assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "nothing to pack\n"
 
 
 def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
