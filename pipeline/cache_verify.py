@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data.format import MARKER, check_cache
+from adpa.data.format import MARKER, check_cache, has_files
 from adpa.data.integrity import SignalRules, error_problems, response_set_problems, sample_problems, signal_problems
 from adpa.data.inventory import CacheFile, find_kind, list_files
 from adpa.data.locations import Location
@@ -101,6 +101,7 @@ def verify_cache(
 
     Raises:
         CacheError: there is no cache.
+        DamagedFileError: all that speaks for a cache is a ``cache.json`` that is damaged, or of another program.
         OptionError: the cache cannot be written, with ``repair``.
     """
     marker = _check_marker(cache)
@@ -132,6 +133,8 @@ def _check_marker(cache: Location) -> list[Fault]:
     try:
         check_cache(cache)
     except DamagedFileError as error:
+        if not has_files(cache):  # then nothing says that this directory is a cache
+            raise
         return [Fault(MARKER, _problem(error).removeprefix(f"{cache / MARKER}: "))]
     return []
 

@@ -24,7 +24,7 @@ from adpa.data.responses import read_response_sets
 from adpa.data.shards import read_shard, write_shard
 from adpa.data.signal_rows import plain_schema, plain_table
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
-from adpa.errors import CacheError, OptionError
+from adpa.errors import CacheError, DamagedFileError, OptionError
 from adpa.pipeline import cache_verify
 
 
@@ -102,6 +102,17 @@ def test_a_marker_that_may_be_of_another_program_is_told_as_such(cache: Path) ->
     (cache / "cache.json").write_text("[]")
     (fault,) = verify_cache(cache).faults
     assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: no JSON object")
+
+
+def test_a_marker_in_a_directory_that_is_no_cache_is_left_where_it_is(tmp_path: Path) -> None:
+    marker = tmp_path / "cache.json"
+    marker.write_text('["entries"]')
+    (tmp_path / "responses").mkdir()
+    for repair in (False, True):
+        with pytest.raises(DamagedFileError, match="damaged, or of another program"):
+            verify_cache(tmp_path, repair=repair)
+    assert marker.read_text() == '["entries"]'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "responses"]
 
 
 def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
