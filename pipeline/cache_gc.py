@@ -20,7 +20,7 @@ from adpa.data.locations import Location
 from adpa.data.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.samples import samples_folder
-from adpa.data.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_shard
+from adpa.data.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_replacement
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.directories import check_writable
@@ -291,7 +291,7 @@ class _Garbage:
                 rest = read_shard(file.path).filter(mask)  # its digest is checked, so that no damage gets a new one
             except FileNotFoundError:
                 return []
-            size -= write_shard(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
+            size -= write_replacement(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
         unwanted = keys.filter(pc.invert(mask))
 
         def needed() -> bool:

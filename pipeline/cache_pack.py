@@ -4,7 +4,9 @@ A new file is written and synced before the old ones go, and both say the same, 
 cache that is whole. The old files whose rows a new one has go at once: it takes the room of one new file. Readers see
 the first of the rows with one key, in the order of the files' names; after packing, a key stands once. So files that
 have a key in common go when all of them are written, from the last name to the first: the row that was seen goes last.
-No process removes a file before it has itself written what it drops elsewhere, so that two may pack the same folder.
+Any number of processes may pack a folder, with ``adpa cache gc`` beside them. Each removes only files that it has
+listed, when it has itself written all of their keys to files with names that never were before. So who removes what a
+process has written has listed the folder later than that one did, and what the last one has written stays.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ from adpa.data.shards import (
     peek_shard,
     read_shard,
     remove_file,
-    write_shard,
+    write_replacement,
 )
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.pipeline.directories import check_writable
@@ -76,7 +78,7 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
 
     Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.
     It takes the room of one new file, about 256 MiB, and of all files with rows that stand twice. Runs may read and
-    write the cache meanwhile; pack itself should run once at a time.
+    write the cache meanwhile.
 
     Raises:
         CacheError: there is no cache, or a file of it is a link to nothing.
@@ -130,9 +132,8 @@ def _pack_once(
     sizes = {path: path.stat().st_size for path in paths}
     first, shared = _first_rows(paths)
     other = {path for path in paths if not peek_shard(path).schema.equals(schema, check_metadata=True)}
-    again = {path for path in paths if not first[path].all()}
-    chosen = [path for path in paths if sizes[path] < goal // 2 or path in other | again]
-    if len(chosen) < 2 and not other | again:
+    chosen = [path for path in paths if sizes[path] < goal // 2 or path in other | shared]
+    if len(chosen) < 2 and not other | shared:
         return None
     written: list[Location] = []
 
@@ -146,7 +147,7 @@ def _pack_once(
             for table in encode(rows) if path in other else [rows]:
                 assert table.schema == schema
                 if size >= goal:
-                    written.append(write_shard(folder, prefix, pa.concat_tables(group)))
+                    written.append(write_replacement(folder, prefix, pa.concat_tables(group)))
                     yield needless
                     group, size, needless = [], 0, []
                 if len(table):
@@ -155,29 +156,25 @@ def _pack_once(
             needless.append(path)
             advance(sizes[path])
         if group:
-            written.append(write_shard(folder, prefix, pa.concat_tables(group)))
+            written.append(write_replacement(folder, prefix, pa.concat_tables(group)))
         yield needless
 
-    def remove(needless: list[Location]) -> None:
-        for path in needless:
-            if path not in written:
-                remove_file(path)
-
     with progress(f"packing {folder.name}: bytes", sum(sizes[path] for path in chosen)) as advance:
-        stay, late, safe = set(chosen), [], 0
+        late, safe = [], 0
         try:
             for needless in rewrite(sorted(chosen, key=shared.__contains__)):  # those that have to wait come last
                 if shared.isdisjoint(needless):
-                    stay, safe = stay - set(needless), len(written)
-                    remove(needless)
+                    safe = len(written)
+                    for path in needless:
+                        remove_file(path)
                 else:
                     late += needless
         except BaseException:
-            if all(path.exists() for path in stay):  # or another process may count on what is new
-                for path in set(written[safe:]) - sizes.keys():
-                    remove_file(path)
+            for path in written[safe:]:
+                remove_file(path)
             raise
-        remove(late[::-1])
+        for path in late[::-1]:
+            remove_file(path)
     untouched = sizes.keys() - set(chosen)
     return PackedFolder(
         folder=f"{folder.parent.name}/{folder.name}",

@@ -20,6 +20,7 @@ from adpa.data.shards import (
     remove_file,
     serialize,
     write_file,
+    write_replacement,
     write_shard,
 )
 from adpa.errors import CacheError, DamagedFileError
@@ -319,3 +320,11 @@ def test_a_file_without_keys_is_damaged(columns: dict[str, pa.Array], tmp_path: 
         peek_keys(path)
     assert str(caught.value).startswith(f"{path}: damaged: it has no column of keys; ")
     assert peek_keys(write_shard(tmp_path, "signals", TABLE)).equals(TABLE["key"])
+
+
+def test_a_replacement_has_a_name_that_no_other_file_has(tmp_path: Path) -> None:
+    paths = [write_replacement(tmp_path, "signals", TABLE) for _ in range(2)]
+    assert len({*paths, write_shard(tmp_path, "signals", TABLE)}) == 3
+    for path in paths:
+        assert read_shard(path).equals(TABLE, check_metadata=True)
+    assert load_dataset("arrow", data_files=str(paths[0]), split="train", cache_dir=str(tmp_path / "c")).num_rows == 2

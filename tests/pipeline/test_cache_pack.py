@@ -27,7 +27,7 @@ from adpa.data.format import prepare_cache
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, peek_keys, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import list_shards, peek_keys, peek_shard, read_shard, remove_file, write_replacement, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
@@ -150,7 +150,7 @@ def test_a_kill_at_any_moment_changes_no_row_that_readers_see(
             return wrapper
 
         with patch.context() as inner:
-            inner.setattr(cache_pack, "write_shard", counted(write_shard))
+            inner.setattr(cache_pack, "write_replacement", counted(write_replacement))
             inner.setattr(cache_pack, "remove_file", counted(remove_file))
             with suppress(Killed):
                 pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
@@ -265,10 +265,10 @@ def full_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*arguments: Any) -> Location:
         if len(written) == files:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(write_shard(*arguments))
+        written.append(write_replacement(*arguments))
         return written[-1]
 
-    monkeypatch.setattr(cache_pack, "write_shard", write)
+    monkeypatch.setattr(cache_pack, "write_replacement", write)
 
 
 def size(folder: Path) -> int:
@@ -322,7 +322,7 @@ def test_a_second_pack_at_any_moment_of_the_first_loses_nothing(
 
             return wrapper
 
-        for work in (peek_keys, peek_shard, read_shard, write_shard, remove_file):
+        for work in (peek_keys, peek_shard, read_shard, write_replacement, remove_file):
             patch.setattr(cache_pack, work.__name__, disturbed(work))
         pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
         assert same(seen(read_signals(cache, SCORING)), before)
