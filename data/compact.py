@@ -57,16 +57,20 @@ def compact_schema(top_k: int, lossy: bool) -> pa.Schema:
     return pa.schema(fields + (ERRORS if lossy else []), metadata={"adpa": json.dumps(how)})
 
 
-def compact_table(rows: Sequence[SignalRow], top_k: int, lossy: bool) -> pa.Table:
+def compact_table(rows: Sequence[SignalRow], top_k: int, lossy: bool, measured: bool = True) -> pa.Table:
     """Encodes signal rows.
 
     Args:
         rows: the rows; top-K log-probabilities and advantages are taken to float16 unless ``lossy``.
         top_k: K.
         lossy: round as ``rounding.py`` says, and note each row's errors beside it.
+        measured: measure these errors; else 0 stands for them, as only the table's size is asked for.
     """
     schema = compact_schema(top_k, lossy)
     encoded = [_encode(row, top_k, lossy) for row in rows]
+    if lossy:
+        for row, columns in zip(rows, encoded, strict=True):
+            columns |= _measure(row, columns, top_k) if measured else {field.name: 0.0 for field in ERRORS}
     return pa.Table.from_arrays(
         [pa.array([row.get(field.name) for row in encoded], field.type) for field in schema], schema=schema
     )
@@ -162,13 +166,20 @@ def _encode(row: SignalRow, top_k: int, lossy: bool) -> dict[str, Any]:
         advantages_TK = round_advantages(row.topk_advantages, codes_TK) if lossy else row.topk_advantages.astype(F16)
         encoded["token_advantages"] = _pack(row.token_advantages.astype(per_token))
         encoded["topk_advantages"] = _pack(by_rank(advantages_TK))
-    if lossy:
-        buffers = {field.name: encoded.get(field.name) for field in ARRAYS}
-        decoded = _decode(row.key, len(counts_T), buffers, top_k, lossy)
-        errors_T = np.abs(kl_errors(row, decoded))
-        encoded["kl_error"], encoded["largest_kl_error"] = errors_T.mean(), errors_T.max()
-        encoded["advantage_error"] = advantage_errors(row, decoded).mean()
     return encoded
+
+
+def _measure(row: SignalRow, encoded: dict[str, Any], top_k: int) -> dict[str, float]:
+    """What rounding has changed in a row; 0 where it has no tokens."""
+    tokens = len(row.topk_ids)
+    arrays = {field.name: encoded.get(field.name) for field in ARRAYS}
+    rounded = _decode(row.key, tokens, arrays, top_k, lossy=True)
+    errors_T = np.abs(kl_errors(row, rounded))
+    return {
+        "kl_error": errors_T.sum() / max(tokens, 1),
+        "largest_kl_error": errors_T.max(initial=0),
+        "advantage_error": advantage_errors(row, rounded).sum() / max(tokens, 1),
+    }
 
 
 def _decode(key: bytes, tokens: int, arrays: dict[str, Any], top_k: int, lossy: bool) -> SignalRow:

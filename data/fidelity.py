@@ -80,12 +80,13 @@ def measure_fidelity(
         lost = [_kl_beyond(row, ratios[row.key], kept_TQ) for row, kept_TQ in zip(rows, kept, strict=True)]
         kl_NQ = np.concatenate(lost)
     advantages_lost = None if scoring.reference is None else _advantages_lost(rows, kept)
+    cut = [[cut_row(row, top_ks) for row in shard] for shard in shards]
     found = []
     for place, top_k in enumerate(top_ks):
         tail_N = tail_NQ[:, place]
         narrow = replace(scoring, top_k=top_k)
-        cut = [[keep_nucleus(cut_row(row, top_k), scoring.top_p) for row in shard] for shard in shards]
-        size = sum(encoded_bytes(shard, narrow) for shard in cut)
+        kept_rows = [[keep_nucleus(rows_Q[place], scoring.top_p) for rows_Q in shard] for shard in cut]
+        size = sum(encoded_bytes(shard, narrow) for shard in kept_rows)
         found.append(
             Fidelity(
                 top_k=top_k,
@@ -101,18 +102,20 @@ def measure_fidelity(
     return found
 
 
-def cut_row(row: SignalRow, top_k: int) -> SignalRow:
-    """The row that a scoring with a smaller K gives."""
-    tail_T = _sums_beyond(_outcomes(row), _kept(row, [top_k]))[:, 0]
+def cut_row(row: SignalRow, top_ks: Sequence[int]) -> list[SignalRow]:
+    """The rows that scorings with smaller values of K give."""
     with np.errstate(divide="ignore"):
-        tail_logprob = np.log(tail_T).astype(np.float32)
-    return replace(
-        row,
-        topk_ids=row.topk_ids[:, :top_k],
-        topk_logprobs=row.topk_logprobs[:, :top_k],
-        tail_logprob=tail_logprob,
-        topk_advantages=None if row.topk_advantages is None else row.topk_advantages[:, :top_k],
-    )
+        tails_TQ = np.log(_sums_beyond(_outcomes(row), _kept(row, top_ks))).astype(np.float32)
+    return [
+        replace(
+            row,
+            topk_ids=row.topk_ids[:, :top_k],
+            topk_logprobs=row.topk_logprobs[:, :top_k],
+            tail_logprob=tail_T,
+            topk_advantages=None if row.topk_advantages is None else row.topk_advantages[:, :top_k],
+        )
+        for top_k, tail_T in zip(top_ks, tails_TQ.T, strict=True)
+    ]
 
 
 def _kl_beyond(row: SignalRow, ratios: NDArray[Any], kept_TQ: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -58,7 +58,7 @@ def find_version(cache: Location) -> int | None:
         try:
             fields, proved = read_document(marker)
         except FileNotFoundError:
-            return 1 if _has_files(cache) else None
+            return 1 if has_files(cache) else None
     except DamagedFileError as error:  # nothing in it is proved, not even that it is a marker
         problem = str(error.args[0]).replace(": damaged: ", ": damaged, or of another program: ", 1)
         raise DamagedFileError(problem, "name another directory, or restore this file") from error
@@ -81,7 +81,7 @@ def find_version(cache: Location) -> int | None:
     return VERSION
 
 
-def _has_files(cache: Location) -> bool:
+def has_files(cache: Location) -> bool:
     """Whether a directory has a file that only a cache has; a folder of some name is anybody's."""
     if any(re.fullmatch(RESPONSE_SET, path.name) for path in list_folder(cache / "responses")):
         return True

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from adpa.data.compact import ERRORS
 from adpa.data.encoding import sequence_key
 from adpa.data.ragged import list_row
 from adpa.data.responses import ResponseSet, make_response_set
@@ -102,6 +104,14 @@ def response_set_problems(responses: ResponseSet, ids_below: int | None) -> Iter
         yield f"{_rows(strangers)}: the key is not the digest of the prompt's and the response's ids"
     elif (made := make_response_set(info, rows)).info != info or made.id != responses.id:
         yield "its counts, its order or its digest of the example ids are not those of its rows"
+
+
+def error_problems(table: pa.Table) -> Iterator[str]:
+    """What is wrong with the errors that a lossy table notes beside its rows."""
+    errors = [table[field.name].to_numpy() for field in ERRORS]
+    faulty = np.flatnonzero([not (np.isfinite(row).all() and min(row) >= 0) for row in zip(*errors, strict=True)])
+    if len(faulty):
+        yield f"{_rows(faulty.tolist())}: errors of rounding that are missing, or no numbers"
 
 
 def sample_problems(response_ids: NDArray[np.int32]) -> Iterator[str]:

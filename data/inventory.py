@@ -38,7 +38,7 @@ DEEP_FOLDERS = rf"(tokenizers|damaged)(/{NAME})*|tokenizers/{HIDDEN}(/.+)?"
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A file of a cache; a directory that is none of the cache's, and what is no regular file, is one entry of no size.
+    """A file of a cache; a directory that is none of the cache's, and what is no file, is one unknown entry of no size.
 
     Attributes:
         path: where it is.
@@ -84,9 +84,9 @@ def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
             continue
         try:
             found = path.stat()
-        except FileNotFoundError:  # removed meanwhile, or a link to nothing
-            continue
-        except OSError:  # a link to itself
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not (isinstance(path, Path) and path.is_symlink()):
+                continue  # removed meanwhile; else a link to nothing, or to itself
             yield CacheFile(path, place, "unknown", 0, 0.0)
             continue
         if is_directory:

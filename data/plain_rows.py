@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
 TOKENS_AT_ONCE = 1 << 15
 
 
-def plain_tables(scored: ScoredSet) -> Iterator[pa.Table]:
+def joined_tables(scored: ScoredSet) -> Iterator[pa.Table]:
     """A scored set, in its order, as tables of ``SCHEMA`` with about ``TOKENS_AT_ONCE`` response tokens each.
 
     Without a reference, advantages are null.

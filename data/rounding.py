@@ -41,6 +41,7 @@ def round_logprobs(logprobs: NDArray[np.floating]) -> NDArray[np.uint16]:
 
 def round_advantages(advantages: NDArray[np.floating], codes: NDArray[np.uint16]) -> NDArray[np.uint32]:
     """Advantages in steps of ``STEPS[code]``, as 0, −1, 1, −2, … ↦ 0, 1, 2, 3, …; 0 where the teacher says never."""
+    assert np.isfinite(advantages[codes != IMPOSSIBLE]).all(), "an advantage that is no number"
     steps = np.where(codes == IMPOSSIBLE, np.inf, STEPS[codes].astype(np.float64))
     counts = np.rint(np.where(codes == IMPOSSIBLE, 0, advantages) / steps).astype(np.int64)
     return np.where(counts < 0, -2 * counts - 1, 2 * counts).astype(np.uint32)

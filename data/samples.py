@@ -42,11 +42,20 @@ def read_samples(cache: Location, sampling: Sampling) -> dict[bytes, TokenIds]:
     """
     samples: dict[bytes, TokenIds] = {}
     for path, table in open_shards(samples_folder(cache, sampling), SHARD_PREFIX):
-        if not table.schema.equals(SCHEMA):
-            raise damaged(path, "its columns are not those of samples")
-        for row, key in enumerate(table["key"].to_pylist()):
+        for row, key in enumerate(check_samples(path, table)["key"].to_pylist()):
             samples.setdefault(key, list_row(table["response_ids"], row))
     return samples
+
+
+def check_samples(path: Location, table: pa.Table) -> pa.Table:
+    """Checks that the columns of a shard are those of samples, and gives its table.
+
+    Raises:
+        DamagedFileError: they are not.
+    """
+    if not table.schema.equals(SCHEMA):
+        raise damaged(path, "its columns are not those of samples")
+    return table
 
 
 def missing_requests(cache: Location, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:

@@ -96,17 +96,27 @@ def is_whole(path: Path) -> bool:
     return _digest(map_file(path)) == find_hidden(path).stem.rpartition("-")[2]
 
 
-def serialize(table: pa.Table) -> pa.Buffer:
-    """A table as the bytes of an Arrow IPC file of one record batch."""
+def serialize(table: pa.Table, metadata: Mapping[str, str] | None = None) -> pa.Buffer:
+    """A table as the bytes of an Arrow IPC file of one record batch, which may have metadata of its own."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch, custom_metadata=metadata)
     return sink.getvalue()
 
 
 def write_shard(folder: Location, prefix: str, table: pa.Table) -> Location:
     """Writes ``folder/prefix-<digest of the file's bytes>.arrow``."""
     return write_serialized(folder, prefix, serialize(table))
+
+
+def write_replacement(folder: Location, prefix: str, table: pa.Table) -> Location:
+    """Writes a shard as ``write_shard`` does, of rows that other shards have, which are to go.
+
+    Its bytes, and so its name, are nobody else's: who has listed the folder before, and removes what was there, cannot
+    remove this one.
+    """
+    return write_serialized(folder, prefix, serialize(table, {"replacement": uuid.uuid4().hex}))
 
 
 def write_serialized(folder: Location, prefix: str, payload: pa.Buffer) -> Location:
@@ -168,6 +178,28 @@ def peek_shard(path: Location) -> pa.Table:
     """
     payload = map_file(path if isinstance(path, Path) else _copy_here(path))
     return _open_table(path, payload, whole=False)
+
+
+def keys_of(path: Location, table: pa.Table) -> pa.ChunkedArray:
+    """The keys of a shard's rows, 16 bytes each.
+
+    Raises:
+        DamagedFileError: its table has no such column.
+    """
+    found = table.schema.get_all_field_indices("key")
+    if len(found) != 1 or table.schema.field(found[0]).type != pa.binary(16) or table["key"].null_count:
+        raise damaged(path, "it has no column of keys")
+    return table["key"]
+
+
+def peek_keys(path: Location) -> pa.ChunkedArray:
+    """The keys of a shard's rows, read as ``peek_shard`` does.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it is no table, or has no keys.
+    """
+    return keys_of(path, peek_shard(path))
 
 
 def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, pa.Table]]:

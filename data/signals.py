@@ -149,59 +149,11 @@ def read_scoring(cache: Location, scoring_id: str) -> Scoring:
     """Reads the description of a scoring that is known to be in a cache.
 
     Raises:
-        CacheError: a description is of a newer format.
-        DamagedFileError: a description is not what was written, or does not give the id of its folder.
-    """
-    return next(scoring for scoring in read_scorings(cache) if scoring.id == scoring_id)
-
-
-def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
-    """Adds a shard of rows to a scoring, and gives its bytes."""
-    payload = _serialized(rows, scoring)
-    write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
-    return int(payload.size)
-
-
-def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
-    """Bytes of the file that ``write_signals`` makes of some rows."""
-    return int(_serialized(rows, scoring).size)
-
-
-def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
-    """Opens every row of a scoring.
-
-    Raises:
-        CacheError: a shard is of a newer format.
-        DamagedFileError: a shard's bytes are not those that were written, or its columns not those of the scoring.
-    """
-    shards = open_shards(scoring.folder(cache), SHARD_PREFIX)
-    return SignalTable(check_signals(path, table, scoring) for path, table in shards)
-
-
-def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table:
-    """Checks that the columns of a shard are those of a scoring's signals, and gives its table.
-
-    Raises:
+        FileNotFoundError: it is not.
         CacheError: it is of a newer format.
-        DamagedFileError: they are not.
+        DamagedFileError: it is not what was written, or does not give the id of its folder.
     """
-    if is_compact(table.schema):
-        check_encoding(path, table.schema)
-        whole = table.schema.equals(compact_schema(scoring.top_k, scoring.lossy), check_metadata=True)
-    else:
-        whole = table.schema.equals(plain_schema(scoring.top_k)) and not scoring.lossy and scoring.top_p == 1
-    if not whole:
-        raise damaged(path, "its columns are not those of its scoring's signals")
-    return table
-
-
-def _serialized(rows: Sequence[SignalRow], scoring: Scoring) -> pa.Buffer:
-    return serialize(compact_table(rows, scoring.top_k, scoring.lossy))
-
-
-def _described(scoring: Scoring) -> dict[str, Any]:
-    """The fields of a description; one that came with a later version is left out where it says nothing."""
-    return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    return read_scoring_file(cache / "scorings" / scoring_id / "scoring.json")
 
 
 def read_scoring_file(path: Location) -> Scoring:
@@ -237,3 +189,48 @@ def read_scoring_file(path: Location) -> Scoring:
     if not possible:
         raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, for no vocabulary is larger")
     return scoring
+
+
+def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
+    """Adds a shard of rows to a scoring, and gives its bytes."""
+    payload = serialize(compact_table(rows, scoring.top_k, scoring.lossy))
+    write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
+    return int(payload.size)
+
+
+def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
+    """Bytes of the file that ``write_signals`` makes of some rows."""
+    return int(serialize(compact_table(rows, scoring.top_k, scoring.lossy, measured=False)).size)
+
+
+def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
+    """Opens every row of a scoring.
+
+    Raises:
+        CacheError: a shard is of a newer format.
+        DamagedFileError: a shard's bytes are not those that were written, or its columns not those of the scoring.
+    """
+    shards = open_shards(scoring.folder(cache), SHARD_PREFIX)
+    return SignalTable(check_signals(path, table, scoring) for path, table in shards)
+
+
+def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table:
+    """Checks that the columns of a shard are those of a scoring's signals, and gives its table.
+
+    Raises:
+        CacheError: it is of a newer format.
+        DamagedFileError: they are not.
+    """
+    if is_compact(table.schema):
+        check_encoding(path, table.schema)
+        whole = table.schema.equals(compact_schema(scoring.top_k, scoring.lossy), check_metadata=True)
+    else:
+        whole = table.schema.equals(plain_schema(scoring.top_k)) and not scoring.lossy and scoring.top_p == 1
+    if not whole:
+        raise damaged(path, "its columns are not those of its scoring's signals")
+    return table
+
+
+def _described(scoring: Scoring) -> dict[str, Any]:
+    """The fields of a description; one that came with a later version is left out where it says nothing."""
+    return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}

@@ -16,7 +16,7 @@ from typing_extensions import Doc
 
 from adpa.data.format import check_cache
 from adpa.data.locations import Location
-from adpa.data.plain_rows import SCHEMA, plain_tables
+from adpa.data.plain_rows import SCHEMA, joined_tables
 from adpa.data.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
 from adpa.pipeline.directories import check_writable_file
@@ -101,7 +101,7 @@ def export_cache(
 
 def _with_progress(scored: ScoredSet) -> Iterator[pa.Table]:
     with progress("exporting: responses", len(scored.responses)) as advance:
-        for table in plain_tables(scored):
+        for table in joined_tables(scored):
             yield table
             advance(len(table))
 

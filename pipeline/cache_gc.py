@@ -20,7 +20,7 @@ from adpa.data.locations import Location
 from adpa.data.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.samples import samples_folder
-from adpa.data.shards import join_keys, list_folder, list_shards, peek_shard, read_shard, write_shard
+from adpa.data.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_replacement
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.directories import check_writable
@@ -59,6 +59,8 @@ class GarbageReport:
         garbage: what goes.
         bytes: what this frees.
         young: places of files that look like garbage, and stay because a run may be at work with them.
+        repeated: places of files with rows that go, and stay because other files have rows of theirs, too: without them
+            readers might see another one of two rows. ``adpa cache pack`` drops the one that is not seen.
         done: whether it was removed.
     """
 
@@ -66,6 +68,7 @@ class GarbageReport:
     garbage: list[Garbage]
     bytes: int
     young: list[str]
+    repeated: list[str]
     done: bool
 
 
@@ -80,7 +83,8 @@ def collect_garbage(
     samples of which no set was made, rows that waited for the reference and need not, temporary files of killed runs,
     and what was set aside in CACHE/damaged. What a run at work may be about to need stays for a day: temporary files,
     samples, tokenizers, and scorings without rows. With --yes a day is told by the clock of the file system, else by
-    this machine's. Other commands may run beside it on a file system; in an object store, which cannot rename, adpa
+    this machine's. A file with rows that another file has, too, stays as it is: adpa cache pack drops them first. Other
+    commands may run beside it on a file system; in an object store, which cannot rename, adpa
     precompute and adpa cache merge must not.
 
     Raises:
@@ -118,7 +122,14 @@ def collect_garbage(
             for candidate in found.candidates:
                 garbage += candidate.remove()
                 advance(1)
-    return GarbageReport(str(cache), garbage, sum(found.bytes for found in garbage), sorted(found.young), yes)
+    return GarbageReport(
+        cache=str(cache),
+        garbage=garbage,
+        bytes=sum(found.bytes for found in garbage),
+        young=sorted(found.young),
+        repeated=sorted(found.repeated),
+        done=yes,
+    )
 
 
 class _Needs:
@@ -165,14 +176,19 @@ class _Garbage:
     def __init__(self, cache: Location, needs: _Needs, files: Sequence[CacheFile], young: float) -> None:
         self.candidates: list[_Candidate] = []
         self.young: list[str] = []
+        self.repeated: list[str] = []
         self._cache = cache
         self._needs = needs
         self._files = files
+        self._scorings: dict[str, list[CacheFile]] = defaultdict(list)
+        for file in files:
+            if file.place.startswith("scorings/"):
+                self._scorings[file.owner].append(file)
         self._young = young
 
     def of_scoring(self, scoring: Scoring) -> None:
         """Rows that no set of the scoring's vocabulary has; rows in waiting that are done, too; then the scoring."""
-        own = [file for file in self._files if file.place.startswith(f"scorings/{scoring.id}/")]
+        own = self._scorings[scoring.id]
         signals, pending = (_read_keys(own, kind) for kind in ("signals", "pending"))
 
         def wanted(keys: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -185,8 +201,8 @@ class _Garbage:
             return pc.and_not(wanted(keys), pc.is_in(keys, value_set=done))
 
         stays = [
-            *self._rows(signals, wanted, "no response set needs it"),
-            *self._rows(pending, awaited, "done, or no response set needs it"),
+            *self._rows(signals, wanted, "no response set needs it", _repeated(signals.values())),
+            *self._rows(pending, awaited, "done, or no response set needs it", _repeated([])),
         ]
         if own and not any(stays):  # one that appeared after the files were listed has none here
             left = [file for file in own if file.kind == "scoring"]
@@ -199,9 +215,10 @@ class _Garbage:
 
     def of_owners(self, kind: FileKind, reason: str) -> None:
         """Folders of files of a kind, but for those that are needed."""
+        owners = self._needs.owners(kind)
         folders: dict[str, list[CacheFile]] = defaultdict(list)
         for file in self._files:
-            if file.kind == kind and file.owner not in self._needs.owners(kind):
+            if file.kind == kind and file.owner not in owners:
                 folders[file.owner].append(file)
         for owner, files in folders.items():
 
@@ -228,8 +245,12 @@ class _Garbage:
         files: dict[CacheFile, pa.ChunkedArray],
         wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         reason: str,
+        repeated: pa.Array,
     ) -> list[bool]:
-        """Notes the rows of some files that are not wanted; says of each file whether any stay."""
+        """Notes the rows of some files that are not wanted; says of each file whether any stay.
+
+        A file that keeps one of the ``repeated`` keys stays as it is: which row readers see is told by its name.
+        """
         masks, start = wanted(join_keys(files.values())), 0
         stays = []
         for file, keys in files.items():
@@ -237,10 +258,12 @@ class _Garbage:
             kept = _count(mask)
             stays.append(kept > 0)
             gone = len(keys) - kept
-            if gone or not kept:
+            if gone and _has_any(keys.filter(mask), repeated):
+                self.repeated.append(file.place)
+            elif gone or not kept:
                 freed = file.size * gone // len(keys) if kept else file.size
                 garbage = Garbage(file.place, file.kind, reason, gone, kept, freed)
-                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted)
+                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted, repeated)
                 self.candidates.append(_Candidate([garbage], remove))
         return stays
 
@@ -251,24 +274,24 @@ class _Garbage:
         mask: pa.ChunkedArray,
         sets: int,
         wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        repeated: pa.Array,
     ) -> list[Garbage]:
         """Removes the rows of a file that so many sets do not want, unless new ones do."""
-        table = _peek(file)
-        if table is None:
+        keys = _peek(file)
+        if keys is None:
             return []
-        keys = table["key"]
         now = self._needs.look()
         if now != sets:
             mask = wanted(keys)
         kept, size = _count(mask), file.size
-        if kept == len(keys) > 0:
+        if kept == len(keys) > 0 or _has_any(keys.filter(mask), repeated):
             return []
         if kept:
             try:
                 rest = read_shard(file.path).filter(mask)  # its digest is checked, so that no damage gets a new one
             except FileNotFoundError:
                 return []
-            size -= write_shard(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
+            size -= write_replacement(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
         unwanted = keys.filter(pc.invert(mask))
 
         def needed() -> bool:
@@ -323,15 +346,25 @@ def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
 
 def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa.ChunkedArray]:
     """A copy of the keys of each shard of a kind, which holds no file open."""
-    tables = ((file, _peek(file)) for file in files if file.kind == kind)
-    return {file: table["key"].take(np.arange(len(table))) for file, table in tables if table is not None}
+    columns = ((file, _peek(file)) for file in files if file.kind == kind)
+    return {file: keys.take(np.arange(len(keys))) for file, keys in columns if keys is not None}
 
 
-def _peek(file: CacheFile) -> pa.Table | None:
+def _peek(file: CacheFile) -> pa.ChunkedArray | None:
     try:
-        return peek_shard(file.path)
+        return peek_keys(file.path)
     except FileNotFoundError:  # a run that ended just now has removed it
         return None
+
+
+def _repeated(columns: Iterable[pa.ChunkedArray]) -> pa.Array:
+    """The keys that more than one column has."""
+    counted = join_keys(pa.chunked_array([pc.unique(column)]) for column in columns).value_counts()
+    return counted.field("values").filter(pc.greater(counted.field("counts"), 1))
+
+
+def _has_any(keys: pa.ChunkedArray, wanted: pa.Array) -> bool:
+    return _count(pc.is_in(keys, value_set=wanted)) > 0
 
 
 def _count(mask: pa.ChunkedArray) -> int:

@@ -18,7 +18,7 @@ from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseSet, ResponseSetInfo, peek_response_set
 from adpa.data.samples import samples_folder
-from adpa.data.shards import join_keys, list_again, peek_shard
+from adpa.data.shards import join_keys, list_again, peek_keys, peek_shard
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import DamagedFileError
 
@@ -214,9 +214,9 @@ class _Peek:
 
     def keys(self, file: CacheFile) -> pa.ChunkedArray | None:
         try:
-            return peek_shard(file.path)["key"]
-        except (DamagedFileError, KeyError) as error:
-            self.unreadable.append(f"{file.path}: has no column {error}" if isinstance(error, KeyError) else str(error))
+            return peek_keys(file.path)
+        except DamagedFileError as error:
+            self.unreadable.append(str(error))
             return None
 
 

@@ -15,7 +15,17 @@ from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import CacheFile, list_files
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_set
-from adpa.data.shards import check_shard, list_again, list_shards, peek_shard, read_shard, remove_file, write_file
+from adpa.data.shards import (
+    check_shard,
+    keys_of,
+    list_again,
+    list_shards,
+    peek_keys,
+    read_shard,
+    remove_file,
+    write_file,
+    write_shard,
+)
 from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
@@ -44,7 +54,7 @@ class MergeReport:
         cache: the cache that was added to.
         other: the cache that was read.
         linked: files that both caches share now.
-        copied: files that were copied.
+        copied: files that were copied, or those of their rows that were not there.
         present: files that say nothing new: they, or all of their rows, were there already.
         refused: a line about each damaged file, nothing of which was taken.
         damaged: a line about each damaged file of the cache itself, which counts as not there: what the other one has
@@ -81,9 +91,9 @@ def merge_cache(
 ) -> MergeReport:
     """Take another cache's sets, signals, samples and tokenizers.
 
-    Files are linked where both caches lie on one file system, and copied elsewhere; the digest of each is checked
-    first. What is there already is left as it is, unless it is damaged. Damaged files, which are never taken, are
-    named, and the exit code is 1.
+    Files are linked where both caches lie on one file system, and copied elsewhere; of a file with rows that are there
+    already, only the others are copied. The digest of each is checked first. What is there already is left as it is,
+    unless it is damaged. Damaged files, which are never taken, are named, and the exit code is 1.
 
     Raises:
         CacheError: one of them is no cache.
@@ -173,19 +183,28 @@ class _Merge:
         (self.report.present if present else self.report.copied).add(file.size)
 
     def _rows(self, file: CacheFile) -> None:
-        """Takes a file of signals or samples, unless the cache has a row with each of its keys."""
+        """Takes a file of signals or samples; if the cache has rows with some of its keys, only the others.
+
+        Which of two rows with one key readers see would be told by the names of their files.
+        """
         target = self.cache / file.place
         folder = target.parent
         if file.kind == "signals" and not (folder / "scoring.json").exists():
             self.report.left_out.add(file.size)  # its description is damaged, or was never there
             return
         check_shard(file.path)
-        keys = read_shard(file.path)["key"].to_pylist()
-        if self.keys[folder].issuperset(keys):
+        table = read_shard(file.path)
+        keys = keys_of(file.path, table).to_pylist()
+        present = self.keys[folder]
+        if present.issuperset(keys):
             self.report.present.add(file.size)
-            return
-        self._link_or_copy(file, target)
-        self.keys[folder].update(keys)
+        elif present.isdisjoint(keys) or target in self.damaged:
+            self._link_or_copy(file, target)
+        else:
+            new = table.filter(pa.array([key not in present for key in keys]))
+            path = write_shard(folder, file.path.name.partition("-")[0], new)
+            self.report.copied.add(path.stat().st_size)
+        present.update(keys)
 
     def _read_keys(self, file: CacheFile) -> None:
         """Reads which rows the cache has in the folder of a file."""
@@ -194,8 +213,8 @@ class _Merge:
             prefix = signals.SHARD_PREFIX if file.kind == "signals" else samples.SHARD_PREFIX
             keys: set[bytes] = set()
             for path in list_shards(folder, prefix):
-                if self._is_whole(path, partial(read_shard, path)):
-                    keys.update(peek_shard(path)["key"].to_pylist())
+                if self._is_whole(path, partial(_check_rows, path)):
+                    keys.update(peek_keys(path).to_pylist())
             self.keys[folder] = keys
 
     def _response_set(self, file: CacheFile) -> None:
@@ -226,6 +245,10 @@ class _Merge:
         else:
             write_file(target, pa.py_buffer(file.path.read_bytes()))
             self.report.copied.add(file.size)
+
+
+def _check_rows(path: Location) -> None:
+    keys_of(path, read_shard(path))
 
 
 def _link(source: Location, target: Location) -> bool:

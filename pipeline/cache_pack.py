@@ -4,7 +4,9 @@ A new file is written and synced before the old ones go, and both say the same, 
 cache that is whole. The old files whose rows a new one has go at once: it takes the room of one new file. Readers see
 the first of the rows with one key, in the order of the files' names; after packing, a key stands once. So files that
 have a key in common go when all of them are written, from the last name to the first: the row that was seen goes last.
-No process removes a file before it has itself written what it drops elsewhere, so that two may pack the same folder.
+Any number of processes may pack a folder, with ``adpa cache gc`` beside them. Each removes only files that it has
+listed, when it has itself written all of their keys to files with names that never were before. So who removes what a
+process has written has listed the folder later than that one did, and what the last one has written stays.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +25,16 @@ from adpa.data.compact import compact_schema, compact_table
 from adpa.data.format import check_cache, prepare_cache
 from adpa.data.inventory import list_files
 from adpa.data.locations import Location
-from adpa.data.shards import join_keys, list_again, list_shards, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import (
+    join_keys,
+    list_again,
+    list_shards,
+    peek_keys,
+    peek_shard,
+    read_shard,
+    remove_file,
+    write_replacement,
+)
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.progress import progress
@@ -67,7 +78,7 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
 
     Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.
     It takes the room of one new file, about 256 MiB, and of all files with rows that stand twice. Runs may read and
-    write the cache meanwhile; pack itself should run once at a time.
+    write the cache meanwhile.
 
     Raises:
         CacheError: there is no cache, or a file of it is a link to nothing.
@@ -80,10 +91,13 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
     packed = []
     for scoring in read_scorings(cache):
         folder = scoring.folder(cache)
-        list_again(folder, partial(_check_columns, folder, scoring))
+        check = partial(check_signals, scoring=scoring)
+        list_again(folder, partial(_check_columns, folder, signals.SHARD_PREFIX, check))
         packed.append(pack_folder(folder, signals.SHARD_PREFIX, _schema(scoring), partial(_encode, scoring)))
     for owner in sorted({file.owner for file in list_files(cache) if file.kind == "samples"}):
-        packed.append(pack_folder(cache / "samples" / owner, samples.SHARD_PREFIX, samples.SCHEMA, _as_it_is))
+        folder = cache / "samples" / owner
+        list_again(folder, partial(_check_columns, folder, samples.SHARD_PREFIX, samples.check_samples))
+        packed.append(pack_folder(folder, samples.SHARD_PREFIX, samples.SCHEMA, _without_metadata))
     changed = [found for found in packed if found is not None]
     return PackReport(str(cache), changed, len(packed) - len(changed))
 
@@ -118,9 +132,8 @@ def _pack_once(
     sizes = {path: path.stat().st_size for path in paths}
     first, shared = _first_rows(paths)
     other = {path for path in paths if not peek_shard(path).schema.equals(schema, check_metadata=True)}
-    again = {path for path in paths if not first[path].all()}
-    chosen = [path for path in paths if sizes[path] < goal // 2 or path in other | again]
-    if len(chosen) < 2 and not other | again:
+    chosen = [path for path in paths if sizes[path] < goal // 2 or path in other | shared]
+    if len(chosen) < 2 and not other | shared:
         return None
     written: list[Location] = []
 
@@ -134,7 +147,7 @@ def _pack_once(
             for table in encode(rows) if path in other else [rows]:
                 assert table.schema == schema
                 if size >= goal:
-                    written.append(write_shard(folder, prefix, pa.concat_tables(group)))
+                    written.append(write_replacement(folder, prefix, pa.concat_tables(group)))
                     yield needless
                     group, size, needless = [], 0, []
                 if len(table):
@@ -143,29 +156,25 @@ def _pack_once(
             needless.append(path)
             advance(sizes[path])
         if group:
-            written.append(write_shard(folder, prefix, pa.concat_tables(group)))
+            written.append(write_replacement(folder, prefix, pa.concat_tables(group)))
         yield needless
 
-    def remove(needless: list[Location]) -> None:
-        for path in needless:
-            if path not in written:
-                remove_file(path)
-
     with progress(f"packing {folder.name}: bytes", sum(sizes[path] for path in chosen)) as advance:
-        stay, late, safe = set(chosen), [], 0
+        late, safe = [], 0
         try:
             for needless in rewrite(sorted(chosen, key=shared.__contains__)):  # those that have to wait come last
                 if shared.isdisjoint(needless):
-                    stay, safe = stay - set(needless), len(written)
-                    remove(needless)
+                    safe = len(written)
+                    for path in needless:
+                        remove_file(path)
                 else:
                     late += needless
         except BaseException:
-            if all(path.exists() for path in stay):  # or another process may count on what is new
-                for path in set(written[safe:]) - sizes.keys():
-                    remove_file(path)
+            for path in written[safe:]:
+                remove_file(path)
             raise
-        remove(late[::-1])
+        for path in late[::-1]:
+            remove_file(path)
     untouched = sizes.keys() - set(chosen)
     return PackedFolder(
         folder=f"{folder.parent.name}/{folder.name}",
@@ -179,7 +188,7 @@ def _pack_once(
 
 def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]], set[Location]]:
     """Which rows of each shard readers see, the first with their key; and the shards with a key that stands twice."""
-    columns = [peek_shard(path)["key"] for path in paths]
+    columns = [peek_keys(path) for path in paths]
     if not columns:
         return {}, set()
     keys = join_keys(columns)
@@ -193,10 +202,10 @@ def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]
     )
 
 
-def _check_columns(folder: Location, scoring: Scoring) -> None:
+def _check_columns(folder: Location, prefix: str, check: Callable[[Location, pa.Table], object]) -> None:
     """What readers refuse is not packed into what they accept."""
-    for path in list_shards(folder, signals.SHARD_PREFIX):
-        check_signals(path, peek_shard(path), scoring)
+    for path in list_shards(folder, prefix):
+        check(path, peek_shard(path))
 
 
 def _schema(scoring: Scoring) -> pa.Schema:
@@ -211,5 +220,5 @@ def _encode(scoring: Scoring, table: pa.Table) -> Iterator[pa.Table]:
         yield compact_table(rows, scoring.top_k, scoring.lossy)
 
 
-def _as_it_is(table: pa.Table) -> Iterator[pa.Table]:
-    yield table
+def _without_metadata(table: pa.Table) -> Iterator[pa.Table]:
+    yield table.replace_schema_metadata()

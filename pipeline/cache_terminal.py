@@ -72,6 +72,9 @@ def show_garbage(report: GarbageReport) -> RenderableType:
         rows = "" if garbage.rows is None else f"{garbage.rows:,} of {garbage.rows + garbage.kept:,} rows, "
         parts.append(_line(garbage.place, f"{rows}{garbage.bytes:,} bytes: {garbage.reason}"))
     parts += [_line("stays", f"{place}: a run may be at work with it") for place in report.young]
+    parts += [
+        _line("stays", f"{place}: other files have rows of it; adpa cache pack first") for place in report.repeated
+    ]
     done = "removed" if report.done else "can be removed; --yes does it"
     parts.append(_line(f"{report.bytes:,} bytes", done) if report.garbage else _line("no garbage", ""))
     return Group(*parts)
@@ -83,9 +86,11 @@ def show_packing(report: PackReport) -> RenderableType:
     for packed in report.packed:
         counts = (packed.files_before, packed.files, packed.bytes_before, packed.bytes, packed.repeated)
         table.add_row(packed.folder, *(f"{count:,}" for count in counts))
-    are = "is" if report.untouched == 1 else "are"
-    untouched = _line(_count(report.untouched, "folder"), f"{are} packed well")
-    return Group(table, untouched) if report.packed else untouched
+    parts: list[RenderableType] = [table] if report.packed else []
+    if report.untouched:
+        are = "is" if report.untouched == 1 else "are"
+        parts.append(_line(_count(report.untouched, "folder"), f"{are} packed well"))
+    return Group(*parts) if parts else _line("nothing to pack", "")
 
 
 def _about_set(found: ListedSet) -> str:

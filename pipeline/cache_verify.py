@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data.format import MARKER, check_cache
-from adpa.data.integrity import SignalRules, response_set_problems, sample_problems, signal_problems
-from adpa.data.inventory import CacheFile, list_files
+from adpa.data.format import MARKER, check_cache, has_files
+from adpa.data.integrity import SignalRules, error_problems, response_set_problems, sample_problems, signal_problems
+from adpa.data.inventory import CacheFile, find_kind, list_files
 from adpa.data.locations import Location
 from adpa.data.ragged import list_row
 from adpa.data.removal import set_aside
 from adpa.data.responses import ResponseSet, read_response_set
-from adpa.data.samples import SCHEMA as SAMPLES_SCHEMA
+from adpa.data.samples import check_samples
 from adpa.data.shards import check_shard, list_again, read_shard
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scoring_file
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
@@ -28,6 +28,7 @@ from adpa.pipeline.progress import progress
 
 # Embedding matrices are padded: their models may give probability to ids that the tokenizer lacks.
 PADDED_VOCABULARY = 1 + 1 / 16
+ROWS = ("response set", "signals", "pending", "samples")
 UNCHECKED = ("unknown", "unfinished", "damaged", "evaluation")
 
 
@@ -100,6 +101,7 @@ def verify_cache(
 
     Raises:
         CacheError: there is no cache.
+        DamagedFileError: all that speaks for a cache is a ``cache.json`` that is damaged, or of another program.
         OptionError: the cache cannot be written, with ``repair``.
     """
     marker = _check_marker(cache)
@@ -131,6 +133,8 @@ def _check_marker(cache: Location) -> list[Fault]:
     try:
         check_cache(cache)
     except DamagedFileError as error:
+        if not has_files(cache):  # then nothing says that this directory is a cache
+            raise
         return [Fault(MARKER, _problem(error).removeprefix(f"{cache / MARKER}: "))]
     return []
 
@@ -164,6 +168,11 @@ class _Check:
             self._samples()
             for file in self._of("marker"):
                 self._done(file)
+        self.faults += [
+            Fault(place, "no file, nor a link to one: remove it, or restore what it leads to")
+            for file in files
+            if file.kind == "unknown" and find_kind(place := file.place.removesuffix("/")) in ROWS
+        ]
         return files
 
     def _tokenizers(self) -> None:
@@ -240,6 +249,8 @@ class _Check:
         else:
             try:
                 check_signals(file.path, table, scoring)
+                problems = error_problems(table) if scoring.lossy else []
+                self.faults += [Fault(file.place, problem) for problem in problems]
             except DamagedFileError as error:
                 self._note(file.place, error)
                 return
@@ -266,8 +277,10 @@ class _Check:
             self._done(file)
             if table is None:
                 continue
-            if not table.schema.equals(SAMPLES_SCHEMA):
-                self.faults.append(Fault(file.place, "its columns are not those of samples"))
+            try:
+                check_samples(file.path, table)
+            except DamagedFileError as error:
+                self._note(file.place, error)
                 continue
             self.rows += len(table)
             faulty = {

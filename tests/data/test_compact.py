@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tests.data.makers import K, assert_same_row, signal_row, teacher_row
 
-from adpa.data.compact import CODEC, compact_schema, compact_table, is_compact, read_compact_row
+from adpa.data.compact import CODEC, ERRORS, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.shards import serialize
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.errors import DamagedFileError
@@ -172,3 +172,21 @@ def test_lossy_rows_note_their_own_error() -> None:
     assert all(0 < error <= 1e-3 for error in table["kl_error"].to_pylist())
     assert all(0 < error <= 1e-2 for error in table["largest_kl_error"].to_pylist())
     assert all(0 < error <= 0.05 for error in table["advantage_error"].to_pylist())
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_row_without_tokens_comes_back_without_an_error(lossy: bool) -> None:
+    row = signal_row(KEYS[0], 0, seed=0)
+    table = compact_table([row], K, lossy)
+    read = read_compact_row(table, 0)
+    assert (read.topk_ids.shape, read.token_logprobs.shape) == ((0, K), (0,))
+    assert not lossy or [table[field.name][0].as_py() for field in ERRORS] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("advantage", [np.inf, -np.inf, np.nan])
+def test_an_advantage_that_is_no_number_is_not_rounded(advantage: float) -> None:
+    row = teacher_row(KEYS[0], 2, seed=0, top_k=K)
+    assert row.topk_advantages is not None
+    row.topk_advantages[1, 0] = advantage
+    with pytest.raises(AssertionError, match="no number"):
+        compact_table([row], K, lossy=True)

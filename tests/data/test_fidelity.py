@@ -163,7 +163,8 @@ def test_a_row_cut_to_a_smaller_k_is_that_ks_own(with_reference: bool, large: in
     teacher, reference = random_logprobs(6, tokens=11)
     for top_k in (*TOP_KS, large):
         found, own = (
-            cut_row(make_row(teacher, reference if with_reference else None, of), top_k) for of in (large, top_k)
+            cut_row(make_row(teacher, reference if with_reference else None, of), [1, top_k])[1]
+            for of in (large, top_k)
         )
         np.testing.assert_array_equal(found.topk_ids, own.topk_ids)
         np.testing.assert_array_equal(found.topk_logprobs, own.topk_logprobs)
@@ -184,7 +185,7 @@ def test_the_bytes_are_those_of_the_files_and_grow_with_the_tokens(tmp_path: Pat
     for top_k, kept, more in zip(TOP_KS, once, thrice, strict=True):
         scoring = replace(SCORING, top_k=top_k)
         for shard in shards:
-            write_signals(tmp_path, scoring, [cut_row(row, top_k) for row in shard])
+            write_signals(tmp_path, scoring, [cut_row(row, [top_k])[0] for row in shard])
         assert kept.bytes == sum(path.stat().st_size for path in scoring.folder(tmp_path).iterdir())
         assert more.bytes == 3 * kept.bytes
 

@@ -12,7 +12,17 @@ import pytest
 from datasets import load_dataset
 
 from adpa.data import shards
-from adpa.data.shards import list_shards, read_shard, read_shards, remove_file, serialize, write_file, write_shard
+from adpa.data.shards import (
+    list_shards,
+    peek_keys,
+    read_shard,
+    read_shards,
+    remove_file,
+    serialize,
+    write_file,
+    write_replacement,
+    write_shard,
+)
 from adpa.errors import CacheError, DamagedFileError
 
 TABLE = pa.table({"key": pa.array([b"a" * 16, b"b" * 16], pa.binary(16)), "ids": [[1, 2, 3], []]})
@@ -289,3 +299,32 @@ def test_a_file_that_says_its_rows_are_compressed_to_nothing_is_refused(tmp_path
     assert payload.count(size) >= 1
     with pytest.raises(DamagedFileError):
         read_shard(disguise(tmp_path, payload.replace(size, (1 << 60).to_bytes(8, "little"))))
+
+
+KEYS = pa.array([b"a" * 16, b"b" * 16], pa.binary(16))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"ids": KEYS},
+        {"key": KEYS.cast(pa.binary())},
+        {"key": ["a", "b"]},
+        {"key": pa.array([b"a" * 16, None], pa.binary(16))},
+    ],
+    ids=["no key", "keys of any length", "strings", "a row without a key"],
+)
+def test_a_file_without_keys_is_damaged(columns: dict[str, pa.Array], tmp_path: Path) -> None:
+    path = write_shard(tmp_path, "signals", pa.table(columns))
+    with pytest.raises(DamagedFileError) as caught:
+        peek_keys(path)
+    assert str(caught.value).startswith(f"{path}: damaged: it has no column of keys; ")
+    assert peek_keys(write_shard(tmp_path, "signals", TABLE)).equals(TABLE["key"])
+
+
+def test_a_replacement_has_a_name_that_no_other_file_has(tmp_path: Path) -> None:
+    paths = [write_replacement(tmp_path, "signals", TABLE) for _ in range(2)]
+    assert len({*paths, write_shard(tmp_path, "signals", TABLE)}) == 3
+    for path in paths:
+        assert read_shard(path).equals(TABLE, check_metadata=True)
+    assert load_dataset("arrow", data_files=str(paths[0]), split="train", cache_dir=str(tmp_path / "c")).num_rows == 2

@@ -141,6 +141,16 @@ def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
     assert read_scoring(tmp_path, without.id) == without
 
 
+def test_a_scoring_is_read_whatever_its_neighbours_are(tmp_path: Path) -> None:
+    neighbour = replace(SCORING, top_k=SCORING.top_k + 1)
+    for scoring in (SCORING, neighbour):
+        write_scoring(tmp_path, scoring)
+    (neighbour.folder(tmp_path) / "scoring.json").write_text("{")
+    assert read_scoring(tmp_path, SCORING.id) == SCORING
+    with pytest.raises(FileNotFoundError):
+        read_scoring(tmp_path, "0" * 16)
+
+
 def test_a_cache_without_scorings_has_none(tmp_path: Path) -> None:
     assert list(read_scorings(tmp_path)) == []
 

@@ -25,14 +25,15 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from adpa import precompute
+from adpa.data.compact import compact_schema
 from adpa.data.encoding import TokenIds, TokenSequence
 from adpa.data.format import prepare_cache
 from adpa.data.samples import SampleRequest
 from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity
+from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline import precompute as stage
 from adpa.pipeline.cache_gc import collect_garbage
-from adpa.pipeline.cache_pack import pack_cache
+from adpa.pipeline.cache_pack import pack_cache, pack_folder
 from adpa.pipeline.precompute import PrecomputeReport
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
@@ -110,6 +111,20 @@ class Chore:
             pack_cache(cache)
 
 
+@dataclass(frozen=True)
+class Pack:
+    """Packing a scoring's rows into files of so many bytes."""
+
+    scoring: Scoring
+    goal: int
+    writes_late = False
+
+    def run(self, cache: Path, reference: str | None) -> None:
+        """The real work on one folder."""
+        schema = compact_schema(self.scoring.top_k, self.scoring.lossy)
+        pack_folder(self.scoring.folder(cache), "signals", schema, lambda table: iter([table]), self.goal)
+
+
 OPERATIONS = {"open": os, "rename": os, "listdir": os, "read_bytes": Path, "unlink": Path, "rmdir": Path}
 STOPS = ("answer", *OPERATIONS)
 
@@ -129,7 +144,7 @@ class Run(threading.Thread):
 
     by_thread: ClassVar[dict[int, "Run"]] = {}
 
-    def __init__(self, work: Job | Chore, cache: Path, reference: str | None) -> None:
+    def __init__(self, work: Job | Chore | Pack, cache: Path, reference: str | None) -> None:
         super().__init__(daemon=True)
         self.work, self.cache, self.reference = work, cache, reference
         self.asked: list[tuple[str, bytes]] = []

@@ -77,7 +77,7 @@ def scored_set(rows: list[Any], **scoring: Any) -> ScoredSet:
 
 def test_without_a_reference_advantages_are_null() -> None:
     responses = make_response_set(INFO, response_rows(0, ["a", "b", "c"]))
-    table = pa.concat_tables(plain_rows.plain_tables(scored_set(signal_rows(responses, 0, reference=False))))
+    table = pa.concat_tables(plain_rows.joined_tables(scored_set(signal_rows(responses, 0, reference=False))))
     for column in ("token_advantages", "topk_advantages"):
         assert table[column].null_count == 3
     assert table["topk_logprobs"].null_count == 0
@@ -88,7 +88,7 @@ def test_padding_is_left_out() -> None:
     rows = signal_rows(responses, 0)
     for number, row in enumerate(rows):
         row.topk_ids[:, 1 + number :] = -1
-    table = pa.concat_tables(plain_rows.plain_tables(scored_set(rows)))
+    table = pa.concat_tables(plain_rows.joined_tables(scored_set(rows)))
     for number, row in enumerate(rows):
         for column in ("topk_ids", "topk_logprobs", "topk_advantages"):
             values = getattr(row, column)[:, : 1 + number]

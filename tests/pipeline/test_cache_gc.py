@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_row
 from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
-from adpa import cli, collect_garbage, list_cache
+from adpa import cli, collect_garbage, list_cache, pack_cache
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.shards import read_shard, read_shards, write_shard
@@ -52,8 +53,9 @@ def files(folder: Path) -> list[Path]:
 
 
 def signals_of(cache: Path, scoring: Scoring) -> dict[bytes, SignalRow]:
+    """What readers see: the first row of each key."""
     table = read_signals(cache, scoring)
-    return {row.key: row for row in map(table.row, range(len(table)))}
+    return {row.key: row for row in map(table.row, reversed(range(len(table))))}
 
 
 def equal(left: SignalRow, right: SignalRow) -> bool:
@@ -69,8 +71,9 @@ def a_set(seed: int, rows: int = 4) -> ResponseSet:
     return make_response_set(INFO, response_rows(seed, [f"{seed}-{row}" for row in range(rows)]))
 
 
-def row_of(key: bytes) -> SignalRow:
-    return signal_row(key, 1 + key[0] % 5, seed=key[1])
+def row_of(key: bytes, version: int = 0) -> SignalRow:
+    """A row of a key; versions of it differ, as those of two runs do."""
+    return signal_row(key, 1 + key[0] % 5, seed=10 * key[1] + version)
 
 
 def test_a_whole_cache_has_no_garbage(cache: Path) -> None:
@@ -214,7 +217,10 @@ def test_samples_stay_as_long_as_one_set_was_made_of_them(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "samples").iterdir()] == [samples_folder(tmp_path, SAMPLING).name]
 
 
-def chunks(keys: list[bytes], sizes: Iterator[int]) -> Iterator[list[bytes]]:
+Version = tuple[bytes, int]
+
+
+def chunks(keys: list[Version], sizes: Iterator[int]) -> Iterator[list[Version]]:
     while keys:
         size = next(sizes)
         yield keys[:size]
@@ -233,18 +239,27 @@ def test_exactly_what_sets_need_is_kept(data: st.DataObject) -> None:
         needed = {key for number in kept for key in sets[number].table["key"].to_pylist()}
         write_scoring(cache, SCORING)
         everything = sorted({key for found in sets for key in found.table["key"].to_pylist()} | {b"n" * 16})
-        scored = data.draw(st.lists(st.sampled_from(everything), min_size=1))  # some of them twice
+        versions = st.tuples(st.sampled_from(everything), st.integers(0, 2))
+        scored = data.draw(st.lists(versions, min_size=1))  # some keys twice
         for part in chunks(scored, iter(lambda: data.draw(st.integers(1, 4)), None)):
-            write_signals(cache, SCORING, [row_of(key) for key in part])
+            write_signals(cache, SCORING, [row_of(*version) for version in part])
         before = signals_of(cache, SCORING)
         rows = len(read_signals(cache, SCORING))
         listed = collect_garbage(cache)
         assert len(read_signals(cache, SCORING)) == rows
         assert exact(collect_garbage(cache, yes=True)) == exact(listed)
         after = signals_of(cache, SCORING)
+        assert after.keys() >= before.keys() & needed
+        assert all(equal(after[key], before[key]) for key in before.keys() & needed)
+        left = collect_garbage(cache)
+        assert left.garbage == []
+        if left.repeated:
+            assert len({key for key, _ in scored}) < len(scored)
+            pack_cache(cache)
+            collect_garbage(cache, yes=True)
+        after = signals_of(cache, SCORING)
         assert after.keys() == before.keys() & needed
         assert all(equal(after[key], before[key]) for key in after)
-        assert collect_garbage(cache).garbage == []
 
 
 def test_a_damaged_set_or_a_damaged_file_that_would_change_stops_it(cache: Path) -> None:
@@ -302,3 +317,44 @@ def test_a_rewritten_file_says_what_the_old_one_said(cache: Path) -> None:
     for path in (cache / "scorings" / scoring.id).glob("signals-*"):
         table = read_shard(path)
         assert table.schema == next(iter(before.values())).schema
+
+
+def test_a_file_without_keys_stops_it(tmp_path: Path) -> None:
+    write_response_set(tmp_path, a_set(0))
+    write_scoring(tmp_path, SCORING)
+    path = write_shard(SCORING.folder(tmp_path), "signals", pa.table({"row": [1]}))
+    with pytest.raises(DamagedFileError, match="it has no column of keys"):
+        collect_garbage(tmp_path, yes=True)
+    assert Path(str(path)).exists()
+
+
+def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path) -> None:
+    """A file that loses a row gets another name, which may come after that of the other file."""
+    responses = a_set(0, rows=2)
+    needed, other = responses.table["key"].to_pylist()
+    for version in range(8):  # so many names that some come after, some before
+        folder = tmp_path / str(version)
+        write_response_set(folder, responses)
+        write_scoring(folder, SCORING)
+        parts = [[row_of(needed, 1), row_of(other)], [row_of(needed, 2), row_of(b"n" * 16, version)]]
+        for part in parts:
+            write_signals(folder, SCORING, part)
+        before = signals_of(folder, SCORING)[needed]
+        report = collect_garbage(folder, yes=True)
+        assert len(report.repeated) == 1
+        assert equal(signals_of(folder, SCORING)[needed], before)
+        pack_cache(folder)
+        report = collect_garbage(folder, yes=True)
+        assert (report.repeated, [found.rows for found in report.garbage]) == ([], [1])
+        assert equal(signals_of(folder, SCORING)[needed], before)
+
+
+def test_the_command_says_that_pack_comes_first(tmp_path: Path) -> None:
+    responses = a_set(0, rows=1)
+    write_response_set(tmp_path, responses)
+    write_scoring(tmp_path, SCORING)
+    (needed,) = responses.table["key"].to_pylist()
+    write_signals(tmp_path, SCORING, [row_of(needed, 1)])
+    write_signals(tmp_path, SCORING, [row_of(needed, 2), row_of(b"n" * 16)])
+    done = CliRunner().invoke(cli.app, ["cache", "gc", str(tmp_path)])
+    assert "other files have rows of it; adpa cache pack first" in " ".join(done.stdout.split())

@@ -15,7 +15,7 @@ from tests.pipeline.conftest import Filled
 from adpa import CacheListing, list_cache, pack_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.rounding import advantage_errors, kl_errors
-from adpa.data.shards import peek_shard
+from adpa.data.shards import peek_keys
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
 from adpa.pipeline import cache_ls
@@ -179,12 +179,12 @@ def test_a_pack_between_listing_and_looking_is_no_fault(cache: Path, monkeypatch
     calls = iter(range(10**9))
     (before,) = list_cache(cache).scorings
 
-    def packing(path: Path) -> pa.Table:
+    def packing(path: Path) -> pa.ChunkedArray:
         if next(calls) == 0:
             pack_cache(cache)
-        return peek_shard(path)
+        return peek_keys(path)
 
-    monkeypatch.setattr(cache_ls, "peek_shard", packing)
+    monkeypatch.setattr(cache_ls, "peek_keys", packing)
     listing = list_cache(cache)
     (scored,) = listing.scorings
     assert before.shards > scored.shards == 1

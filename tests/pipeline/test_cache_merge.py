@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import WriteRows
-from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_row
+from tests.data.makers import INFO, SAMPLING, SCORING, assert_same_row, response_rows, signal_row
 from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
@@ -23,7 +23,7 @@ from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
 from adpa.data.format import prepare_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, read_shard
+from adpa.data.shards import list_shards, read_shard, write_shard
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline import cache_merge
@@ -285,3 +285,38 @@ def test_a_link_to_a_file_is_followed(empty: Path, other: Path) -> None:
     taken = empty / path.relative_to(other)
     assert not taken.is_symlink()
     assert os.path.samefile(taken, elsewhere)
+
+
+def test_a_file_without_keys_is_named_and_not_taken(empty: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    prepare_cache(other)
+    write_scoring(other, SCORING)
+    write_signals(empty, SCORING, [signal_row(b"k" * 16, 2, seed=0)])
+    write_scoring(empty, SCORING)
+    paths = [write_shard(SCORING.folder(cache), "signals", pa.table({cache.name: [1]})) for cache in (empty, other)]
+    write_signals(other, SCORING, [signal_row(b"o" * 16, 2, seed=0)])
+    report = merge_cache(empty, other)
+    assert report.damaged == [f"{paths[0]}: damaged: it has no column of keys"]
+    assert report.refused == [f"{paths[1]}: damaged: it has no column of keys"]
+    assert report.linked.files == 1
+
+
+def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path) -> None:
+    """The other cache's file may have a name that comes first."""
+    ours, twice, theirs = (bytes([key]) * 16 for key in range(3))
+    for version in range(8):
+        empty, other = tmp_path / f"cache-{version}", tmp_path / f"other-{version}"
+        for cache, key in ((empty, ours), (other, theirs)):
+            prepare_cache(cache)
+            write_scoring(cache, SCORING)
+            seed = 2 * version + (cache == other)
+            write_signals(cache, SCORING, [signal_row(twice, 2, seed=seed), signal_row(key, 2, seed=seed)])
+        report = merge_cache(empty, other)
+        assert (report.linked.files, report.copied.files) == (0, 1)
+        read = read_signals(empty, SCORING)
+        assert (len(read), read.keys()) == (3, {ours, twice, theirs})
+        number = int(read.locate(pa.array([twice], pa.binary(16)))[0])
+        assert_same_row(read.row(number), signal_row(twice, 2, seed=2 * version))
+        known = files(empty)
+        assert merge_cache(empty, other).copied.files == 0
+        assert files(empty) == known

@@ -27,7 +27,7 @@ from adpa.data.format import prepare_cache
 from adpa.data.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, peek_shard, read_shard, remove_file, write_shard
+from adpa.data.shards import list_shards, peek_keys, peek_shard, read_shard, remove_file, write_replacement, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
@@ -150,7 +150,7 @@ def test_a_kill_at_any_moment_changes_no_row_that_readers_see(
             return wrapper
 
         with patch.context() as inner:
-            inner.setattr(cache_pack, "write_shard", counted(write_shard))
+            inner.setattr(cache_pack, "write_replacement", counted(write_replacement))
             inner.setattr(cache_pack, "remove_file", counted(remove_file))
             with suppress(Killed):
                 pack_folder((cache / "scorings" / SCORING.id), "signals", SCHEMA, as_it_is, goal)
@@ -265,10 +265,10 @@ def full_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*arguments: Any) -> Location:
         if len(written) == files:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(write_shard(*arguments))
+        written.append(write_replacement(*arguments))
         return written[-1]
 
-    monkeypatch.setattr(cache_pack, "write_shard", write)
+    monkeypatch.setattr(cache_pack, "write_replacement", write)
 
 
 def size(folder: Path) -> int:
@@ -322,7 +322,7 @@ def test_a_second_pack_at_any_moment_of_the_first_loses_nothing(
 
             return wrapper
 
-        for work in (peek_shard, read_shard, write_shard, remove_file):
+        for work in (peek_keys, peek_shard, read_shard, write_replacement, remove_file):
             patch.setattr(cache_pack, work.__name__, disturbed(work))
         pack_folder(folder, "signals", SCHEMA, as_it_is, goal)
         assert same(seen(read_signals(cache, SCORING)), before)
@@ -353,9 +353,15 @@ def test_the_command_says_what_became_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "responses").mkdir()
     done = CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)])
     assert (done.exit_code, done.stderr) == (0, "")
+    assert "packed well" not in done.stdout, "there is no other folder"
     (line,) = (line.split() for line in done.stdout.splitlines() if SCORING.id in line)
     assert (line[1], line[2], line[-1]) == ("3", "1", "2")
     assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "1 folder is packed well\n"
+
+
+def test_the_command_says_that_there_is_nothing_to_pack(tmp_path: Path) -> None:
+    prepare_cache(tmp_path)
+    assert CliRunner().invoke(cli.app, ["cache", "pack", str(tmp_path)]).stdout == "nothing to pack\n"
 
 
 def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,3 +389,17 @@ def test_what_readers_refuse_is_not_packed_into_what_they_accept(tmp_path: Path)
     with pytest.raises(DamagedFileError, match="not those of its scoring's signals"):
         pack_cache(tmp_path)
     assert path.exists()
+
+
+def test_samples_that_readers_refuse_stop_it(tmp_path: Path) -> None:
+    prepare_cache(tmp_path)
+    write_samples(tmp_path, SAMPLING, [SampleRequest(np.array([1], dtype=np.int32), 0)], [np.array([7], np.int32)])
+    (path,) = (tmp_path / "samples").rglob("*.arrow")
+    table = read_shard(path)
+    more = write_shard(path.parent, "samples", table.append_column("more", pa.array([1])))
+    with pytest.raises(DamagedFileError, match=f"{more.name}: damaged: its columns are not those of samples"):
+        pack_cache(tmp_path)
+    more.unlink()
+    write_shard(path.parent, "samples", table.replace_schema_metadata({"made": "elsewhere"}))
+    assert [packed.files for packed in pack_cache(tmp_path).packed] == [1]
+    assert pack_cache(tmp_path).packed == [], "metadata that says nothing is left out"

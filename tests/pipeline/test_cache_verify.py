@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from adpa import VerifyReport, cli, export_cache, pack_cache, precompute, verify_cache
+from adpa.data.compact import compact_table
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import read_shard, write_shard
 from adpa.data.signal_rows import plain_schema, plain_table
-from adpa.data.signals import read_scorings, read_signals, write_signals
-from adpa.errors import CacheError, OptionError
+from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
+from adpa.errors import CacheError, DamagedFileError, OptionError
 from adpa.pipeline import cache_verify
 
 
@@ -101,6 +102,17 @@ def test_a_marker_that_may_be_of_another_program_is_told_as_such(cache: Path) ->
     (cache / "cache.json").write_text("[]")
     (fault,) = verify_cache(cache).faults
     assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: no JSON object")
+
+
+def test_a_marker_in_a_directory_that_is_no_cache_is_left_where_it_is(tmp_path: Path) -> None:
+    marker = tmp_path / "cache.json"
+    marker.write_text('["entries"]')
+    (tmp_path / "responses").mkdir()
+    for repair in (False, True):
+        with pytest.raises(DamagedFileError, match="damaged, or of another program"):
+            verify_cache(tmp_path, repair=repair)
+    assert marker.read_text() == '["entries"]'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "responses"]
 
 
 def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
@@ -356,3 +368,37 @@ def test_what_cannot_be_verified_is_refused(cache: Path, tmp_path: Path, monkeyp
     with pytest.raises(OptionError, match="cannot be written"):
         verify_cache(cache, repair=True)
     assert verify_cache(cache).faults == []
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself", "folder"])
+def test_what_readers_refuse_as_no_file_is_a_fault(kind: str, cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    places_of_rows = [f"scorings/{scoring.id}/signals-0.arrow", "responses/chosen-0-0.arrow"]
+    for place in places_of_rows:
+        if kind == "folder":
+            (cache / place).mkdir()
+        else:
+            (cache / place).symlink_to("nowhere" if kind == "link to nothing" else Path(place).name)
+    (cache / "link").symlink_to("nowhere")
+    report = verify_cache(cache)
+    assert [fault.place for fault in report.faults] == places_of_rows[::-1]
+    assert {fault.problem for fault in report.faults} == {
+        "no file, nor a link to one: remove it, or restore what it leads to"
+    }
+    assert "link" in report.unknown
+    assert places(verify_cache(cache, repair=True)) == set(places_of_rows), "there is nothing to set aside"
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), -1.0])
+def test_lossy_rows_without_their_errors_are_found(value: float | None, cache: Path) -> None:
+    (scoring,) = read_scorings(cache)
+    signals, lossy = read_signals(cache, scoring), replace(scoring, lossy=True)
+    write_scoring(cache, lossy)
+    table = compact_table([signals.row(0), signals.row(1)], scoring.top_k, lossy=True)
+    assert verify_cache(cache).faults == []
+    place = table.column_names.index("kl_error")
+    values = pa.array([0.0, value], pa.float32())
+    path = write_shard(lossy.folder(cache), "signals", table.set_column(place, "kl_error", values))
+    (fault,) = verify_cache(cache).faults
+    assert fault.place == Path(str(path)).relative_to(cache).as_posix()
+    assert fault.problem == "row 1: errors of rounding that are missing, or no numbers"

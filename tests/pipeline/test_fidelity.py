@@ -121,7 +121,7 @@ def test_a_row_of_the_probe_cut_to_k_is_what_a_run_with_k_says(models: Models, f
         whole = complete(scorer, batches, lambda batch, rows=rows: [rows[s.key] for s in batch], scoring)  # type: ignore[misc]
         scored.append([row for shard in whole for row in shard])
     for own, large in zip(*scored, strict=True):
-        found = cut_row(large, 10)
+        (found,) = cut_row(large, [10])
         np.testing.assert_array_equal(found.topk_ids, own.topk_ids)
         for name in ("token_logprobs", "topk_logprobs", "tail_logprob", "token_advantages", "topk_advantages"):
             np.testing.assert_allclose(getattr(found, name), getattr(own, name), atol=1e-5)

@@ -14,15 +14,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.pipeline.lockstep import EXAMPLES, STOPS, Chore, Job, Run, Turn, models_and_steps
+from tests.data.makers import INFO, SCORING, TURN_END, signal_row, token_ids
+from tests.pipeline.lockstep import EXAMPLES, STOPS, Chore, Job, Pack, Run, Turn, models_and_steps
 
-from adpa.data.responses import ResponseSet, read_response_sets
+from adpa.data.format import prepare_cache
+from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.shards import read_shard
 from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import SignalTable, read_scorings, read_signals
+from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.pipeline import precompute as stage
 from adpa.pipeline.sampling import sample_responses
 
@@ -184,6 +187,69 @@ def test_any_interleaving_of_runs_ends_in_the_rows_of_one_run(
         assert not list(cache.glob("scorings/*/pending/*"))
         assert not [path for path in cache.rglob("*") if path.name.startswith(".")]
         assert len(list((cache / "tokenizers").iterdir())) == 1
+
+
+PACKED = make_response_set(INFO, [(str(row), token_ids(5, row), token_ids(7, TURN_END)) for row in range(4)])
+KEYS = [*PACKED.table["key"].to_pylist(), b"n" * 16]  # the last one is of no set
+
+
+def row_of(key: int, version: int) -> SignalRow:
+    """A row that takes more room than what surrounds it in a file; versions differ, as those of two runs do."""
+    return signal_row(KEYS[key], 250, seed=10 * key + version)
+
+
+def seen(cache: Path) -> dict[bytes, Row]:
+    """What readers see of the rows that the set needs."""
+    table = read_signals(cache, SCORING)
+    numbers = table.locate(pa.array(KEYS[:-1], pa.binary(16)))
+    return {key: bits(table.row(number)) for key, number in zip(KEYS, numbers.tolist(), strict=False) if number >= 0}
+
+
+VERSIONS = st.tuples(st.integers(0, len(KEYS) - 1), st.integers(0, 1))
+PACKS = st.builds(Pack, st.just(SCORING), st.sampled_from([1, 9_000, 15_000, 1 << 20]))
+
+
+# Of files K < L, a pack takes a row of L to a file M > L, for K has the other one; a gc removes K; a second pack finds
+# the row of M in L, too, removes M, and leaves L alone; then the first one removes L.
+LARGE = Pack(SCORING, goal=1)
+LEFT_TO_ANOTHER = [
+    Turn(0, "unlink", 1, killed=False),
+    Turn(1, "unlink", 2, killed=False),  # the first one is of the file that tells the time
+    Turn(2, "its end", 1, killed=False),
+]
+
+
+@settings(max_examples=60, deadline=None)
+@example([[(4, 2)], [(0, 1), (4, 3)]], [LARGE, Chore("gc"), LARGE], LEFT_TO_ANOTHER)
+@given(
+    parts=st.lists(st.lists(VERSIONS, min_size=1, max_size=3), min_size=2, max_size=5),
+    works=st.lists(st.one_of(PACKS, PACKS, PACKS, st.just(Chore("gc"))), min_size=2, max_size=5),
+    turns=st.lists(TURNS, min_size=2, max_size=20),
+)
+def test_any_number_of_packs_with_gc_beside_leaves_the_rows_that_readers_see(
+    parts: list[list[tuple[int, int]]], works: list[Pack | Chore], turns: list[Turn]
+) -> None:
+    with TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        prepare_cache(cache)
+        write_response_set(cache, PACKED)
+        write_scoring(cache, SCORING)
+        for part in parts:
+            write_signals(cache, SCORING, [row_of(*version) for version in part])
+        before = seen(cache)
+        runs = [Run(work, cache, None) for work in works]
+        try:
+            in_order = [Turn(number, "its end", 1, killed=False) for number in range(len(runs))]
+            for turn in [*turns, *in_order]:
+                run = runs[turn.run % len(runs)]
+                run.go_on(turn.until, turn.times)
+                if turn.killed:
+                    run.kill()
+                assert seen(cache) == before
+        finally:
+            for run in runs:
+                run.kill()
+        assert seen(cache) == before
 
 
 def test_samples_that_a_gc_removes_before_their_set_is_made_are_sampled_again(
