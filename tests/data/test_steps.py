@@ -25,11 +25,10 @@ def test_every_example_is_in_one_step_of_an_epoch_whoever_takes_it(
     step_examples = micro_batch_size * micro_batches * ranks
     (order,) = deal(StepSampler(examples, examples, 1, seed=7), epoch)
     assert sorted(order) == list(range(examples))
-    dealt = [
-        deal(StepSampler(examples, micro_batch_size, micro_batches, ranks, rank, 7), epoch) for rank in range(ranks)
-    ]
+    samplers = [StepSampler(examples, micro_batch_size, micro_batches, ranks, rank, 7) for rank in range(ranks)]
+    dealt = [deal(sampler, epoch) for sampler in samplers]
     assert len({len(micro) for micro in dealt}) == 1
-    assert len(dealt[0]) == len(StepSampler(examples, micro_batch_size, micro_batches, ranks))
+    assert len(dealt[0]) == len(samplers[0])
     assert all(len(batch) <= micro_batch_size for micro in dealt for batch in micro)
     for number in range(0, len(dealt[0]), micro_batches):
         steps = [micro[number : number + micro_batches] for micro in dealt]

@@ -49,7 +49,7 @@ def call_cpus_gpus() -> None:
         if SHARDS[0] and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_GPU
 
-    PartialState.__init__ = renamed  # type: ignore[method-assign]
+    PartialState.__init__ = renamed
 
 
 def main() -> None:
@@ -72,7 +72,8 @@ def main() -> None:
         if "command" in call:
             sys.argv[1:] = call["command"]
             cli.main()
-        distill(**{name: Path(value) if name in ("cache", "output") else value for name, value in call.items()})
+        options: dict[str, Any] = call | {"cache": Path(call["cache"]), "output": Path(call["output"])}
+        distill(**options)
         if gathers and RANK == "0":
             Path(gathers).write_text(json.dumps(counter.by_size))
     torch.distributed.destroy_process_group()

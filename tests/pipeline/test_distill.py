@@ -122,7 +122,6 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"set": ["fp16=true"]}, r"float16 loses small gradients"),
         ({"kl_weight": -1.0}, r"--kl-weight -1; expected 0 or more"),
         ({"device": "cuda:1"}, r"--device cuda:1"),
-        ({"resume_from_checkpoint": "last"}, r"found no checkpoint"),
         ({"student": "./nowhere"}, r"\./nowhere: no such directory"),
         ({"cache": Path("/nowhere")}, r"/nowhere: no cache there"),
         ({"scoring": "ffff"}, r"found no scoring ffff"),

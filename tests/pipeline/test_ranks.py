@@ -226,3 +226,29 @@ def test_what_cannot_be_sharded_is_refused(
     with pytest.raises(OptionError, match=message):
         distill(**call(seven, tmp_path / "out", objective="sft", set=settings))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_deepspeed_train_as_one_process_does(
+    stage: int, alone: Mapping[str, Path], seven: Filled, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = tmp_path / "zero.json"
+    untested = {"zero_allow_untested_optimizer": True}  # torch's own AdamW
+    config.write_text(json.dumps({"zero_optimization": zero} | untested | dict.fromkeys(sizes, "auto")))
+    settings = {"set": [*SMOOTH, f"deepspeed={config}"]}
+    calls = [
+        call(seven, tmp_path / objective, objective=objective, **options, **settings)
+        for objective, options in OBJECTIVES.items()
+    ]
+    saving = {"objective": "dckd", "micro_batch_size": 1, "save_steps": 2}
+    on_ranks(tmp_path, [*calls, call(seven, tmp_path / "saved", **saving, **settings)])
+    for objective in OBJECTIVES:
+        assert_same_training(tmp_path / objective, alone[objective], seven.models.student)
+
+    output = from_checkpoint(tmp_path / "saved", tmp_path / "resumed")
+    on_ranks(tmp_path, [call(seven, output, **saving, **settings, resume_from_checkpoint="last")])
+    assert_same_training(output, alone["dckd"], seven.models.student)

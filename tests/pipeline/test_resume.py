@@ -1,0 +1,140 @@
+"""A run that is killed at any step, or while it saves, and then resumed, gives the same parameters bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import Models, Row
+from tests.pipeline.conftest import Filled, fill
+
+from adpa import distill
+from adpa.errors import OptionError
+from adpa.pipeline.trainer import DistillTrainer
+
+RUN: dict[str, Any] = {
+    "objective": "adpa",
+    "batch_size": 3,
+    "micro_batch_size": 1,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-2,
+    "save_steps": 2,
+    "logging_steps": 3,
+}
+
+
+class Killed(BaseException):
+    """Nothing that anybody catches."""
+
+
+@pytest.fixture(scope="module")
+def seven(few_words: Filled, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    """A cache of seven examples, and a student with dropout, so that random numbers count."""
+    folder = tmp_path_factory.mktemp("seven")
+    student = shutil.copytree(few_words.models.student, folder / "student")
+    settings = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.3}))
+    models = Models(few_words.models.teacher, few_words.models.reference, student, student)
+    return fill(folder, models, preference_rows[:7])
+
+
+@pytest.fixture(scope="module")
+def whole(seven: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never killed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    train(seven, output)
+    return output
+
+
+def train(seven: Filled, output: Path, resume: str | None = None) -> None:
+    distill(student=str(seven.models.student), cache=seven.cache, output=output, resume_from_checkpoint=resume, **RUN)
+
+
+def assert_same_student(output: Path, whole: Path) -> None:
+    found, expected = load_file(output / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("micro_batch", range(21))
+def test_killed_at_any_micro_batch(
+    micro_batch: int, seven: Filled, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_step, done = DistillTrainer.training_step, 0
+
+    def step(self: DistillTrainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal done
+        if done == micro_batch:
+            raise Killed
+        done += 1
+        return training_step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "training_step", step)
+        with pytest.raises(Killed):
+            train(seven, tmp_path / "out")
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state", "save_student"])
+def test_killed_while_it_saves(
+    part: str, seven: Filled, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time; what was begun there is no checkpoint."""
+    original, calls = getattr(DistillTrainer, part), 0
+
+    def save(self: DistillTrainer, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 or part == "save_student":
+            raise Killed
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, part, save)
+        with pytest.raises(Killed):
+            train(seven, tmp_path / "out")
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+def test_killed_by_a_signal(seven: Filled, whole: Path, tmp_path: Path) -> None:
+    kill = """
+import os, signal
+from adpa.cli import main
+from adpa.pipeline.trainer import DistillTrainer
+save = DistillTrainer._save_rng_state
+def killed(self, output_dir):
+    if "checkpoint-4" in output_dir:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, output_dir)
+DistillTrainer._save_rng_state = killed
+main()
+"""
+    options = {**RUN, "student": seven.models.student, "cache": seven.cache, "output": tmp_path / "out"}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    killed = subprocess.run([sys.executable, "-c", kill, "distill", *words], capture_output=True, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+def test_last_begins_where_nothing_is_yet(seven: Filled, whole: Path, tmp_path: Path) -> None:
+    """So a job that is queued again after every kill has the same command each time."""
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+def test_a_named_checkpoint_must_be_whole(seven: Filled, whole: Path) -> None:
+    (whole / "checkpoint-5").mkdir()
+    with pytest.raises(OptionError, match=r"checkpoint-5: found no trainer_state\.json that can be read"):
+        train(seven, whole, resume=str(whole / "checkpoint-5"))
+    (whole / "checkpoint-5").rmdir()
