@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import unwrap_peft_model
 
 from adpa.data.batches import Collator, TrainingExamples
 from adpa.errors import ModelError
@@ -75,7 +76,7 @@ class DistillTrainer(Trainer):
         self._weights_R3 = torch.tensor([weights for _, weights in terms])
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
-        self._student = model  # self.model may become a wrapper of it
+        self._student = unwrap_peft_model(model)  # self.model may become a wrapper of it
         self._probe = Probe(
             train_dataset,
             data_collator,
