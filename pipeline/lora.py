@@ -5,7 +5,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 20
 W + alpha / rank · B·A with A [rank, in] random and B [out, rank] zero: training begins at the student as it was, and
 its own weights, head and embeddings among them, stay.
 
-The only module that imports PEFT.
+The only module that imports PEFT and bitsandbytes.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,14 @@ def load_base(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-    return checkpoint.load(dtype, device, quantization_config=in_4bit, device_map={"": device})
+    from bitsandbytes.nn.modules import Linear4bit
+
+    model = checkpoint.load(dtype, device, quantization_config=in_4bit, device_map={"": device})
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In eval mode on some CPUs it would pack its weights for good, for a product without a gradient.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> Any:
