@@ -78,13 +78,13 @@ class Checkpoint:
         """The dtype to compute in; ``auto`` is the checkpoint's own."""
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
-    def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
-        """Loads the model.
+    def load(self, dtype: str, device: torch.device, **options: Any) -> PreTrainedModel:
+        """Loads the model, with further options of ``from_pretrained``.
 
         Raises:
             ModelError: transformers cannot load it, or its weights are not all those that the configuration asks for.
         """
-        model, unexpected = self._load(dtype)
+        model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model

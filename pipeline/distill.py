@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, TrainingArguments, set_seed
+from transformers.trainer_utils import align_special_tokens
 from typing_extensions import Doc
 
 from adpa.data.batches import TrainingExamples, collate
@@ -22,10 +23,11 @@ from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
+from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
 from adpa.pipeline.ranks import check_agreement, number_of_ranks, on_all_ranks, this_rank
 from adpa.pipeline.run_directory import check_output, find_start, write_record
-from adpa.pipeline.sharding import check_sharding, loading_whole
+from adpa.pipeline.sharding import check_sharding, check_shards, loading_whole, sharding_name
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
 from adpa.pipeline.yaml_options import as_number
@@ -44,6 +46,7 @@ OWN_ARGUMENTS = {
     "accelerator_config": _ORDER,
     "ignore_data_skip": _ORDER,
 }
+ADAPTER = "adapter"
 
 SchedulerName = Literal[
     "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -60,6 +63,7 @@ class DistillReport:
         scoring: id of the scoring it learned from, if any.
         responses: id of each response set it read.
         examples: preference pairs.
+        trained_parameters: numbers that were trained.
         steps: optimizer steps in all.
         first_loss: loss at the first log.
         last_loss: loss at the last log.
@@ -72,6 +76,7 @@ class DistillReport:
     scoring: str | None
     responses: dict[str, str]
     examples: int
+    trained_parameters: int
     steps: int
     first_loss: float
     last_loss: float
@@ -103,7 +108,23 @@ def distill(
     response_set: Annotated[
         list[str] | None, Doc("Response set to train on (the beginning of its id), if several fit; repeatable.")
     ] = None,
-    learning_rate: Annotated[float, Doc("Peak learning rate.")] = 2e-5,
+    lora_rank: Annotated[
+        int | None,
+        Doc("Train low-rank adapters (LoRA) of this rank instead of the weights, with alpha = 2 · rank; 16 is usual."),
+    ] = None,
+    lora_target: Annotated[
+        str | None,
+        Doc(
+            "Linear layers that get adapters, such as q_proj,v_proj; all-linear, every one but the head, unless given."
+        ),
+    ] = None,
+    load_in_4bit: Annotated[
+        bool,
+        Doc("QLoRA: hold the layers' own weights in 4 bits (NF4, double quantization) while adapters are trained."),
+    ] = False,
+    learning_rate: Annotated[
+        float | None, Doc("Peak learning rate: 2e-5, or 2e-4 with --lora-rank, unless given.")
+    ] = None,
     num_train_epochs: Annotated[float, Doc("Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, Doc("Optimizer steps; outranks the epochs unless −1.")] = -1,
     batch_size: Annotated[int, Doc("Examples of an optimizer step, over all ranks.")] = 32,
@@ -131,7 +152,8 @@ def distill(
     """Train a student from the signals in a cache.
 
     The trained student is an ordinary checkpoint, with the teacher's tokenizer and chat template, and with
-    adpa.json, which says how it was made.
+    adpa.json, which says how it was made. With --lora-rank the adapters are merged into the weights, in --dtype, and
+    lie beside them in the folder adapter too.
 
     Raises:
         AdpaError: something about the arguments, the cache or the student that the caller can put right.
@@ -143,6 +165,9 @@ def distill(
         raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
     if not num_train_epochs > 0:
         raise OptionError(f"--num-train-epochs {num_train_epochs:g}; expected more than 0")
+    lora = lora_settings(lora_rank, lora_target, load_in_4bit)
+    if learning_rate is None:
+        learning_rate = 2e-5 if lora is None else 2e-4
     arguments = _training_arguments(
         set or [],
         device,
@@ -183,22 +208,38 @@ def distill(
         "student": vars(checkpoint.identity),
         "scoring": selection.scoring.id if selection.scoring else None,
         "responses": {name: found.id for name, found in selection.sets.items()},
+        "lora": lora and lora.record,
+        "sharding": sharding_name(arguments),
     }
-    start = on_all_ranks(lambda: find_start(output, resume_from_checkpoint, origin))
+
+    def look_back() -> Path | None:
+        start = find_start(output, resume_from_checkpoint, origin)
+        if start is not None:
+            check_shards(start, arguments)
+        return start
+
+    start = on_all_ranks(look_back)
     local = {"local_rank": None}
     check_agreement(origin | {"checkpoint to go on from": start} | arguments.to_dict() | local)
     if save_steps and this_rank() == 0:
         write_record(output, origin)
 
     set_seed(seed)
+    weights_dtype = checkpoint.dtype_name(dtype)
     with loading_whole(arguments):
-        model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
+        if lora is None:
+            model = checkpoint.load(weights_dtype, torch.device("cpu"))
+        else:
+            compute_dtype = "bfloat16" if bf16 else weights_dtype
+            model = load_base(checkpoint, lora, weights_dtype, compute_dtype, arguments.device)
     attach_distill_head(model)
+    trained = model if lora is None else add_adapters(model, lora)
+    trained_parameters = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     examples = TrainingExamples(selection.parts(needs))
     trainer = DistillTrainer(
         terms=list(terms.items()),
         plausibility=plausibility,
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=examples,
         data_collator=collate,
@@ -208,7 +249,17 @@ def distill(
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     # Trainer has set the end of a text to the tokenizer's; a student's answer ends with its turn.
     model.generation_config.eos_token_id = next(iter(selection.sets.values())).info.turn_end
-    trainer.save_student(output)
+    if lora is None:
+        trainer.save_student(output)
+    else:
+        trainer.save_student(output / ADAPTER)
+        if this_rank() == 0:
+            with loading_whole(arguments):
+                merged = merge_adapters(checkpoint, output / ADAPTER, weights_dtype)
+            align_special_tokens(merged, tokenizer)
+            merged.generation_config = model.generation_config
+            merged.save_pretrained(output)
+            tokenizer.save_pretrained(output)
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     report = DistillReport(
@@ -217,6 +268,7 @@ def distill(
         scoring=selection.scoring.id if selection.scoring else None,
         responses={name: found.id for name, found in selection.sets.items()},
         examples=len(examples),
+        trained_parameters=trained_parameters,
         steps=trainer.state.global_step,
         first_loss=logs[0]["loss"],
         last_loss=logs[-1]["loss"],
@@ -229,6 +281,7 @@ def distill(
             origin
             | {
                 "examples": report.examples,
+                "trained_parameters": report.trained_parameters,
                 "steps": report.steps,
                 "seconds": report.seconds,
                 "training": {
@@ -238,7 +291,7 @@ def distill(
                     "seed": arguments.seed,
                 },
                 "versions": {"python": platform.python_version()}
-                | {name: version(name) for name in ("adpa", "torch", "transformers")},
+                | {name: version(name) for name in ("adpa", "torch", "transformers", *(lora.packages if lora else ()))},
                 "warnings": report.warnings,
                 "student_before": trainer.student_before,
                 "losses": logs,

@@ -6,6 +6,7 @@ Both are Trainer's own: ``--set fsdp=true`` or ``accelerate launch`` for FSDP2, 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
@@ -20,8 +21,7 @@ def check_sharding(arguments: TrainingArguments) -> None:
     Raises:
         OptionError: it cannot, or would silently not be.
     """
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if arguments.fsdp or by_launcher:
+    if _asks_for_fsdp(arguments):
         version = int((arguments.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
         if version != 2:
             raise OptionError(f"FSDP in version {version}; adpa trains with FSDP2", "set fsdp_version to 2")
@@ -40,6 +40,32 @@ def check_sharding(arguments: TrainingArguments) -> None:
         )
 
 
+def sharding_name(arguments: TrainingArguments) -> str | None:
+    """How ranks share the student; None where each has all of it. A run goes on as it began."""
+    if _asks_for_fsdp(arguments):
+        return "FSDP2"
+    return f"ZeRO-{arguments.deepspeed_plugin.zero_stage}" if arguments.deepspeed_plugin else None
+
+
+def check_shards(checkpoint: Path, arguments: TrainingArguments) -> None:
+    """Checks that DeepSpeed can read a checkpoint on the ranks that are there.
+
+    Raises:
+        OptionError: it was written by another number of ranks.
+    """
+    if arguments.deepspeed_plugin is None or arguments.deepspeed_plugin.hf_ds_config.is_true(
+        "checkpoint.load_universal"
+    ):
+        return
+    written = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if written != arguments.world_size:
+        raise OptionError(
+            f"{checkpoint}: DeepSpeed wrote it on {written} ranks; there are {arguments.world_size}",
+            f"go on with {written} ranks, or, with ZeRO-3, convert it with deepspeed.checkpoint.ds_to_universal and set "
+            "checkpoint.load_universal to true",
+        )
+
+
 @contextmanager
 def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
     """While it lasts, models are loaded whole under ZeRO-3 too; the engine shards them when training begins.
@@ -54,3 +80,7 @@ def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
     finally:
         if config is not None:
             set_hf_deepspeed_config(config)
+
+
+def _asks_for_fsdp(arguments: TrainingArguments) -> bool:
+    return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

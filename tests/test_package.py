@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "cli.py": {"errors", "lab", "pipeline"},
     "lab": {"errors", "data", "kernels", "pipeline", "lab"},
 }
-OWN_ROOM_ONLY = ("vllm", "ray", "peft", "trl")
+OWN_ROOM_ONLY = ("vllm", "ray", "peft", "bitsandbytes", "trl")
 
 
 def modules() -> list[Path]:

@@ -9,6 +9,7 @@ The rooms of the house, in the order in which data flows through them:
     adpa.lab        a laboratory with a programmatic preference; the demo
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,11 @@ __all__ = [
     "precompute",
     "verify_cache",
 ]
+
+
+# Where bitsandbytes is installed, transformers imports it with Trainer, and on some CPUs every command would warn that
+# a kernel for inference is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
