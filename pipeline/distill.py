@@ -1,17 +1,14 @@
 """Stage two: trains a student from the signals in a cache."""
 
 import platform
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-import yaml
-from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, set_seed
 from transformers.trainer_utils import align_special_tokens
 from typing_extensions import Doc
 
@@ -22,30 +19,16 @@ from adpa.data.selection import Need, Selection, select
 from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
-from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
+from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
-from adpa.pipeline.ranks import check_agreement, number_of_ranks, on_all_ranks, this_rank
+from adpa.pipeline.ranks import check_agreement, on_all_ranks, this_rank
 from adpa.pipeline.run_directory import check_output, find_start, write_record
 from adpa.pipeline.sharding import check_sharding, check_shards, loading_whole, sharding_name
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
-from adpa.pipeline.yaml_options import as_number
+from adpa.pipeline.training_arguments import batch_arguments, make_training_arguments
 
-_BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"
-_ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
-# What adpa decides itself, so that a step is the same however it is cut and spread over ranks.
-OWN_ARGUMENTS = {
-    "output_dir": "--output says where",
-    "per_device_train_batch_size": _BATCHES,
-    "gradient_accumulation_steps": _BATCHES,
-    "auto_find_batch_size": _BATCHES,
-    "train_sampling_strategy": _ORDER,
-    "dataloader_drop_last": _ORDER,
-    "data_seed": _ORDER,
-    "accelerator_config": _ORDER,
-    "ignore_data_skip": _ORDER,
-}
 ADAPTER = "adapter"
 
 SchedulerName = Literal[
@@ -168,14 +151,14 @@ def distill(
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
     if learning_rate is None:
         learning_rate = 2e-5 if lora is None else 2e-4
-    arguments = _training_arguments(
+    arguments = make_training_arguments(
         set or [],
         device,
         output_dir=str(output),
         learning_rate=learning_rate,
         num_train_epochs=num_train_epochs,
         max_steps=max_steps,
-        **_batch_arguments(batch_size, micro_batch_size),
+        **batch_arguments(batch_size, micro_batch_size),
         lr_scheduler_type=lr_scheduler_type,
         warmup_steps=warmup_steps,
         weight_decay=weight_decay,
@@ -188,9 +171,8 @@ def distill(
         save_steps=save_steps or 500,
         report_to=report_to,
     )
-    needs = {name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in terms.items()}
-
     check_sharding(arguments)
+    needs = {name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in terms.items()}
 
     def look() -> tuple[Checkpoint, Selection, PreTrainedTokenizerBase]:
         check_output(output, resume_from_checkpoint)
@@ -298,47 +280,6 @@ def distill(
             },
         )
     return report
-
-
-def _batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, int]:
-    """Trainer's names for examples per optimizer step over all ranks, and examples at a time."""
-    ranks = number_of_ranks()
-    per_rank, rest = divmod(batch_size, ranks)
-    if batch_size < 1 or rest:
-        raise OptionError(f"--batch-size {batch_size} on {ranks} ranks; expected a multiple of {ranks}")
-    micro = micro_batch_size or max(size for size in (1, 2, 3, 4) if per_rank % size == 0)
-    if micro < 1 or per_rank % micro:
-        raise OptionError(
-            f"--micro-batch-size {micro} does not divide the {per_rank} examples of a step and rank",
-            "choose one that does",
-        )
-    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": per_rank // micro}
-
-
-def _training_arguments(overrides: Sequence[str], device: str, **arguments: Any) -> TrainingArguments:
-    known = {field.name for field in fields(TrainingArguments)}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or key not in known:
-            raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
-        if key in OWN_ARGUMENTS:
-            raise OptionError(f"--set {override}: {OWN_ARGUMENTS[key]}", "leave it out")
-        arguments[key] = as_number(yaml.safe_load(value))
-    if device not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
-    use_cpu = resolve_device(device).type == "cpu"
-    try:
-        made = TrainingArguments(
-            **arguments,
-            use_cpu=use_cpu,
-            remove_unused_columns=False,
-            logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-            disable_tqdm=not sys.stderr.isatty(),
-        )
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error
-    made._n_gpu = min(made.n_gpu, 1)  # one process drives one GPU: no DataParallel
-    return made
 
 
 def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection) -> PreTrainedTokenizerBase:

@@ -53,16 +53,15 @@ def check_shards(checkpoint: Path, arguments: TrainingArguments) -> None:
     Raises:
         OptionError: it was written by another number of ranks.
     """
-    if arguments.deepspeed_plugin is None or arguments.deepspeed_plugin.hf_ds_config.is_true(
-        "checkpoint.load_universal"
-    ):
+    plugin = arguments.deepspeed_plugin
+    if plugin is None or plugin.hf_ds_config.is_true("checkpoint.load_universal"):
         return
     written = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
     if written != arguments.world_size:
         raise OptionError(
             f"{checkpoint}: DeepSpeed wrote it on {written} ranks; there are {arguments.world_size}",
-            f"go on with {written} ranks, or, with ZeRO-3, convert it with deepspeed.checkpoint.ds_to_universal and set "
-            "checkpoint.load_universal to true",
+            f"go on with {written} ranks; with ZeRO-3, deepspeed.checkpoint.ds_to_universal converts it, and "
+            "checkpoint.load_universal reads that",
         )
 
 

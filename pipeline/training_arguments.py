@@ -1,0 +1,79 @@
+"""From the options of ``distill`` to the arguments of transformers' Trainer."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from adpa.errors import OptionError
+from adpa.pipeline.checkpoint import resolve_device
+from adpa.pipeline.ranks import number_of_ranks
+from adpa.pipeline.yaml_options import as_number
+
+_BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"
+_ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
+# What adpa decides itself, so that a step is the same however it is cut and spread over ranks.
+OWN_ARGUMENTS = {
+    "output_dir": "--output says where",
+    "per_device_train_batch_size": _BATCHES,
+    "gradient_accumulation_steps": _BATCHES,
+    "auto_find_batch_size": _BATCHES,
+    "train_sampling_strategy": _ORDER,
+    "dataloader_drop_last": _ORDER,
+    "data_seed": _ORDER,
+    "accelerator_config": _ORDER,
+    "ignore_data_skip": _ORDER,
+}
+
+
+def batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, int]:
+    """Trainer's names for examples per optimizer step over all ranks, and examples at a time.
+
+    Raises:
+        OptionError: they do not divide.
+    """
+    ranks = number_of_ranks()
+    per_rank, rest = divmod(batch_size, ranks)
+    if batch_size < 1 or rest:
+        raise OptionError(f"--batch-size {batch_size} on {ranks} ranks; expected a multiple of {ranks}")
+    micro = micro_batch_size or max(size for size in (1, 2, 3, 4) if per_rank % size == 0)
+    if micro < 1 or per_rank % micro:
+        raise OptionError(
+            f"--micro-batch-size {micro} does not divide the {per_rank} examples of a step and rank",
+            "choose one that does",
+        )
+    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": per_rank // micro}
+
+
+def make_training_arguments(overrides: Sequence[str], device: str, **arguments: Any) -> TrainingArguments:
+    """Trainer's arguments: some, what ``--set`` says beside them, and what adpa sets for every run.
+
+    Raises:
+        OptionError: Trainer has no such argument or refuses it, or it is not the user's to set.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key not in known:
+            raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
+        if key in OWN_ARGUMENTS:
+            raise OptionError(f"--set {override}: {OWN_ARGUMENTS[key]}", "leave it out")
+        arguments[key] = as_number(yaml.safe_load(value))
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
+    use_cpu = resolve_device(device).type == "cpu"
+    try:
+        made = TrainingArguments(
+            **arguments,
+            use_cpu=use_cpu,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error
+    made._n_gpu = min(made.n_gpu, 1)  # one process drives one GPU: no DataParallel
+    return made
