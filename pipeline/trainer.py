@@ -83,6 +83,7 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, train_dataset=train_dataset, data_collator=data_collator, **arguments)
         self.loss_is_scaled_for_ga = True
         self.add_callback(LogLastStep())
+        self._student = model
         self._examples = train_dataset
         self._make_batch = data_collator
         self._plausibility = plausibility
@@ -168,7 +169,9 @@ class DistillTrainer(Trainer):
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """One micro-batch. Head and embeddings of a sharded student are gathered once a step, not for each of them."""
         if isinstance(model, FSDPModule):
-            model.set_reshard_after_backward(self.accelerator.sync_gradients, recurse=False)
+            for module in (model, self._student.get_input_embeddings(), self._student.get_output_embeddings()):
+                if isinstance(module, FSDPModule):  # accelerate shards them apart, or with the whole
+                    module.set_reshard_after_backward(self.accelerator.sync_gradients, recurse=False)
         return super().training_step(model, *arguments, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
