@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, TrainingArguments, set_seed
 from typing_extensions import Doc
 
-from adpa.data.batches import TrainingExamples, collate
+from adpa.data.batches import Packing, TrainingExamples, collate
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
@@ -27,6 +28,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint, resolve_device
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
+from adpa.pipeline.packed_attention import allow_packing
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
 from adpa.pipeline.yaml_options import as_number
@@ -51,6 +53,7 @@ class DistillReport:
         steps: optimizer steps in all.
         first_loss: loss at the first log.
         last_loss: loss at the last log.
+        tokens_per_second: tokens of prompts and responses, see ``DistillTrainer.tokens_per_second``.
         seconds: wall-clock time.
         warnings: what the run warned of.
     """
@@ -63,6 +66,7 @@ class DistillReport:
     steps: int
     first_loss: float
     last_loss: float
+    tokens_per_second: float
     seconds: float
     warnings: list[str]
 
@@ -98,6 +102,13 @@ def distill(
     micro_batch_size: Annotated[
         int | None, Doc("Examples that fit in memory at a time; 4 unless given, or what divides the batch.")
     ] = None,
+    packing: Annotated[
+        Packing,
+        Doc(
+            "sequences computes those of a micro-batch without padding, prompts also a prompt once for all of its "
+            "responses; loss and gradient stay the same, and a student that cannot do it is refused."
+        ),
+    ] = "none",
     lr_scheduler_type: Annotated[SchedulerName, Doc("Course of the learning rate.")] = "cosine",
     warmup_steps: Annotated[float, Doc("Steps of warm-up; below 1, a share of all steps.")] = 0.1,
     weight_decay: Annotated[float, Doc("Weight decay of AdamW.")] = 0.0,
@@ -173,6 +184,8 @@ def distill(
     set_seed(seed)
     model = checkpoint.load(checkpoint.dtype_name(dtype), torch.device("cpu"))
     attach_distill_head(model)
+    if packing != "none":
+        allow_packing(model)
     examples = TrainingExamples(selection.parts(needs))
     trainer = DistillTrainer(
         terms=list(terms.items()),
@@ -180,7 +193,7 @@ def distill(
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=collate,
+        data_collator=partial(collate, packing=packing),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -199,6 +212,7 @@ def distill(
         steps=trainer.state.global_step,
         first_loss=logs[0]["loss"],
         last_loss=logs[-1]["loss"],
+        tokens_per_second=trainer.tokens_per_second,
         seconds=time.perf_counter() - started,
         warnings=trainer.warnings,
     )
@@ -210,10 +224,12 @@ def distill(
                 "examples": report.examples,
                 "steps": report.steps,
                 "seconds": report.seconds,
+                "tokens_per_second": report.tokens_per_second,
                 "training": {
                     "learning_rate": arguments.learning_rate,
                     "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
                     "batch_size": batch_size,
+                    "packing": packing,
                     "seed": arguments.seed,
                 },
                 "versions": {"python": platform.python_version()}

@@ -1,6 +1,7 @@
 """The training step: transformers' Trainer with the loss of adpa, normalised over the whole optimizer step."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adpa.data.batches import Collator, TrainingExamples
+from adpa.data.batches import Collator, TrainingExamples, count_tokens
 from adpa.errors import ModelError
 from adpa.pipeline.objectives import TermWeights, plausible_advantages
 from adpa.pipeline.probe import Probe, collapse
@@ -16,16 +17,15 @@ from adpa.pipeline.probe import Probe, collapse
 logger = logging.getLogger(__name__)
 
 
-class LogStart(TrainerCallback):
-    """Calls a function before the first step of a run; a resumed run has done it."""
+class OnStart(TrainerCallback):
+    """Calls a function before the first step of a process."""
 
-    def __init__(self, log_start: Callable[[], None]) -> None:
-        self._log_start = log_start
+    def __init__(self, start: Callable[[], None]) -> None:
+        self._start = start
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Calls it, if no step was done."""
-        if state.global_step == 0:
-            self._log_start()
+        """Calls it."""
+        self._start()
 
 
 class LogLastStep(TrainerCallback):
@@ -82,7 +82,9 @@ class DistillTrainer(Trainer):
             self.args.per_device_train_batch_size,
             self.accelerator,
         )
-        self.add_callback(LogStart(self._log_start))
+        self.add_callback(OnStart(self._start))
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._clock = time.perf_counter()
         self.warnings: list[str] = []
 
     def get_batch_samples(
@@ -97,6 +99,7 @@ class DistillTrainer(Trainer):
         counts_R = self.accelerator.reduce(counts_R, reduction="sum")
         for batch in batches:
             batch["step_tokens"] = counts_R
+            self._tokens = self._tokens.to(device) + count_tokens(batch).to(device)
         self._steps_summed += 1
         return batches, counts_R.sum()
 
@@ -125,12 +128,25 @@ class DistillTrainer(Trainer):
         """The log before the first step; empty where no term needs signals."""
         return next((entry for entry in self.state.log_history if entry["step"] == 0), {})
 
-    def _log_start(self) -> None:
-        if statistics := self._probe.measure(self.model_wrapped):
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the sequences that all ranks trained on in a second, the looks at the student left out.
+
+        Padding does not count, and a prompt counts with each of its responses, whatever the packing: this is the work
+        that is done, not the computation that it takes.
+        """
+        logs = [(entry["tokens"], entry["tokens_per_second"]) for entry in self.state.log_history if "tokens" in entry]
+        seconds = sum(tokens / per_second for tokens, per_second in logs)
+        return sum(tokens for tokens, _ in logs) / seconds if seconds else 0.0
+
+    def _start(self) -> None:
+        if self.state.global_step == 0 and (statistics := self._probe.measure(self.model_wrapped)):
             self.log(statistics)
+        self._clock = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the mean of every term since the last time, and the student's statistics, beside what Trainer logs.
+        """Logs the means of every term and the tokens since the last time, and the student's statistics, beside what
+        Trainer logs.
 
         The first time that these look like a collapse, it warns.
 
@@ -143,8 +159,9 @@ class DistillTrainer(Trainer):
                     f"step {self.state.global_step}: the loss is {logs['loss']}",
                     "lower --learning-rate or the weights of the terms, or check the student",
                 )
-            logs |= self._take_terms() | self._probe.measure(self.model_wrapped)
+            logs |= self._take_terms() | self._take_tokens() | self._probe.measure(self.model_wrapped)
         super().log(logs, start_time)
+        self._clock = time.perf_counter()
         warning = collapse(self.state.log_history, self._plausibility)
         if warning is not None and not self.warnings:
             self.warnings.append(warning)
@@ -162,3 +179,8 @@ class DistillTrainer(Trainer):
         self._term_sums_R3.zero_()
         self._steps_summed = 0
         return means
+
+    def _take_tokens(self) -> dict[str, float]:
+        tokens = int(self.accelerator.reduce(self._tokens, reduction="sum"))
+        self._tokens.zero_()
+        return {"tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - self._clock)}
