@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
@@ -137,6 +137,8 @@ def distill(
     started = time.perf_counter()
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     check_plausibility(plausibility)
+    if packing not in get_args(Packing):
+        raise OptionError(f"--packing {packing!r}; expected one of {', '.join(get_args(Packing))}")
     if max_steps != -1 and max_steps < 1:
         raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
     if not num_train_epochs > 0:

@@ -58,6 +58,7 @@ def test_attention_of_any_layout_is_its_definition(
     config = LlamaConfig(hidden_size=24, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=width)
     shapes = [(1, count, tokens, width) for count in (heads[0], heads[1], heads[1])]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    query, key, value = inputs
     upstream = torch.randn(1, tokens, heads[0], width, generator=generator, dtype=torch.float64)
     longest = int(packed.key_lengths.max())
 
@@ -71,20 +72,25 @@ def test_attention_of_any_layout_is_its_definition(
         dtype=torch.float64,
     )
     pieces = make_pieces(packed.query_lengths, packed.key_lengths, packed.key_places)
-    found, _ = packed_attention(LlamaAttention(config, 0), *inputs, mask, pieces=pieces, own=own, scaling=0.3)
+    found, _ = packed_attention(LlamaAttention(config, 0), query, key, value, mask, pieces=pieces, own=own, scaling=0.3)
     expected = torch.zeros_like(found)
-    query, key, value = (each[0].repeat_interleave(heads[0] // each.shape[1], 0) for each in inputs)
+    query_HTD, key_HTD, value_HTD = (each[0].repeat_interleave(heads[0] // each.shape[1], 0) for each in inputs)
     for queries, places in zip(packed.query_lengths, packed.key_places.split(packed.key_lengths.tolist()), strict=True):
-        scores = 0.3 * query[:, places] @ key[:, places].transpose(1, 2)
+        scores = 0.3 * query_HTD[:, places] @ key_HTD[:, places].transpose(1, 2)
         seen = torch.ones(len(places), len(places), dtype=torch.bool).tril()
         weights = scores.masked_fill(~seen, -torch.inf).softmax(2)
-        expected[0, places[-queries:]] = (weights @ value[:, places]).transpose(0, 1)[-queries:]
+        expected[0, places[-queries:]] = (weights @ value_HTD[:, places]).transpose(0, 1)[-queries:]
 
     tolerance = 1e-12 if own == "sdpa" else 1e-5  # its softmax is float32
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     gradients = (torch.autograd.grad((each * upstream).sum(), inputs) for each in (found, expected))
     for gradient, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance)
+
+
+def with_attention(name: str, config: PretrainedConfig) -> PretrainedConfig:
+    config._attn_implementation = name
+    return config
 
 
 WINDOW: dict[str, Any] = SMALL | {
@@ -98,8 +104,8 @@ MODELS: dict[str, PretrainedConfig] = {
     "a window in every layer": MistralConfig(**WINDOW),
     "windows in some layers": Gemma3TextConfig(**WINDOW, layer_types=["sliding_attention", "full_attention"]),
     "no positions in some layers": Cohere2Config(**WINDOW, layer_types=["sliding_attention", "full_attention"]),
-    "eager, with a softcap": Gemma2Config(**WINDOW, attn_logit_softcapping=2.0, attn_implementation="eager"),
-    "eager, with sinks": GptOssConfig(**WINDOW, num_local_experts=4, attn_implementation="eager"),
+    "eager, with a softcap": with_attention("eager", Gemma2Config(**WINDOW, attn_logit_softcapping=2.0)),
+    "eager, with sinks": with_attention("eager", GptOssConfig(**WINDOW, num_local_experts=4)),
 }
 # Odd lengths, prompts and responses of one token, a prompt of several responses, one that differs in its last token.
 SEQUENCES = [
@@ -180,7 +186,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "FalconForCausalLM cannot be given packed sequences: it fails on them",
     ),
     "another attention": (
-        LlamaConfig(**SMALL, attn_implementation="flex_attention"),
+        with_attention("flex_attention", LlamaConfig(**SMALL)),
         "Llama.*: its attention is flex_attention; expected sdpa or eager",
     ),
 }
