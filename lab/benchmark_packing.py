@@ -43,7 +43,7 @@ class Way:
 
     Attributes:
         packing: its name.
-        model: a student that takes it.
+        attention: the name of the student's attention that takes it.
         seconds: of each step, on the clock and on the CPU.
         computed: tokens that the decoder computes for all micro-batches.
         first_loss: of the first micro-batch.
@@ -52,7 +52,7 @@ class Way:
     """
 
     packing: Packing
-    model: PreTrainedModel
+    attention: str
     seconds: list[tuple[float, float]] = field(default_factory=list)
     computed: int = 0
     first_loss: float = 0.0
@@ -91,46 +91,45 @@ def main() -> None:
         )
         needs: dict[ResponseName, Need] = {"chosen": Need(True, False), "rejected": Need(True, False)}
         examples = TrainingExamples(select(cache, needs, student="").parts(needs))
-        padded, packed = load_student(smollm2), load_student(smollm2)
-    allow_packing(packed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).train()
+    attach_distill_head(model)
+    padded = model.config._attn_implementation
+    allow_packing(model)
+    packed = model.config._attn_implementation
+    assert padded is not None
+    assert packed is not None
     ways = [Way(packing, padded if packing == "none" else packed) for packing in WAYS]
-    starts = range(0, len(examples), MICRO_BATCH)
-    micro_batches = [[examples[number] for number in range(start, start + MICRO_BATCH)] for start in starts]
+    read = [examples[number] for number in range(len(examples))]
+    micro_batches = [read[start : start + MICRO_BATCH] for start in range(0, len(read), MICRO_BATCH)]
     for way in ways:
-        try_out(way, micro_batches)
+        try_out(model, way, micro_batches)
     for number, micro_batch in enumerate(micro_batches * arguments.rounds):
         for place in range(len(ways)):
             way = ways[(number + place) % len(ways)]  # each has each turn
-            way.seconds.append(step(way, micro_batch))
-    print_table(ways, micro_batches, arguments.rounds)
+            way.seconds.append(step(model, way, micro_batch))
+    print_table(model, ways, micro_batches, arguments.rounds)
 
 
-def load_student(directory: Path) -> PreTrainedModel:
-    """A student in training, float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
-    attach_distill_head(model)
-    return model
-
-
-def step(way: Way, micro_batch: Sequence[Sequence[TrainingSequence]]) -> tuple[float, float]:
+def step(model: PreTrainedModel, way: Way, micro_batch: Sequence[Sequence[TrainingSequence]]) -> tuple[float, float]:
     """Seconds of forward and backward pass of DCKD, on the clock and on the CPU; the gradient stays."""
-    way.model.zero_grad()
+    model.zero_grad()
+    model.set_attn_implementation(way.attention)
     started, cpu_started = time.perf_counter(), time.process_time()
     batch = collate(micro_batch, way.packing)
     rejected_N = batch.pop("role") == 1
     weight_N = torch.full(rejected_N.shape, 1 / len(rejected_N))
     nll_N = weight_N.masked_fill(rejected_N, 0)
-    loss, _ = way.model(**batch, nll_weight=nll_N, kl_weight=weight_N, advantage_weight=torch.zeros_like(weight_N))
+    loss, _ = model(**batch, nll_weight=nll_N, kl_weight=weight_N, advantage_weight=torch.zeros_like(weight_N))
     loss.backward()
     if not way.first_loss:
         way.first_loss = loss.item()
     return time.perf_counter() - started, time.process_time() - cpu_started
 
 
-def try_out(way: Way, micro_batches: Sequence[Sequence[Sequence[TrainingSequence]]]) -> None:
+def try_out(model: PreTrainedModel, way: Way, micro_batches: Sequence[Sequence[Sequence[TrainingSequence]]]) -> None:
     """Counts, and takes a first step, which warms up."""
     way.computed = sum(collate(micro_batch, way.packing)["input_ids"].numel() for micro_batch in micro_batches)
-    parameters = {parameter.data_ptr() for parameter in way.model.parameters()}
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -140,14 +139,17 @@ def try_out(way: Way, micro_batches: Sequence[Sequence[Sequence[TrainingSequence
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        step(way, micro_batches[0])
+        step(model, way, micro_batches[0])
     way.saved_bytes = sum(saved.values())
-    gradients = [parameter.grad for parameter in way.model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters()]
     way.gradient = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
 def print_table(
-    ways: Sequence[Way], micro_batches: Sequence[Sequence[Sequence[TrainingSequence]]], rounds: int
+    model: PreTrainedModel,
+    ways: Sequence[Way],
+    micro_batches: Sequence[Sequence[Sequence[TrainingSequence]]],
+    rounds: int,
 ) -> None:
     """Prints what each way costs, beside what the tokens it computes let expect."""
     batches = [collate(micro_batch) for micro_batch in micro_batches]
@@ -160,8 +162,8 @@ def print_table(
         f"prompts; of the padded tokens {padding:.0%} are padding; float32, {torch.get_num_threads()} threads; "
         f"speed by CPU seconds: median (least to most) of {len(ways[0].seconds)} steps, against the same micro-batch"
     )
-    head = ways[0].model.get_output_embeddings().weight.numel()
-    decoder = sum(parameter.numel() for parameter in ways[0].model.parameters()) - head  # they are tied
+    head = model.get_output_embeddings().weight.numel()
+    decoder = sum(parameter.numel() for parameter in model.parameters()) - head  # they are tied
     products = [decoder * way.computed + head * response_tokens for way in ways]
     table = Table(
         "", "tokens computed", "tokens/s", "speed, padded = 1", "expected", "kept for backward", "loss", "gradient"

@@ -17,15 +17,16 @@ from adpa.pipeline.probe import Probe, collapse
 logger = logging.getLogger(__name__)
 
 
-class OnStart(TrainerCallback):
-    """Calls a function before the first step of a process."""
+class LogStart(TrainerCallback):
+    """Calls a function before the first step of a run; a resumed run has done it."""
 
-    def __init__(self, start: Callable[[], None]) -> None:
-        self._start = start
+    def __init__(self, log_start: Callable[[], None]) -> None:
+        self._log_start = log_start
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Calls it."""
-        self._start()
+        """Calls it, if no step was done."""
+        if state.global_step == 0:
+            self._log_start()
 
 
 class LogLastStep(TrainerCallback):
@@ -75,6 +76,8 @@ class DistillTrainer(Trainer):
         self._weights_R3 = torch.tensor([weights for _, weights in terms])
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens_since: float | None = None  # on the clock, until they are logged
         self._probe = Probe(
             train_dataset,
             data_collator,
@@ -82,15 +85,14 @@ class DistillTrainer(Trainer):
             self.args.per_device_train_batch_size,
             self.accelerator,
         )
-        self.add_callback(OnStart(self._start))
-        self._tokens = torch.zeros((), dtype=torch.int64)
-        self._clock = time.perf_counter()
+        self.add_callback(LogStart(self._log_start))
         self.warnings: list[str] = []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """Takes the micro-batches of a step and puts the step's token counts into each of them."""
+        self._tokens_since = self._tokens_since or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -130,7 +132,7 @@ class DistillTrainer(Trainer):
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the sequences that all ranks trained on in a second, the looks at the student left out.
+        """Tokens of the sequences that all ranks trained on in a second; looks at the student are left out.
 
         Padding does not count, and a prompt counts with each of its responses, whatever the packing: this is the work
         that is done, not the computation that it takes.
@@ -139,10 +141,9 @@ class DistillTrainer(Trainer):
         seconds = sum(tokens / per_second for tokens, per_second in logs)
         return sum(tokens for tokens, _ in logs) / seconds if seconds else 0.0
 
-    def _start(self) -> None:
-        if self.state.global_step == 0 and (statistics := self._probe.measure(self.model_wrapped)):
+    def _log_start(self) -> None:
+        if statistics := self._probe.measure(self.model_wrapped):
             self.log(statistics)
-        self._clock = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of every term and the tokens since the last time, and the student's statistics, beside what
@@ -161,7 +162,6 @@ class DistillTrainer(Trainer):
                 )
             logs |= self._take_terms() | self._take_tokens() | self._probe.measure(self.model_wrapped)
         super().log(logs, start_time)
-        self._clock = time.perf_counter()
         warning = collapse(self.state.log_history, self._plausibility)
         if warning is not None and not self.warnings:
             self.warnings.append(warning)
@@ -181,6 +181,9 @@ class DistillTrainer(Trainer):
         return means
 
     def _take_tokens(self) -> dict[str, float]:
+        assert self._tokens_since is not None
+        seconds = time.perf_counter() - self._tokens_since
         tokens = int(self.accelerator.reduce(self._tokens, reduction="sum"))
         self._tokens.zero_()
-        return {"tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - self._clock)}
+        self._tokens_since = None
+        return {"tokens": tokens, "tokens_per_second": tokens / seconds}
