@@ -4,6 +4,9 @@ The teacher is SmolLM2 itself (what it says costs a step nothing); its signals a
 same micro-batches, in turns, so that ratios are of the same moment, and of CPU seconds, which other work disturbs less.
 Tokens are those of the sequences as they are, without padding, a prompt counted with each of its responses: the same
 number for every way.
+
+What is expected comes from matrix products alone: the decoder's parameters for each token that is computed, the head's
+for each response token. A second table has it for all pairs and longer limits, whose steps would take long on a CPU.
 """
 
 import argparse
@@ -16,15 +19,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adpa.data.batches import Packing, TrainingExamples, TrainingSequence, collate, count_tokens
+from adpa.data.batches import (
+    Packing,
+    TrainingExamples,
+    TrainingSequence,
+    collate,
+    count_tokens,
+    pad_sequences,
+)
+from adpa.data.encoding import EncodedPair, Encoder, TokenSequence
+from adpa.data.packing import pack_sequences
+from adpa.data.preferences import read_rows
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, select
+from adpa.data.vocabulary import find_turn_end, load_tokenizer
 from adpa.lab.benchmark_encoding import text_pairs
 from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.smollm2 import save_smollm2
@@ -35,6 +50,7 @@ from adpa.pipeline.student import attach_distill_head
 WAYS: tuple[Packing, ...] = get_args(Packing)
 NAMES = {"none": "padded", "sequences": "--packing sequences", "prompts": "--packing prompts"}
 MICRO_BATCH = 4  # as adpa distill takes them
+LIMITS = ((256, 512), (512, 1024), (1024, 2048))  # of a prompt and of a sequence; the last are precompute's
 
 
 @dataclass
@@ -81,6 +97,7 @@ def main() -> None:
             else list(map(json.dumps, text_pairs(arguments.pairs)))
         )
         preferences.write_text("\n".join(lines[: arguments.pairs]))
+        (whole := Path(folder) / "whole.jsonl").write_text("\n".join(lines))
         precompute(
             teacher=str(smollm2),
             data=str(preferences),
@@ -91,6 +108,11 @@ def main() -> None:
         )
         needs: dict[ResponseName, Need] = {"chosen": Need(True, False), "rejected": Need(True, False)}
         examples = TrainingExamples(select(cache, needs, student="").parts(needs))
+        tokenizer = load_tokenizer(smollm2)
+        whole_pairs = [
+            list(Encoder(tokenizer, find_turn_end(tokenizer), *limits).encode(read_rows(str(whole))))
+            for limits in LIMITS
+        ]
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).train()
     attach_distill_head(model)
     padded = model.config._attn_implementation
@@ -108,6 +130,7 @@ def main() -> None:
             way = ways[(number + place) % len(ways)]  # each has each turn
             way.seconds.append(step(model, way, micro_batch))
     print_table(model, ways, micro_batches, arguments.rounds)
+    print_expected(model, whole_pairs)
 
 
 def step(model: PreTrainedModel, way: Way, micro_batch: Sequence[Sequence[TrainingSequence]]) -> tuple[float, float]:
@@ -162,26 +185,61 @@ def print_table(
         f"prompts; of the padded tokens {padding:.0%} are padding; float32, {torch.get_num_threads()} threads; "
         f"speed by CPU seconds: median (least to most) of {len(ways[0].seconds)} steps, against the same micro-batch"
     )
-    head = model.get_output_embeddings().weight.numel()
-    decoder = sum(parameter.numel() for parameter in model.parameters()) - head  # they are tied
-    products = [decoder * way.computed + head * response_tokens for way in ways]
+    costs = [products(model, way.computed, response_tokens) for way in ways]
     table = Table(
         "", "tokens computed", "tokens/s", "speed, padded = 1", "expected", "kept for backward", "loss", "gradient"
     )
-    for way, cost in zip(ways, products, strict=True):
+    for way, cost in zip(ways, costs, strict=True):
         ratios = [padded / cpu for (_, padded), (_, cpu) in zip(ways[0].seconds, way.seconds, strict=True)]
         table.add_row(
             NAMES[way.packing],
             f"{way.computed:,}",
             f"{rounds * sum(tokens) / sum(seconds for seconds, _ in way.seconds):,.0f}",
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-            f"{products[0] / cost:.2f}",
+            f"{costs[0] / cost:.2f}",
             f"{way.saved_bytes / 2**20:,.0f} MiB",
             f"{abs(way.first_loss / ways[0].first_loss - 1):.0e}",
             f"{float((way.gradient - ways[0].gradient).norm() / ways[0].gradient.norm()):.0e}",
         )
     Console(width=140).print(table)
     print("loss, gradient: relative differences from the padded way in the first micro-batch")
+
+
+def products(model: PreTrainedModel, computed: int, response_tokens: int) -> int:
+    """Multiplications by the weights of a forward pass; a backward pass has twice as many."""
+    head: int = model.get_output_embeddings().weight.numel()
+    decoder = sum(parameter.numel() for parameter in model.parameters()) - head  # the embedding is the head
+    return decoder * computed + head * response_tokens
+
+
+def print_expected(model: PreTrainedModel, pairs_by_limits: Sequence[Sequence[EncodedPair]]) -> None:
+    """Prints what the lengths of all pairs let expect, in micro-batches of random order."""
+    table = Table("limits", "pairs", "tokens a pair", "in prompts", "padding", *(NAMES[way] for way in WAYS[1:]))
+    for (max_prompt, max_whole), pairs in zip(LIMITS, pairs_by_limits, strict=True):
+        computed = dict.fromkeys(WAYS, 0)
+        order = np.random.default_rng(0).permutation(len(pairs))
+        for start in range(0, len(pairs), MICRO_BATCH):
+            chosen = [pairs[number] for number in order[start : start + MICRO_BATCH]]
+            sequences = [
+                TokenSequence(b"", pair.prompt_ids, response_ids)
+                for pair in chosen
+                for response_ids in (pair.chosen_ids, pair.rejected_ids)
+            ]
+            computed["none"] += pad_sequences(sequences).input_ids.numel()
+            for way in WAYS[1:]:
+                computed[way] += pack_sequences(sequences, share_prompts=way == "prompts").input_ids.numel()
+        response_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+        costs = {way: products(model, tokens, response_tokens) for way, tokens in computed.items()}
+        table.add_row(
+            f"{max_prompt:,}, {max_whole:,}",
+            f"{len(pairs)}",
+            f"{computed['sequences'] / len(pairs):,.0f}",
+            f"{1 - response_tokens / computed['sequences']:.0%}",
+            f"{1 - computed['sequences'] / computed['none']:.0%}",
+            *(f"{costs['none'] / costs[way]:.2f}" for way in WAYS[1:]),
+        )
+    print("expected speed, padded = 1, of all pairs in random order by the limits of prompt and sequence")
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
