@@ -105,8 +105,8 @@ def distill(
     packing: Annotated[
         Packing,
         Doc(
-            "sequences computes those of a micro-batch without padding, prompts also a prompt once for all of its "
-            "responses; loss and gradient stay the same, and a student that cannot do it is refused."
+            "How a micro-batch is computed: none pads its sequences; sequences computes them without padding; prompts "
+            "also computes equal prompts once. Loss and gradient are the same; a student that cannot is refused."
         ),
     ] = "none",
     lr_scheduler_type: Annotated[SchedulerName, Doc("Course of the learning rate.")] = "cosine",

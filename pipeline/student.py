@@ -12,7 +12,8 @@ from adpa.kernels.student_statistics import StudentStatistics, student_statistic
 from adpa.pipeline.lm_head import check_head, hidden_states, read_head
 from adpa.pipeline.packed_attention import packed_hidden_states
 
-DECODER = ("attention_mask", "position_ids", "query_lengths", "key_lengths", "key_places")  # beside input_ids: the first, or the others
+# Beside input_ids: the first of padded sequences, the others of packed ones.
+DECODER = ("attention_mask", "position_ids", "query_lengths", "key_lengths", "key_places")
 
 
 def attach_distill_head(model: PreTrainedModel) -> None:
