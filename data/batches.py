@@ -6,8 +6,9 @@ uses, with its signal row where a term needs one. A response set's place in the 
 Shapes: B sequences, L tokens of the longest, N response tokens of the batch, K ids.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adpa.data.encoding import TokenSequence
+from adpa.data.packing import pack_sequences
 from adpa.data.responses import ResponseSet
 from adpa.data.signal_rows import SignalRow, check_length
 from adpa.data.signals import SignalTable
@@ -114,19 +116,25 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
 
 
 Collator = Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]
+Packing = Literal["none", "sequences", "prompts"]
 
 
-def collate(examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
+def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "none") -> dict[str, Tensor]:
     """Turns examples into the tensors of a batch.
 
-    These are the tensors of ``PaddedSequences`` and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32
-    [N, K], −1 in rows without signals and where a row has fewer ids; ``teacher_logprobs`` float32 [N, K];
-    ``tail_logprob`` float32 [N]; ``advantages`` float32 [N, K], 0 in rows without a reference. K is that of the rows, 0
-    where none has signals.
+    These are the tensors of ``PaddedSequences``, or with packing those of ``PackedSequences`` (whose equal prompts are
+    shared if it is that of prompts), and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32 [N, K], −1
+    in rows without signals and where a row has fewer ids; ``teacher_logprobs`` float32 [N, K]; ``tail_logprob`` float32
+    [N]; ``advantages`` float32 [N, K], 0 in rows without a reference. K is that of the rows, 0 where none has signals.
     """
     sequences = [sequence for example in examples for sequence in example]
-    padded = pad_sequences([sequence.tokens for sequence in sequences])
-    tokens = len(padded.labels)
+    token_sequences = [sequence.tokens for sequence in sequences]
+    placed = (
+        pad_sequences(token_sequences)
+        if packing == "none"
+        else pack_sequences(token_sequences, share_prompts=packing == "prompts")
+    )
+    tokens = len(placed.labels)
     top_k = max((sequence.signals.topk_ids.shape[1] for sequence in sequences if sequence.signals), default=0)
     role_N = np.empty(tokens, dtype=np.int64)
     topk_ids_NK = np.full((tokens, top_k), -1, dtype=np.int32)
@@ -144,14 +152,15 @@ def collate(examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]
             if sequence.signals.topk_advantages is not None:
                 advantages_NK[rows] = sequence.signals.topk_advantages
         start = rows.stop
-    return {
-        "input_ids": padded.input_ids,
-        "attention_mask": padded.attention_mask,
-        "predicts": padded.predicts,
-        "labels": padded.labels,
+    return vars(placed) | {
         "role": torch.from_numpy(role_N),
         "topk_ids": torch.from_numpy(topk_ids_NK),
         "teacher_logprobs": torch.from_numpy(logprobs_NK),
         "tail_logprob": torch.from_numpy(tail_N),
         "advantages": torch.from_numpy(advantages_NK),
     }
+
+
+def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Tokens of the sequences of a batch, int64 scalar: without padding, a prompt with each of its responses."""
+    return batch["key_lengths" if "key_lengths" in batch else "attention_mask"].sum()

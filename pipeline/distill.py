@@ -3,16 +3,17 @@
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, set_seed
 from transformers.trainer_utils import align_special_tokens
 from typing_extensions import Doc
 
-from adpa.data.batches import TrainingExamples, collate
+from adpa.data.batches import Packing, TrainingExamples, collate
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
@@ -22,6 +23,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
+from adpa.pipeline.packed_attention import allow_packing
 from adpa.pipeline.ranks import check_agreement, on_all_ranks, this_rank
 from adpa.pipeline.run_directory import check_output, find_start, write_record
 from adpa.pipeline.sharding import check_sharding, check_shards, loading_whole, sharding_name
@@ -50,6 +52,7 @@ class DistillReport:
         steps: optimizer steps in all.
         first_loss: loss at the first log.
         last_loss: loss at the last log.
+        tokens_per_second: tokens of prompts and responses, see ``DistillTrainer.tokens_per_second``.
         seconds: wall-clock time.
         warnings: what the run warned of.
     """
@@ -63,6 +66,7 @@ class DistillReport:
     steps: int
     first_loss: float
     last_loss: float
+    tokens_per_second: float
     seconds: float
     warnings: list[str]
 
@@ -114,6 +118,13 @@ def distill(
     micro_batch_size: Annotated[
         int | None, Doc("Examples that fit in memory at a time; 4 unless given, or what divides the batch.")
     ] = None,
+    packing: Annotated[
+        Packing,
+        Doc(
+            "How a micro-batch is computed: none pads its sequences; sequences computes them without padding; prompts "
+            "also computes equal prompts once. Loss and gradient are the same; a student that cannot is refused."
+        ),
+    ] = "none",
     lr_scheduler_type: Annotated[SchedulerName, Doc("Course of the learning rate.")] = "cosine",
     warmup_steps: Annotated[float, Doc("Steps of warm-up; below 1, a share of all steps.")] = 0.1,
     weight_decay: Annotated[float, Doc("Weight decay of AdamW.")] = 0.0,
@@ -144,6 +155,8 @@ def distill(
     started = time.perf_counter()
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     check_plausibility(plausibility)
+    if packing not in get_args(Packing):
+        raise OptionError(f"--packing {packing!r}; expected one of {', '.join(get_args(Packing))}")
     if max_steps != -1 and max_steps < 1:
         raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
     if not num_train_epochs > 0:
@@ -202,7 +215,7 @@ def distill(
 
     start = on_all_ranks(look_back)
     local = {"local_rank": None}
-    check_agreement(origin | {"checkpoint to go on from": start} | arguments.to_dict() | local)
+    check_agreement(origin | {"packing": packing, "checkpoint to go on from": start} | arguments.to_dict() | local)
     if save_steps and this_rank() == 0:
         write_record(output, origin)
 
@@ -215,6 +228,8 @@ def distill(
             compute_dtype = "bfloat16" if bf16 else weights_dtype
             model = load_base(checkpoint, lora, weights_dtype, compute_dtype, arguments.device)
     attach_distill_head(model)
+    if packing != "none":
+        allow_packing(model)
     trained = model if lora is None else add_adapters(model, lora)
     trained_parameters = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     examples = TrainingExamples(selection.parts(needs))
@@ -224,7 +239,7 @@ def distill(
         model=trained,
         args=arguments,
         train_dataset=examples,
-        data_collator=collate,
+        data_collator=partial(collate, packing=packing),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -254,6 +269,7 @@ def distill(
         steps=trainer.state.global_step,
         first_loss=logs[0]["loss"],
         last_loss=logs[-1]["loss"],
+        tokens_per_second=trainer.tokens_per_second,
         seconds=time.perf_counter() - started,
         warnings=trainer.warnings,
     )
@@ -266,10 +282,12 @@ def distill(
                 "trained_parameters": report.trained_parameters,
                 "steps": report.steps,
                 "seconds": report.seconds,
+                "tokens_per_second": report.tokens_per_second,
                 "training": {
                     "learning_rate": arguments.learning_rate,
                     "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
                     "batch_size": batch_size,
+                    "packing": packing,
                     "seed": arguments.seed,
                 },
                 "versions": {"python": platform.python_version()}

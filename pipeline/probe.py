@@ -18,7 +18,7 @@ from adpa.kernels.student_statistics import IMPLAUSIBLE, StudentStatistics
 from adpa.pipeline.objectives import TermWeights
 
 PROBE_EXAMPLES = 32  # over all ranks, spread evenly over the data
-OBSERVED = ("input_ids", "attention_mask", "predicts", "topk_ids", "teacher_logprobs", "advantages")
+UNOBSERVED = ("labels", "role", "tail_logprob")
 RISE = 0.1  # of the student's mass
 IN_A_ROW = 3  # logs
 
@@ -52,7 +52,9 @@ class Probe:
             counted = mine[start : start + batch_size]
             shown = [examples[number] for number in counted or numbers[:1]]
             batch = collate([[sequence for sequence in example if sequence.role in roles] for example in shown])
-            self._batches.append(({name: batch[name] for name in OBSERVED}, bool(counted)))
+            self._batches.append(
+                ({name: tensor for name, tensor in batch.items() if name not in UNOBSERVED}, bool(counted))
+            )
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The means of the student's statistics over the response tokens of all ranks, by the names they are logged by.

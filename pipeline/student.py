@@ -10,15 +10,20 @@ from transformers import PreTrainedModel
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.kernels.student_statistics import StudentStatistics, student_statistics
 from adpa.pipeline.lm_head import check_head, hidden_states, read_head
+from adpa.pipeline.packed_attention import packed_hidden_states
+
+# Beside input_ids: the first of padded sequences, the others of packed ones.
+DECODER = ("attention_mask", "position_ids", "query_lengths", "key_lengths", "key_places")
 
 
 def attach_distill_head(model: PreTrainedModel) -> None:
     """Makes ``model(**batch)`` give the weighted loss and its parts instead of logits.
 
-    The batch has the tensors of ``adpa.data.batches.collate`` and, instead of ``role``, the three per-row
-    weights of ``distill_head``. With ``observe=True``, and without labels, tail and weights, the call gives the
-    ``student_statistics`` of the same rows. It stays a method of the model, so that whatever wraps a model's forward
-    (mixed precision, data parallelism, sharding, gradient checkpointing) works as it does for any other model.
+    The batch has the tensors of ``adpa.data.batches.collate``, packed ones after ``allow_packing``, and, instead of
+    ``role``, the three per-row weights of ``distill_head``. With ``observe=True``, and without labels, tail and
+    weights, the call gives the ``student_statistics`` of the same rows. It stays a method of the model, so that
+    whatever wraps a model's forward (mixed precision, data parallelism, sharding, gradient checkpointing) works as it
+    does for any other model.
 
     Raises:
         ModelError: the model's head does something that adpa does not support.
@@ -30,12 +35,13 @@ def attach_distill_head(model: PreTrainedModel) -> None:
 def _forward(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
     predicts: Tensor,
     observe: bool = False,
     **rows: Tensor,
 ) -> tuple[Tensor, HeadLosses] | StudentStatistics:
-    hidden_ND = hidden_states(model, input_ids, attention_mask).flatten(0, 1)[predicts]
+    decoder = {name: rows.pop(name) for name in DECODER if name in rows}
+    hidden_BLd = (hidden_states if "attention_mask" in decoder else packed_hidden_states)(model, input_ids, **decoder)
+    hidden_ND = hidden_BLd.flatten(0, 1)[predicts]
     head = read_head(model)
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)

@@ -1,6 +1,7 @@
 """The training step: transformers' Trainer with the loss of adpa, normalised over the whole optimizer step."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adpa.data.batches import Collator, TrainingExamples, TrainingSequence
+from adpa.data.batches import Collator, TrainingExamples, TrainingSequence, count_tokens
 from adpa.data.steps import StepSampler
 from adpa.errors import ModelError
 from adpa.pipeline.objectives import TermWeights, plausible_advantages
@@ -92,6 +93,8 @@ class DistillTrainer(Trainer):
         self._weights_R3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens_since: float | None = None  # on the clock, until they are logged
         self._probe = Probe(
             train_dataset,
             data_collator,
@@ -135,6 +138,7 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """Takes the micro-batches of a step and puts the step's token counts into each of them."""
+        self._tokens_since = self._tokens_since or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -143,6 +147,8 @@ class DistillTrainer(Trainer):
         counts_R = self.accelerator.reduce(counts_R, reduction="sum")
         for batch in batches:
             batch["step_tokens"] = counts_R
+            counts = batch["role"][0] < len(self._names)
+            self._tokens = self._tokens.to(device) + counts * count_tokens(batch).to(device)
         self._steps_summed += 1
         return batches, counts_R.sum()
 
@@ -191,12 +197,24 @@ class DistillTrainer(Trainer):
         """The log before the first step; empty where no term needs signals."""
         return next((entry for entry in self.state.log_history if entry["step"] == 0), {})
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the sequences that all ranks trained on in a second; looks at the student are left out.
+
+        Padding does not count, and a prompt counts with each of its responses, whatever the packing: this is the work
+        that is done, not the computation that it takes.
+        """
+        logs = [(entry["tokens"], entry["tokens_per_second"]) for entry in self.state.log_history if "tokens" in entry]
+        seconds = sum(tokens / per_second for tokens, per_second in logs)
+        return sum(tokens for tokens, _ in logs) / seconds if seconds else 0.0
+
     def _log_start(self) -> None:
         if statistics := self._probe.measure(self.model_wrapped):
             self.log(statistics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the mean of every term since the last time, and the student's statistics, beside what Trainer logs.
+        """Logs the means of every term and the tokens since the last time, and the student's statistics, beside what
+        Trainer logs.
 
         The first time that these look like a collapse, it warns.
 
@@ -209,7 +227,7 @@ class DistillTrainer(Trainer):
                     f"step {self.state.global_step}: the loss is {logs['loss']}",
                     "lower --learning-rate or the weights of the terms, or check the student",
                 )
-            logs |= self._take_terms() | self._probe.measure(self.model_wrapped)
+            logs |= self._take_terms() | self._take_tokens() | self._probe.measure(self.model_wrapped)
         super().log(logs, start_time)
         warning = collapse(self.state.log_history, self._plausibility)
         if warning is not None and not self.warnings:
@@ -228,3 +246,11 @@ class DistillTrainer(Trainer):
         self._term_sums_R3.zero_()
         self._steps_summed = 0
         return means
+
+    def _take_tokens(self) -> dict[str, float]:
+        assert self._tokens_since is not None
+        seconds = time.perf_counter() - self._tokens_since
+        tokens = int(self.accelerator.reduce(self._tokens, reduction="sum"))
+        self._tokens.zero_()
+        self._tokens_since = None
+        return {"tokens": tokens, "tokens_per_second": tokens / seconds}

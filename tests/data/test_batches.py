@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_row, signal_rows, teacher_row, token_ids
 
-from adpa.data.batches import TrainingExamples, TrainingPart, collate, pad_sequences
+from adpa.data.batches import TrainingExamples, TrainingPart, collate, count_tokens, pad_sequences
 from adpa.data.encoding import TokenSequence, sequence_key
+from adpa.data.packing import pack_sequences
 from adpa.data.responses import ResponseSet, make_response_set
 from adpa.data.shards import write_shard
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
@@ -143,6 +144,26 @@ def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
     padded = pad_sequences([item.tokens for example in chosen for item in example])
     for name in ("input_ids", "attention_mask", "predicts", "labels"):
         assert torch.equal(batch[name], getattr(padded, name))
+
+
+def test_packing_places_the_tokens_otherwise_and_changes_nothing_else(tmp_path: Path) -> None:
+    sets = [response_set(name, seed) for seed, name in enumerate(ROLES)]
+    signals = write_shuffled(tmp_path, [row for responses in sets for row in signal_rows(responses, 7)], seed=3)
+    examples = TrainingExamples([TrainingPart(responses, signals) for responses in sets])
+    chosen = [examples[5], examples[1]]
+    padded, placed = collate(chosen), {"input_ids", "attention_mask", "predicts"}
+    for packing, share_prompts in (("sequences", False), ("prompts", True)):
+        batch = collate(chosen, packing)  # type: ignore[arg-type]
+        packed = vars(pack_sequences([item.tokens for example in chosen for item in example], share_prompts))
+        assert batch.keys() == (padded.keys() - placed) | packed.keys()
+        assert all(torch.equal(batch[name], packed[name]) for name in packed)
+        assert all(torch.equal(batch[name], padded[name]) for name in padded.keys() - placed)
+
+
+def test_tokens_are_counted_alike_whatever_the_packing() -> None:
+    responses = make_response_set(INFO, [("a", token_ids(1, 3), token_ids(5, 2)), ("a", token_ids(1, 3), token_ids(2))])
+    examples = [TrainingExamples([TrainingPart(responses, None)])[0]]
+    assert [int(count_tokens(collate(examples, packing))) for packing in ("none", "sequences", "prompts")] == [7, 7, 7]
 
 
 def test_an_example_with_several_sampled_responses_has_them_all_in_their_order(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"objective": "dpo"}, r"objective 'dpo'; expected one of sft, kd, dckd, adpa"),
         ({"on": "praised"}, r"--on 'praised'; expected one of chosen, rejected, sampled"),
         ({"plausibility": 1.5}, r"--plausibility 1.5"),
+        ({"packing": "tight"}, r"--packing 'tight'; expected one of none, sequences, prompts"),
         ({"batch_size": 0}, r"--batch-size 0"),
         ({"batch_size": 4, "micro_batch_size": 3}, r"--micro-batch-size 3 does not divide the 4 examples"),
         ({"set": ["nonsense=1"]}, r"--set nonsense=1; expected key=value"),

@@ -118,8 +118,8 @@ def train(own_teacher: Path, models: Models, tmp_path: Path) -> Train:
     return run
 
 
-def praise_the_implausible(examples: Any) -> dict[str, Tensor]:
-    batch = collate(examples)
+def praise_the_implausible(examples: Any, **options: Any) -> dict[str, Tensor]:
+    batch = collate(examples, **options)
     implausible_NK = batch["teacher_logprobs"] < math.log(IMPLAUSIBLE)
     return batch | {"advantages": torch.where(implausible_NK, 5.0, -5.0)}
 
