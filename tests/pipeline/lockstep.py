@@ -307,6 +307,7 @@ def models_and_steps() -> Iterator[None]:
             dtype_name=lambda _: "float32",
             check_positions=lambda _: None,
             check_ids=lambda _: None,
+            check_here=lambda: None,
         )
 
     def open_oracle(checkpoint: SimpleNamespace, *_: object) -> Oracle:
@@ -318,6 +319,7 @@ def models_and_steps() -> Iterator[None]:
         reason="a test",
         max_tokens=None,
         extra_positions=0,
+        gpus=0,
         open_scorer=open_oracle,
         open_sampler=open_oracle,
     )
@@ -330,7 +332,7 @@ def models_and_steps() -> Iterator[None]:
         return stop_first
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "open_checkpoint", open_checkpoint)
+        patch.setattr("adpa.pipeline.models.open_checkpoint", open_checkpoint)
         patch.setattr(stage, "choose_engine", lambda *_: engine)
         patch.setattr("adpa.pipeline.batching.ThreadPoolExecutor", Writer)
         for name, owner in OPERATIONS.items():
