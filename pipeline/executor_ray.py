@@ -17,7 +17,8 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ from adpa.pipeline.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+warnings = logging.getLogger(__name__)
 
 PATIENCE = 5  # seconds for a cluster to take a connection
 TRIES = 3  # workers that may die over the same work
@@ -112,13 +115,18 @@ class RayExecutor:
         answers.context.print_on_execution_start = False
         answers.context.execution_no_progress_timeout_s = -1  # large models take long to load
         results: list[Result] = []
-        with progress(job.counts, sum(job.size(item) for batch in batches for item in batch)) as advance, _no_logs():
+        with (
+            progress(job.counts, sum(job.size(item) for batch in batches for item in batch)) as advance,
+            _one_display(),
+        ):
             try:
                 for answer in answers.iter_rows():
-                    result, trace = pickle.loads(answer["result"])
-                    if isinstance(result, Exception):
-                        raise result from EngineError(trace)
-                    results += result
+                    found: _Answer = pickle.loads(answer["answer"])
+                    if found.error is not None:
+                        raise found.error from EngineError(found.trace)
+                    if found.tries > 1:
+                        warnings.warning("a worker died; its batches were done by another, at try %d", found.tries)
+                    results += found.results
                     advance(sum(job.size(item) for batch in blocks[answer["number"]] for item in batch))
             except ray.exceptions.RayError as error:
                 raise EngineError(
@@ -172,13 +180,23 @@ class _Attempts:
         del self._begun[work]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What became of a block: what writing gave, or what went wrong; and which try it was."""
+
+    results: list[Any]
+    error: Exception | None = None
+    trace: str = ""
+    tries: int = 1
+
+
 class _Worker:
     """An open job in a process of its own. What goes wrong is an answer, so that it is told as anywhere else."""
 
     def __init__(self, job: Job[Any, Any], attempts: Any, openings: int, sign: Path | None) -> None:
         self._job, self._attempts = job, attempts
         self._stack = ExitStack()
-        self._failure: tuple[Exception, str] | None = None
+        self._failed: _Answer | None = None
         try:
             if ray.get(attempts.begin.remote("open")) > openings:
                 raise EngineError("workers died again and again while they loaded a model", "do they have the memory?")
@@ -190,29 +208,29 @@ class _Worker:
             self._ask = self._stack.enter_context(job.open())
             ray.get(attempts.finish.remote("open"))
         except Exception as error:
-            self._failure = _portable(error)
+            self._failed = _failed(error)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
-        (number,), (pickled,) = block["number"], block["batches"]
-        return {"number": [int(number)], "result": [pickle.dumps(self._failure or self._answer(int(number), pickled))]}
+        number, batches = int(block["number"][0]), pickle.loads(block["batches"][0])
+        return {"number": [number], "answer": [pickle.dumps(self._failed or self._answer(number, batches))]}
 
     def __del__(self) -> None:
         self._stack.close()
 
-    def _answer(self, number: int, pickled: bytes) -> tuple[Exception, str] | tuple[list[Any], None]:
+    def _answer(self, number: int, batches: Sequence[Sequence[Any]]) -> _Answer:
         results: list[Any] = []
         try:
-            if ray.get(self._attempts.begin.remote(number)) > TRIES:
+            tries = ray.get(self._attempts.begin.remote(number))
+            if tries > TRIES:
                 raise EngineError(
                     f"{TRIES} workers died over the same batches, one after the other",
                     "do they have the memory? lower --batch-tokens or --workers; what was written is kept",
                 )
-            batches = pickle.loads(pickled)
             write_batches("", batches, self._job.size, self._ask(batches), lambda write: results.append(write()))
             ray.get(self._attempts.finish.remote(number))
         except Exception as error:
-            return _portable(error)
-        return results, None
+            return _failed(error)
+        return _Answer(results, tries=tries)
 
 
 def _blocks(batches: Sequence[Sequence[Item]], workers: int) -> list[Sequence[Sequence[Item]]]:
@@ -220,14 +238,14 @@ def _blocks(batches: Sequence[Sequence[Item]], workers: int) -> list[Sequence[Se
     return [batches[start : start + size] for start in range(0, len(batches), size)]
 
 
-def _portable(error: Exception) -> tuple[Exception, str]:
-    """An error as it can be pickled, and its traceback."""
+def _failed(error: Exception) -> _Answer:
+    """The answer of a worker with an error, in a form that can be pickled."""
     trace = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does
         error = EngineError(f"{type(error).__name__}: {_first_line(error)}")
-    return error, trace
+    return _Answer([], error, trace)
 
 
 def _join(address: str | None) -> None:
@@ -283,13 +301,14 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _no_logs() -> Iterator[None]:
-    """Keeps Ray Data's log from the terminal; what matters of it is raised."""
+def _one_display() -> Iterator[None]:
+    """Keeps Ray Data's log from the terminal, and what Ray says of dead workers from standard output."""
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
 
