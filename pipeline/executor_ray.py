@@ -11,6 +11,7 @@ import pickle
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
@@ -39,30 +40,47 @@ Result = TypeVar("Result")
 warnings = logging.getLogger(__name__)
 
 PATIENCE = 5  # seconds for a cluster to take a connection
+ADVICE = (
+    "run adpa on a machine of the cluster, check it with ray status; a cluster with a token wants RAY_AUTH_MODE=token"
+)
+TRY_TO_JOIN = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    sys.exit(print(str(error).partition("\\n")[0]) or 1)
+"""
 TRIES = 3  # workers that may die over the same work
 BLOCKS_PER_WORKER = 8  # so that none waits long for the last one, and little is lost with one
 BATCHES_PER_BLOCK = 8  # at most; while one is written the next is computed
 
 
 def check_address(address: str) -> None:
-    """Checks that something answers at the address of a cluster, without waiting long.
+    """Checks that a cluster answers at an address, without waiting long, and that this machine is one of it.
 
     Raises:
-        OptionError: nothing does, or it is no address.
+        OptionError: it does not, or it is no address, or this process is in a cluster already.
     """
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise OptionError(
-            f"--ray-address {address}; expected auto or host:port", "run adpa on a machine of the cluster"
-        )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-    except (OSError, OverflowError) as error:
-        raise OptionError(
-            f"--ray-address {address}: it does not answer: {error}", "check it with ray status"
-        ) from error
+    problem = f"--ray-address {address}"
+    if ray.is_initialized():
+        raise OptionError(f"{problem}: this process is in a Ray cluster already", "leave it out")
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or "/" in host:
+            raise OptionError(f"{problem}; expected auto or host:port", ADVICE)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise OptionError(f"{problem}: it does not answer: {error}", ADVICE) from error
+    try:  # Ray itself would wait for minutes at a port where something else listens
+        command = [sys.executable, "-c", TRY_TO_JOIN, address]
+        tried = subprocess.run(command, capture_output=True, timeout=4 * PATIENCE, check=False)
+        failed, said = tried.returncode != 0, tried.stdout
+    except subprocess.TimeoutExpired as late:
+        failed, said = True, late.stderr or b""
+    if failed:
+        reason = said.decode(errors="replace").strip().rpartition("\n")[2].rpartition("] ")[2]
+        raise OptionError(f"{problem}: no Ray cluster answers{': ' if reason else ''}{reason}", ADVICE)
 
 
 class RayExecutor:
@@ -251,17 +269,9 @@ def _failed(error: Exception) -> _Answer:
 def _join(address: str | None) -> None:
     """Joins a cluster, or starts one on this machine."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of what Ray Data does with our arguments
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     with _signals_after(), _silence():
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-            return
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise OptionError(
-                f"--ray-address {address}: {_first_line(error)}", "run adpa on a machine of the cluster; see ray status"
-            ) from error
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
 
 
 @contextmanager
