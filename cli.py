@@ -256,9 +256,18 @@ def _fields_table(title: str, report: Any, leave_out: str = "") -> Table:
 
 def _precompute_table(report: PrecomputeReport) -> RenderableType:
     table = _fields_table("precompute", report, leave_out="probe")
+    below: list[RenderableType] = []
     if report.probe is not None:
-        return Group(table, "", show_probe(report.probe, report.sampled))
-    return Group(table, "", "Bytes: at most, without encoding; --probe 64 predicts them.") if report.dry_run else table
+        below = ["", show_probe(report.probe, report.sampled)]
+    elif report.dry_run:
+        below = ["", "Bytes: at most, without encoding; --probe 64 predicts them."]
+    elif report.awaited:
+        below = [
+            "",
+            f"No sampled set yet: {report.awaited:,} of its responses are for other parts to sample. The last part to "
+            "be done makes it; any part that is run again does, too.",
+        ]
+    return Group(table, *below)
 
 
 def _field_text(value: object) -> str:

@@ -1,13 +1,51 @@
 """Batches of work whose results end up as shards: a killed run loses the batches in flight and no more."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
 
 from adpa.pipeline.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Item_contra = TypeVar("Item_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Job(Protocol[Item_contra, Result_co]):
+    """The work of one model on any batches. It can be pickled, so that other processes may share in it."""
+
+    @property
+    def counts(self) -> str:
+        """What its progress bar counts."""
+        ...
+
+    def size(self, item: Item_contra) -> int:
+        """What an item counts for the progress bar."""
+        ...
+
+    def open(
+        self,
+    ) -> AbstractContextManager[Callable[[Sequence[Sequence[Item_contra]]], Iterator[Callable[[], Result_co]]]]:
+        """Loads the model and gives what asks it about batches: for each batch, what writes the answer when called."""
+        ...
+
+
+class Executor(Protocol):
+    """Where jobs are done."""
+
+    def __call__(self, job: Job[Item, Result], batches: Sequence[Sequence[Item]]) -> list[Result]:
+        """Does a job on some batches, with a progress bar, and gives what writing each of them gave, in any order."""
+        ...
+
+
+def run_here(job: Job[Item, Result], batches: Sequence[Sequence[Item]]) -> list[Result]:
+    """The ``Executor`` that is this process."""
+    results: list[Result] = []
+    with job.open() as ask:
+        write_batches(job.counts, batches, job.size, ask(batches), lambda write: results.append(write()))
+    return results
 
 
 def make_batches(items: Sequence[Item], size: Callable[[Item], int], batch_tokens: int) -> list[list[Item]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,6 +42,10 @@ class Checkpoint:
     name: str
     revision: str | None
     directory: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: the digest, which took long, but not what is read again in no time."""
+        return {name: value for name, value in vars(self).items() if name not in ("config", "tokenizer")}
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -182,6 +187,18 @@ class Checkpoint:
                 advice,
             )
 
+    def check_here(self) -> None:
+        """Checks that the checkpoint is where it was opened, perhaps on another machine.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if not self.directory.is_dir():
+            raise ModelError(
+                f"{self.name}: {platform.node()} has no {self.directory}",
+                "use a directory that every machine sees; for models of the Hub, set HF_HOME to one",
+            )
+
     def check_ids(self, largest: int) -> None:
         """Checks that the model has an embedding for every token id up to the largest.
 
@@ -239,7 +256,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise ModelError(f"{name}: found no config.json; expected a Hugging Face checkpoint directory")
     if not _weight_files(directory):
         raise ModelError(f"{name}: found no weights; expected one of {', '.join(WEIGHT_PATTERNS)}")
-    return Checkpoint(name, revision, directory)
+    return Checkpoint(name, revision, directory.absolute())
 
 
 def resolve_device(device: str) -> torch.device:

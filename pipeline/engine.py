@@ -57,6 +57,11 @@ class Engine(Protocol):
         """Whether every sequence of a batch costs as much as its longest one."""
         ...
 
+    @property
+    def gpus(self) -> int:
+        """GPUs that its largest model takes; 0 where it computes on the CPU."""
+        ...
+
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """Loads a model of a scoring, or the student beside it, for sequences of up to so many tokens."""
         ...
@@ -78,6 +83,11 @@ class HfEngine:
     max_tokens = None
     extra_positions = 0
     pads = True
+
+    @property
+    def gpus(self) -> int:
+        """See ``Engine.gpus``."""
+        return int(self.device.type == "cuda")
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """See ``Engine.open_scorer``."""

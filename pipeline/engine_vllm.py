@@ -100,11 +100,15 @@ class VllmOptions:
     def memory(self, role: Role, device: torch.device) -> int:
         """Bytes that the weights of a model may take at most."""
         arguments = self.arguments(role)
-        gpus = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
         share = device_memory(device) * arguments["gpu_memory_utilization"]
-        room = int(gpus * (share + arguments.get("cpu_offload_gb", 0) * 2**30))
+        room = int(self.gpus(role) * (share + arguments.get("cpu_offload_gb", 0) * 2**30))
         # vLLM quantizes weights as it loads them, to four bits at least.
         return 4 * room if "quantization" in arguments else room
+
+    def gpus(self, role: Role) -> int:
+        """GPUs that a model is spread over."""
+        arguments = self.arguments(role)
+        return int(arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1))
 
     def numerics(self, role: Role) -> list[str]:
         """The engine arguments of a model that can change a number, as ``role:key=value``."""
@@ -161,6 +165,12 @@ class VllmEngine:
     def sampling_name(self) -> str:
         """What a sampling says of it."""
         return " ".join(["vllm", *self.options.numerics("student")])
+
+    @property
+    def gpus(self) -> int:
+        """See ``Engine.gpus``."""
+        roles = get_args(Role) if self.with_reference else ("teacher", "student")
+        return max(map(self.options.gpus, roles)) if self.device.type == "cuda" else 0
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """Starts vLLM on a model of a scoring, or on the student beside it, for sequences of up to so many tokens."""

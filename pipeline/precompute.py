@@ -1,14 +1,14 @@
 """Stage one: asks the large models once and keeps what they said."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.encoding import EncodedPair, Encoder, TokenIds
+from adpa.data.encoding import EncodedPair, Encoder, TokenIds, TokenSequence
 from adpa.data.format import find_version, prepare_cache
 from adpa.data.locations import Location
 from adpa.data.preferences import read_rows
@@ -23,14 +23,17 @@ from adpa.data.responses import (
 )
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.signal_rows import plain_bytes
-from adpa.data.signals import ModelIdentity, Scoring
-from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, find_turn_end, write_tokenizer
+from adpa.data.signals import Scoring
+from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint, resolve_device
+from adpa.pipeline.batching import Executor, make_batches
+from adpa.pipeline.checkpoint import resolve_device
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.engine import Engine, choose_engine
-from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmOptions
+from adpa.pipeline.engine import choose_engine
+from adpa.pipeline.engine_vllm import HeadDtype, VllmOptions
+from adpa.pipeline.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
+from adpa.pipeline.models import open_models
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,
@@ -50,8 +53,9 @@ from adpa.pipeline.options import (
     TemperatureOption,
     TensorParallelOption,
 )
-from adpa.pipeline.sampling import sample_responses
-from adpa.pipeline.scoring import Scorer, missing_sequences, score
+from adpa.pipeline.parts import PartPrompts, parse_part
+from adpa.pipeline.sampling import Sampler, sample_responses, sampling_batches
+from adpa.pipeline.scoring import missing_sequences, score
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class PrecomputeReport:
         scored: token sequences scored now.
         reused: token sequences whose signals were already there.
         sampled: responses sampled now.
+        awaited: responses that other parts of the data have still to sample; until then there is no sampled set.
         tokens: response tokens scored now.
         bytes: size of the files written for them; with ``dry_run``, what a probe predicts for them, or without one what
             they take at most, with K ids a token and no encoding.
@@ -70,6 +75,8 @@ class PrecomputeReport:
         dropped: pairs left out because of ``drop_invalid``.
         engine: what ran the models, as in ``scoring.json``.
         engine_reason: why it was this one.
+        workers: processes that ran each model, if there was work for all of them.
+        part: which part of the data was sampled and scored, as i/n.
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
@@ -80,6 +87,7 @@ class PrecomputeReport:
     scored: int
     reused: int
     sampled: int
+    awaited: int
     tokens: int
     bytes: int
     truncated_prompts: int
@@ -87,6 +95,8 @@ class PrecomputeReport:
     dropped: int
     engine: str
     engine_reason: str
+    workers: int
+    part: str
     scoring: str
     responses: dict[str, str]
     seconds: float
@@ -146,6 +156,19 @@ def precompute(
     dry_run: Annotated[
         bool, Doc("Count rows, tokens and bytes; write nothing, and ask no model without --probe.")
     ] = False,
+    executor: Annotated[
+        ExecutorName, Doc("Where the models are asked: here, in this process, or by several workers of a Ray cluster.")
+    ] = "here",
+    workers: Annotated[
+        int | None, Doc("Ray: workers, each with a model of its own, on its own GPUs or its share of the CPUs.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, Doc("Ray: cluster to join, as host:port, or auto; unless given, one is started on this machine.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        Doc("i/n: sample and score only the i-th of n parts of the data; the other parts are for other machines."),
+    ] = None,
     probe: Annotated[
         int | None,
         Doc("With --dry-run: score so many responses to see what each K would keep, and to predict bytes and hours."),
@@ -176,17 +199,19 @@ def precompute(
         raise OptionError(f"--temperature {temperature:g}; expected 0 or more")
     if probe is not None and not dry_run:
         raise OptionError(f"--probe {probe} without --dry-run", "a probe scores a few responses and writes nothing")
+    parsed_part = parse_part(part)
     check_writable("--cache", cache)
     find_version(cache)  # one that this program must not write to is refused at once
     torch_device = resolve_device(device)
-    models = _open_models(teacher, reference, student, top_k)
+    execution = ExecutorOptions(executor, workers, ray_address)
+    execution.check(torch_device)
+    if executor == "ray":
+        cache = cache.absolute()  # workers have a working directory of their own
+    models = open_models(teacher, reference, student, top_k)
     options = VllmOptions(
         tensor_parallel, quantization, max_model_len, gpu_memory_utilization, head_dtype, tuple(engine_arg or ())
     )
-    scoring_dtype = models.teacher.dtype_name(dtype)
-    dtypes: dict[Role, str] = {"teacher": scoring_dtype, "reference": scoring_dtype}
-    if models.student is not None:
-        dtypes["student"] = models.student.dtype_name(dtype)
+    dtypes = models.dtypes(dtype)
     runs_on = choose_engine(engine, options, torch_device, models.roles(), dtypes)
     models.check_reference()
     batch_tokens = batch_tokens or runs_on.batch_tokens
@@ -197,72 +222,62 @@ def precompute(
     if not pairs:
         raise DataError(f"{data}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
     longest = models.check_data(pairs, names, max_new_tokens, runs_on)
+    own = PartPrompts(parsed_part, (pair.prompt_ids for pair in pairs))
     sets = _preference_sets(pairs, encoder, names)
-    if not dry_run:
-        prepare_cache(cache)
-
-    unsampled: list[SampleRequest] = []
-    if models.student is not None:
-        sampling = Sampling(
-            student=models.student.identity.digest,
-            turn_end=encoder.turn_end.token_id,
-            temperature=temperature,
-            top_p=sampling_top_p,
-            max_new_tokens=max_new_tokens,
-            samples_per_prompt=samples_per_prompt,
-            seed=seed,
-            dtype=dtypes["student"],
-            engine=runs_on.sampling_name,
-        )
-        requests = [
-            (pair.example_id, SampleRequest(pair.prompt_ids, index))
-            for pair in pairs
-            for index in range(samples_per_prompt)
-        ]
-        unsampled = missing_requests(cache, sampling, [request for _, request in requests])
-        if not dry_run:
-            open_sampler = partial(runs_on.open_sampler, models.student, sampling, longest)
-            sample_responses(cache, sampling, unsampled, open_sampler, batch_tokens)
-        said = read_samples(cache, sampling)
-        lost = [] if dry_run else _unanswered(requests, said)
-        if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
-            sample_responses(cache, sampling, lost, open_sampler, batch_tokens)
-            said |= read_samples(cache, sampling)
-            lost = _unanswered(requests, said)
-        if lost:
-            raise CacheError(
-                f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there"
-            )
-        rows = [
-            (example_id, request.prompt_ids, said[request.key])
-            for example_id, request in requests
-            if request.key in said
-        ]
-        sets["sampled"] = make_response_set(replace(sets["chosen"].info, name="sampled", sampling=sampling), rows)
-
     scoring = Scoring(
         teacher=models.teacher.identity,
         reference=models.reference.identity if models.reference else None,
         vocabulary=sets["chosen"].info.vocabulary,
         top_k=top_k,
-        dtype=scoring_dtype,
+        dtype=dtypes["teacher"],
         engine=runs_on.name,
         top_p=top_p,
         lossy=lossy,
     )
-    wanted = {sequence.key: sequence for name in names for sequence in sets[name].sequences()}
-    if not dry_run:  # before it is looked what is missing: what sets need is nobody's garbage
-        for responses_of in sets.values():
-            write_response_set(cache, responses_of)
-        write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
-    missing = missing_sequences(cache, scoring, list(wanted.values()))
-    written = 0
-
-    def open_scorer(scoring: Scoring, identity: ModelIdentity) -> Scorer:
-        return runs_on.open_scorer(models.find(identity), scoring, longest)
-
+    requests = [
+        (pair.example_id, SampleRequest(pair.prompt_ids, index))
+        for pair in pairs
+        for index in range(samples_per_prompt if models.student else 0)
+    ]
+    own_requests = [request for _, request in requests if request.prompt_ids in own]
+    given = make_batches(list(_wanted(sets, names, own).values()), len, batch_tokens)
+    execution.check_batches(max(len(given), len(sampling_batches(own_requests, max_new_tokens, batch_tokens))))
     if not dry_run:
-        written = score(cache, scoring, missing, partial(open_scorer, scoring), batch_tokens)
+        prepare_cache(cache)
+
+    unsampled: list[SampleRequest] = []
+    awaited = written = 0
+    open_scorer = partial(models.open_scorer, runs_on, longest)
+    with execution.open(runs_on.gpus, cache) as run:
+        if models.student is not None:
+            sampling = Sampling(
+                student=models.student.identity.digest,
+                turn_end=encoder.turn_end.token_id,
+                temperature=temperature,
+                top_p=sampling_top_p,
+                max_new_tokens=max_new_tokens,
+                samples_per_prompt=samples_per_prompt,
+                seed=seed,
+                dtype=dtypes["student"],
+                engine=runs_on.sampling_name,
+            )
+            unsampled = missing_requests(cache, sampling, own_requests)
+            said = read_samples(cache, sampling)
+            if not dry_run:
+                open_sampler = partial(models.open_sampler, runs_on, longest, sampling)
+                said = _sample(cache, sampling, own_requests, unsampled, open_sampler, batch_tokens, run)
+            sets["sampled"] = _sampled_set(sets["chosen"].info, sampling, requests, said)
+            awaited = len({request.key for _, request in requests if request.prompt_ids not in own} - said.keys())
+        wanted = _wanted(sets, names, own)
+        # A set is never made of a part of its samples: of the parts of the data, one that finds those of all makes it.
+        finished = {name: found for name, found in sets.items() if name != "sampled" or not awaited}
+        if not dry_run:  # before it is looked what is missing: what sets need is nobody's garbage
+            for responses_of in finished.values():
+                write_response_set(cache, responses_of)
+            write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
+        missing = missing_sequences(cache, scoring, list(wanted.values()))
+        if not dry_run:
+            written = score(cache, scoring, missing, partial(open_scorer, scoring), batch_tokens, run)
 
     planned = len(unsampled) if dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in missing) + planned * max_new_tokens
@@ -285,6 +300,7 @@ def precompute(
         scored=len(missing) + planned,
         reused=len(wanted) - len(missing),
         sampled=len(unsampled),
+        awaited=awaited,
         tokens=tokens,
         bytes=written,
         truncated_prompts=encoder.counts.truncated_prompts,
@@ -292,77 +308,59 @@ def precompute(
         dropped=encoder.counts.dropped,
         engine=runs_on.name,
         engine_reason=runs_on.reason,
+        workers=workers or 1,
+        part=str(parsed_part),
         scoring=scoring.id,
-        responses={name: responses_of.id for name, responses_of in sets.items()},
+        responses={name: found.id for name, found in finished.items()},
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         probe=probed,
     )
 
 
-def _unanswered(requests: Sequence[tuple[str, SampleRequest]], said: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
-    return list({request.key: request for _, request in requests if request.key not in said}.values())
+def _sample(
+    cache: Location,
+    sampling: Sampling,
+    requests: Sequence[SampleRequest],
+    missing: Sequence[SampleRequest],
+    open_sampler: Callable[[], Sampler],
+    batch_tokens: int,
+    run: Executor,
+) -> dict[bytes, TokenIds]:
+    """Samples what is missing of some requests, and gives the responses to all of them, and those of other parts."""
+    sample_responses(cache, sampling, missing, open_sampler, batch_tokens, run)
+    said = read_samples(cache, sampling)
+    lost = _unanswered(requests, said)
+    if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
+        sample_responses(cache, sampling, lost, open_sampler, batch_tokens, run)
+        said |= read_samples(cache, sampling)
+        lost = _unanswered(requests, said)
+    if lost:
+        raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
+    return said
 
 
-@dataclass(frozen=True)
-class _Models:
-    teacher: Checkpoint
-    reference: Checkpoint | None
-    student: Checkpoint | None
-
-    def roles(self) -> dict[Role, Checkpoint]:
-        roles: dict[Role, Checkpoint | None] = {
-            "teacher": self.teacher,
-            "reference": self.reference,
-            "student": self.student,
-        }
-        return {role: checkpoint for role, checkpoint in roles.items() if checkpoint is not None}
-
-    def check_reference(self) -> None:
-        if self.reference is not None and self.reference.identity.digest == self.teacher.identity.digest:
-            raise OptionError(
-                f"--reference {self.reference.name}: it has the teacher's weights, so that every advantage would be 0",
-                "name the model before preference training",
-            )
-
-    def check_data(
-        self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int, engine: Engine
-    ) -> int:
-        """Checks ids and lengths; gives the largest number of tokens that a sequence can have."""
-        largest, lengths = 0, []
-        for pair in pairs:
-            response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
-            lengths += [len(pair.prompt_ids) + response[name] for name in names]
-            largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
-        for role, checkpoint in self.roles().items():
-            extra = 0 if role == "student" else engine.extra_positions
-            checkpoint.check_positions([length + extra for length in lengths])
-            checkpoint.check_ids(largest)
-        limit = engine.max_tokens
-        if limit is not None and max(lengths) > limit:
-            longer = sum(length > limit for length in lengths)
-            raise OptionError(
-                f"--max-model-len: {longer} of {len(lengths)} sequences have more than {limit} tokens, "
-                f"up to {max(lengths)}",
-                "raise it, or lower --max-length, --max-prompt-length or --max-new-tokens",
-            )
-        return max(lengths)
-
-    def find(self, identity: ModelIdentity) -> Checkpoint:
-        return next(checkpoint for checkpoint in self.roles().values() if checkpoint.identity == identity)
+def _unanswered(requests: Sequence[SampleRequest], said: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
+    return list({request.key: request for request in requests if request.key not in said}.values())
 
 
-def _open_models(teacher: str, reference: str | None, student: str | None, top_k: int) -> _Models:
-    models = _Models(
-        open_checkpoint(teacher),
-        open_checkpoint(reference) if reference else None,
-        open_checkpoint(student) if student else None,
-    )
-    for other in list(models.roles().values())[1:]:
-        check_same_vocabulary(models.teacher.tokenizer, other.tokenizer, teacher, other.name)
-    if top_k > models.teacher.config.vocab_size:
-        raise OptionError(f"--top-k {top_k}: {teacher} has {models.teacher.config.vocab_size} tokens", "lower --top-k")
-    return models
+def _sampled_set(
+    info: ResponseSetInfo,
+    sampling: Sampling,
+    requests: Sequence[tuple[str, SampleRequest]],
+    said: Mapping[bytes, TokenIds],
+) -> ResponseSet:
+    """What there is of the sampled responses, beside the chosen ones of this description."""
+    rows = [(example, asked.prompt_ids, said[asked.key]) for example, asked in requests if asked.key in said]
+    return make_response_set(replace(info, name="sampled", sampling=sampling), rows)
+
+
+def _wanted(
+    sets: Mapping[ResponseName, ResponseSet], names: Sequence[ResponseName], own: PartPrompts
+) -> dict[bytes, TokenSequence]:
+    """The sequences of the part that are to be scored, of the sets that there are."""
+    sequences = (sequence for name in names if name in sets for sequence in sets[name].sequences())
+    return {sequence.key: sequence for sequence in sequences if sequence.prompt_ids in own}
 
 
 def _response_names(responses: str | None, student: str | None) -> list[ResponseName]:

@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from adpa.data.encoding import TokenIds
 from adpa.data.locations import Location
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, write_samples
-from adpa.pipeline.batching import make_batches, write_batches
+from adpa.pipeline.batching import Executor, make_batches, run_here
 
 
 class Sampler(Protocol):
@@ -24,12 +26,38 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SamplingJob:
+    """A ``Job``: the student's responses, into the cache."""
+
+    cache: Location
+    sampling: Sampling
+    open_sampler: Callable[[], Sampler]
+
+    counts = "sampling: responses"
+
+    def size(self, request: SampleRequest) -> int:
+        """One response."""
+        return 1
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[Sequence[SampleRequest]]], Iterator[Callable[[], None]]]]:
+        """See ``Job.open``."""
+        with closing(self.open_sampler()) as sampler:
+            yield partial(self._ask, sampler)
+
+    def _ask(self, sampler: Sampler, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[Callable[[], None]]:
+        for batch, responses in zip(batches, sampler.sample(batches), strict=True):
+            yield partial(write_samples, self.cache, self.sampling, batch, responses)
+
+
 def sample_responses(
     cache: Location,
     sampling: Sampling,
     requests: Sequence[SampleRequest],
     open_sampler: Callable[[], Sampler],
     batch_tokens: int,
+    run: Executor = run_here,
 ) -> None:
     """Samples a response to each request and adds it to the cache, batch by batch, so that a killed run goes on.
 
@@ -39,21 +67,20 @@ def sample_responses(
         requests: what ``missing_requests`` gave.
         open_sampler: loads the student.
         batch_tokens: tokens of a batch, prompts and the longest possible responses together.
+        run: where the student is asked.
     """
-    if not requests:
-        return
+    if requests:
+        run(
+            SamplingJob(cache, sampling, open_sampler),
+            sampling_batches(requests, sampling.max_new_tokens, batch_tokens),
+        )
 
-    def length(request: SampleRequest) -> int:
-        return len(request.prompt_ids) + sampling.max_new_tokens
 
-    batches = make_batches(requests, length, batch_tokens)
-    with closing(open_sampler()) as sampler:
-        answers = zip(batches, sampler.sample(batches), strict=True)
-
-        def write(answer: tuple[Sequence[SampleRequest], list[TokenIds]]) -> None:
-            write_samples(cache, sampling, *answer)
-
-        write_batches("sampling: responses", batches, lambda _: 1, answers, write)
+def sampling_batches(
+    requests: Sequence[SampleRequest], max_new_tokens: int, batch_tokens: int
+) -> list[list[SampleRequest]]:
+    """Batches with room for the prompts and the longest possible responses."""
+    return make_batches(requests, lambda request: len(request.prompt_ids) + max_new_tokens, batch_tokens)
 
 
 def stream_seed(sampling: Sampling, request: SampleRequest, size: int) -> int:

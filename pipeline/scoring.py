@@ -2,13 +2,15 @@
 
 Every batch ends as a shard in the cache, so that a killed run loses the batches in flight and no more. The teacher
 goes first and leaves its log-probabilities in float32 under ``pending``; the reference then completes them into signal
-rows. Both models need not be in memory at once, and advantages are subtracted in float32.
+rows. Both models need not be in memory at once, and advantages are subtracted in float32. Several processes may do this
+side by side, on other rows or on the same ones: whoever finds the teacher's rows of a sequence gone finds it finished.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +18,15 @@ from numpy.typing import NDArray
 
 from adpa.data.encoding import TokenSequence
 from adpa.data.locations import Location
-from adpa.data.shards import open_shards, read_shard, remove_file, write_shard
+from adpa.data.shards import list_shards, peek_shard, read_shards, remove_file, write_shard
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
-from adpa.errors import ModelError
-from adpa.pipeline.batching import make_batches, write_batches
+from adpa.errors import CacheError, ModelError
+from adpa.pipeline.batching import Executor, make_batches, run_here
 
 PENDING_PREFIX = "teacher"
+
+Result = TypeVar("Result")
 
 Batch = Sequence[TokenSequence]
 ReferenceLogprobs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -64,6 +68,7 @@ def score(
     missing: Sequence[TokenSequence],
     open_scorer: OpenScorer,
     batch_tokens: int,
+    run: Executor = run_here,
 ) -> int:
     """Scores sequences, adds their rows to the cache, and gives the bytes of the files with them.
 
@@ -73,86 +78,112 @@ def score(
         missing: what ``missing_sequences`` gave.
         open_scorer: loads a model of the scoring.
         batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
+        run: where the models are asked.
     """
     write_scoring(cache, scoring)
-    sizes: list[int] = []
-
-    def write(rows: list[SignalRow]) -> None:
-        sizes.append(write_signals(cache, scoring, [keep_nucleus(row, scoring.top_p) for row in rows]))
-
-    if scoring.reference is not None:
-        _score_with_both(cache, scoring, missing, open_scorer, batch_tokens, write)
-    elif missing:
-        _ask_teacher(scoring, missing, open_scorer, batch_tokens, write)
+    written: list[int] = []
+    if scoring.reference is None:
+        if missing:
+            job = TeacherJob(scoring, open_scorer, partial(_write_signals, cache, scoring))
+            written = run(job, make_batches(missing, len, batch_tokens))
+    else:
+        judged = SignalTable(read_shards(_pending_folder(cache, scoring), PENDING_PREFIX)).keys()
+        unjudged = [sequence for sequence in missing if sequence.key not in judged]
+        if unjudged:
+            first = TeacherJob(scoring, open_scorer, partial(_write_pending, cache, scoring))
+            run(first, make_batches(unjudged, len, batch_tokens))
+        if missing:
+            written = run(ReferenceJob(cache, scoring, open_scorer), make_batches(missing, len, batch_tokens))
+        _remove_finished(cache, scoring)
     write_scoring(cache, scoring)  # again: a gc beside this run may have taken it for one without rows
-    return sum(sizes)
+    return sum(written)
 
 
-def _score_with_both(
-    cache: Location,
-    scoring: Scoring,
-    missing: Sequence[TokenSequence],
-    open_scorer: OpenScorer,
-    batch_tokens: int,
-    write: Callable[[list[SignalRow]], None],
-) -> None:
-    folder = scoring.folder(cache) / "pending"
-    # What runs before this one, or beside it, left for the reference. A run removes only what it opened here or wrote
-    # itself, when all of it is done. What another run removes meanwhile stays readable here, because it is open.
-    pending = dict(open_shards(folder, PENDING_PREFIX))
-    judged = SignalTable(pending.values()).keys()
-    unjudged = [sequence for sequence in missing if sequence.key not in judged]
-    if unjudged:
-        schema = plain_schema(scoring.top_k, logprob_type=pa.float32())
+@dataclass(frozen=True)
+class TeacherJob(Generic[Result]):
+    """A ``Job``: the teacher's part of signal rows, written as one is told."""
 
-        def write_pending(rows: list[SignalRow]) -> None:
-            table = plain_table(rows, schema)
-            path = write_shard(folder, PENDING_PREFIX, table)
-            try:
-                pending[path] = read_shard(path)
-            except FileNotFoundError:  # a run beside this one wrote the same rows, and has just finished with them
-                pending[path] = table
+    scoring: Scoring
+    open_scorer: OpenScorer
+    write: Callable[[list[SignalRow]], Result]
 
-        _ask_teacher(scoring, unjudged, open_scorer, batch_tokens, write_pending)
-    if missing:
-        _ask_reference(scoring, missing, SignalTable(pending.values()), open_scorer, batch_tokens, write)
-    if pending:
-        done = read_signals(cache, scoring).keys()
-        for path, shard in pending.items():
-            if done.issuperset(shard["key"].to_pylist()):
+    counts = "teacher: tokens"
+
+    def size(self, sequence: TokenSequence) -> int:
+        """Its tokens."""
+        return len(sequence)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Result]]]]:
+        """See ``Job.open``."""
+        with closing(self.open_scorer(self.scoring.teacher)) as teacher:
+            yield lambda batches: (partial(self.write, rows) for rows in judge(teacher, batches, self.scoring))
+
+
+@dataclass(frozen=True)
+class ReferenceJob:
+    """A ``Job``: whole signal rows of what the teacher has judged, into the cache."""
+
+    cache: Location
+    scoring: Scoring
+    open_scorer: OpenScorer
+
+    counts = "reference: tokens"
+
+    def size(self, sequence: TokenSequence) -> int:
+        """Its tokens."""
+        return len(sequence)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], int]]]]:
+        """See ``Job.open``."""
+        assert self.scoring.reference is not None
+        judged = SignalTable(read_shards(_pending_folder(self.cache, self.scoring), PENDING_PREFIX))
+        with closing(self.open_scorer(self.scoring.reference)) as reference:
+            yield partial(self._ask, reference, judged, judged.keys())
+
+    def _ask(
+        self, reference: Scorer, judged: SignalTable, keys: Set[bytes], batches: Sequence[Batch]
+    ) -> Iterator[Callable[[], int]]:
+        gone = [sequence for batch in batches for sequence in batch if sequence.key not in keys]
+        if gone and (lost := missing_sequences(self.cache, self.scoring, gone)):
+            raise CacheError(
+                f"{self.cache}: the teacher's rows of {len(lost)} sequences are gone",
+                "see what removes files there, and run the same adpa precompute again",
+            )
+
+        def find(batch: Batch) -> list[SignalRow]:
+            numbers = judged.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
+            return [judged.row(int(number)) for number in numbers]
+
+        unfinished = [[sequence for sequence in batch if sequence.key in keys] for batch in batches]
+        answers = complete(reference, [batch for batch in unfinished if batch], find, self.scoring)
+        for batch in unfinished:
+            yield partial(_write_signals, self.cache, self.scoring, next(answers) if batch else [])
+
+
+def _write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
+    return write_signals(cache, scoring, [keep_nucleus(row, scoring.top_p) for row in rows]) if rows else 0
+
+
+def _write_pending(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> None:
+    table = plain_table(rows, plain_schema(scoring.top_k, logprob_type=pa.float32()))
+    write_shard(_pending_folder(cache, scoring), PENDING_PREFIX, table)
+
+
+def _remove_finished(cache: Location, scoring: Scoring) -> None:
+    """Removes what waited for the reference and is now complete, of this run, of those before it and beside it."""
+    done = None
+    for path in list_shards(_pending_folder(cache, scoring), PENDING_PREFIX):
+        with suppress(FileNotFoundError):  # a run beside this one was first
+            keys = peek_shard(path)["key"].to_pylist()
+            done = done or read_signals(cache, scoring).keys()
+            if done.issuperset(keys):
                 remove_file(path)
 
 
-def _ask_teacher(
-    scoring: Scoring,
-    sequences: Sequence[TokenSequence],
-    open_scorer: OpenScorer,
-    batch_tokens: int,
-    write: Callable[[list[SignalRow]], None],
-) -> None:
-    batches = make_batches(sequences, len, batch_tokens)
-    with closing(open_scorer(scoring.teacher)) as teacher:
-        write_batches("teacher: tokens", batches, len, judge(teacher, batches, scoring), write)
-
-
-def _ask_reference(
-    scoring: Scoring,
-    sequences: Sequence[TokenSequence],
-    judged: SignalTable,
-    open_scorer: OpenScorer,
-    batch_tokens: int,
-    write: Callable[[list[SignalRow]], None],
-) -> None:
-    assert scoring.reference is not None
-    batches = make_batches(sequences, len, batch_tokens)
-
-    def find(batch: Batch) -> list[SignalRow]:
-        numbers = judged.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
-        return [judged.row(int(number)) for number in numbers]
-
-    with closing(open_scorer(scoring.reference)) as reference:
-        answers = complete(reference, batches, find, scoring)
-        write_batches("reference: tokens", batches, len, answers, write)
+def _pending_folder(cache: Location, scoring: Scoring) -> Location:
+    return scoring.folder(cache) / "pending"
 
 
 def judge(teacher: Scorer, batches: Sequence[Batch], scoring: Scoring) -> Iterator[list[SignalRow]]:

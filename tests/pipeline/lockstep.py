@@ -322,6 +322,7 @@ def models_and_steps() -> Iterator[None]:
             dtype_name=lambda _: "float32",
             check_positions=lambda _: None,
             check_ids=lambda _: None,
+            check_here=lambda: None,
         )
 
     def open_oracle(checkpoint: SimpleNamespace, *_: object) -> Oracle:
@@ -333,6 +334,7 @@ def models_and_steps() -> Iterator[None]:
         reason="a test",
         max_tokens=None,
         extra_positions=0,
+        gpus=0,
         open_scorer=open_oracle,
         open_sampler=open_oracle,
     )
@@ -345,7 +347,7 @@ def models_and_steps() -> Iterator[None]:
         return stop_first
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "open_checkpoint", open_checkpoint)
+        patch.setattr("adpa.pipeline.models.open_checkpoint", open_checkpoint)
         patch.setattr(stage, "choose_engine", lambda *_: engine)
         patch.setattr("adpa.pipeline.batching.ThreadPoolExecutor", Writer)
         for name, owner in OPERATIONS.items():

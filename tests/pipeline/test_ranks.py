@@ -34,9 +34,11 @@ STEPS: dict[str, Any] = {
     "device": "cpu",
 }
 ONE_STEP: dict[str, Any] = {"batch_size": 8, "max_steps": 1, "learning_rate": 10.0}
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "dckd": {"micro_batch_size": 1},
-    "adpa": {"advantage_weight": 0.4, "micro_batch_size": 2},
+RUNS: dict[str, dict[str, Any]] = {
+    "dckd": {"objective": "dckd", "micro_batch_size": 1},
+    "adpa": {"objective": "adpa", "advantage_weight": 0.4, "micro_batch_size": 2},
+    "packed": {"objective": "adpa", "micro_batch_size": 1, "packing": "prompts"},
+    "lora": {"objective": "dckd", "micro_batch_size": 2, "lora_rank": 2},
 }
 
 
@@ -88,21 +90,21 @@ def assert_same_training(found: Path, expected: Path, before: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(seven: Filled, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """What one process makes of each objective."""
+    """What one process makes of each run."""
     folder = tmp_path_factory.mktemp("alone")
-    for objective, options in OBJECTIVES.items():
-        distill(**call(seven, folder / objective, objective=objective, set=SMOOTH, **options))
-    return {objective: folder / objective for objective in OBJECTIVES}
+    for run, options in RUNS.items():
+        distill(**call(seven, folder / run, set=SMOOTH, **options))
+    return {run: folder / run for run in RUNS}
 
 
 @pytest.fixture(scope="module")
 def together(seven: Filled, filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks make of them, by strategy and objective."""
+    """What two ranks make of them, by strategy and run."""
     folder = tmp_path_factory.mktemp("together")
     calls = [
-        call(seven, folder / f"{name}-{objective}", objective=objective, set=[*SMOOTH, *chosen], **options)
+        call(seven, folder / f"{name}-{run}", set=[*SMOOTH, *chosen], **options)
         for name, chosen in STRATEGIES.items()
-        for objective, options in OBJECTIVES.items()
+        for run, options in RUNS.items()
     ]
     calls[0] |= {"save_steps": 2}
     fsdp2 = {"objective": "dckd", "set": [*SMOOTH, "fsdp=true"]}
@@ -112,12 +114,12 @@ def together(seven: Filled, filled: Filled, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_train_as_one_process_does(
-    strategy: str, objective: str, together: Path, alone: Mapping[str, Path], seven: Filled
+    strategy: str, run: str, together: Path, alone: Mapping[str, Path], seven: Filled
 ) -> None:
-    assert_same_training(together / f"{strategy}-{objective}", alone[objective], seven.models.student)
+    assert_same_training(together / f"{strategy}-{run}", alone[run], seven.models.student)
 
 
 def test_tied_embeddings_that_ranks_share_are_gathered_once_a_step(
@@ -240,14 +242,11 @@ def test_two_ranks_of_deepspeed_train_as_one_process_does(
     untested = {"zero_allow_untested_optimizer": True}  # torch's own AdamW
     config.write_text(json.dumps({"zero_optimization": zero} | untested | dict.fromkeys(sizes, "auto")))
     settings = {"set": [*SMOOTH, f"deepspeed={config}"]}
-    calls = [
-        call(seven, tmp_path / objective, objective=objective, **options, **settings)
-        for objective, options in OBJECTIVES.items()
-    ]
+    calls = [call(seven, tmp_path / run, **options, **settings) for run, options in RUNS.items()]
     saving = {"objective": "dckd", "micro_batch_size": 1, "save_steps": 2}
     on_ranks(tmp_path, [*calls, call(seven, tmp_path / "saved", **saving, **settings)])
-    for objective in OBJECTIVES:
-        assert_same_training(tmp_path / objective, alone[objective], seven.models.student)
+    for run in RUNS:
+        assert_same_training(tmp_path / run, alone[run], seven.models.student)
 
     output = from_checkpoint(tmp_path / "saved", tmp_path / "resumed")
     on_ranks(tmp_path, [call(seven, output, **saving, **settings, resume_from_checkpoint="last")])

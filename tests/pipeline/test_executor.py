@@ -1,0 +1,57 @@
+"""Which options of an executor go together, and what is refused before anything is started."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tests.pipeline.conftest import Filled
+
+from adpa import precompute
+from adpa.errors import OptionError
+from adpa.pipeline.executor import ExecutorOptions
+
+CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "message"),
+    [
+        (ExecutorOptions(workers=2), CPU, "--workers 2 without --executor ray"),
+        (ExecutorOptions(ray_address="auto"), CPU, "--ray-address auto without --executor ray"),
+        (ExecutorOptions("ray"), CPU, "--executor ray without --workers"),
+        (ExecutorOptions("ray", 0), CPU, "--workers 0; expected at least 1"),
+        (ExecutorOptions("ray", 2), SECOND_GPU, "--device cuda:1: Ray gives every worker its own GPU"),
+        (ExecutorOptions("ray", 2, "head"), CPU, "--ray-address head; expected auto or host:port"),
+    ],
+)
+def test_options_without_meaning_are_refused(options: ExecutorOptions, device: torch.device, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        options.check(device)
+
+
+def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "adpa.pipeline.executor_ray", raising=False)
+    with pytest.raises(OptionError, match=r"pip install 'adpa\[ray\]'"):
+        ExecutorOptions("ray", 2).check(CPU)
+    ExecutorOptions().check(CPU)
+
+
+def test_more_workers_than_batches_are_refused_by_the_whole_work_and_not_by_what_is_missing(
+    few_words: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that a finished run ended with can be given again; then there is nothing to start Ray for."""
+    monkeypatch.setattr("adpa.pipeline.executor_ray._join", lambda _: pytest.fail("Ray was started"))
+    options: dict[str, Any] = {
+        "teacher": str(few_words.models.teacher),
+        "reference": str(few_words.models.reference),
+        "data": str(few_words.data),
+        "cache": few_words.cache,
+        "top_k": 10,
+        "executor": "ray",
+    }
+    with pytest.raises(OptionError, match="--workers 2: the work is 1 batches at most; lower --workers, or --batch-to"):
+        precompute(**options, workers=2)
+    done = precompute(**options, workers=2, batch_tokens=60)
+    assert (done.scored, done.reused, done.workers) == (0, 16, 2)
