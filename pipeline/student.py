@@ -5,6 +5,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from adpa.kernels.head import HeadLosses, distill_head
@@ -42,6 +43,9 @@ def _forward(
     decoder = {name: rows.pop(name) for name in DECODER if name in rows}
     hidden_BLd = (hidden_states if "attention_mask" in decoder else packed_hidden_states)(model, input_ids, **decoder)
     hidden_ND = hidden_BLd.flatten(0, 1)[predicts]
+    linear = model.get_output_embeddings()
+    if isinstance(linear, FSDPModule):
+        linear.unshard()  # it gathers its weight when it is called, which it never is
     head = read_head(model)
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
