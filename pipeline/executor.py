@@ -11,6 +11,7 @@ import torch
 from adpa.data.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.batching import Executor, run_here
+from adpa.pipeline.ranks import number_of_ranks
 
 ExecutorName = Literal["here", "ray"]
 
@@ -29,6 +30,10 @@ class ExecutorOptions:
         Raises:
             OptionError: an option has no meaning, or Ray is not installed.
         """
+        if number_of_ranks() > 1:
+            raise OptionError(
+                f"{number_of_ranks()} ranks would all do the same work", "use --executor ray --workers, or --part"
+            )
         if self.executor == "here":
             for flag, value in (("--workers", self.workers), ("--ray-address", self.ray_address)):
                 if value is not None:

@@ -1,6 +1,7 @@
 """Which options of an executor go together, and what is refused before anything is started."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,3 +56,10 @@ def test_more_workers_than_batches_are_refused_by_the_whole_work_and_not_by_what
         precompute(**options, workers=2)
     done = precompute(**options, workers=2, batch_tokens=60)
     assert (done.scored, done.reused, done.workers) == (0, 16, 2)
+
+
+def test_ranks_do_not_all_do_the_same_work(filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="2 ranks would all do the same work; use --executor ray"):
+        precompute(str(filled.models.teacher), str(filled.data), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
