@@ -276,7 +276,7 @@ def _field_text(value: object) -> str:
     if isinstance(value, list):
         return "\n".join(map(_field_text, value)) or "none"
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
