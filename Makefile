@@ -23,9 +23,10 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
 	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
-bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, the loss head, scoring
+bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, costs on GPUs by formula, the loss head, scoring
 	$(BIN)/python -m adpa.lab.benchmark_encoding
 	$(BIN)/python -m adpa.lab.benchmark_reading
+	$(BIN)/python -m adpa.lab.costs
 	$(BIN)/python -m adpa.lab.benchmark_head --device cpu
 	$(BIN)/python -m adpa.lab.benchmark_scoring
 

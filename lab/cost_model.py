@@ -10,7 +10,7 @@ computes its logits once. docs/scaling.md has all formulae.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ GPUS_OF_A_NODE = 8
 SIMULATED_STEPS = 400
 
 Lengths = NDArray[np.int64]
+Packing = Literal["none", "sequences", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Shape:
         """Bytes of the weights in bfloat16."""
         return BFLOAT16 * self.parameters
 
-    def decoder_flops(self, lengths: Lengths) -> NDArray[np.float64]:
-        """FLOP of a forward pass over sequences of these lengths, without the head."""
+    def decoder_flops(self, queries: Lengths, keys: Lengths | None = None) -> NDArray[np.float64]:
+        """FLOP of a forward pass over so many tokens of a sequence, without the head; keys are those they may see."""
         attention = 4.0 * self.layers * self.heads * self.head_width
-        return 2.0 * self.matrices * lengths + attention * np.square(lengths, dtype=np.float64)
+        return 2.0 * self.matrices * queries + attention * queries * (queries if keys is None else keys)
 
     def head_flops(self, rows: float) -> float:
         """FLOP of the logits of so many rows."""
@@ -85,6 +86,9 @@ class Assumptions:
     epochs: Annotated[int, Doc("passes of training over them (`--num-train-epochs`, whose default is 1)")] = 3
     batch: Annotated[int, Doc("examples of a step (`--batch-size`, whose default is 32)")] = 128
     micro_batch: Annotated[int, Doc("examples of a micro-batch at most (`--micro-batch-size`)")] = 4
+    packing: Annotated[Packing, Doc("`none` pads a micro-batch, the default; `sequences`, `prompts` (`--packing`)")] = (
+        "none"
+    )
     peak_flops: Annotated[float, Doc("dense bfloat16 FLOP/s of a GPU (data sheet of an H100 SXM)")] = 989e12
     peak_float32: Annotated[float, Doc("float32 FLOP/s of a GPU, without TF32 (same sheet)")] = 67e12
     scoring_share: Annotated[float, Doc("share of bfloat16's peak that a teacher's decoder reaches")] = 0.4
@@ -220,20 +224,36 @@ def step_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assumed: 
 
 
 def slowest_rank_flops(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float:
-    """FLOP of the rank that all others wait for, padding included: the mean of steps drawn from the measured pairs."""
+    """FLOP of the rank that all others wait for, what ``packing`` leaves of padding included.
+
+    It is the mean of steps whose examples are drawn from the measured pairs.
+    """
     per_rank = assumed.batch // gpus
     micro = max(size for size in range(1, assumed.micro_batch + 1) if per_rank % size == 0)
     generator = np.random.default_rng(0)
     drawn = generator.integers(0, len(sets[0].prompt), (SIMULATED_STEPS, assumed.batch))
     drawn = drawn.reshape(SIMULATED_STEPS, gpus, per_rank // micro, micro)  # steps, ranks, micro-batches, examples
-    longest = np.max([responses.whole[drawn].max(axis=-1) for responses in sets], axis=0)
-    rows = np.sum([responses.response[drawn].sum(axis=-1) for responses in sets], axis=0)
-    flops = 3 * (len(sets) * micro * student.decoder_flops(longest) + student.head_flops(1) * rows)
+    rows = sum(responses.response[drawn].sum(axis=-1) for responses in sets)
+    flops = 3 * (_decoder_flops(student, sets, drawn, assumed.packing) + student.head_flops(1) * rows)
     return float(flops.sum(axis=-1).max(axis=-1).mean())
 
 
+def _decoder_flops(student: Shape, sets: Sequence[Responses], drawn: Lengths, packing: Packing) -> NDArray[np.float64]:
+    """FLOP of a forward pass over each micro-batch; the last axis of ``drawn`` is its examples."""
+    if packing == "none":
+        longest = np.max([responses.whole[drawn].max(axis=-1) for responses in sets], axis=0)
+        return len(sets) * drawn.shape[-1] * student.decoder_flops(longest)
+    first, *others = (
+        student.decoder_flops(responses.whole)
+        if number == 0 or packing == "sequences"
+        else student.decoder_flops(responses.response, responses.whole)
+        for number, responses in enumerate(sets)
+    )
+    return sum(others, first)[drawn].sum(axis=-1)
+
+
 def needed_flops(student: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
-    """FLOP of a step without padding."""
+    """FLOP of a step without padding, prompts counted with each response."""
     forward = sum(
         float(student.decoder_flops(responses.whole).mean()) + student.head_flops(float(responses.response.mean()))
         for responses in sets

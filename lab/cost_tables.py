@@ -1,8 +1,8 @@
 """The tables of ``adpa.lab.costs``, in Markdown."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import get_type_hints
+from dataclasses import asdict, dataclass, replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from adpa.lab.cost_model import (
     STUDENTS,
     TEACHERS,
     Assumptions,
+    Packing,
     Pairs,
     adpa_gpu_hours,
     dckd_gpu_hours,
@@ -26,6 +27,7 @@ from adpa.lab.cost_model import (
 )
 
 GPUS = (1, 8, 64)
+PACKINGS: tuple[Packing, ...] = get_args(Packing)
 RUNS = (1, 2, 4, 8, 16)
 # From docs/benchmarks/encoding.md, the vocabulary of 128,256, teacher and reference (its command is there).
 BYTES_PER_TOKEN = {"compact": 227.0, "compact, --lossy": 139.2}
@@ -82,7 +84,7 @@ def print_flops(sequences: int, counted: Flops, expected: Flops) -> None:
     """The formula beside the counter."""
     names = {"decoder": "decoder, forward", "head": "head, forward", "training": "training, forward and backward"}
     print_table(
-        f"Measured: FLOP of {sequences} sequences of real pairs in one padded batch, SmolLM2-135M, as torch's "
+        f"Measured: FLOP of {sequences} sequences of these pairs in one padded batch, SmolLM2-135M, as torch's "
         "FlopCounterMode counts them.",
         ("part", "counted", "formula", "counted / formula"),
         [
@@ -133,11 +135,7 @@ def print_assumptions(assumed: Assumptions) -> None:
         "Assumed: every line is an option of the command.",
         ("option", "value", "meaning"),
         [
-            (
-                f"`--{name.replace('_', '-')}`",
-                f"{value:,}" if isinstance(value, int) else f"{value:g}",
-                meanings()[name],
-            )
+            (f"`{option(name)}`", f"{value:g}" if isinstance(value, float) else f"{value}", meanings()[name])
             for name, value in asdict(assumed).items()
         ],
     )
@@ -175,12 +173,16 @@ def print_training(pairs: Pairs, assumed: Assumptions) -> None:
                     f"{computed / needed_flops(student, sets, assumed):.2f}",
                     *(f"{1000 * seconds:.0f}" for seconds in parts),
                 ]
-            run = hours(training_seconds(student, sets, gpus, assumed), gpus, missing="refused")
-            rows.append((student.name, f"{gpus}", f"{assumed.batch / gpus:g}", *cells, run))
+            seconds = [training_seconds(student, sets, gpus, replace(assumed, packing=packing)) for packing in PACKINGS]
+            runs = [hours(time, gpus, missing="refused") for time in seconds]
+            rows.append((student.name, f"{gpus}", f"{assumed.batch / gpus:g}", *cells, *runs))
     print_table(
-        f"Training with DCKD, {plural(assumed.epochs, 'epoch')} of {assumed.pairs:,} pairs: milliseconds of a step, "
-        "hours (GPU-hours) of a run.",
-        ("student", "GPUs", "examples/GPU", "computed / needed", "compute", "all-reduce", "AdamW", "step", "run"),
+        f"Training with DCKD, {plural(assumed.epochs, 'epoch')} of {assumed.pairs:,} pairs: milliseconds of a step "
+        f"with `--packing {assumed.packing}`, hours (GPU-hours) of a run with each `--packing`.",
+        (
+            *("student", "GPUs", "examples/GPU", "computed / needed", "compute", "all-reduce", "AdamW", "step"),
+            *(f"run, {packing}" for packing in PACKINGS),
+        ),
         rows,
     )
     print_table(
@@ -213,31 +215,25 @@ def print_totals(pairs: Pairs, assumed: Assumptions) -> None:
 
 def print_sharing(pairs: Pairs, assumed: Assumptions) -> None:
     """GPU-hours of n students, from one cache and with a live teacher."""
+    rows = []
     for teacher in TEACHERS:
         for student in STUDENTS:
-            rows = []
             for students in RUNS:
-                dckd, adpa = (
-                    cost(teacher, student, pairs, students, assumed) for cost in (dckd_gpu_hours, adpa_gpu_hours)
-                )
                 cells: list[str] = []
-                for shared, live in (
-                    (dckd.shared, dckd.live),
-                    (adpa.shared, adpa.live),
-                    (dckd.shared + adpa.shared, dckd.live + adpa.live),
-                ):
-                    cells += [f"{shared:.1f}", f"{live:.1f}", f"{live / shared:.2f}"]
-                rows.append((f"{students}", *cells))
-            print_table(
-                f"Teacher {teacher.name}, n students of {student.name}, {plural(assumed.epochs, 'epoch')}: GPU-hours.",
-                (
-                    "n",
-                    *("DCKD, one cache", "live teacher", "ratio"),
-                    *("ADPA, cache", "live pair", "ratio"),
-                    *("ADPA+, cache", "live", "ratio"),
-                ),
-                rows,
-            )
+                for cost in (dckd_gpu_hours, adpa_gpu_hours):
+                    spent = cost(teacher, student, pairs, students, assumed)
+                    cells += [f"{spent.shared:.1f}", f"{spent.live:.1f}", f"{spent.live / spent.shared:.1f}"]
+                rows.append((teacher.name, student.name, f"{students}", *cells))
+    print_table(
+        f"GPU-hours of n students, {plural(assumed.epochs, 'epoch')}: from one cache, and with teacher (and reference) "
+        "live in every run.",
+        (
+            *("teacher", "student", "n"),
+            *("DCKD, cache", "DCKD, live", "live / cache"),
+            *("ADPA, cache", "ADPA, live", "live / cache"),
+        ),
+        rows,
+    )
 
 
 def print_cache(pairs: Pairs, assumed: Assumptions) -> None:

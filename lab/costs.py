@@ -27,6 +27,7 @@ from adpa.lab.benchmark_encoding import text_pairs
 from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.cost_model import Assumptions, Pairs, Shape
 from adpa.lab.cost_tables import (
+    PACKINGS,
     Flops,
     meanings,
     option,
@@ -44,7 +45,7 @@ from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.lm_head import hidden_states, read_head
 from adpa.pipeline.student import attach_distill_head
 
-FLOP_PAIRS, FLOP_LIMITS = 2, (128, 384)
+FLOP_PAIRS, FLOP_LIMITS = 2, (64, 256)
 
 
 def main() -> None:
@@ -52,7 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.costs")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; the repository's own texts unless given")
     for name, default in asdict(Assumptions()).items():
-        parser.add_argument(option(name), type=type(default), default=default, help=meanings()[name])
+        choices = PACKINGS if name == "packing" else None
+        parser.add_argument(option(name), type=type(default), default=default, choices=choices, help=meanings()[name])
     arguments = vars(parser.parse_args())
     data: Path | None = arguments.pop("data")
     assumed = Assumptions(**arguments)

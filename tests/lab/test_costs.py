@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import MakeModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -27,6 +29,7 @@ from adpa.lab.cost_model import (
     adpa_gpu_hours,
     dckd_gpu_hours,
     gpus_of_engine,
+    needed_flops,
     sampling_seconds,
     scoring_seconds,
     scoring_work,
@@ -178,6 +181,19 @@ def test_without_padding_a_rank_computes_its_share_and_with_it_more() -> None:
     assert wasted == sorted(wasted)
 
 
+def test_packing_leaves_no_padding_and_computes_a_shared_prompt_once() -> None:
+    student, sets = STUDENTS[0], random_pairs().responses()
+    padded, packed, shared = (
+        slowest_rank_flops(student, sets, 1, replace(ASSUMED, packing=packing)) for packing in cost_tables.PACKINGS
+    )
+    assert packed == pytest.approx(needed_flops(student, sets, ASSUMED), rel=0.02)  # its examples are drawn
+    assert shared < packed < padded
+    whole, rows = np.array([200]), 2 * student.head_flops(100)
+    once = student.decoder_flops(whole) + 2 * student.matrices * 100 + 4 * 24 * 14 * 64 * 100 * 200
+    equal = slowest_rank_flops(student, equal_pairs().responses(), 8, replace(ASSUMED, packing="prompts"))
+    assert equal == pytest.approx(3 * 16 * (once[0] + rows))
+
+
 def test_a_batch_that_the_ranks_do_not_divide_is_refused() -> None:
     sets = random_pairs().responses()
     assert step_seconds(STUDENTS[0], sets, 64, replace(ASSUMED, batch=32)) is None
@@ -238,6 +254,21 @@ def test_the_document_states_the_assumptions_that_the_command_makes(capsys: pyte
     assert capsys.readouterr().out in (DOCUMENTS / "scaling.md").read_text()
 
 
+def test_the_command_measures_and_prints_every_table(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = make_model(1)
+    monkeypatch.setattr(costs, "save_smollm2", lambda folder: shutil.copytree(tiny, folder, dirs_exist_ok=True))
+    monkeypatch.setattr(costs, "quiet", lambda: None)
+    monkeypatch.setattr("sys.argv", ["costs", "--pairs", "1000", "--packing", "prompts"])
+    costs.main()
+    printed = capsys.readouterr().out
+    assert "tokens of a pair (24 pairs" in printed
+    assert printed.count("| 1.000000 |") == 3
+    assert "Scoring 1,000 pairs" in printed
+    assert "The cache of 1,000 pairs" in printed
+
+
 def test_the_tables_say_where_a_teacher_does_not_fit_and_where_a_batch_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -247,6 +278,6 @@ def test_the_tables_say_where_a_teacher_does_not_fit_and_where_a_batch_is_refuse
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert [row[3] for row in rows if row[0] == "70B" and len(row) == 6] == ["does not fit"] * 3
-    assert [row[3:] for row in rows if row[:3] == ["0.5B", "64", "0.5"]] == [["refused"] * 6]
+    assert [row[3:] for row in rows if row[:3] == ["0.5B", "64", "0.5"]] == [["refused"] * 8]
     assert next(row[4] for row in rows if row[:2] == ["8B", "1.5B"]) == "refused"
     assert next(row[2] for row in rows if row[:2] == ["70B", "1.5B"]) == "does not fit"
