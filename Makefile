@@ -24,9 +24,10 @@ test-slow: $(DEEPSPEED)  ## the tests that take minutes
 test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
 	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
-bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, the loss head, packing, scoring
+bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, costs by formula, the loss head, packing, scoring
 	$(BIN)/python -m adpa.lab.benchmark_encoding
 	$(BIN)/python -m adpa.lab.benchmark_reading
+	$(BIN)/python -m adpa.lab.costs
 	$(BIN)/python -m adpa.lab.benchmark_head --device cpu
 	$(BIN)/python -m adpa.lab.benchmark_packing
 	$(BIN)/python -m adpa.lab.benchmark_scoring

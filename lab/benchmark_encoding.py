@@ -112,8 +112,8 @@ def text_pairs(count: int) -> list[dict[str, str]]:
     return [
         {
             "prompt": text[start : start + 100],
-            "chosen": text[start + 100 : start + 1100],
-            "rejected": text[start + 1100 : start + 2100],
+            "chosen": text[start + 100 : start + 1100].strip(),  # white space would merge with the template's
+            "rejected": text[start + 1100 : start + 2100].strip(),
         }
         for start in starts
     ]

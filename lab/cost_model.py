@@ -1,0 +1,315 @@
+"""What scoring and training cost on GPUs, from the shapes of the models and stated assumptions.
+
+A decoder multiplies each token with P numbers, its weight matrices without embeddings and head; a head multiplies each
+response row with V·d. A multiplication and its addition are two FLOP. Attention, 2·n²·heads·head_width multiplications
+a layer for a sequence of n tokens, is counted whole, though a causal kernel may leave half of it out. Training costs
+three times the forward pass: one product for the result, one for the gradient of each factor; the loss head too, which
+computes its logits once. docs/scaling.md has all formulae.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Doc
+
+from adpa.data.batches import Packing
+
+FP8, BFLOAT16, FLOAT32 = 1, 2, 4  # bytes
+ADAMW_BYTES = 7 * FLOAT32  # reads weight, gradient and two moments, writes weight and moments
+GPUS_OF_A_NODE = 8
+SIMULATED_STEPS = 400
+
+Lengths = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Llama's kind: grouped-query attention and a gated MLP of three matrices."""
+
+    name: str
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+    tied: bool = False
+    qkv_bias: bool = False
+
+    @property
+    def matrices(self) -> int:
+        """P, the numbers that every token is multiplied with."""
+        attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.width * self.intermediate)
+
+    @property
+    def parameters(self) -> int:
+        """All numbers: matrices, norms, biases, embeddings, and a head where it is not the embeddings."""
+        norms = (2 * self.layers + 1) * self.width
+        biases = self.layers * self.head_width * (self.heads + 2 * self.kv_heads) * self.qkv_bias
+        return self.matrices + norms + biases + self.vocabulary * self.width * (1 if self.tied else 2)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in bfloat16."""
+        return BFLOAT16 * self.parameters
+
+    def decoder_flops(self, queries: Lengths, keys: Lengths | None = None) -> NDArray[np.float64]:
+        """FLOP of a forward pass over so many tokens of a sequence, without the head; keys are those they may see."""
+        attention = 4.0 * self.layers * self.heads * self.head_width
+        return 2.0 * self.matrices * queries + attention * queries * (queries if keys is None else keys)
+
+    def head_flops(self, rows: float) -> float:
+        """FLOP of the logits of so many rows."""
+        return 2.0 * self.vocabulary * self.width * rows
+
+
+TEACHERS = (
+    Shape("8B", 32, 4096, 14336, 32, 8, 128, 128_256),  # Llama 3.1 8B
+    Shape("70B", 80, 8192, 28672, 64, 8, 128, 128_256),  # Llama 3.1 70B
+)
+STUDENTS = (
+    Shape("0.5B", 24, 896, 4864, 14, 2, 64, 151_936, tied=True, qkv_bias=True),  # Qwen2.5 0.5B
+    Shape("1.5B", 28, 1536, 8960, 12, 2, 128, 151_936, tied=True, qkv_bias=True),  # Qwen2.5 1.5B
+)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What was not measured; every field is an option."""
+
+    pairs: Annotated[int, Doc("preference pairs")] = 60_000
+    epochs: Annotated[int, Doc("passes of training over them (`--num-train-epochs`, whose default is 1)")] = 3
+    batch: Annotated[int, Doc("examples of a step (`--batch-size`, whose default is 32)")] = 128
+    micro_batch: Annotated[int, Doc("examples of a micro-batch at most (`--micro-batch-size`)")] = 4
+    packing: Annotated[Packing, Doc("`none` pads a micro-batch, the default; `sequences`, `prompts` (`--packing`)")] = (
+        "none"
+    )
+    peak_flops: Annotated[float, Doc("dense bfloat16 FLOP/s of a GPU (data sheet of an H100 SXM)")] = 989e12
+    peak_float32: Annotated[float, Doc("float32 FLOP/s of a GPU, without TF32 (same sheet)")] = 67e12
+    scoring_share: Annotated[float, Doc("share of bfloat16's peak that a teacher's decoder reaches")] = 0.4
+    head_share: Annotated[float, Doc("share of float32's peak that the scoring head reaches")] = 0.7
+    training_share: Annotated[float, Doc("share of bfloat16's peak that training with `--bf16` reaches")] = 0.3
+    memory: Annotated[float, Doc("bytes of memory of a GPU")] = 80e9
+    weights_share: Annotated[float, Doc("share of it that a teacher's weights may take")] = 0.8
+    memory_rate: Annotated[float, Doc("bytes/s of a GPU's memory (same sheet)")] = 3.35e12
+    memory_share: Annotated[float, Doc("share of it that decoding and AdamW reach")] = 0.5
+    decoding_batch: Annotated[int, Doc("responses that a student samples at a time on a GPU")] = 256
+    decoding_seconds: Annotated[float, Doc("seconds of a decoding step beside reading memory")] = 5e-3
+    node_rate: Annotated[float, Doc("bytes/s of an all-reduce between the 8 GPUs of a node")] = 300e9
+    network_rate: Annotated[float, Doc("bytes/s of an all-reduce between nodes (one link of 400 Gbit/s)")] = 50e9
+    load_rate: Annotated[float, Doc("bytes/s at which a worker loads weights")] = 2e9
+    start_seconds: Annotated[float, Doc("seconds until a worker runs, beside loading")] = 60.0
+    block_tokens: Annotated[int, Doc("tokens of a block of scoring (`--batch-tokens` with vLLM)")] = 262_144
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Prompts with one response each: tokens of both, [N]."""
+
+    prompt: Lengths
+    response: Lengths
+
+    @property
+    def whole(self) -> Lengths:
+        """Tokens of prompt and response together, [N]."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Measured lengths in tokens, [N] each; N pairs stand for all that are scored."""
+
+    prompt: Lengths
+    chosen: Lengths
+    rejected: Lengths
+
+    def responses(self) -> list[Responses]:
+        """What DCKD learns from: the chosen and the rejected responses."""
+        return [Responses(self.prompt, self.chosen), Responses(self.prompt, self.rejected)]
+
+    def sampled(self) -> Responses:
+        """A student's own responses, taken to be as long as the chosen ones, and to end at 512 tokens."""
+        return Responses(self.prompt, np.minimum(self.chosen, 512))
+
+
+def gpus_of_engine(teacher: Shape, assumed: Assumptions, bytes_per_weight: float = BFLOAT16) -> int:
+    """GPUs that share a teacher: the smallest power of two whose memory holds it."""
+    share = teacher.parameters * bytes_per_weight / (assumed.memory * assumed.weights_share)
+    return 2 ** max(0, math.ceil(math.log2(share)))
+
+
+def start_seconds(model: Shape, assumed: Assumptions) -> float:
+    """Seconds until a model runs."""
+    return assumed.start_seconds + model.weight_bytes / assumed.load_rate
+
+
+def scoring_work(teacher: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
+    """Seconds that one engine of ``gpus_of_engine`` takes for one forward pass over these responses of all pairs.
+
+    The engine's GPUs share the decoder; the float32 head runs on one of them, after it.
+    """
+    return sum(sum(seconds) for seconds in (_scoring_parts(teacher, responses, assumed) for responses in sets))
+
+
+def scoring_head_share(teacher: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
+    """The head's share of ``scoring_work``."""
+    head = sum(_scoring_parts(teacher, responses, assumed)[1] for responses in sets)
+    return head / scoring_work(teacher, sets, assumed)
+
+
+def _scoring_parts(teacher: Shape, responses: Responses, assumed: Assumptions) -> tuple[float, float]:
+    decoder = teacher.decoder_flops(responses.whole).mean() * assumed.pairs
+    head = teacher.head_flops(responses.response.mean()) * assumed.pairs
+    gpus = gpus_of_engine(teacher, assumed)
+    return (
+        float(decoder) / (gpus * assumed.peak_flops * assumed.scoring_share),
+        float(head) / (assumed.peak_float32 * assumed.head_share),
+    )
+
+
+def scoring_seconds(teacher: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float | None:
+    """Wall-clock time of ``scoring_work`` on so many GPUs, at most; None where the teacher does not fit.
+
+    Blocks are taken by whichever engine is free, so that all end within one block of each other.
+    """
+    engines = gpus // gpus_of_engine(teacher, assumed)
+    if engines == 0:
+        return None
+    work = scoring_work(teacher, sets, assumed)
+    tokens = sum(float(responses.whole.mean()) for responses in sets) * assumed.pairs
+    block = work * min(1.0, assumed.block_tokens / tokens)
+    return start_seconds(teacher, assumed) + work / engines + (1 - 1 / engines) * block
+
+
+def sampling_seconds(student: Shape, sampled: Responses, assumed: Assumptions) -> float:
+    """Seconds in which one GPU samples a response to every prompt; a decoding step reads all weights and caches."""
+    prefill = float(student.decoder_flops(sampled.prompt).mean()) * assumed.pairs
+    kv_bytes = 2 * BFLOAT16 * student.layers * student.kv_heads * student.head_width
+    context = float((sampled.prompt + sampled.response / 2).mean())
+    read = student.weight_bytes + assumed.decoding_batch * context * kv_bytes
+    step = assumed.decoding_seconds + read / (assumed.memory_rate * assumed.memory_share)
+    steps = float(sampled.response.mean()) * assumed.pairs / assumed.decoding_batch
+    return start_seconds(student, assumed) + prefill / (assumed.peak_flops * assumed.scoring_share) + steps * step
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step by what they go to."""
+
+    compute: float
+    all_reduce: float
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it: nothing overlaps."""
+        return self.compute + self.all_reduce + self.optimizer
+
+
+def step_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> Step | None:
+    """An optimizer step, data-parallel; None where ``--batch-size`` is no multiple of the ranks, which adpa refuses."""
+    if assumed.batch % gpus:
+        return None
+    rate = assumed.node_rate if gpus <= GPUS_OF_A_NODE else assumed.network_rate
+    return Step(
+        slowest_rank_flops(student, sets, gpus, assumed) / (assumed.peak_flops * assumed.training_share),
+        2 * FLOAT32 * student.parameters * (gpus - 1) / gpus / rate,
+        ADAMW_BYTES * student.parameters / (assumed.memory_rate * assumed.memory_share),
+    )
+
+
+def slowest_rank_flops(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float:
+    """FLOP of the rank that all others wait for, what ``packing`` leaves of padding included.
+
+    It is the mean of steps whose examples are drawn from the measured pairs.
+    """
+    per_rank = assumed.batch // gpus
+    micro = max(size for size in range(1, assumed.micro_batch + 1) if per_rank % size == 0)
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, len(sets[0].prompt), (SIMULATED_STEPS, assumed.batch))
+    drawn = drawn.reshape(SIMULATED_STEPS, gpus, per_rank // micro, micro)  # steps, ranks, micro-batches, examples
+    rows = sum(responses.response[drawn].sum(axis=-1) for responses in sets)
+    flops = 3 * (_decoder_flops(student, sets, drawn, assumed.packing) + student.head_flops(1) * rows)
+    return float(flops.sum(axis=-1).max(axis=-1).mean())
+
+
+def _decoder_flops(student: Shape, sets: Sequence[Responses], drawn: Lengths, packing: Packing) -> NDArray[np.float64]:
+    """FLOP of a forward pass over each micro-batch; the last axis of ``drawn`` is its examples."""
+    if packing == "none":
+        longest = np.max([responses.whole[drawn].max(axis=-1) for responses in sets], axis=0)
+        return len(sets) * drawn.shape[-1] * student.decoder_flops(longest)
+    first, *others = (
+        student.decoder_flops(responses.whole)
+        if number == 0 or packing == "sequences"
+        else student.decoder_flops(responses.response, responses.whole)
+        for number, responses in enumerate(sets)
+    )
+    return sum(others, first)[drawn].sum(axis=-1)
+
+
+def needed_flops(student: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
+    """FLOP of a step without padding, prompts counted with each response."""
+    forward = sum(
+        float(student.decoder_flops(responses.whole).mean()) + student.head_flops(float(responses.response.mean()))
+        for responses in sets
+    )
+    return 3 * assumed.batch * forward
+
+
+def training_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float | None:
+    """Wall-clock time of a training run; None where ``step_seconds`` is."""
+    step = step_seconds(student, sets, gpus, assumed)
+    if step is None:
+        return None
+    steps = assumed.epochs * math.ceil(assumed.pairs / assumed.batch)
+    return start_seconds(student, assumed) + steps * step.seconds
+
+
+@dataclass(frozen=True)
+class GpuHours:
+    """GPU-hours of n students: from one cache, and with the teacher in every run, asked in every epoch."""
+
+    shared: float
+    live: float
+
+
+def dckd_gpu_hours(teacher: Shape, student: Shape, pairs: Pairs, students: int, assumed: Assumptions) -> GpuHours:
+    """n DCKD runs: everything that the teacher says is shared. A student trains on one GPU."""
+    start, scoring = _teacher_gpu_seconds(teacher, pairs.responses(), assumed)
+    training = _training_gpu_seconds(student, pairs.responses(), assumed)
+    return GpuHours(
+        (start + scoring + students * training) / 3600,
+        students * (start + assumed.epochs * scoring + training) / 3600,
+    )
+
+
+def adpa_gpu_hours(teacher: Shape, student: Shape, pairs: Pairs, students: int, assumed: Assumptions) -> GpuHours:
+    """n ADPA runs from students that are there: each samples, and teacher and reference score its samples.
+
+    Nothing that the large models say is shared by students; a cache is read again in each epoch.
+    """
+    sampled = pairs.sampled()
+    start, scoring = _teacher_gpu_seconds(teacher, [sampled], assumed)
+    own = sampling_seconds(student, sampled, assumed)
+    own += _training_gpu_seconds(student, [Responses(pairs.prompt, pairs.chosen), sampled], assumed)
+    return GpuHours(
+        students * (2 * (start + scoring) + own) / 3600,
+        students * (2 * (start + assumed.epochs * scoring) + own) / 3600,
+    )
+
+
+def _teacher_gpu_seconds(teacher: Shape, sets: Sequence[Responses], assumed: Assumptions) -> tuple[float, float]:
+    gpus = gpus_of_engine(teacher, assumed)
+    return gpus * start_seconds(teacher, assumed), gpus * scoring_work(teacher, sets, assumed)
+
+
+def _training_gpu_seconds(student: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
+    seconds = training_seconds(student, sets, 1, assumed)
+    assert seconds is not None, "any batch is a multiple of one rank"
+    return seconds
