@@ -6,13 +6,13 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 
+from adpa.data.batches import Packing
 from adpa.lab.cost_model import (
     BFLOAT16,
     FP8,
     STUDENTS,
     TEACHERS,
     Assumptions,
-    Packing,
     Pairs,
     adpa_gpu_hours,
     dckd_gpu_hours,
