@@ -54,7 +54,7 @@ def whole(seven: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(seven: Filled, output: Path, resume: str | None = None, **options: Any) -> None:
-    own = {"student": str(seven.models.student), "cache": seven.cache, "output": output}
+    own: dict[str, Any] = {"student": str(seven.models.student), "cache": seven.cache, "output": output}
     distill(**own, resume_from_checkpoint=resume, **RUN | options)
 
 
@@ -103,6 +103,20 @@ def test_killed_while_it_saves(
         patch.setattr(DistillTrainer, part, save)
         with pytest.raises(Killed):
             train(seven, tmp_path / "out")
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+def test_a_run_that_saves_because_trainer_was_told_so_goes_on_too(
+    seven: Filled, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: DistillTrainer, output: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "save_student", killed)
+        with pytest.raises(Killed):
+            train(seven, tmp_path / "out", save_steps=0, set=["save_strategy=epoch"])
     train(seven, tmp_path / "out", resume="last")
     assert_same_student(tmp_path / "out", whole)
 
