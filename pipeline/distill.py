@@ -214,7 +214,7 @@ def distill(
         return start
 
     start = on_all_ranks(look_back)
-    local = {"local_rank": None}
+    local = {"local_rank": None, "disable_tqdm": None}  # ranks may have a terminal or none
     check_agreement(origin | {"packing": packing, "checkpoint to go on from": start} | arguments.to_dict() | local)
     if arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
         write_record(output, origin)
