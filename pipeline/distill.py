@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, set_seed
-from transformers.trainer_utils import align_special_tokens
+from transformers.trainer_utils import SaveStrategy, align_special_tokens
 from typing_extensions import Doc
 
 from adpa.data.batches import Packing, TrainingExamples, collate
@@ -210,9 +210,9 @@ def distill(
         return start
 
     start = on_all_ranks(look_back)
-    local = {"local_rank": None}
+    local = {"local_rank": None, "disable_tqdm": None}  # ranks may have a terminal or none
     check_agreement(origin | {"packing": packing, "checkpoint to go on from": start} | arguments.to_dict() | local)
-    if save_steps and this_rank() == 0:
+    if arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
         write_record(output, origin)
 
     set_seed(seed)

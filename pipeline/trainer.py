@@ -138,6 +138,8 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """Takes the micro-batches of a step and puts the step's token counts into each of them."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # a run that goes on from its last step; Trainer looks only after another one
         self._tokens_since = self._tokens_since or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:

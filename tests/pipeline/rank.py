@@ -1,8 +1,9 @@
 """One rank: ``torchrun … rank.py CALLS.json`` calls ``adpa.distill`` with each of the options in a file.
 
-Beside the options of ``distill`` a call can have ``kill``, a rank and the micro-batch before which it kills itself, and
-``count_gathers``, a file for how often the step gathered a tensor of each size. With ``command`` instead of options it
-is the words of an ``adpa`` command, and the last. ``{rank}`` stands for the rank.
+Beside the options of ``distill`` a call can have ``kill``, a rank and the micro-batch before which it kills itself,
+``terminal``, the rank that has one, and ``count_gathers``, a file for how often the step gathered a tensor of each
+size. With ``command`` instead of options it is the words of an ``adpa`` command, and the last. ``{rank}`` stands for
+the rank.
 """
 
 import json
@@ -57,6 +58,8 @@ def main() -> None:
     training_step = DistillTrainer.training_step
     for call in json.loads(Path(sys.argv[1]).read_text().replace("{rank}", RANK)):
         kill, gathers, steps = call.pop("kill", None), call.pop("count_gathers", None), 0
+        has_terminal = call.pop("terminal", None) == int(RANK)
+        sys.stderr.isatty = lambda: has_terminal  # type: ignore[method-assign]  # noqa: B023
         counter = CountGathers()
         SHARDS[0] = "fsdp=true" in call.get("set", [])
 

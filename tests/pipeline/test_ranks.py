@@ -106,7 +106,7 @@ def together(seven: Filled, filled: Filled, tmp_path_factory: pytest.TempPathFac
         for name, chosen in STRATEGIES.items()
         for run, options in RUNS.items()
     ]
-    calls[0] |= {"save_steps": 2}
+    calls[0] |= {"save_steps": 2, "terminal": 0}
     fsdp2 = {"objective": "dckd", "set": [*SMOOTH, "fsdp=true"]}
     calls.append(call(seven, folder / "fsdp2-saved", **fsdp2, save_steps=2))
     tied = call(filled, folder / "fsdp2-tied", **fsdp2 | ONE_STEP | {"micro_batch_size": 1})

@@ -53,8 +53,9 @@ def whole(seven: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def train(seven: Filled, output: Path, resume: str | None = None) -> None:
-    distill(student=str(seven.models.student), cache=seven.cache, output=output, resume_from_checkpoint=resume, **RUN)
+def train(seven: Filled, output: Path, resume: str | None = None, **options: Any) -> None:
+    own: dict[str, Any] = {"student": str(seven.models.student), "cache": seven.cache, "output": output}
+    distill(**own, resume_from_checkpoint=resume, **RUN | options)
 
 
 def assert_same_student(output: Path, whole: Path) -> None:
@@ -104,6 +105,29 @@ def test_killed_while_it_saves(
             train(seven, tmp_path / "out")
     train(seven, tmp_path / "out", resume="last")
     assert_same_student(tmp_path / "out", whole)
+
+
+def test_a_run_that_saves_because_trainer_was_told_so_goes_on_too(
+    seven: Filled, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: DistillTrainer, output: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "save_student", killed)
+        with pytest.raises(Killed):
+            train(seven, tmp_path / "out", save_steps=0, set=["save_strategy=epoch"])
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+def test_a_finished_run_that_is_queued_again_does_no_further_step(seven: Filled, tmp_path: Path) -> None:
+    """Here it ends within an epoch."""
+    train(seven, tmp_path / "out", max_steps=5)
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    train(seven, tmp_path / "again", resume="last", max_steps=5)
+    assert json.loads((tmp_path / "again" / "adpa.json").read_text())["steps"] == 5
+    assert_same_student(tmp_path / "again", tmp_path / "out")
 
 
 def test_killed_by_a_signal(seven: Filled, whole: Path, tmp_path: Path) -> None:
