@@ -24,7 +24,7 @@ from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.objectives import ObjectiveName, check_plausibility, objective_terms
 from adpa.pipeline.packed_attention import allow_packing
-from adpa.pipeline.ranks import check_agreement, on_all_ranks, this_rank
+from adpa.pipeline.ranks import check_agreement, number_of_ranks, on_all_ranks, this_rank
 from adpa.pipeline.run_directory import check_output, find_start, write_record
 from adpa.pipeline.sharding import check_sharding, check_shards, loading_whole, sharding_name
 from adpa.pipeline.student import attach_distill_head
@@ -186,7 +186,7 @@ def distill(
     def look() -> tuple[Checkpoint, Selection, PreTrainedTokenizerBase]:
         check_output(output, resume_from_checkpoint)
         checkpoint = open_checkpoint(student)
-        if arguments.fp16 or checkpoint.dtype_name(dtype) == "float16":
+        if checkpoint.dtype_name(dtype) == "float16":
             raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
         selection = select(cache, needs, checkpoint.identity.digest, scoring, response_set or ())
         return checkpoint, selection, _check_student(checkpoint, cache, selection)
@@ -200,6 +200,19 @@ def distill(
         "scoring": selection.scoring.id if selection.scoring else None,
         "responses": {name: found.id for name, found in selection.sets.items()},
         "lora": lora and lora.record,
+        "training": {
+            "learning_rate": arguments.learning_rate,
+            "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
+            "warmup_steps": arguments.warmup_steps,
+            "weight_decay": arguments.weight_decay,
+            "max_grad_norm": arguments.max_grad_norm,
+            "num_train_epochs": arguments.num_train_epochs,
+            "max_steps": arguments.max_steps,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtype": dtype,
+            "bf16": bf16,
+        },
         "sharding": sharding_name(arguments),
     }
 
@@ -279,13 +292,8 @@ def distill(
                 "steps": report.steps,
                 "seconds": report.seconds,
                 "tokens_per_second": report.tokens_per_second,
-                "training": {
-                    "learning_rate": arguments.learning_rate,
-                    "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
-                    "batch_size": batch_size,
-                    "packing": packing,
-                    "seed": arguments.seed,
-                },
+                "packing": packing,
+                "ranks": number_of_ranks(),
                 "versions": {"python": platform.python_version()}
                 | {name: version(name) for name in ("adpa", "torch", "transformers", *(lora.packages if lora else ()))},
                 "warnings": report.warnings,

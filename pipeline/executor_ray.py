@@ -172,10 +172,11 @@ class RayExecutor:
         """CPUs of a worker, of which all have room on the machines of the cluster."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         kind, each = ("GPU", self._gpus) if self._gpus else ("CPU", 1)
-        room = sum(int(node.get(kind, 0)) // each for node in nodes)
+        room = sum(min(int(node.get(kind, 0)) // each, int(node.get("CPU", 0))) for node in nodes)
         if room < self._workers:
             raise OptionError(
-                f"--workers {self._workers}: the cluster has room for {room}; each takes {each} {kind} of one machine",
+                f"--workers {self._workers}: the cluster has room for {room}; each takes {each} {kind} of one machine"
+                + (", and a CPU" if self._gpus else ""),
                 "lower --workers, or add machines",
             )
         if self._gpus:

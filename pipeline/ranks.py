@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
-from adpa.errors import AdpaError, OptionError
+from adpa.errors import AdpaError, OptionError, RankError
 
 Result = TypeVar("Result")
 
@@ -28,17 +28,21 @@ def on_all_ranks(prepare: Callable[[], Result]) -> Result:
     """Runs a function on every rank, and raises on all of them what one of them raised: nobody waits for who has left.
 
     Raises:
-        AdpaError: the lowest such rank's.
+        AdpaError: the lowest such rank's; a ``RankError`` where it raised something else.
     """
+    if number_of_ranks() == 1:
+        return prepare()
     result: list[Result] = []
     error: AdpaError | None = None
     try:
         result.append(prepare())
     except AdpaError as raised:
         error = raised
+    except Exception as raised:
+        error = RankError(f"{type(raised).__name__}: {raised}")
     for rank, found in enumerate(gather_object([error])):
         if found is not None:
-            raise found if number_of_ranks() == 1 else type(found)(f"rank {rank}: {found.args[0]}", found.args[1])
+            raise type(found)(f"rank {rank}: {found.args[0]}", found.args[1])
     return result[0]
 
 

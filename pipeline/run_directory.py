@@ -28,9 +28,10 @@ def check_output(output: Path, resume_from_checkpoint: str | None) -> None:
     """
     check_writable("--output", output)
     contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    if contents and resume_from_checkpoint is None:
+    if contents and (resume_from_checkpoint is None or RECORD not in contents):
         raise OptionError(
-            f"--output {output}: not empty, found {contents[0]}",
+            f"--output {output}: not empty, found {contents[0]}"
+            + ("" if resume_from_checkpoint is None else f" and no {RECORD} of its run"),
             "name another directory, or go on with --resume-from-checkpoint last",
         )
 
@@ -61,10 +62,13 @@ def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping
         return checkpoint
     if not output.exists() or not any(output.iterdir()):
         return None
-    _check_origin(output, resume_from_checkpoint, origin)
+    finished = "steps" in _check_origin(output, resume_from_checkpoint, origin)
     numbers = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
     steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
-    return next(filter(_is_whole, (output / f"checkpoint-{step}" for step in steps)), None)
+    start = next(filter(_is_whole, (output / f"checkpoint-{step}" for step in steps)), None)
+    if finished and start is None:
+        raise OptionError(f"--output {output}: its run is finished", "start anew in another --output")
+    return start
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -76,8 +80,9 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, Any]) -> None:
-    """A run goes on with the objective, the student and the data it began with."""
+def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """A run goes on as it began: with its objective, student, data and training. Gives its record."""
+    begun: dict[str, Any]
     try:
         begun = json.loads((run / RECORD).read_text())
     except (OSError, ValueError) as error:
@@ -86,13 +91,14 @@ def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, A
             "name a checkpoint that adpa distill wrote, or start without it",
         ) from error
     for field, value in origin.items():
-        found, expected = (
-            {key: entry for key, entry in side.items() if key != "name"} if field == "student" else side
-            for side in (begun.get(field), value)
-        )
+        found, expected = begun.get(field), value
+        if isinstance(found, dict) and isinstance(expected, dict):  # where they differ; a student may have moved
+            keys = [key for key in expected if found.get(key) != expected[key] and (field, key) != ("student", "name")]
+            found, expected = ({key: side.get(key) for key in keys} for side in (found, expected))
         if found != expected:
             raise OptionError(
                 f"--resume-from-checkpoint {resume_from_checkpoint}: its run has the {field} {found}; "
                 f"this one has {expected}",
                 "go on with the same options, or start anew in another --output",
             )
+    return begun

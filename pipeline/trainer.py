@@ -188,6 +188,11 @@ class DistillTrainer(Trainer):
         state = None if state_dict is None else {name: value for name, value in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict=state)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of all ranks before rank 0 writes the file that says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def save_student(self, output: Path) -> None:
         """Writes the trained student as an ordinary checkpoint, gathered from the ranks where they share it."""
         state = self.accelerator.get_state_dict(self.model_wrapped)

@@ -18,6 +18,15 @@ _ORDER = "every example is in one step of an epoch, in an order that --seed fixe
 # What adpa decides itself, so that a step is the same however it is cut and spread over ranks.
 OWN_ARGUMENTS = {
     "output_dir": "--output says where",
+    "use_cpu": "--device says where",
+    "seed": "--seed says it",
+    "bf16": "--bf16 says it",
+    "fp16": "float16 loses small gradients in the loss head",
+    "save_only_model": "a run could not go on from such a checkpoint",
+    "remove_unused_columns": "a batch has columns that no model's forward names",
+    "logging_nan_inf_filter": "it would hide a loss that is not finite",
+    "disable_tqdm": "there is a progress bar where there is a terminal",
+    "average_tokens_across_devices": "losses are means over the tokens of all ranks",
     "per_device_train_batch_size": _BATCHES,
     "gradient_accumulation_steps": _BATCHES,
     "auto_find_batch_size": _BATCHES,
@@ -35,11 +44,14 @@ def batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, 
     Raises:
         OptionError: they do not divide.
     """
+    if batch_size < 1:
+        raise OptionError(f"--batch-size {batch_size}; expected at least 1")
     ranks = number_of_ranks()
     per_rank, rest = divmod(batch_size, ranks)
-    if batch_size < 1 or rest:
+    if rest:
         raise OptionError(f"--batch-size {batch_size} on {ranks} ranks; expected a multiple of {ranks}")
-    micro = micro_batch_size or max(size for size in (1, 2, 3, 4) if per_rank % size == 0)
+    fitting = max(size for size in (1, 2, 3, 4) if per_rank % size == 0)
+    micro = fitting if micro_batch_size is None else micro_batch_size
     if micro < 1 or per_rank % micro:
         raise OptionError(
             f"--micro-batch-size {micro} does not divide the {per_rank} examples of a step and rank",
@@ -70,10 +82,17 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
             **arguments,
             use_cpu=use_cpu,
             remove_unused_columns=False,
-            logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+            logging_nan_inf_filter=False,
             disable_tqdm=not sys.stderr.isatty(),
+            average_tokens_across_devices=False,  # Trainer would gather labels for a number that is not used
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error
+    precision = "bf16" if made.bf16 else "no"
+    if made.mixed_precision != precision:
+        raise OptionError(
+            f"the launcher asks for {made.mixed_precision}, the options for {precision}",
+            "give --bf16, or accelerate launch --mixed_precision no",
+        )
     made._n_gpu = min(made.n_gpu, 1)  # one process drives one GPU: no DataParallel
     return made

@@ -52,3 +52,9 @@ class EngineError(AdpaError):
     """An inference engine that does not start, or fails in the middle; what it answered before is kept."""
 
     exit_code = 1
+
+
+class RankError(AdpaError):
+    """A failure of one rank that ends a run of several."""
+
+    exit_code = 1

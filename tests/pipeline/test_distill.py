@@ -115,7 +115,10 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"on": "praised"}, r"--on 'praised'; expected one of chosen, rejected, sampled"),
         ({"plausibility": 1.5}, r"--plausibility 1.5"),
         ({"packing": "tight"}, r"--packing 'tight'; expected one of none, sequences, prompts"),
-        ({"batch_size": 0}, r"--batch-size 0"),
+        ({"batch_size": 0}, r"--batch-size 0; expected at least 1"),
+        ({"micro_batch_size": 0}, r"--micro-batch-size 0 does not divide"),
+        ({"set": ["save_only_model=true"]}, r"--set save_only_model=true: a run could not go on"),
+        ({"set": ["seed=3"]}, r"--set seed=3: --seed says it"),
         ({"batch_size": 4, "micro_batch_size": 3}, r"--micro-batch-size 3 does not divide the 4 examples"),
         ({"set": ["nonsense=1"]}, r"--set nonsense=1; expected key=value"),
         ({"set": ["optim"]}, r"--set optim; expected key=value"),
@@ -209,7 +212,14 @@ def test_a_run_does_not_go_on_as_another(filled: Filled, tmp_path: Path) -> None
     caught = refused(filled, tmp_path, resume_from_checkpoint="last")
     caught.match("its run has the objective sft; this one has dckd")
     (tmp_path / "adpa.json").unlink()
-    refused(filled, tmp_path, resume_from_checkpoint="last").match(r"found no adpa\.json of its run")
+    refused(filled, tmp_path, resume_from_checkpoint="last").match(r"not empty, found .* and no adpa\.json of its run")
+
+
+def test_a_launcher_does_not_change_the_precision(
+    filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    refused(filled, tmp_path / "out").match("the launcher asks for fp16, the options for no; give --bf16")
 
 
 def test_nothing_is_written_when_the_cache_does_not_fit(filled: Filled, tmp_path: Path) -> None:

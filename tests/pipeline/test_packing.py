@@ -141,7 +141,7 @@ def test_logs_and_record_have_the_tokens_of_the_sequences_whatever_the_packing(
         )
         record = json.loads((tmp_path / packing / "adpa.json").read_text())
         assert [log["tokens"] for log in record["losses"]] == [expected] * 3  # an epoch is two steps
-        assert record["training"]["packing"] == packing
+        assert record["packing"] == packing
         rates = [log["tokens_per_second"] for log in record["losses"]]
         assert record["tokens_per_second"] == report.tokens_per_second
         assert min(rates) <= report.tokens_per_second <= max(rates)

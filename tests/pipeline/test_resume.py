@@ -162,3 +162,28 @@ def test_a_named_checkpoint_must_be_whole(seven: Filled, whole: Path) -> None:
     with pytest.raises(OptionError, match=r"checkpoint-5: found no trainer_state\.json that can be read"):
         train(seven, whole, resume=str(whole / "checkpoint-5"))
     (whole / "checkpoint-5").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"batch_size": 7}, "batch_size': 3}.*batch_size': 7}"), ({"seed": 1}, "seed': 0}.*seed': 1}")],
+)
+def test_a_run_goes_on_with_the_training_it_began_with(
+    option: dict[str, int], message: str, seven: Filled, whole: Path
+) -> None:
+    going_on = RUN | option | {"resume_from_checkpoint": "last"}
+    with pytest.raises(OptionError, match=f"its run has the training .*{message}"):
+        distill(student=str(seven.models.student), cache=seven.cache, output=whole, **going_on)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(seven: Filled, tmp_path: Path) -> None:
+    once: dict[str, Any] = RUN | {"save_steps": 0, "student": str(seven.models.student), "cache": seven.cache}
+    distill(**once, output=tmp_path / "out")
+    with pytest.raises(OptionError, match="its run is finished"):
+        distill(**once, output=tmp_path / "out", resume_from_checkpoint="last")
+
+
+def test_a_checkpoint_of_one_run_does_not_overwrite_what_is_no_run(seven: Filled, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OptionError, match=r"not empty, found notes\.txt and no adpa\.json of its run"):
+        train(seven, tmp_path, resume=str(whole / "checkpoint-4"))
