@@ -191,7 +191,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
 def test_a_run_does_not_go_on_with_other_adapters(
     other: dict[str, Any], trained: Path, few_words: Filled, tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match=r"its run has the lora \{'rank': 4, 'alpha': 8, 'targets': 'all-linear'"):
+    with pytest.raises(OptionError, match=r"its run has the lora \{'(rank|targets)'"):
         train(few_words, tmp_path, **other, resume_from_checkpoint=str(trained / "checkpoint-2"))
 
 
