@@ -93,7 +93,8 @@ def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, A
     for field, value in origin.items():
         found, expected = begun.get(field), value
         if isinstance(found, dict) and isinstance(expected, dict):  # where they differ; a student may have moved
-            keys = [key for key in expected if found.get(key) != expected[key] and (field, key) != ("student", "name")]
+            both = (key for key in found | expected if (field, key) != ("student", "name"))
+            keys = [key for key in both if found.get(key) != expected.get(key)]
             found, expected = ({key: side.get(key) for key in keys} for side in (found, expected))
         if found != expected:
             raise OptionError(
