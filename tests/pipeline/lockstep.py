@@ -7,7 +7,7 @@ is listed or is read. The models are no networks, but say of a sequence what its
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -195,6 +195,21 @@ class Run(threading.Thread):
         if not self._go.acquire(timeout=PATIENCE) or self.killed:
             self.killed = True
             raise Killed
+
+
+def take_turns(runs: Sequence[Run], turns: Iterable[Turn]) -> Generator[None, None, None]:
+    """Has the runs go on turn by turn, and then each to its end; stops after every turn. Closing it kills them."""
+    in_order = [Turn(number, "its end", 1, killed=False) for number in range(len(runs))]
+    try:
+        for turn in [*turns, *in_order]:
+            run = runs[turn.run % len(runs)]
+            run.go_on(turn.until, turn.times)
+            if turn.killed:
+                run.kill()
+            yield
+    finally:
+        for run in runs:
+            run.kill()
 
 
 def stop(before: str, path: object = "") -> None:

@@ -7,6 +7,7 @@ there. The models are no networks, but say of a sequence what its key says, so t
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields
 from functools import cache as remember
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.data.makers import INFO, SCORING, TURN_END, signal_row, token_ids
-from tests.pipeline.lockstep import EXAMPLES, STOPS, Chore, Job, Pack, Run, Turn, models_and_steps
+from tests.pipeline.lockstep import EXAMPLES, STOPS, Chore, Job, Pack, Run, Turn, models_and_steps, take_turns
 
 from adpa.data.format import prepare_cache
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
@@ -146,21 +147,13 @@ def test_any_interleaving_of_runs_ends_in_the_rows_of_one_run(
         cache = Path(folder) / "cache"
         works: list[Job | Chore] = [*jobs, *chores]
         runs = [Run(work, cache, reference) for work in works]
-        try:
-            keys, judged = set[bytes](), set[bytes]()
-            in_order = [Turn(number, "its end", 1, killed=False) for number in range(len(runs))]
-            for turn in [*turns, *in_order]:
-                run = runs[turn.run % len(runs)]
-                run.go_on(turn.until, turn.times)
-                if turn.killed:
-                    run.kill()
+        keys, judged = set[bytes](), set[bytes]()
+        with closing(take_turns(runs, turns)) as taken:
+            for _ in taken:
                 before, keys = (keys, judged), read_keys(cache)
                 judged = keys | read_waiting(cache)
                 assert before[0] <= keys, "rows that were there have gone"
                 assert before[1] <= judged, "the teacher's answers have gone before they were used"
-        finally:
-            for run in runs:
-                run.kill()
 
         rows, sets = read_rows(cache), read_sets(cache)
         assert rows.items() <= expected_rows.items()
@@ -238,17 +231,9 @@ def test_any_number_of_packs_with_gc_beside_leaves_the_rows_that_readers_see(
             write_signals(cache, SCORING, [row_of(*version) for version in part])
         before = seen(cache)
         runs = [Run(work, cache, None) for work in works]
-        try:
-            in_order = [Turn(number, "its end", 1, killed=False) for number in range(len(runs))]
-            for turn in [*turns, *in_order]:
-                run = runs[turn.run % len(runs)]
-                run.go_on(turn.until, turn.times)
-                if turn.killed:
-                    run.kill()
+        with closing(take_turns(runs, turns)) as taken:
+            for _ in taken:
                 assert seen(cache) == before
-        finally:
-            for run in runs:
-                run.kill()
         assert seen(cache) == before
 
 

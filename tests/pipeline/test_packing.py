@@ -12,7 +12,12 @@ from tests.data.makers import teacher_row
 from tests.pipeline.conftest import SMALL, Filled, synthetic
 from tests.pipeline.test_lm_head import CONFIGS
 from tests.pipeline.test_packed_attention import build
-from tests.pipeline.test_trainer import OBJECTIVES, dense_loss, one_step, relative_error
+from tests.pipeline.test_trainer import (
+    OBJECTIVES,
+    assert_a_step_is_the_definitions,
+    one_step,
+    relative_error,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
@@ -32,18 +37,7 @@ def test_loss_and_gradient_of_a_packed_step_are_the_definitions(
     objective: Any, packing: Packing, few_words: Filled, tmp_path: Path
 ) -> None:
     """Of all eight examples, which have equal prompts with a chosen, a rejected and two sampled responses."""
-    options, terms = OBJECTIVES[objective]
-    report, gradient = one_step(few_words, tmp_path, objective=objective, packing=packing, **options)
-    model = AutoModelForCausalLM.from_pretrained(few_words.models.student, dtype=torch.float64)
-    loss = dense_loss(few_words, model, terms)
-    loss.backward()
-    expected = {
-        name: parameter.grad
-        for name, parameter in model.named_parameters()
-        if name in gradient and parameter.grad is not None
-    }
-    assert report.first_loss == pytest.approx(loss.item(), rel=1e-5)
-    assert relative_error(gradient, expected) < 1e-5
+    assert_a_step_is_the_definitions(few_words, tmp_path, objective, packing=packing)
 
 
 @pytest.mark.parametrize(
