@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_available
 
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import resolve_device
@@ -76,6 +77,8 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
         arguments[key] = as_number(yaml.safe_load(value))
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
+    if arguments.get("deepspeed") and not is_deepspeed_available():
+        raise OptionError("--set deepspeed without DeepSpeed", "pip install deepspeed")
     use_cpu = resolve_device(device).type == "cpu"
     try:
         made = TrainingArguments(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.conftest import Row
 from tests.pipeline.conftest import Filled, fill
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from adpa import distill
 from adpa.errors import OptionError
@@ -217,7 +218,6 @@ def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
     [
         (["fsdp=true"], r"fsdp with the ranks that are there \(NO\).*torchrun on GPUs"),
         (["fsdp=true", "fsdp_config={version: 1}"], "FSDP in version 1; adpa trains with FSDP2"),
-        (["deepspeed={zero_optimization: {stage: 3}}"], "stage3_gather_16bit_weights_on_model_save is not true"),
         (["gradient_accumulation_steps=2"], "--micro-batch-size says how many fit"),
     ],
 )
@@ -227,6 +227,29 @@ def test_what_cannot_be_sharded_is_refused(
     monkeypatch.setattr(os, "environ", os.environ.copy())  # transformers leaves settings for accelerate there
     with pytest.raises(OptionError, match=message):
         distill(**call(seven, tmp_path / "out", objective="sft", set=settings))
+    assert not (tmp_path / "out").exists()
+
+
+ZERO_3 = "deepspeed={zero_optimization: {stage: 3}}"
+
+
+def test_deepspeed_that_is_not_installed_is_named(
+    seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adpa.pipeline.training_arguments.is_deepspeed_available", lambda: False)
+    with pytest.raises(OptionError, match="without DeepSpeed; pip install deepspeed"):
+        distill(**call(seven, tmp_path / "out", objective="sft", set=[ZERO_3]))
+
+
+@pytest.mark.slow
+def test_zero_3_that_could_not_write_its_student_is_refused(
+    seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(OptionError, match="stage3_gather_16bit_weights_on_model_save is not true"):
+        distill(**call(seven, tmp_path / "out", objective="sft", set=[ZERO_3]))
+    unset_hf_deepspeed_config()  # for the tests after this one
     assert not (tmp_path / "out").exists()
 
 
