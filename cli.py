@@ -18,45 +18,20 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
-import torch
-import transformers
 import typer
 import typer.core
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Console, RenderableType
 from tqdm.contrib import DummyTqdmFile
 from upath import UPath
 
 from adpa.errors import AdpaError, OptionError
-from adpa.lab.conduct import lab
-from adpa.lab.report import show_study
-from adpa.pipeline.cache_export import export_cache
-from adpa.pipeline.cache_gc import collect_garbage
-from adpa.pipeline.cache_ls import list_cache
-from adpa.pipeline.cache_merge import merge_cache
-from adpa.pipeline.cache_pack import pack_cache
-from adpa.pipeline.cache_terminal import show_garbage, show_listing, show_packing, show_verification
-from adpa.pipeline.cache_verify import verify_cache
 from adpa.pipeline.directories import check_writable_file, find_location
-from adpa.pipeline.distill import distill
-from adpa.pipeline.evaluate import evaluate
-from adpa.pipeline.fidelity_terminal import show_probe
-from adpa.pipeline.inspect import inspect_cache
-from adpa.pipeline.inspect_terminal import show_inspection
-from adpa.pipeline.precompute import PrecomputeReport, precompute
-from adpa.pipeline.ranks import this_rank
+from adpa.pipeline.launcher import this_rank
+from adpa.pipeline.report_terminal import show_report
 from adpa.pipeline.yaml_options import read_options
 
-app = typer.Typer(
-    help="Advantage-guided distillation: align a small language model from the signals of a large one.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-cache_app = typer.Typer(help="Look after a cache.", rich_markup_mode=None)
-
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
+OUT_OF_MEMORY = "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization"
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
 
 
@@ -68,6 +43,37 @@ class Command(typer.core.TyperCommand):
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
+class Commands(typer.core.TyperGroup):
+    """Commands that are imported when they are called: nobody waits for torch to be told how a command is spelled.
+
+    What is registered is a function that gives the command; its docstring is what the group's help says of it.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called, and the rest of the arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(command), rest
+
+
+def load(command: Any) -> Any:
+    """The command that a registered function gives; a group as it is."""
+    if isinstance(command, Commands):
+        return command
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(command.name, cls=Command)(command.callback())
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Advantage-guided distillation: align a small language model from the signals of a large one.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(cls=Commands, help="Look after a cache.", rich_markup_mode=None)
+
+
 def main() -> None:
     """The entry point of the ``adpa`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -76,9 +82,9 @@ def main() -> None:
     warnings = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # a line of its own above Trainer's progress bar
     warnings.setFormatter(logging.Formatter("adpa: warning: %(message)s"))
     logging.getLogger("adpa").addHandler(warnings)
-    transformers.logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         exit_code = app(prog_name="adpa", standalone_mode=False)
     except UsageError as error:
@@ -87,7 +93,7 @@ def main() -> None:
         exit_code = error.exit_code
     except SystemExit as stop:
         exit_code = stop.code
-    if not exit_code and torch.distributed.is_initialized():
+    if not exit_code and (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if exit_code in (INTERRUPTED, TERMINATED):
         # Everything of ours is closed by now; threads of libraries that a signal caught at work abort an orderly end.
@@ -110,7 +116,7 @@ def as_command(
         arguments: the parameters that are given by their place instead of as options.
         failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
     """
-    show = show or partial(_fields_table, stage.__name__)
+    show = show or partial(show_report, stage.__name__)
     locations = {name for name, parameter in inspect.signature(stage).parameters.items() if UPath in _types(parameter)}
     parameters = [
         inspect.Parameter(
@@ -156,15 +162,8 @@ def as_command(
             _fail(error, debug, INTERRUPTED, "interrupted")
         except AdpaError as error:
             _fail(error, debug, error.exit_code)
-        except torch.OutOfMemoryError as error:
-            _fail(
-                error,
-                debug,
-                1,
-                "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization",
-            )
         except (OSError, RuntimeError) as error:
-            _fail(error, debug, 1)
+            _fail(error, debug, 1, OUT_OF_MEMORY if type(error).__name__ == "OutOfMemoryError" else "")
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
             _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
         Console().print(show(done))
@@ -246,59 +245,101 @@ def _print_error(text: str) -> None:
     sys.stderr.write(f"adpa: {text}\n")  # at once, because ranks share it
 
 
-def _fields_table(title: str, report: Any, leave_out: str = "") -> Table:
-    table = Table(title=f"adpa {title}", show_header=False)
-    for name, value in dataclasses.asdict(report).items():
-        if name != leave_out:
-            table.add_row(name.replace("_", " "), _field_text(value))
-    return table
+@app.command("precompute")
+def _precompute() -> Callable[..., None]:
+    """Score responses with the teacher, and the reference beside it, and keep the signals in a cache."""
+    from adpa.pipeline.precompute import precompute
+    from adpa.pipeline.precompute_terminal import show_precompute
+
+    return as_command(precompute, show_precompute)
 
 
-def _precompute_table(report: PrecomputeReport) -> RenderableType:
-    table = _fields_table("precompute", report, leave_out="probe")
-    below: list[RenderableType] = []
-    if report.probe is not None:
-        below = ["", show_probe(report.probe, report.sampled)]
-    elif report.dry_run:
-        below = ["", "Bytes: at most, without encoding; --probe 64 predicts them."]
-    elif report.awaited:
-        below = [
-            "",
-            f"No sampled set yet: {report.awaited:,} of its responses are for other parts to sample. The last part to "
-            "be done makes it; any part that is run again does, too.",
-        ]
-    return Group(table, *below)
+@app.command("distill")
+def _distill() -> Callable[..., None]:
+    """Train a student from the signals in a cache."""
+    from adpa.pipeline.distill import distill
+
+    return as_command(distill)
 
 
-def _field_text(value: object) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{str(key).replace('_', ' ')} {_field_text(entry)}" for key, entry in value.items())
-    if isinstance(value, list):
-        return "\n".join(map(_field_text, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+@app.command("evaluate")
+def _evaluate() -> Callable[..., None]:
+    """Compare a student with a baseline on held-out prompts, without a judge."""
+    from adpa.pipeline.evaluate import evaluate
+
+    return as_command(evaluate)
 
 
-app.command("precompute")(as_command(precompute, _precompute_table))
-app.command("distill")(as_command(distill))
-app.command("evaluate")(as_command(evaluate))
-app.command("inspect", cls=Command)(as_command(inspect_cache, show_inspection, arguments=["cache"]))
-app.command("lab")(as_command(lab, show_study))
+@app.command("inspect")
+def _inspect() -> Callable[..., None]:
+    """Show what a cache says: its signals in a few numbers, and responses token by token."""
+    from adpa.pipeline.inspect import inspect_cache
+    from adpa.pipeline.inspect_terminal import show_inspection
+
+    return as_command(inspect_cache, show_inspection, arguments=["cache"])
+
+
+@app.command("lab")
+def _lab() -> Callable[..., None]:
+    """Measure the methods where a formula computes the preferences: no judge, no network."""
+    from adpa.lab.conduct import lab
+    from adpa.lab.report import show_study
+
+    return as_command(lab, show_study)
+
+
 app.add_typer(cache_app, name="cache")
-cache_app.command("ls", cls=Command)(as_command(list_cache, show_listing, arguments=["cache"]))
-cache_app.command("verify", cls=Command)(
-    as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
-)
-cache_app.command("gc", cls=Command)(as_command(collect_garbage, show_garbage, arguments=["cache"]))
-cache_app.command("pack", cls=Command)(as_command(pack_cache, show_packing, arguments=["cache"]))
-cache_app.command("export", cls=Command)(
-    as_command(export_cache, partial(_fields_table, "cache export"), arguments=["cache"])
-)
-cache_app.command("merge", cls=Command)(
-    as_command(
-        merge_cache, partial(_fields_table, "cache merge"), arguments=["cache", "other"], failure=attrgetter("failure")
+
+
+@cache_app.command("ls")
+def _cache_ls() -> Callable[..., None]:
+    """List what a cache holds, and who made it."""
+    from adpa.pipeline.cache_ls import list_cache
+    from adpa.pipeline.cache_terminal import show_listing
+
+    return as_command(list_cache, show_listing, arguments=["cache"])
+
+
+@cache_app.command("verify")
+def _cache_verify() -> Callable[..., None]:
+    """Check every digest, every row and every file's name."""
+    from adpa.pipeline.cache_terminal import show_verification
+    from adpa.pipeline.cache_verify import verify_cache
+
+    return as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
+
+
+@cache_app.command("gc")
+def _cache_gc() -> Callable[..., None]:
+    """List what no response set needs; --yes removes it."""
+    from adpa.pipeline.cache_gc import collect_garbage
+    from adpa.pipeline.cache_terminal import show_garbage
+
+    return as_command(collect_garbage, show_garbage, arguments=["cache"])
+
+
+@cache_app.command("pack")
+def _cache_pack() -> Callable[..., None]:
+    """Write many small files as few large ones; no row changes."""
+    from adpa.pipeline.cache_pack import pack_cache
+    from adpa.pipeline.cache_terminal import show_packing
+
+    return as_command(pack_cache, show_packing, arguments=["cache"])
+
+
+@cache_app.command("export")
+def _cache_export() -> Callable[..., None]:
+    """Write a response set and its signals as plain columns."""
+    from adpa.pipeline.cache_export import export_cache
+
+    return as_command(export_cache, partial(show_report, "cache export"), arguments=["cache"])
+
+
+@cache_app.command("merge")
+def _cache_merge() -> Callable[..., None]:
+    """Take another cache's sets, signals, samples and tokenizers."""
+    from adpa.pipeline.cache_merge import merge_cache
+
+    return as_command(
+        merge_cache, partial(show_report, "cache merge"), arguments=["cache", "other"], failure=attrgetter("failure")
     )
-)

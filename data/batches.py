@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adpa.data.encoding import TokenSequence
 from adpa.data.packing import pack_sequences
-from adpa.data.responses import ResponseSet
+from adpa.data.selection import TrainingPart
+from adpa.data.sequences import TokenSequence
 from adpa.data.signal_rows import SignalRow, check_length
-from adpa.data.signals import SignalTable
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,6 @@ def pad_sequences(sequences: Sequence[TokenSequence]) -> PaddedSequences:
         predicts.append(row * input_ids_BL.shape[1] + np.arange(prompt - 1, whole - 1))
     labels_N = np.concatenate([sequence.response_ids for sequence in sequences]).astype(np.int64)
     return PaddedSequences(*map(torch.from_numpy, (input_ids_BL, mask_BL, np.concatenate(predicts), labels_N)))
-
-
-@dataclass(frozen=True)
-class TrainingPart:
-    """A response set in training, with the signals of its rows if a term needs them."""
-
-    responses: ResponseSet
-    signals: SignalTable | None
 
 
 @dataclass(frozen=True)

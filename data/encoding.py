@@ -4,40 +4,21 @@ A prompt's tokens are the rendered conversation up to where the assistant speaks
 rendered whole adds, up to and including the end-of-turn token. The first must be a prefix of the second.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
-from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from adpa.data.preferences import Message, PreferencePair, parse_pair
+from adpa.data.sequences import TokenIds
 from adpa.data.vocabulary import TurnEnd, render
 from adpa.errors import DataError, OptionError
 
-TokenIds = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """A prompt and one response to it, as token ids.
-
-    Attributes:
-        key: ``sequence_key`` of the two, 16 bytes.
-        prompt_ids: int32 [P].
-        response_ids: int32 [T], with the end-of-turn token unless it was cut off.
-    """
-
-    key: bytes
-    prompt_ids: TokenIds
-    response_ids: TokenIds
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,7 @@ class Encoder:
         counts: added to while encoding.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     turn_end: TurnEnd
     max_prompt_length: int
     max_length: int
@@ -159,11 +140,3 @@ class Encoder:
                 "use a template that ends every assistant's turn alike, or pass --drop-invalid",
             )
         return response_ids
-
-
-def sequence_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
-    """The 16-byte digest that a sequence's signals are kept under: of its ids and of where the response starts."""
-    digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=16)
-    digest.update(prompt_ids.astype("<i4").tobytes())
-    digest.update(response_ids.astype("<i4").tobytes())
-    return digest.digest()

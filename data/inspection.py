@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from adpa.data.pieces import texts_in_place
 from adpa.data.selection import ScoredSet
 from adpa.data.signal_rows import PADDING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALTERNATIVES = 5
 
@@ -65,7 +68,7 @@ class InspectedResponse:
 
 
 def inspect_responses(
-    scored: ScoredSet, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    scored: ScoredSet, rows: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[InspectedResponse]:
     """Reads some responses of a set, by their row numbers."""
     table = scored.responses.table.take(list(rows))

@@ -20,10 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from adpa.data.compact import ERRORS
-from adpa.data.encoding import sequence_key
 from adpa.data.ragged import list_row
 from adpa.data.responses import ResponseSet, make_response_set
 from adpa.data.rounding import COARSEST, GRID, LOGPROB_STEP
+from adpa.data.sequences import sequence_key
 from adpa.data.signal_rows import PADDING, SignalRow
 
 FLOAT16_ERROR = 2.0**-11

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adpa.data.encoding import TokenIds, TokenSequence
+from adpa.data.sequences import TokenIds, TokenSequence
 
 
 @dataclass(frozen=True)

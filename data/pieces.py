@@ -1,16 +1,18 @@
 """Tokens as people read them: the text that each adds, with nothing invisible in it."""
 
 import unicodedata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def texts_in_place(
-    tokenizer: PreTrainedTokenizerBase, token_ids: NDArray[Any], alternatives: NDArray[Any]
+    tokenizer: "PreTrainedTokenizerBase", token_ids: NDArray[Any], alternatives: NDArray[Any]
 ) -> list[list[str]]:
     """The text of each token of a sequence, then of each alternative if it stood in that place.
 

@@ -14,9 +14,9 @@ from typing import Literal, get_args
 
 import pyarrow as pa
 
-from adpa.data.encoding import TokenIds, TokenSequence, sequence_key
 from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
+from adpa.data.sequences import TokenIds, TokenSequence, sequence_key
 from adpa.data.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 
 ResponseName = Literal["chosen", "rejected", "sampled"]

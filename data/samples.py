@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
-from adpa.data.encoding import TokenIds, sequence_key
 from adpa.data.locations import Location
 from adpa.data.ragged import list_column, list_row
 from adpa.data.responses import Sampling
+from adpa.data.sequences import TokenIds, sequence_key
 from adpa.data.shards import damaged, open_shards, write_shard
 
 SHARD_PREFIX = "samples"

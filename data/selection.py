@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from adpa.data.batches import TrainingPart
 from adpa.data.format import check_cache
 from adpa.data.locations import Location
 from adpa.data.responses import ResponseName, ResponseSet, read_response_sets
@@ -19,6 +18,14 @@ class Need:
 
     signals: bool
     advantages: bool
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """A response set in training, with the signals of its rows if a term needs them."""
+
+    responses: ResponseSet
+    signals: SignalTable | None
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adpa.data.documents import read_document, serialize_document
 from adpa.data.locations import Location
 from adpa.data.shards import damaged, write_folder
 from adpa.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)  # what Llama's templates fall back to
 CONTENTS = "files.json"
@@ -38,12 +41,14 @@ class TurnEnd:
     trailing: int
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a checkpoint directory.
 
     Raises:
         ModelError: there is none.
     """
+    from transformers import AutoTokenizer  # brings torch, which most of what reads a cache does without
+
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # nor ask whether to
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
@@ -53,7 +58,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerDigests:
+def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerDigests:
     """Digests of what a tokenizer does to text, independent of where it was loaded from."""
     vocabulary = _digest(sorted(tokenizer.get_vocab().items()))
     chat_template = _digest([tokenizer.chat_template, sorted(map(repr, tokenizer.special_tokens_map.items()))])
@@ -65,7 +70,7 @@ def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerDigests:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
     """A conversation as text, by the tokenizer's chat template; with the beginning of the assistant's turn if asked.
 
@@ -82,7 +87,7 @@ def render(
     return text
 
 
-def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     """Finds the token with which the chat template ends an assistant's turn.
 
     Raises:
@@ -115,7 +120,7 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
 
 
 def check_same_vocabulary(
-    teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, teacher_name: str, other_name: str
+    teacher: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", teacher_name: str, other_name: str
 ) -> None:
     """Checks that every token of the teacher's has the same id in another tokenizer; it may have more.
 
@@ -133,7 +138,7 @@ def check_same_vocabulary(
             )
 
 
-def write_tokenizer(cache: Location, tokenizer: PreTrainedTokenizerBase, digest: str) -> None:
+def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", digest: str) -> None:
     """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``.
 
     ``files.json``, the last of its files, has the digests of the others.
@@ -148,7 +153,7 @@ def write_tokenizer(cache: Location, tokenizer: PreTrainedTokenizerBase, digest:
     write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
 
 
-def read_tokenizer(cache: Location, digest: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
     """Reads a tokenizer from a cache.
 
     Raises:

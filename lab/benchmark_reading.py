@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adpa.data.batches import TrainingExamples, TrainingPart, collate
-from adpa.data.encoding import TokenIds
+from adpa.data.batches import TrainingExamples, collate
 from adpa.data.responses import ResponseName, ResponseSet, ResponseSetInfo, make_response_set
+from adpa.data.selection import TrainingPart
+from adpa.data.sequences import TokenIds
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_signals, write_signals
 from adpa.pipeline.student import attach_distill_head

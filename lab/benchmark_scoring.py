@@ -39,7 +39,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from adpa.data.encoding import TokenSequence, sequence_key
+from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.batching import make_batches

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from adpa import precompute
 from adpa.data.batches import TrainingSequence, collate
-from adpa.data.encoding import EncodedPair, Encoder, TokenSequence, sequence_key
+from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.vocabulary import find_turn_end
 from adpa.lab.benchmark_encoding import text_pairs
 from adpa.lab.benchmark_scoring import quiet

@@ -11,9 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.fidelity import Fidelity, measure_fidelity
 from adpa.data.samples import SampleRequest
+from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline.batching import make_batches, write_batches

@@ -23,8 +23,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adpa.data.batches import pad_sequences
-from adpa.data.encoding import TokenSequence
 from adpa.data.packing import pack_sequences
+from adpa.data.sequences import TokenSequence
 from adpa.errors import ModelError
 from adpa.pipeline.lm_head import hidden_states
 

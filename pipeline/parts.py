@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adpa.data.encoding import TokenIds, sequence_key
+from adpa.data.sequences import TokenIds, sequence_key
 from adpa.errors import OptionError
 
 NO_IDS = np.array([], dtype=np.int32)

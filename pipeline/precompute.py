@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.encoding import EncodedPair, Encoder, TokenIds, TokenSequence
+from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.format import find_version, prepare_cache
 from adpa.data.locations import Location
 from adpa.data.preferences import read_rows
@@ -22,6 +22,7 @@ from adpa.data.responses import (
     write_response_set,
 )
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import plain_bytes
 from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer

@@ -1,27 +1,14 @@
-"""Several ranks, one run: what they must agree on before they begin, and who speaks for them.
+"""Several ranks, one run: what they must agree on before they begin."""
 
-``torchrun`` and ``accelerate launch`` start one process a rank and name it in the environment.
-"""
-
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
 from adpa.errors import AdpaError, OptionError, RankError
+from adpa.pipeline.launcher import number_of_ranks
 
 Result = TypeVar("Result")
-
-
-def number_of_ranks() -> int:
-    """How many ranks the launcher has started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def this_rank() -> int:
-    """Which of them this process is; 0 speaks for all."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def on_all_ranks(prepare: Callable[[], Result]) -> Result:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from adpa.data.encoding import TokenIds
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
+from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.checkpoint import Checkpoint
 from adpa.pipeline.sampling import stream_seed

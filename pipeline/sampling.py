@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from adpa.data.encoding import TokenIds
 from adpa.data.locations import Location
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, write_samples
+from adpa.data.sequences import TokenIds
 from adpa.pipeline.batching import Executor, make_batches, run_here
 
 

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import resolve_device
-from adpa.pipeline.ranks import number_of_ranks
+from adpa.pipeline.launcher import number_of_ranks
 from adpa.pipeline.yaml_options import as_number
 
 _BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"

@@ -29,9 +29,9 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 
-from adpa.data.encoding import TokenIds, TokenSequence
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
+from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint

@@ -28,6 +28,7 @@ from adpa import (
     precompute,
     verify_cache,
 )
+from adpa.data.format import prepare_cache
 from adpa.lab.conduct import lab
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -55,15 +56,29 @@ def test_the_programme_names_its_commands(runner: CliRunner) -> None:
     assert all(name.split()[-1] in output for name in COMMANDS)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["cache", "ls", "."], ["cache", "gc", "."]])
+def test_help_and_lists_do_not_wait_for_torch(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        f"import sys; from adpa import cli; cli.app({arguments}, standalone_mode=False);"
+        "sys.exit(' '.join({'torch', 'transformers', 'datasets'} & sys.modules.keys()) or 0)"
+    )
+    prepare_cache(tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_parameter_is_an_option_with_help(name: str) -> None:
-    command: Any = typer.main.get_command(cli.app)
+    registered: Any = typer.main.get_command(cli.app)
     for part in name.split():
-        command = command.commands[part]
+        registered = registered.commands[part]
+    command = cli.load(registered)
     options = {parameter.name: parameter for parameter in command.params}
     assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
     assert all(option.help for option in options.values())
-    assert command.help.startswith(inspect.getdoc(COMMANDS[name]).splitlines()[0])  # type: ignore[union-attr]
+    first_line = inspect.getdoc(COMMANDS[name]).splitlines()[0]  # type: ignore[union-attr]
+    assert command.help.startswith(first_line)
+    assert registered.help == first_line, "the group's help says the same"
     assert "Raises" not in command.help
 
 

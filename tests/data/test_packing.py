@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.makers import token_ids
 
-from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.packing import PackedSequences, pack_sequences
+from adpa.data.sequences import TokenSequence, sequence_key
 
 
 def sequence(prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:

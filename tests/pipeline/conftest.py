@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from adpa import precompute
-from adpa.data.encoding import TokenSequence, sequence_key
+from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 
 

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 
 from adpa import precompute
 from adpa.data.compact import compact_schema
-from adpa.data.encoding import TokenIds, TokenSequence
 from adpa.data.format import prepare_cache
 from adpa.data.samples import SampleRequest
+from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline import precompute as stage

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adpa import EvaluateReport, evaluate
-from adpa.data.encoding import TokenSequence
 from adpa.data.responses import ResponseSet, read_response_sets
+from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
 from adpa.pipeline import sampler_hf
 from adpa.pipeline.bootstrap import bootstrap_interval

@@ -28,10 +28,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from adpa.data.documents import read_document
-from adpa.data.encoding import TokenIds
 from adpa.data.format import find_version, prepare_cache
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.sequences import TokenIds
 from adpa.data.shards import list_shards, read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tests.conftest import MakeModel
 
-from adpa.data.encoding import TokenIds
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.sequences import TokenIds
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.sampler_hf import HfSampler
 from adpa.pipeline.sampling import Sampler, sample_responses, stream_seed

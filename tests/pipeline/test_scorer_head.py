@@ -14,7 +14,7 @@ from tests.conftest import MakeModel
 from tests.pipeline.conftest import dense_logprobs, synthetic
 from torch import Tensor
 
-from adpa.data.encoding import TokenSequence
+from adpa.data.sequences import TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import open_checkpoint

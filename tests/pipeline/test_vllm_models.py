@@ -25,9 +25,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from adpa.data.encoding import TokenSequence, sequence_key
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
+from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import Scoring
 from adpa.errors import EngineError, ModelError, OptionError

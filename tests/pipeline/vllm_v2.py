@@ -21,7 +21,7 @@ from triton.backends.driver import DriverBase
 
 backends["cpu"] = Backend(BaseBackend, DriverBase)
 
-from adpa.data.encoding import TokenSequence, sequence_key  # noqa: E402
+from adpa.data.sequences import TokenSequence, sequence_key  # noqa: E402
 from adpa.data.signal_rows import SignalRow  # noqa: E402
 from adpa.data.signals import Scoring  # noqa: E402
 from adpa.pipeline.checkpoint import open_checkpoint  # noqa: E402

@@ -1,0 +1,24 @@
+"""What ``precompute`` did, in a terminal."""
+
+from rich.console import Group, RenderableType
+
+from adpa.pipeline.fidelity_terminal import show_probe
+from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.report_terminal import show_report
+
+
+def show_precompute(report: PrecomputeReport) -> RenderableType:
+    """Its counts, then what a probe measured, or what the counts do not say."""
+    table = show_report("precompute", report, leave_out="probe")
+    below: list[RenderableType] = []
+    if report.probe is not None:
+        below = ["", show_probe(report.probe, report.sampled)]
+    elif report.dry_run:
+        below = ["", "Bytes: at most, without encoding; --probe 64 predicts them."]
+    elif report.awaited:
+        below = [
+            "",
+            f"No sampled set yet: {report.awaited:,} of its responses are for other parts to sample. The last part to "
+            "be done makes it; any part that is run again does, too.",
+        ]
+    return Group(table, *below)

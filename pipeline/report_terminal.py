@@ -1,0 +1,27 @@
+"""A report in a terminal: a table of its fields."""
+
+import dataclasses
+from typing import Any
+
+from rich.table import Table
+
+
+def show_report(title: str, report: Any, leave_out: str = "") -> Table:
+    """A line for each field of a dataclass, but one; those of a mapping or a list below each other."""
+    table = Table(title=f"adpa {title}", show_header=False)
+    for name, value in dataclasses.asdict(report).items():
+        if name != leave_out:
+            table.add_row(name.replace("_", " "), _field_text(value))
+    return table
+
+
+def _field_text(value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{str(key).replace('_', ' ')} {_field_text(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(_field_text, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
