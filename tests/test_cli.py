@@ -28,6 +28,7 @@ from adpa import (
     precompute,
     verify_cache,
 )
+from adpa.commands import as_command, load
 from adpa.data.format import prepare_cache
 from adpa.lab.conduct import lab
 
@@ -72,7 +73,7 @@ def test_every_parameter_is_an_option_with_help(name: str) -> None:
     registered: Any = typer.main.get_command(cli.app)
     for part in name.split():
         registered = registered.commands[part]
-    command = cli.load(registered)
+    command = load(registered)
     options = {parameter.name: parameter for parameter in command.params}
     assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
     assert all(option.help for option in options.values())
@@ -292,7 +293,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
     app = typer.Typer()
     record.__signature__ = inspect.signature(precompute)  # type: ignore[attr-defined]
-    app.command("precompute")(cli.as_command(record))
+    app.command("precompute")(as_command(record))
     app.command("other")(lambda: None)
     monkeypatch.setattr(cli, "app", app)
     return seen
@@ -385,7 +386,7 @@ def test_a_failure_of_the_machine_is_one_line_and_exit_code_1(
         raise error
 
     app = typer.Typer()
-    app.command("fail")(cli.as_command(fail))
+    app.command("fail")(as_command(fail))
     done = runner.invoke(app, [])
     assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1

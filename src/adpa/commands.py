@@ -1,0 +1,200 @@
+"""From a function to a command: its parameters become options, their help is the ``Doc`` beside the type."""
+
+import dataclasses
+import inspect
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+import typer.core
+from rich.console import Console, RenderableType
+from upath import UPath
+
+from adpa.errors import AdpaError, OptionError
+from adpa.pipeline.directories import check_writable_file, find_location
+from adpa.pipeline.launcher import this_rank
+from adpa.pipeline.report_terminal import show_report
+from adpa.pipeline.yaml_options import read_options
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells have it
+OUT_OF_MEMORY = "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization"
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose usage names its arguments plainly, without the braces that elsewhere mean a choice."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The pieces of the line of usage."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+class Commands(typer.core.TyperGroup):
+    """Commands that are imported when they are called: nobody waits for torch to be told how a command is spelled.
+
+    What is registered is a function that gives the command; its docstring is what the group's help says of it.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called, and the rest of the arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(command), rest
+
+
+def load(command: Any) -> Any:
+    """The command that a registered function gives; a group as it is."""
+    if isinstance(command, Commands):
+        return command
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(command.name, cls=Command)(command.callback())
+    return typer.main.get_command(single)
+
+
+def as_command(
+    stage: Callable[..., Any],
+    show: Callable[[Any], RenderableType] | None = None,
+    arguments: Collection[str] = (),
+    failure: Callable[[Any], str] | None = None,
+) -> Callable[..., None]:
+    """The command of a stage: its parameters as options, and what every command has beside them.
+
+    Args:
+        stage: the function.
+        show: how its report looks in a terminal; a table of its fields unless given.
+        arguments: the parameters that are given by their place instead of as options.
+        failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
+    """
+    show = show or partial(show_report, stage.__name__)
+    locations = {name for name, parameter in inspect.signature(stage).parameters.items() if UPath in _types(parameter)}
+    parameters = [
+        inspect.Parameter(
+            parameter.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=parameter.default,
+            annotation=Annotated[
+                _option_type(parameter),
+                typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
+                if parameter.name in arguments
+                else typer.Option(
+                    *_flag(parameter),
+                    help=_documentation(parameter),
+                    metavar="PATH|URL" if parameter.name in locations else _metavar(parameter),
+                ),
+            ],
+        )
+        for parameter in inspect.signature(stage).parameters.values()
+    ]
+
+    def command(
+        *,
+        config: Annotated[
+            Path | None,
+            typer.Option(
+                help="YAML file of options; the command line outranks it.", callback=_read_config, is_eager=True
+            ),
+        ] = None,
+        report: Annotated[Path | None, typer.Option(help="File for the summary as JSON.")] = None,
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        **options: Any,
+    ) -> None:
+        try:
+            if report is not None:
+                check_writable_file("--report", report)
+            options |= {name: find_location(options[name]) for name in locations if options[name] is not None}
+            done = stage(**options)
+            if this_rank() != 0:
+                return
+            if report is not None:
+                report.write_text(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
+        except KeyboardInterrupt as error:
+            _fail(error, debug, INTERRUPTED, "interrupted")
+        except AdpaError as error:
+            _fail(error, debug, error.exit_code)
+        except (OSError, RuntimeError) as error:
+            _fail(error, debug, 1, OUT_OF_MEMORY if type(error).__name__ == "OutOfMemoryError" else "")
+        except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
+            _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
+        Console().print(show(done))
+        if failure is not None and (found := failure(done)):
+            print_error(found)
+            raise typer.Exit(1)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *own]}
+    command.__doc__ = (inspect.getdoc(stage) or "").partition("\n\nRaises:")[0].partition("\n\nArgs:")[0]
+    return command
+
+
+def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """The types that a parameter of a stage may have."""
+    annotated = get_args(parameter.annotation)[0]
+    return get_args(annotated) or (annotated,)
+
+
+def _option_type(parameter: inspect.Parameter) -> Any:
+    """The type of the option of a parameter; a location is read as text, so that a URL keeps its slashes."""
+    if UPath not in _types(parameter):
+        return get_args(parameter.annotation)[0]
+    return str | None if NoneType in _types(parameter) else str
+
+
+def _flag(parameter: inspect.Parameter) -> list[str]:
+    """The name of an option that is off unless it is named: it needs no other name that says so."""
+    is_flag = bool in _types(parameter) and parameter.default is False
+    return [f"--{parameter.name.replace('_', '-')}"] if is_flag else []
+
+
+def _documentation(parameter: inspect.Parameter) -> str:
+    documentation: str = get_args(parameter.annotation)[1].documentation
+    return documentation
+
+
+def _metavar(parameter: inspect.Parameter) -> str | None:
+    """What a repeatable option takes each time; of all others the parser says it well."""
+    annotation = get_args(parameter.annotation)[0]
+    lists = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is list]
+    return f"<{get_args(lists[0])[0].__name__}>" if lists else None
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        content = read_options("--config", path)
+        if not isinstance(content, dict):
+            raise OptionError(f"--config {path}: expected a mapping of options to values")
+        written = Counter(name.replace("-", "_") for name in content)
+        if twice := [name for name, count in written.items() if count > 1]:
+            raise OptionError(f"--config {path}: {twice[0]!r} is there twice")
+        options = {name.replace("-", "_"): value for name, value in content.items()}
+        known = {parameter.name: parameter for parameter in context.command.params}
+        unknown = sorted(options.keys() - known.keys())
+        if unknown:
+            raise OptionError(f"--config {path}: {context.info_name} has no option {unknown[0]!r}")
+        for name, value in options.items():
+            if getattr(known[name], "multiple", False) and not isinstance(value, list):
+                options[name] = [value]
+    except OptionError as error:
+        _fail(error, debug=False, exit_code=2)
+    context.default_map = options
+    return path
+
+
+def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") -> None:
+    if debug:
+        raise error
+    text = message or " ".join(str(error).split()) or type(error).__name__
+    print_error(text)
+    raise typer.Exit(exit_code)
+
+
+def print_error(text: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"adpa: {text}\n")  # at once, because ranks share it
