@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -44,7 +44,9 @@ ADVICE = (
     "run adpa on a machine of the cluster, check it with ray status; a cluster with a token wants RAY_AUTH_MODE=token"
 )
 TRY_TO_JOIN = """
-import sys, ray
+import sys
+sys.path = [folder for folder in sys.path if folder]  # not the working directory, whatever lies there
+import ray
 try:
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 except Exception as error:
@@ -61,7 +63,10 @@ def check_address(address: str) -> None:
     Raises:
         OptionError: it does not, or it is no address, or this process is in a cluster already.
     """
-    problem = f"--ray-address {address}"
+    set_by = (
+        f" (RAY_ADDRESS is {os.environ['RAY_ADDRESS']})" if address == "auto" and "RAY_ADDRESS" in os.environ else ""
+    )
+    problem = f"--ray-address {address}{set_by}"
     if ray.is_initialized():
         raise OptionError(f"{problem}: this process is in a Ray cluster already", "leave it out")
     if address != "auto":
@@ -80,6 +85,7 @@ def check_address(address: str) -> None:
         failed, said = True, late.stderr or b""
     if failed:
         reason = said.decode(errors="replace").strip().rpartition("\n")[2].rpartition("] ")[2]
+        reason = re.sub(r"^\w+\.(cc|h):\d+: ", "", reason)  # where in Ray's core it was said
         raise OptionError(f"{problem}: no Ray cluster answers{': ' if reason else ''}{reason}", ADVICE)
 
 
@@ -92,13 +98,13 @@ class RayExecutor:
         workers: how many.
         address: of a cluster; without it one is started on this machine.
         gpus: what each worker needs, all on one machine; with none, it gets its share of the CPUs.
-        cache: what every worker must see under the same name.
+        cache: what every worker must see under the same name; a file there is the sign by which they know it.
     """
 
     def __init__(self, workers: int, address: str | None, gpus: int, cache: Location) -> None:
         self._workers, self._address, self._gpus = workers, address, gpus
         self._cpus = 1
-        self._sign = cache / f".workers.{uuid.uuid4().hex}" if isinstance(cache, Path) else None
+        self._sign = cache / f".workers.{uuid.uuid4().hex}"
         self._stack = ExitStack()
         self._started = False
 
@@ -118,6 +124,7 @@ class RayExecutor:
                 the cache.
         """
         self._start()
+        write_file(self._sign, b"")
         blocks = _blocks(batches, self._workers)
         attempts = ray.remote(_Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         rows = [{"number": number, "batches": pickle.dumps(block)} for number, block in enumerate(blocks)]
@@ -144,6 +151,7 @@ class RayExecutor:
                         raise found.error from EngineError(found.trace)
                     if found.tries > 1:
                         warnings.warning("a worker died; its batches were done by another, at try %d", found.tries)
+                    write_file(self._sign, b"")  # what is older than a day is garbage
                     results += found.results
                     advance(sum(job.size(item) for batch in blocks[answer["number"]] for item in batch))
             except ray.exceptions.RayError as error:
@@ -156,20 +164,19 @@ class RayExecutor:
         if self._started:
             return
         self._started = True
+        own = not ray.is_initialized() and self._address is None
         if not ray.is_initialized():
+            self._stack.callback(ray.shutdown)  # also when a signal comes while it starts
             _join(self._address)
-            self._stack.callback(ray.shutdown)
         elif self._address is not None:
             raise OptionError(
                 f"--ray-address {self._address}: this process is in a Ray cluster already", "leave it out"
             )
-        self._cpus = self._share()
-        if self._sign is not None:
-            write_file(self._sign, b"")
-            self._stack.callback(remove_file, self._sign)
+        self._cpus = self._share(own)
+        self._stack.callback(remove_file, self._sign)
 
-    def _share(self) -> int:
-        """CPUs of a worker, of which all have room on the machines of the cluster."""
+    def _share(self, own: bool) -> int:
+        """CPUs of a worker: as many as all of them have room for, one if the cluster works for others too."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         kind, each = ("GPU", self._gpus) if self._gpus else ("CPU", 1)
         room = sum(min(int(node.get(kind, 0)) // each, int(node.get("CPU", 0))) for node in nodes)
@@ -179,10 +186,18 @@ class RayExecutor:
                 + (", and a CPU" if self._gpus else ""),
                 "lower --workers, or add machines",
             )
+        cpus = [int(node.get("CPU", 0)) for node in nodes]
+        if not own:
+            free = ray.available_resources()
+            if (begin := int(free.get(kind, 0)) // each) < self._workers:
+                warnings.warning(
+                    "the cluster is busy: %d of %d workers can begin, the rest when others end", begin, self._workers
+                )
+            if free.get("CPU", 0) < sum(cpus):
+                return 1
         if self._gpus:
             return 1
-        cpus = [int(node.get("CPU", 0)) for node in nodes]
-        return next(each for each in range(max(cpus), 0, -1) if sum(n // each for n in cpus) >= self._workers)
+        return next(share for share in range(max(cpus), 0, -1) if sum(n // share for n in cpus) >= self._workers)
 
 
 class _Attempts:
@@ -212,14 +227,14 @@ class _Answer:
 class _Worker:
     """An open job in a process of its own. What goes wrong is an answer, so that it is told as anywhere else."""
 
-    def __init__(self, job: Job[Any, Any], attempts: Any, openings: int, sign: Path | None) -> None:
+    def __init__(self, job: Job[Any, Any], attempts: Any, openings: int, sign: Location) -> None:
         self._job, self._attempts = job, attempts
         self._stack = ExitStack()
-        self._failed: _Answer | None = None
+        self._broken: _Answer | None = None
         try:
             if ray.get(attempts.begin.remote("open")) > openings:
                 raise EngineError("workers died again and again while they loaded a model", "do they have the memory?")
-            if sign is not None and not sign.exists():
+            if not sign.exists():
                 raise CacheError(
                     f"{sign.parent}: {platform.node()} does not see this cache",
                     "put it where all machines of the cluster see it, or into an object store",
@@ -227,11 +242,11 @@ class _Worker:
             self._ask = self._stack.enter_context(job.open())
             ray.get(attempts.finish.remote("open"))
         except Exception as error:
-            self._failed = _failed(error)
+            self._broken = _failed(error)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
         number, batches = int(block["number"][0]), pickle.loads(block["batches"][0])
-        return {"number": [number], "answer": [pickle.dumps(self._failed or self._answer(number, batches))]}
+        return {"number": [number], "answer": [pickle.dumps(self._broken or self._answer(number, batches))]}
 
     def __del__(self) -> None:
         self._stack.close()

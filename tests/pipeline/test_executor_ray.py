@@ -21,9 +21,11 @@ import pytest
 import ray
 from tests.data.makers import token_ids
 from tests.pipeline.conftest import Filled, synthetic
+from upath import UPath
 
-from adpa import precompute, verify_cache
+from adpa import collect_garbage, precompute, verify_cache
 from adpa.data.format import prepare_cache
+from adpa.data.locations import Location
 from adpa.data.shards import list_shards, read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
@@ -83,7 +85,7 @@ class Squares:
             yield partial(pow, number, 2)
 
 
-def do(job: Squares, cache: Path, workers: int = 1) -> list[int]:
+def do(job: Squares, cache: Location, workers: int = 1) -> list[int]:
     with RayExecutor(workers, None, 0, cache) as run:
         return run(job, NUMBERS)
 
@@ -232,6 +234,69 @@ def test_a_machine_that_does_not_see_the_cache_does_nothing(
     assert "Traceback" in str(caught.value.__cause__), "for --debug"
 
 
+def test_a_cache_in_the_memory_of_one_process_is_seen_by_no_worker(cluster: None) -> None:
+    with pytest.raises(CacheError, match="does not see this cache"):
+        do(Squares(), UPath("memory://cache"))
+
+
+def test_workers_that_begin_after_a_day_know_the_cache_too(cluster: None, tmp_path: Path) -> None:
+    """The sign by which they know it looks like what a killed run has left."""
+    prepare_cache(tmp_path)
+
+    def wait_and_collect() -> None:
+        for sign in tmp_path.glob(".workers.*"):
+            os.utime(sign, (0, 0))
+        assert collect_garbage(tmp_path, yes=True).garbage
+
+    with RayExecutor(1, None, 0, tmp_path) as run:
+        assert len(run(Squares(), NUMBERS)) == len(NUMBERS)
+        wait_and_collect()
+        assert len(run(Squares(), NUMBERS)) == len(NUMBERS)
+    assert not list(tmp_path.glob(".workers.*"))
+
+
+def test_a_busy_cluster_is_told_of_and_a_worker_takes_what_there_is(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of two CPUs is another's: one worker has the other, and of two one waits."""
+    wait_for_free_cpus(2)
+    other: Any = ray.remote(object).options(num_cpus=1).remote()
+    for workers in (1, 2):
+        wait_for_free_cpus(1)
+        assert sorted(do(Squares(), tmp_path, workers)) == [number**2 for (number,) in NUMBERS]
+        said = ["the cluster is busy: 1 of 2 workers can begin, the rest when others end"] if workers == 2 else []
+        assert caplog.messages == said
+    ray.kill(other)
+
+
+def wait_for_free_cpus(count: int) -> None:
+    """Ray learns a little late of workers that ended."""
+    while ray.available_resources().get("CPU", 0) != count:
+        time.sleep(0.1)
+
+
+def test_a_signal_while_ray_starts_leaves_no_cluster_behind(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+import psutil, ray
+from adpa.pipeline.executor_ray import RayExecutor
+start = ray.init
+def interrupted(**options):
+    start(**options)
+    os.kill(os.getpid(), signal.SIGINT)
+ray.init = interrupted
+try:
+    with RayExecutor(1, None, 0, Path(sys.argv[1])) as run:
+        run(None, [[1]])
+except KeyboardInterrupt:
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=20)
+    print(ray.is_initialized(), alive)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout == "False []\n", done.stderr
+
+
 def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--workers 3: the cluster has room for 2; each takes 1 CPU of one machine"):
         do(Squares(), tmp_path, workers=3)
@@ -251,8 +316,11 @@ def test_what_is_no_address_is_refused(address: str, monkeypatch: pytest.MonkeyP
         check_address(address)
 
 
-def test_an_address_that_does_not_answer_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_does_not_answer_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in the working directory."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ray.py").write_text("open('imported', 'w')")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("adpa.pipeline.executor_ray.PATIENCE", 1)
@@ -260,6 +328,12 @@ def test_an_address_that_does_not_answer_is_refused_soon(monkeypatch: pytest.Mon
             check_address(address)
     with pytest.raises(OptionError, match=f"--ray-address {address}: it does not answer: .*refused"):
         check_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(
+        OptionError, match=f"--ray-address auto, where RAY_ADDRESS is {address}: no Ray cluster answers"
+    ):
+        check_address("auto")
+    assert not (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize(("batches", "workers"), [(1, 1), (3, 2), (17, 2), (200, 2), (5000, 8)])
