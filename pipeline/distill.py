@@ -5,11 +5,12 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, SchedulerType, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy, align_special_tokens
 from typing_extensions import Doc
 
@@ -30,7 +31,7 @@ from adpa.pipeline.run_directory import check_output, find_start, write_record
 from adpa.pipeline.sharding import check_sharding, check_shards, loading_whole, sharding_name
 from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
-from adpa.pipeline.training_arguments import batch_arguments, make_training_arguments
+from adpa.pipeline.training_arguments import TRAINING, batch_arguments, make_training_arguments
 
 ADAPTER = "adapter"
 
@@ -158,8 +159,17 @@ def distill(
         raise OptionError(f"--packing {packing!r}; expected one of {', '.join(get_args(Packing))}")
     if max_steps != -1 and max_steps < 1:
         raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
-    if not num_train_epochs > 0:
+    if not 0 < num_train_epochs < inf:
         raise OptionError(f"--num-train-epochs {num_train_epochs:g}; expected more than 0")
+    for option, number in (
+        ("--learning-rate", learning_rate),
+        ("--warmup-steps", warmup_steps),
+        ("--weight-decay", weight_decay),
+        ("--max-grad-norm", max_grad_norm),
+        ("--save-steps", save_steps),
+    ):
+        if not 0 <= number < inf:
+            raise OptionError(f"{option} {number:g}; expected 0 or more")
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
     arguments = make_training_arguments(
         set or [],
@@ -201,19 +211,8 @@ def distill(
         "scoring": selection.scoring.id if selection.scoring else None,
         "responses": {name: found.id for name, found in selection.sets.items()},
         "lora": lora and lora.record,
-        "training": {
-            "learning_rate": arguments.learning_rate,
-            "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
-            "warmup_steps": arguments.warmup_steps,
-            "weight_decay": arguments.weight_decay,
-            "max_grad_norm": arguments.max_grad_norm,
-            "num_train_epochs": arguments.num_train_epochs,
-            "max_steps": arguments.max_steps,
-            "batch_size": batch_size,
-            "seed": seed,
-            "dtype": dtype,
-            "bf16": bf16,
-        },
+        "training": {name: value for name, value in arguments.to_dict().items() if name in TRAINING}
+        | {"batch_size": batch_size, "dtype": dtype},
         "sharding": sharding_name(arguments),
     }
 
@@ -226,9 +225,6 @@ def distill(
     start = on_all_ranks(look_back)
     local = {"local_rank": None, "disable_tqdm": None}  # ranks may have a terminal or none
     check_agreement(origin | {"packing": packing, "checkpoint to go on from": start} | arguments.to_dict() | local)
-    if arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
-        write_record(output, origin)
-
     set_seed(seed)
     weights_dtype = checkpoint.dtype_name(dtype)
     with loading_whole(arguments):
@@ -253,6 +249,8 @@ def distill(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
+    if arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
+        write_record(output, origin)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     # Trainer has set the end of a text to the tokenizer's; a student's answer ends with its turn.
     model.generation_config.eos_token_id = next(iter(selection.sets.values())).info.turn_end

@@ -43,7 +43,7 @@ def check_agreement(view: Mapping[str, Any]) -> None:
         OptionError: on all ranks, if one of them sees something else than rank 0.
     """
     views = gather_object([dict(view)])
-    for rank, other in enumerate(views):
+    for rank, other in enumerate(views[1:], start=1):
         for name, value in views[0].items():
             if other[name] != value:
                 raise OptionError(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from adpa.data.shards import write_file
 from adpa.errors import OptionError
@@ -53,10 +53,15 @@ def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping
         return None
     if resume_from_checkpoint != LAST:
         checkpoint = Path(resume_from_checkpoint)
-        if not _is_whole(checkpoint):
+        if lack := _lack(checkpoint, origin):
             raise OptionError(
-                f"--resume-from-checkpoint {checkpoint}: found no {TRAINER_STATE_NAME} that can be read",
+                f"--resume-from-checkpoint {checkpoint}: found no {lack} that can be read",
                 "name a checkpoint that was written to its end, or last",
+            )
+        if (output / RECORD).exists() and checkpoint.resolve().parent != output.resolve():
+            raise OptionError(
+                f"--output {output}: not empty, and not the run of --resume-from-checkpoint {checkpoint}",
+                f"name {checkpoint.parent}, or another directory",
             )
         _check_origin(checkpoint.parent, resume_from_checkpoint, origin)
         return checkpoint
@@ -65,19 +70,21 @@ def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping
     finished = "steps" in _check_origin(output, resume_from_checkpoint, origin)
     numbers = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
     steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
-    start = next(filter(_is_whole, (output / f"checkpoint-{step}" for step in steps)), None)
+    checkpoints = (output / f"checkpoint-{step}" for step in steps)
+    start = next((checkpoint for checkpoint in checkpoints if not _lack(checkpoint, origin)), None)
     if finished and start is None:
         raise OptionError(f"--output {output}: its run is finished", "start anew in another --output")
     return start
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: Trainer writes this file last."""
+def _lack(checkpoint: Path, origin: Mapping[str, Any]) -> str:
+    """The file that a checkpoint lacks, or none; Trainer writes its state last, and would do without the others."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return False
-    return True
+        return TRAINER_STATE_NAME
+    needed = () if origin["sharding"] else (OPTIMIZER_NAME, SCHEDULER_NAME)  # sharded, they have other names
+    return next((name for name in needed if not (checkpoint / name).exists()), "")
 
 
 def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, Any]) -> dict[str, Any]:

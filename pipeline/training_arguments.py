@@ -15,6 +15,7 @@ from adpa.pipeline.launcher import number_of_ranks
 from adpa.pipeline.yaml_options import as_number
 
 _BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"
+_EVALUATION = "adpa evaluate compares students"
 _ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
 # What adpa decides itself, so that a step is the same however it is cut and spread over ranks.
 OWN_ARGUMENTS = {
@@ -36,7 +37,19 @@ OWN_ARGUMENTS = {
     "data_seed": _ORDER,
     "accelerator_config": _ORDER,
     "ignore_data_skip": _ORDER,
+    "parallelism_config": "ranks share a student by fsdp or deepspeed",
+    "label_smoothing_factor": "losses are adpa's own",
+    "eval_strategy": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "load_best_model_at_end": _EVALUATION,
+    "resume_from_checkpoint": "--resume-from-checkpoint says it",
 }
+# What makes a run another one, so that a resumed run may not change it.
+TRAINING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm",
+    "num_train_epochs", "max_steps", "seed", "bf16", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "neftune_noise_alpha",
+)  # fmt: skip
 
 
 def batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, int]:
@@ -68,13 +81,19 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
         OptionError: Trainer has no such argument or refuses it, or it is not the user's to set.
     """
     known = {field.name for field in fields(TrainingArguments)}
+    options = arguments.keys() - {"save_strategy"}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key not in known:
             raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
         if key in OWN_ARGUMENTS:
             raise OptionError(f"--set {override}: {OWN_ARGUMENTS[key]}", "leave it out")
-        arguments[key] = as_number(yaml.safe_load(value))
+        if key in options:
+            raise OptionError(f"--set {override}: --{key.replace('_', '-')} says it", "give that")
+        try:
+            arguments[key] = as_number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise OptionError(f"--set {override}: {' '.join(str(error).split())}", "write the value as YAML") from error
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
     if arguments.get("deepspeed") and not is_deepspeed_available():

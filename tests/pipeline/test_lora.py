@@ -96,7 +96,8 @@ def test_the_gradient_of_the_adapters_is_that_of_the_weights_by_the_chain_rule(
         learning_rate=rate,
         lr_scheduler_type="constant",
         warmup_steps=0,
-        set=["optim=sgd", "max_grad_norm=0"],
+        max_grad_norm=0,
+        set=["optim=sgd"],
     )
     before, after = adapters(tmp_path / "checkpoint-1"), adapters(tmp_path / "checkpoint-2")
     model = AutoModelForCausalLM.from_pretrained(few_words.models.student, dtype=torch.float64)

@@ -262,8 +262,7 @@ def test_two_ranks_of_deepspeed_train_as_one_process_does(
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     config = tmp_path / "zero.json"
-    untested = {"zero_allow_untested_optimizer": True}  # torch's own AdamW
-    config.write_text(json.dumps({"zero_optimization": zero} | untested | dict.fromkeys(sizes, "auto")))
+    config.write_text(json.dumps({"zero_optimization": zero} | dict.fromkeys(sizes, "auto")))
     settings = {"set": [*SMOOTH, f"deepspeed={config}"]}
     calls = [call(seven, tmp_path / run, **options, **settings) for run, options in RUNS.items()]
     saving = {"objective": "dckd", "micro_batch_size": 1, "save_steps": 2}

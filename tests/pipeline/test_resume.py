@@ -166,10 +166,15 @@ def test_a_named_checkpoint_must_be_whole(seven: Filled, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"batch_size": 7}, "batch_size': 3}.*batch_size': 7}"), ({"seed": 1}, "seed': 0}.*seed': 1}")],
+    [
+        ({"batch_size": 7}, "batch_size': 3}.*batch_size': 7}"),
+        ({"seed": 1}, "seed': 0}.*seed': 1}"),
+        ({"set": ["optim=sgd"]}, "optim': 'adamw_torch.*optim': 'sgd'}"),
+        ({"set": ["neftune_noise_alpha=5"]}, "neftune_noise_alpha': None}.*neftune_noise_alpha': 5}"),
+    ],
 )
 def test_a_run_goes_on_with_the_training_it_began_with(
-    option: dict[str, int], message: str, seven: Filled, whole: Path
+    option: dict[str, Any], message: str, seven: Filled, whole: Path
 ) -> None:
     going_on = RUN | option | {"resume_from_checkpoint": "last"}
     with pytest.raises(OptionError, match=f"its run has the training .*{message}"):
@@ -181,6 +186,28 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(seven: Filled, 
     distill(**once, output=tmp_path / "out")
     with pytest.raises(OptionError, match="its run is finished"):
         distill(**once, output=tmp_path / "out", resume_from_checkpoint="last")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_its_optimizer_or_scheduler_is_none(
+    name: str, seven: Filled, whole: Path, tmp_path: Path
+) -> None:
+    """Trainer would begin them anew and say nothing."""
+    shutil.copytree(whole, tmp_path / "out")
+    newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    (newest / name).unlink()
+    with pytest.raises(OptionError, match=f"{newest}: found no {name} that can be read"):
+        train(seven, tmp_path / "out", resume=str(newest))
+    train(seven, tmp_path / "out", resume="last")
+    assert_same_student(tmp_path / "out", whole)
+
+
+def test_a_checkpoint_of_one_run_does_not_overwrite_another_run(seven: Filled, whole: Path, tmp_path: Path) -> None:
+    train(seven, tmp_path / "out", objective="sft", max_steps=1)
+    before = (tmp_path / "out" / "adpa.json").read_bytes()
+    with pytest.raises(OptionError, match=r"not empty, and not the run of --resume-from-checkpoint .*checkpoint-4"):
+        train(seven, tmp_path / "out", resume=str(whole / "checkpoint-4"))
+    assert (tmp_path / "out" / "adpa.json").read_bytes() == before
 
 
 def test_a_checkpoint_of_one_run_does_not_overwrite_what_is_no_run(seven: Filled, whole: Path, tmp_path: Path) -> None:

@@ -27,10 +27,7 @@ from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.student import attach_distill_head
 
 RATE = 1000.0
-GRADIENT_DESCENT = [
-    "optim=sgd",
-    "max_grad_norm=0",
-]
+GRADIENT_DESCENT = ["optim=sgd"]
 
 
 def one_step(filled: Filled, output: Path, **options: Any) -> tuple[DistillReport, dict[str, Tensor]]:
@@ -46,6 +43,7 @@ def one_step(filled: Filled, output: Path, **options: Any) -> tuple[DistillRepor
         lr_scheduler_type="constant",
         warmup_steps=0,
         logging_steps=1,
+        max_grad_norm=0,
         set=[*GRADIENT_DESCENT, *options.pop("set", [])],
         **options,
     )
