@@ -12,10 +12,10 @@ from typing import Any
 import typer
 from tqdm.contrib import DummyTqdmFile
 
-from adpa.commands import INTERRUPTED, Commands, as_command, print_error
+from adpa.commands import Commands, as_command, print_error
 from adpa.pipeline.report_terminal import show_report
 
-TERMINATED = 128 + signal.SIGTERM  # the exit code, as shells have it
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals that are closed
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
 
 app = typer.Typer(
@@ -31,8 +31,9 @@ cache_app = typer.Typer(cls=Commands, help="Look after a cache.", rich_markup_mo
 def main() -> None:
     """The entry point of the ``adpa`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # So that engines are stopped when a scheduler stops us.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    for ending in ENDINGS:
+        if signal.getsignal(ending) != signal.SIG_IGN:  # nohup
+            signal.signal(ending, _stop)
     warnings = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # a line of its own above Trainer's progress bar
     warnings.setFormatter(logging.Formatter("adpa: warning: %(message)s"))
     logging.getLogger("adpa").addHandler(warnings)
@@ -47,13 +48,20 @@ def main() -> None:
         exit_code = error.exit_code
     except SystemExit as stop:
         exit_code = stop.code
+    if exit_code == 128 + signal.SIGINT:
+        print_error("interrupted")
     if not exit_code and (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if exit_code in (INTERRUPTED, TERMINATED):
+    if exit_code in [128 + number for number in (signal.SIGINT, *ENDINGS)]:  # as shells have them
         # Everything of ours is closed by now; threads of libraries that a signal caught at work abort an orderly end.
         sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _stop(number: int, _: object) -> None:
+    """Ends the programme in order, so that engines are stopped when a scheduler stops us."""
+    sys.exit(128 + number)
 
 
 @app.command("precompute")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,14 +158,29 @@ def test_a_command_that_cannot_be_parsed_is_one_line_and_exit_code_2(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "ignored", "ended"),
+    [
+        (signal.SIGINT, False, (130, "adpa: interrupted\n")),
+        (signal.SIGTERM, False, (143, "")),
+        (signal.SIGHUP, False, (129, "")),
+        (signal.SIGHUP, True, (2, "adpa: ./t: no such directory")),
+    ],
+    ids=["ctrl-c", "a scheduler", "a closed terminal", "nohup"],
+)
+def test_a_stopped_run_ends_in_order(number: int, ignored: bool, ended: tuple[int, str], tmp_path: Path) -> None:
+    """What is open is closed; a run under nohup outlives its terminal."""
     program = (
-        "from unittest import mock; from adpa import cli\n"
-        "with mock.patch('adpa.pipeline.precompute.check_writable', side_effect=KeyboardInterrupt): cli.main()"
+        "import os, sys; from unittest import mock; from adpa import cli\n"
+        f"def stop(*_): os.kill(os.getpid(), {number:d})\n"
+        "with mock.patch('adpa.pipeline.precompute.check_writable', side_effect=stop): cli.main()"
     )
-    command = [sys.executable, "-c", program, "precompute", "--teacher", "t", "--data", "d", "--cache", "c"]
+    command = [sys.executable, "-c", program, "precompute", "--teacher", "./t", "--data", "d", "--cache", "c"]
+    if ignored:
+        command = ["nohup", *command]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
+    said = done.stderr.removeprefix("nohup: ignoring input\n")
+    assert (done.returncode, said.partition(",")[0]) == ended
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, models: Models) -> None:

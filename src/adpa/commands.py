@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -23,7 +22,6 @@ from adpa.pipeline.launcher import this_rank
 from adpa.pipeline.report_terminal import show_report
 from adpa.pipeline.yaml_options import read_options
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells have it
 OUT_OF_MEMORY = "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization"
 
 
@@ -112,8 +110,6 @@ def as_command(
                 return
             if report is not None:
                 report.write_text(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
-        except KeyboardInterrupt as error:
-            _fail(error, debug, INTERRUPTED, "interrupted")
         except AdpaError as error:
             _fail(error, debug, error.exit_code)
         except (OSError, RuntimeError) as error:
