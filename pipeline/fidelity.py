@@ -53,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What a probe measured, and what it predicts for the whole data set.
+    """What a probe measured, and what it predicts for all the responses that a run wants.
 
     Attributes:
         responses: responses probed.
@@ -62,12 +62,12 @@ class ProbeReport:
         own_top_k: the run's K.
         top_k: the K that they were scored with; the KL within what lies beyond it is not seen.
         tail: the teacher's probability of what lies beyond it, mean.
-        by_top_k: what each K keeps, and the bytes it takes for the whole data set.
-        data_responses: responses of the whole data set.
+        by_top_k: what each K keeps, and the bytes it takes for all the responses.
+        data_responses: all the responses, those of the part of the data if it is a part.
         data_tokens: their response tokens.
-        input_tokens: tokens of the whole data set that the models read, prompts included.
+        input_tokens: tokens that the models read for them, prompts included.
         kl_against: whose KL it is: the student's, or the reference's in its place; none without both.
-        teacher_hours: time that the teacher needs for them, without loading it.
+        teacher_hours: time that the teacher needs for them in one process, without loading it.
         reference_hours: the same of the reference; none without one.
         missing_hours: time that both need for what the cache lacks.
     """

@@ -40,9 +40,9 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
         )
     lines.append(_losses(report))
     lines += [
-        f"Bytes: for the {report.data_tokens:,} response tokens of the whole data set.",
-        f"Hours: {_hours(report)} for {report.input_tokens:,} tokens of prompts and responses, without loading and "
-        "sampling.",
+        f"Bytes: for the {report.data_tokens:,} response tokens, scored already or not.",
+        f"Hours: {_hours(report)} for {report.input_tokens:,} tokens of prompts and responses, in one process, "
+        "without loading and sampling.",
     ]
     return Group(table, "", *map(Text, lines))
 

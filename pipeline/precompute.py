@@ -72,7 +72,8 @@ class PrecomputeReport:
         bytes: size of the files written for them; with ``dry_run``, what a probe predicts for them, or without one what
             they take at most, with K ids a token and no encoding.
         truncated_prompts: prompts cut to ``max_prompt_length``.
-        truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``.
+        truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``;
+            like ``truncated_prompts`` and ``dropped`` of the whole data, as far as it is sampled, and not of a part.
         dropped: pairs left out because of ``drop_invalid``.
         engine: what ran the models, as in ``scoring.json``.
         engine_reason: why it was this one.
