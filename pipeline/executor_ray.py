@@ -63,10 +63,9 @@ def check_address(address: str) -> None:
     Raises:
         OptionError: it does not, or it is no address, or this process is in a cluster already.
     """
-    set_by = (
-        f" (RAY_ADDRESS is {os.environ['RAY_ADDRESS']})" if address == "auto" and "RAY_ADDRESS" in os.environ else ""
-    )
-    problem = f"--ray-address {address}{set_by}"
+    problem = f"--ray-address {address}"
+    if address == "auto" and "RAY_ADDRESS" in os.environ:
+        problem += f", where RAY_ADDRESS is {os.environ['RAY_ADDRESS']}"
     if ray.is_initialized():
         raise OptionError(f"{problem}: this process is in a Ray cluster already", "leave it out")
     if address != "auto":
