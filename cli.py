@@ -6,8 +6,9 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from operator import attrgetter
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from tqdm.contrib import DummyTqdmFile
@@ -20,7 +21,6 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer
 
 app = typer.Typer(
     cls=Commands,
-    help="Advantage-guided distillation: align a small language model from the signals of a large one.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -62,6 +62,21 @@ def main() -> None:
 def _stop(number: int, _: object) -> None:
     """Ends the programme in order, so that engines are stopped when a scheduler stops us."""
     sys.exit(128 + number)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"adpa {version('adpa')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Advantage-guided distillation: align a small language model from the signals of a large one."""
 
 
 @app.command("precompute")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def runner() -> CliRunner:
 def test_the_programme_names_its_commands(runner: CliRunner) -> None:
     output = runner.invoke(cli.app, ["--help"]).output + runner.invoke(cli.app, ["cache", "--help"]).output
     assert all(name.split()[-1] in output for name in COMMANDS)
+
+
+def test_the_version_is_the_installed_ones(runner: CliRunner) -> None:
+    assert runner.invoke(cli.app, ["--version"]).output == f"adpa {version('adpa')}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["cache", "ls", "."], ["cache", "gc", "."]])

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from adpa import precompute
+from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 
@@ -162,3 +163,29 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> InstallVllm:
             monkeypatch.setattr(f"adpa.pipeline.{module}.device_memory", lambda _: 80 * 10**9)
 
     return install
+
+
+SAMPLING = Sampling(
+    student="s",
+    turn_end=2,
+    temperature=1.0,
+    top_p=1.0,
+    max_new_tokens=12,
+    samples_per_prompt=1,
+    seed=0,
+    dtype="float32",
+    engine="hf",
+)
+
+
+def assert_drawn_from(tokens: NDArray[np.int32], logits_V: Tensor, sampling: Sampling) -> None:
+    """Draws of one token are within five deviations of the distribution, and none is outside its nucleus."""
+    probabilities = (logits_V / sampling.temperature).softmax(0).numpy()
+    order = np.argsort(-probabilities)
+    outside = order[np.cumsum(probabilities[order]) - probabilities[order] >= sampling.top_p]
+    probabilities[outside] = 0
+    probabilities /= probabilities.sum()
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    assert counts[outside].sum() == 0
+    deviation = np.abs(counts - len(tokens) * probabilities)
+    assert (deviation <= 5 * np.sqrt(len(tokens) * probabilities * (1 - probabilities)) + 1e-9).all()

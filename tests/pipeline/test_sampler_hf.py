@@ -7,26 +7,15 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel
+from tests.pipeline.conftest import SAMPLING, assert_drawn_from
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
 from adpa.errors import ModelError
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.sampler_hf import HfSampler, sample
 
-END = 2
-SAMPLING = Sampling(
-    student="s",
-    turn_end=END,
-    temperature=1.0,
-    top_p=1.0,
-    max_new_tokens=12,
-    samples_per_prompt=1,
-    seed=0,
-    dtype="float32",
-    engine="hf",
-)
+END = SAMPLING.turn_end
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +72,7 @@ def test_tokens_follow_the_students_distribution(model: PreTrainedModel, tempera
     drawn = np.concatenate(sample(model, settings, [SampleRequest(prompt, index) for index in range(draws)]))
     with torch.inference_mode():
         logits = model(input_ids=torch.from_numpy(prompt).long()[None]).logits[0, -1].double()
-    probabilities = (logits / temperature).softmax(0).numpy()
-    order = np.argsort(-probabilities)
-    outside = order[np.cumsum(probabilities[order]) - probabilities[order] >= top_p]
-    probabilities[outside] = 0
-    probabilities /= probabilities.sum()
-    counts = np.bincount(drawn, minlength=24)
-    assert counts[outside].sum() == 0
-    deviation = np.abs(counts - draws * probabilities)
-    assert (deviation <= 5 * np.sqrt(draws * probabilities * (1 - probabilities)) + 1e-9).all()
+    assert_drawn_from(drawn, logits, settings)
 
 
 def test_temperature_zero_is_greedy_and_ignores_the_checkpoints_own_generation_settings(student: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel
+from tests.pipeline.conftest import SAMPLING
 
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
@@ -15,18 +16,6 @@ from adpa.data.sequences import TokenIds
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.sampler_hf import HfSampler
 from adpa.pipeline.sampling import Sampler, sample_responses, stream_seed
-
-SAMPLING = Sampling(
-    student="s",
-    turn_end=2,
-    temperature=1.0,
-    top_p=1.0,
-    max_new_tokens=12,
-    samples_per_prompt=1,
-    seed=0,
-    dtype="float32",
-    engine="hf",
-)
 
 
 def requests(count: int) -> list[SampleRequest]:

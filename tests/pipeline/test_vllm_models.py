@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.conftest import MakeModel
+from tests.pipeline.conftest import assert_drawn_from
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -368,15 +369,7 @@ def test_tokens_follow_the_students_distribution(student: Checkpoint, temperatur
     drawn = np.concatenate(sample(student, settings, [SampleRequest(prompt, index) for index in range(draws)]))
     with torch.inference_mode():
         logits = student.load("float32", CPU)(input_ids=torch.from_numpy(prompt).long()[None]).logits[0, -1].double()
-    probabilities = (logits / temperature).softmax(0).numpy()
-    order = np.argsort(-probabilities)
-    outside = order[np.cumsum(probabilities[order]) - probabilities[order] >= top_p]
-    probabilities[outside] = 0
-    probabilities /= probabilities.sum()
-    counts = np.bincount(drawn, minlength=24)
-    assert counts[outside].sum() == 0
-    deviation = np.abs(counts - draws * probabilities)
-    assert (deviation <= 5 * np.sqrt(draws * probabilities * (1 - probabilities)) + 1e-9).all()
+    assert_drawn_from(drawn, logits, settings)
 
 
 def test_greedy_responses_are_those_of_transformers(student: Checkpoint) -> None:
