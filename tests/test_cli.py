@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from tests.conftest import Models, Row, WriteRows
+from tests.conftest import Models, Row, WriteRows, heed_signals
 from typer.testing import CliRunner
 from upath import UPath
 
@@ -183,7 +183,7 @@ def test_a_stopped_run_ends_in_order(number: int, ignored: bool, ended: tuple[in
     command = [sys.executable, "-c", program, "precompute", "--teacher", "./t", "--data", "d", "--cache", "c"]
     if ignored:
         command = ["nohup", *command]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=heed_signals)
     said = done.stderr.removeprefix("nohup: ignoring input\n")
     assert (done.returncode, said.partition(",")[0]) == ended
 

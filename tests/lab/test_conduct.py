@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.conftest import heed_signals
 
 from adpa.errors import OptionError
 from adpa.lab.conduct import lab
@@ -137,7 +138,7 @@ def test_a_stopped_study_leaves_no_process_behind(number: int, exit_code: int, t
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background a shell has it ignored
+        preexec_fn=heed_signals,
     )
     while not (output / "seed-1" / "log.txt").exists():
         assert process.poll() is None

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from tests.conftest import heed_signals
 from tests.data.makers import token_ids
 from tests.pipeline.conftest import Filled, synthetic
 from upath import UPath
@@ -293,7 +294,8 @@ except KeyboardInterrupt:
     _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=20)
     print(ray.is_initialized(), alive)
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed_signals)
     assert done.stdout == "False []\n", done.stderr
 
 

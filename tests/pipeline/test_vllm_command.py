@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from tests.conftest import MakeModel, Models, Row
+from tests.conftest import MakeModel, Models, Row, heed_signals
 
 from adpa import distill, precompute
 from adpa.data.responses import read_response_sets
@@ -130,7 +130,7 @@ class Running:
                 stderr=file,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background a shell ignores it
+                preexec_fn=heed_signals,
             )
 
     def wait_for_files(self, count: int, pattern: str = "scorings/*/pending/*.arrow") -> None:
