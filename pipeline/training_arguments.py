@@ -21,8 +21,6 @@ _ORDER = "every example is in one step of an epoch, in an order that --seed fixe
 OWN_ARGUMENTS = {
     "output_dir": "--output says where",
     "use_cpu": "--device says where",
-    "seed": "--seed says it",
-    "bf16": "--bf16 says it",
     "fp16": "float16 loses small gradients in the loss head",
     "save_only_model": "a run could not go on from such a checkpoint",
     "remove_unused_columns": "a batch has columns that no model's forward names",
@@ -81,15 +79,14 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
         OptionError: Trainer has no such argument or refuses it, or it is not the user's to set.
     """
     known = {field.name for field in fields(TrainingArguments)}
-    options = arguments.keys() - {"save_strategy"}
+    options = {name: f"--{name.replace('_', '-')} says it" for name in arguments if name != "save_strategy"}
+    own = options | OWN_ARGUMENTS
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key not in known:
             raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
-        if key in OWN_ARGUMENTS:
-            raise OptionError(f"--set {override}: {OWN_ARGUMENTS[key]}", "leave it out")
-        if key in options:
-            raise OptionError(f"--set {override}: --{key.replace('_', '-')} says it", "give that")
+        if key in own:
+            raise OptionError(f"--set {override}: {own[key]}", "leave it out")
         try:
             arguments[key] = as_number(yaml.safe_load(value))
         except yaml.YAMLError as error:
