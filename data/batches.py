@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyarrow.compute import list_value_length
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -89,9 +90,20 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
             for row, example_id in enumerate(part.responses.table["example_id"].to_pylist()):
                 places.setdefault(example_id, []).append((role, row))
         self._places = list(places.values())
+        self._lengths = [
+            (
+                list_value_length(part.responses.table["prompt_ids"]).to_numpy()
+                + list_value_length(part.responses.table["response_ids"]).to_numpy()
+            ).tolist()
+            for part in parts
+        ]
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def lengths(self, index: int) -> list[int]:
+        """Tokens of each sequence of an example, which is not read."""
+        return [self._lengths[role][row] for role, row in self._places[index]]
 
     def __getitem__(self, index: int) -> list[TrainingSequence]:
         return [self._read(role, row) for role, row in self._places[index]]
@@ -150,6 +162,11 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
         "tail_logprob": torch.from_numpy(tail_N),
         "advantages": torch.from_numpy(advantages_NK),
     }
+
+
+def computed_tokens(lengths: Sequence[int], packing: Packing) -> int:
+    """Tokens that a decoder computes for sequences of these lengths, padding included; at most, with shared prompts."""
+    return len(lengths) * max(lengths) if packing == "none" else sum(lengths)
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -61,6 +61,7 @@ def distill_head(
     logit_scale: float = 1.0,
     backend: Backend = "auto",
     chunk_rows: int | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, HeadLosses]:
     """Σ_n nll_weight·NLL + kl_weight·KL + advantage_weight·advantage, differentiable.
 
@@ -95,11 +96,11 @@ def distill_head(
         chunk_rows: rows whose logits are held at a time; None for 4,096 in Triton and 256 in torch. Triton holds
             `chunk_rows · V` numbers of the dtype of hidden; torch that many in float32, half as much again for
             bfloat16 and float16, and twice as much for a softcap.
+        rows: [M] int64, the rows that count, each once; all others are left out. None for the rows that have a weight
+            that is not 0: then the host waits for a GPU to learn how many they are, once in a call.
 
     Returns:
         The loss, a float32 scalar (float64 for float64), and the losses of each row in the same dtype.
-
-    On a GPU the host waits once, to learn how many rows count: that number is the size of the matrix products.
 
     Raises:
         OptionError: shapes, dtypes or devices that do not fit together, or a backend that cannot run here or not
@@ -135,11 +136,16 @@ def distill_head(
 
         module = triton_head
 
+    if rows is not None:
+        check_shape("rows", rows, None)
+        check_dtype("rows", rows, torch.int64)
+        check_device("rows", rows, "hidden", hidden)
+
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad():
         weights_N3 = torch.stack([w.to(dtype) for w in (nll_weight, kl_weight, advantage_weight)], dim=1)
         rows_M, targets = select_targets(
-            len(weight), labels, topk_ids, teacher_logprobs, tail_logprob, advantages, weights_N3
+            len(weight), labels, topk_ids, teacher_logprobs, tail_logprob, advantages, weights_N3, rows
         )
     wanted = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)

@@ -62,11 +62,12 @@ def student_statistics(
         logit_scale: factor of the logits.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    zeros_N = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    rows_N = torch.arange(len(hidden), device=hidden.device)
+    zeros_N = torch.zeros_like(rows_N)
     all_terms_N3 = torch.ones(len(hidden), 3, dtype=dtype, device=hidden.device)
     _, targets = select_targets(
-        len(weight), zeros_N, topk_ids, teacher_logprobs, zeros_N, advantages, all_terms_N3
-    )  # every row; labels and tail are of no account here
+        len(weight), zeros_N, topk_ids, teacher_logprobs, zeros_N, advantages, all_terms_N3, rows_N
+    )  # labels and tail are of no account here
     plausible_NK = targets.logprobs[:, :-1] >= math.log(IMPLAUSIBLE)
     outside_N = 1 - targets.logprobs[:, :-1].exp().sum(dim=1)
     unknown_N = (topk_ids < 0).any(dim=1) & (outside_N >= IMPLAUSIBLE) & (plausible_NK == targets.counts).all(dim=1)

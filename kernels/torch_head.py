@@ -47,13 +47,15 @@ def select_targets(
     tail_logprob_N: Tensor,
     advantages_NK: Tensor,
     weights_N3: Tensor,
+    rows_M: Tensor | None = None,
 ) -> tuple[Tensor, Targets]:
-    """The indices [M] of the rows that have a nonzero weight, and their targets in the weights' dtype."""
+    """The rows that count, by default those with a nonzero weight, and their targets in the weights' dtype."""
     dtype = weights_N3.dtype
     has_label_N = (labels_N >= 0) & (labels_N < vocabulary)
     weights_N3 = weights_N3.clone()
     weights_N3[:, 0].masked_fill_(~has_label_N, 0)
-    rows_M = (weights_N3 != 0).any(dim=1).nonzero().squeeze(1)  # the head's one host synchronisation
+    if rows_M is None:
+        rows_M = (weights_N3 != 0).any(dim=1).nonzero().squeeze(1)  # the host waits for their number
     weights_M3 = weights_N3[rows_M]
     _, has_kl_M1, has_advantage_M1 = (weights_M3 != 0).split(1, dim=1)
 

@@ -89,6 +89,8 @@ class Checkpoint:
         Raises:
             ModelError: transformers cannot load it, or its weights are not all those that the configuration asks for.
         """
+        # cuDNN's attention makes a plan for each new shape, and ours change with every batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads

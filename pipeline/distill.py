@@ -21,6 +21,7 @@ from adpa.data.selection import Need, Selection, select
 from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
+from adpa.pipeline.attention_mask import leave_out_padding_mask
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.launcher import number_of_ranks, this_rank
 from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
@@ -51,6 +52,8 @@ class DistillReport:
         responses: id of each response set it read.
         examples: preference pairs.
         trained_parameters: numbers that were trained.
+        compute_dtype: dtype of the matrix products.
+        weights_dtype: dtype of the weights in training.
         steps: optimizer steps in all.
         first_loss: loss at the first log.
         last_loss: loss at the last log.
@@ -65,6 +68,8 @@ class DistillReport:
     responses: dict[str, str]
     examples: int
     trained_parameters: int
+    compute_dtype: str
+    weights_dtype: str
     steps: int
     first_loss: float
     last_loss: float
@@ -130,7 +135,9 @@ def distill(
     weight_decay: Annotated[float, Doc("Weight decay of AdamW.")] = 0.0,
     max_grad_norm: Annotated[float, Doc("The gradient's norm is clipped to this.")] = 1.0,
     gradient_checkpointing: Annotated[bool, Doc("Recompute activations in the backward pass to save memory.")] = False,
-    bf16: Annotated[bool, Doc("Compute in bfloat16, with weights in --dtype.")] = False,
+    bf16: Annotated[
+        bool | None, Doc("Compute in bfloat16, with weights in --dtype; default: on a GPU that has it.")
+    ] = None,
     dtype: Annotated[DtypeName, Doc("Dtype of the weights in training; auto is the checkpoint's own.")] = "float32",
     device: Annotated[str, Doc("cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     seed: Annotated[int, Doc("Seed of the order of the examples, and of dropout.")] = 0,
@@ -227,14 +234,16 @@ def distill(
     check_agreement(origin | {"packing": packing, "checkpoint to go on from": start} | arguments.to_dict() | local)
     set_seed(seed)
     weights_dtype = checkpoint.dtype_name(dtype)
+    compute_dtype = "bfloat16" if arguments.bf16 else weights_dtype
     with loading_whole(arguments):
         if lora is None:
             model = checkpoint.load(weights_dtype, torch.device("cpu"))
         else:
-            compute_dtype = "bfloat16" if bf16 else weights_dtype
             model = load_base(checkpoint, lora, weights_dtype, compute_dtype, arguments.device)
     attach_distill_head(model)
-    if packing != "none":
+    if packing == "none":
+        leave_out_padding_mask(model)
+    else:
         allow_packing(model)
     trained = model if lora is None else add_adapters(model, lora)
     trained_parameters = sum(each.numel() for each in trained.parameters() if each.requires_grad)
@@ -246,6 +255,7 @@ def distill(
         args=arguments,
         train_dataset=examples,
         data_collator=partial(collate, packing=packing),
+        packing=packing,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -274,6 +284,8 @@ def distill(
         responses={name: found.id for name, found in selection.sets.items()},
         examples=len(examples),
         trained_parameters=trained_parameters,
+        compute_dtype=compute_dtype,
+        weights_dtype=weights_dtype,
         steps=trainer.state.global_step,
         first_loss=logs[0]["loss"],
         last_loss=logs[-1]["loss"],
@@ -288,6 +300,8 @@ def distill(
             | {
                 "examples": report.examples,
                 "trained_parameters": report.trained_parameters,
+                "compute_dtype": compute_dtype,
+                "weights_dtype": weights_dtype,
                 "steps": report.steps,
                 "seconds": report.seconds,
                 "tokens_per_second": report.tokens_per_second,

@@ -18,7 +18,8 @@ from adpa.kernels.student_statistics import IMPLAUSIBLE, StudentStatistics
 from adpa.pipeline.objectives import TermWeights
 
 PROBE_EXAMPLES = 32  # over all ranks, spread evenly over the data
-UNOBSERVED = ("labels", "role", "tail_logprob")
+MICRO_BATCHES = 4  # in a batch
+UNOBSERVED = ("labels", "role", "rows", "tail_logprob")
 RISE = 0.1  # of the student's mass
 IN_A_ROW = 3  # logs
 
@@ -26,8 +27,8 @@ IN_A_ROW = 3  # logs
 class Probe:
     """The examples on which a student is watched: their responses with an advantage term, or else with a KL term.
 
-    Every rank reads its share of them, in batches of at most `batch_size` examples; all have as many batches, because
-    calling a sharded model takes all ranks.
+    Every rank reads its share of them, in batches of some micro-batches, for there is room where no activation is kept
+    for a backward pass. All ranks have as many batches, because calling a sharded model takes all of them.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Probe:
         examples: TrainingExamples,
         collate: Collator,
         terms: Sequence[TermWeights],
-        batch_size: int,
+        micro_batch_size: int,
         accelerator: Accelerator,
     ) -> None:
         self._accelerator = accelerator
@@ -46,6 +47,7 @@ class Probe:
         numbers = [place * len(examples) // watched_examples for place in range(watched_examples)]
         ranks = accelerator.num_processes
         mine = numbers[accelerator.process_index :: ranks]
+        batch_size = MICRO_BATCHES * micro_batch_size
         starts = range(0, math.ceil(watched_examples / ranks), batch_size) if roles else ()
         self._batches = []
         for start in starts:
@@ -53,7 +55,10 @@ class Probe:
             shown = [examples[number] for number in counted or numbers[:1]]
             batch = collate([[sequence for sequence in example if sequence.role in roles] for example in shown])
             self._batches.append(
-                ({name: tensor for name, tensor in batch.items() if name not in UNOBSERVED}, bool(counted))
+                (
+                    {name: tensor.to(accelerator.device) for name, tensor in batch.items() if name not in UNOBSERVED},
+                    bool(counted),
+                )
             )
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -65,13 +70,12 @@ class Probe:
         Args:
             model: the student that ``attach_distill_head`` prepared, in whatever wraps it in training.
         """
-        device = self._accelerator.device
-        sums = torch.zeros(1 + len(StudentStatistics._fields), device=device)
+        sums = torch.zeros(1 + len(StudentStatistics._fields), device=self._accelerator.device)
         training = model.training
         model.eval()
         for batch, counts in self._batches:
             with torch.no_grad(), self._accelerator.autocast():
-                statistics = model(**{name: tensor.to(device) for name, tensor in batch.items()}, observe=True)
+                statistics = model(**batch, observe=True)
             tokens = sums.new_tensor(len(statistics.entropy))
             sums += counts * torch.stack([tokens, *(each_N.sum() for each_N in statistics)])
         model.train(training)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adpa.data.batches import pad_sequences
+from adpa.pipeline.attention_mask import leave_out_padding_mask
 from adpa.pipeline.checkpoint import Checkpoint
 from adpa.pipeline.lm_head import check_head, hidden_states, read_head
 from adpa.pipeline.scorer_head import HeadScorer
@@ -20,6 +21,7 @@ def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> 
     """Loads a model and checks that its head is one that adpa knows."""
     model = checkpoint.load(dtype, device).eval()
     check_head(model)
+    leave_out_padding_mask(model)
     return HeadScorer(checkpoint.name, HfDecoder(model), read_head(model))
 
 

@@ -3,34 +3,43 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adpa.data.batches import Collator, TrainingExamples, TrainingSequence, count_tokens
+from adpa.data.batches import (
+    Collator,
+    Packing,
+    TrainingExamples,
+    TrainingSequence,
+    computed_tokens,
+    count_tokens,
+)
 from adpa.data.steps import StepSampler
-from adpa.errors import ModelError
+from adpa.errors import ModelError, OptionError
 from adpa.pipeline.objectives import TermWeights, plausible_advantages
 from adpa.pipeline.probe import Probe, collapse
+from adpa.pipeline.ranks import on_all_ranks
 
 logger = logging.getLogger(__name__)
 
 
-class LogStart(TrainerCallback):
-    """Calls a function before the first step of a run; a resumed run has done it."""
+class AtStart(TrainerCallback):
+    """Calls a function before the first step that this process does."""
 
-    def __init__(self, log_start: Callable[[], None]) -> None:
-        self._log_start = log_start
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin = begin
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Calls it, if no step was done."""
-        if state.global_step == 0:
-            self._log_start()
+        """Calls it."""
+        self._begin()
 
 
 class LogLastStep(TrainerCallback):
@@ -65,6 +74,7 @@ class DistillTrainer(Trainer):
         model: the student.
         train_dataset: the examples.
         data_collator: what makes batches of them.
+        packing: how it does.
         arguments: further ones of ``Trainer``.
 
     Attributes:
@@ -79,6 +89,7 @@ class DistillTrainer(Trainer):
         model: PreTrainedModel,
         train_dataset: TrainingExamples,
         data_collator: Collator,
+        packing: Packing,
         **arguments: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=train_dataset, data_collator=data_collator, **arguments)
@@ -87,13 +98,16 @@ class DistillTrainer(Trainer):
         self._student = model
         self._examples = train_dataset
         self._make_batch = data_collator
+        self._packing = packing
         self._plausibility = plausibility
         self._names = [name for name, _ in terms]
         # One role more than there are terms: what counts for nothing.
-        self._weights_R3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
+        weights_R3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
+        self._counts_R = (weights_R3 != 0).any(dim=1)
+        self._weights_R3 = weights_R3.to(self.args.device)
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens = 0  # of this rank
         self._tokens_since: float | None = None  # on the clock, until they are logged
         self._probe = Probe(
             train_dataset,
@@ -102,13 +116,12 @@ class DistillTrainer(Trainer):
             self.args.per_device_train_batch_size,
             self.accelerator,
         )
-        self.add_callback(LogStart(self._log_start))
+        self.add_callback(AtStart(self._begin))
         self.warnings: list[str] = []
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The rank's micro-batches, as ``StepSampler`` deals them out."""
+    def _sampler(self) -> StepSampler:
         args = self.args
-        sampler = StepSampler(
+        return StepSampler(
             len(self._examples),
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
@@ -116,11 +129,17 @@ class DistillTrainer(Trainer):
             args.process_index,
             args.seed,
         )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rank's micro-batches, as ``StepSampler`` deals them out."""
+        args = self.args
         return StepLoader(
             self._examples,
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(),
             collate_fn=self._collate,
             num_workers=args.dataloader_num_workers,
+            # A worker has the cache's memory maps and the collator from this process, and touches no GPU.
+            multiprocessing_context="fork" if args.dataloader_num_workers else None,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -128,31 +147,39 @@ class DistillTrainer(Trainer):
         )
 
     def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
-        """The batch of a micro-batch; of an empty one, a batch that counts for nothing."""
-        if examples:
-            return self._make_batch(examples)
-        batch = self._make_batch([self._examples[0]])
-        return batch | {"role": torch.full_like(batch["role"], len(self._names))}
+        """The batch of a micro-batch, and which of its rows count; of an empty one, a batch that counts for nothing."""
+        batch = self._make_batch(examples or [self._examples[0]])
+        if not examples:
+            batch["role"] = torch.full_like(batch["role"], len(self._names))
+        return batch | {"rows": self._counts_R[batch["role"]].nonzero().squeeze(1)}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+    ) -> tuple[list[dict[str, Tensor]], None]:
         """Takes the micro-batches of a step and puts the step's token counts into each of them."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # a run that goes on from its last step; Trainer looks only after another one
         self._tokens_since = self._tokens_since or time.perf_counter()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        roles = len(self._weights_R3)
-        counts_R = torch.stack([batch["role"].bincount(minlength=roles) for batch in batches]).sum(0).to(device)
-        counts_R = self.accelerator.reduce(counts_R, reduction="sum")
+        counts_R = torch.stack([self._count_roles(batch) for batch in batches]).sum(0)
+        counts_R = self.accelerator.reduce(self._prepare_input(counts_R), reduction="sum")
         for batch in batches:
             batch["step_tokens"] = counts_R
-            counts = batch["role"][0] < len(self._names)
-            self._tokens = self._tokens.to(device) + counts * count_tokens(batch).to(device)
+            if batch["role"][0] < len(self._names):
+                self._tokens += int(count_tokens(batch))
         self._steps_summed += 1
-        return batches, counts_R.sum()
+        return batches, None
+
+    def _count_roles(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["role"].bincount(minlength=len(self._counts_R))
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Sends a tensor to the device without waiting, in its own dtype: Trainer would give signals DeepSpeed's."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def compute_loss(
         self,
@@ -165,11 +192,10 @@ class DistillTrainer(Trainer):
         batch = dict(inputs)
         role_N = batch.pop("role")
         per_token_R1 = 1 / batch.pop("step_tokens").clamp(min=1)[:, None]
-        weights_N3 = (self._weights_R3.to(role_N.device) * per_token_R1)[role_N]
+        weights_N3 = (self._weights_R3 * per_token_R1)[role_N]
         batch["advantages"] = plausible_advantages(batch["advantages"], batch["teacher_logprobs"], self._plausibility)
         nll, kl, advantage = weights_N3.unbind(1)
         loss, parts = model(**batch, nll_weight=nll, kl_weight=kl, advantage_weight=advantage)
-        self._term_sums_R3 = self._term_sums_R3.to(role_N.device)
         self._term_sums_R3.index_add_(0, role_N, torch.stack(parts, dim=1) * per_token_R1[role_N])
         loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, parts) if return_outputs else loss
@@ -181,6 +207,67 @@ class DistillTrainer(Trainer):
                 if isinstance(module, FSDPModule):  # accelerate shards them apart, or with the whole
                     module.set_reshard_after_backward(self.accelerator.sync_gradients, recurse=False)
         return super().training_step(model, *arguments, **options)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader[Any] | None = None) -> Any:
+        """Tries the student before DDP wraps it, which then does not look for parameters that get no gradient."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            unused = on_all_ranks(lambda: self._rehearse(model))
+            if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
+                self.accelerator.ddp_handler.find_unused_parameters = any(gather_object([unused]))
+        return super()._wrap_model(model, training, dataloader)
+
+    def _rehearse(self, model: nn.Module) -> bool:
+        """Computes the gradient of the rank's largest micro-batch, so that a run that does not fit fails at once.
+
+        There has to be room beside it for the two moments that AdamW keeps of every trained number. Nothing is left of
+        it: no gradient, no sum of terms, no random number drawn.
+
+        Returns:
+            Whether a trained parameter got no gradient.
+
+        Raises:
+            OptionError: there is no memory for it.
+        """
+        numbers = self._largest_micro_batch()
+        batch = self._collate([self._examples[number] for number in numbers])
+        batch["step_tokens"] = self._count_roles(batch)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        missing_moments = self._missing_moments()
+        model.train()
+        try:
+            moments = [torch.empty_like(each) for each in trained for _ in range(missing_moments)]
+            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+                with self.accelerator.autocast():
+                    loss = self.compute_loss(model, self._prepare_inputs(batch))
+                loss.backward()
+        except torch.OutOfMemoryError as error:
+            lengths = [length for number in numbers for length in self._examples.lengths(number)]
+            raise OptionError(
+                f"--micro-batch-size {self.args.per_device_train_batch_size}: {self.args.device} has no memory for "
+                f"{len(lengths)} sequences of up to {max(lengths)} tokens",
+                "lower it, or use --packing, --gradient-checkpointing or --lora-rank",
+            ) from error
+        unused = any(each.grad is None for each in trained)
+        del moments
+        model.zero_grad()
+        self._term_sums_R3.zero_()
+        return unused
+
+    def _largest_micro_batch(self) -> list[int]:
+        """The one of this rank, in all epochs, of which the student computes the most tokens."""
+        sampler, largest, most = self._sampler(), list[int](), 0
+        for epoch in range(self.state.num_train_epochs):
+            sampler.set_epoch(epoch)
+            for numbers in filter(None, sampler):
+                lengths = [length for number in numbers for length in self._examples.lengths(number)]
+                if (tokens := computed_tokens(lengths, self._packing)) > most:
+                    largest, most = numbers, tokens
+        return largest
+
+    def _missing_moments(self) -> int:
+        """How many numbers the optimizer will keep of each trained one, that it does not keep yet."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # as accelerate wraps it
+        return 2 if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state else 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without the second names of tied weights, which weights gathered from ranks have as copies."""
@@ -215,8 +302,11 @@ class DistillTrainer(Trainer):
         seconds = sum(tokens / per_second for tokens, per_second in logs)
         return sum(tokens for tokens, _ in logs) / seconds if seconds else 0.0
 
-    def _log_start(self) -> None:
-        if statistics := self._probe.measure(self.model_wrapped):
+    def _begin(self) -> None:
+        """Tries a student that FSDP has sharded, and looks at one that has done no step."""
+        if self.is_fsdp_enabled:
+            self._rehearse(self.model_wrapped)
+        if self.state.global_step == 0 and (statistics := self._probe.measure(self.model_wrapped)):
             self.log(statistics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -257,7 +347,7 @@ class DistillTrainer(Trainer):
     def _take_tokens(self) -> dict[str, float]:
         assert self._tokens_since is not None
         seconds = time.perf_counter() - self._tokens_since
-        tokens = int(self.accelerator.reduce(self._tokens, reduction="sum"))
-        self._tokens.zero_()
+        tokens = int(self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device), reduction="sum"))
+        self._tokens = 0
         self._tokens_since = None
         return {"tokens": tokens, "tokens_per_second": tokens / seconds}

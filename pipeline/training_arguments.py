@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_available
@@ -96,6 +97,10 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
     if arguments.get("deepspeed") and not is_deepspeed_available():
         raise OptionError("--set deepspeed without DeepSpeed", "pip install deepspeed")
     use_cpu = resolve_device(device).type == "cpu"
+    if arguments["bf16"] is None:
+        arguments["bf16"] = not use_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not use_cpu and "dataloader_num_workers" not in arguments:
+        arguments |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     try:
         made = TrainingArguments(
             **arguments,

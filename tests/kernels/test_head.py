@@ -61,8 +61,8 @@ def run_oracle(problem: Problem) -> Result:
     return result_of(problem, *oracle_losses(problem, logits_of(problem)))
 
 
-def run_head(problem: Problem, backend: Backend, chunk_rows: int = 4) -> Result:
-    loss, terms = run(problem, backend, chunk_rows=chunk_rows)
+def run_head(problem: Problem, backend: Backend, chunk_rows: int = 4, rows: Tensor | None = None) -> Result:
+    loss, terms = run(problem, backend, chunk_rows=chunk_rows, rows=rows)
     return result_of(problem, loss, torch.stack(terms, dim=1))
 
 
@@ -387,6 +387,19 @@ def test_a_chunk_of_more_logits_than_int32_counts_has_the_losses_of_its_rows() -
     _, found = run(repeated, "triton", chunk_rows=N)
     for found_N, expected_1 in zip(found, expected, strict=True):
         assert torch.equal(found_N, expected_1.expand(N))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_caller_may_say_which_rows_count(backend: Backend) -> None:
+    """The others are left out, as if their weights were 0."""
+    problem = random_problem(N=9, K=4, seed=3)
+    rows_M = torch.tensor([7, 0, 3, 4])
+    counts_N = torch.zeros(9).index_fill_(0, rows_M, 1)
+    weights = {name: getattr(problem, name) * counts_N for name in ("nll_weight", "kl_weight", "advantage_weight")}
+    expected = run_oracle(problem._replace(**weights))
+    problem.hidden.data[1] = NAN
+    found = run_head(problem, backend, rows=rows_M.to(TRITON_DEVICE if backend == "triton" else "cpu"))
+    assert_same(found, expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("run_twin", [run_torch, run_triton, run_reference])

@@ -90,6 +90,14 @@ def test_the_host_waits_once_for_the_rows_that_count(backend: Backend) -> None:
 
 
 @both_backends
+def test_the_host_does_not_wait_where_it_knows_the_rows(backend: Backend) -> None:
+    device = TRITON_DEVICE if backend == "triton" else "cpu"
+    with Watch() as watch:
+        distill_head(*wide_problem(), chunk_rows=8, backend=backend, rows=torch.arange(64, device=device))
+    assert not {"nonzero", "_local_scalar_dense", "item", "equal"} & watch.operations.keys()
+
+
+@both_backends
 def test_a_training_step_takes_three_matrix_products_a_chunk(backend: Backend) -> None:
     assert step(wide_problem(), backend).matrix_products == 3 * CHUNKS
 
@@ -243,6 +251,9 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name(change: dict[str, 
     [
         ({"backend": "cuda"}, "backend is 'cuda'; use 'auto', 'torch' or 'triton'"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
+        ({"rows": torch.ones(11, dtype=torch.bool)}, "rows is torch.bool, expected torch.int64"),
+        ({"rows": torch.zeros(1, 1, dtype=torch.int64)}, r"rows has shape \[1, 1\], expected \[any\]"),
+        ({"rows": torch.zeros(1, dtype=torch.int64, device="meta")}, "rows is on meta, expected cpu as hidden"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused_by_name(options: dict[str, Any], message: str) -> None:

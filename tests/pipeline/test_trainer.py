@@ -5,6 +5,7 @@ command is tested, from the cache on disk to the weights on disk.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +17,18 @@ import torch
 from safetensors.torch import load_file
 from tests.pipeline.conftest import Filled
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adpa import distill
+from adpa.data.batches import Packing
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import ModelError
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.trainer import DistillTrainer
 
 RATE = 1000.0
 GRADIENT_DESCENT = ["optim=sgd"]
@@ -218,6 +222,55 @@ def test_frozen_parameters_stay(filled: Filled, tmp_path: Path, monkeypatch: pyt
     assert relative_error(frozen, plain) < 1e-5
 
 
+class CountWaits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers that are read from a tensor, and sizes that depend on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
+            self.waits[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packing", ["none", "prompts"])
+def test_a_micro_batch_does_not_wait_for_the_device(
+    packing: Packing, few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the loss; behind it the head looks at the upstream gradient on a CPU alone."""
+    compute_loss, counter = DistillTrainer.compute_loss, CountWaits()
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        with counter:
+            return compute_loss(*arguments, **options)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", counted)
+    one_step(few_words, tmp_path, objective="adpa", kl_weight=0.5, packing=packing)
+    assert not counter.waits
+
+
+def test_workers_that_read_the_cache_change_no_bit(filled: Filled, tmp_path: Path) -> None:
+    """Through two epochs, and after a checkpoint in the middle of the second one."""
+
+    def train(output: Path, workers: int, **options: Any) -> dict[str, Tensor]:
+        own = [f"dataloader_num_workers={workers}", f"dataloader_persistent_workers={bool(workers)}"]
+        brief: dict[str, Any] = {"batch_size": 2, "num_train_epochs": 2, "save_steps": 6, "learning_rate": 1e-3}
+        distill("dckd", str(filled.models.student), filled.cache, output, **brief, set=own, **options)
+        return load_file(output / "model.safetensors")
+
+    expected = train(tmp_path / "none", 0)
+    found = train(tmp_path / "two", 2)
+    (tmp_path / "resumed").mkdir()
+    for kept in ("checkpoint-6", "adpa.json"):
+        (tmp_path / "two" / kept).rename(tmp_path / "resumed" / kept)
+    resumed = train(tmp_path / "resumed", 2, resume_from_checkpoint="last")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("objective", ["dckd", "adpa"])
 def test_a_run_has_the_same_losses_with_either_backend(
     objective: Literal["dckd", "adpa"], filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,7 +286,7 @@ def test_a_run_has_the_same_losses_with_either_backend(
         monkeypatch.setattr("adpa.pipeline.student.distill_head", watched_head)
         student, output = str(filled.models.student), tmp_path / backend
         distill(objective, student, filled.cache, output, batch_size=2, max_steps=3, learning_rate=1e-3, warmup_steps=0)
-        return found
+        return found[1:]  # the first is the rehearsal's
 
     monkeypatch.setattr("adpa.kernels.loss_rows.TILE_BYTES", 2**18)  # one tile a row: Triton's interpreter is slow
     by_torch = losses("torch")

@@ -1,0 +1,66 @@
+"""Causal attention without a padding mask.
+
+Sequences are padded on the right, and a token attends to no later one: no token sees padding, with a padding mask or
+without. So the mask changes nothing that counts, but it costs: with it there is no flash attention, keys and values of
+grouped queries are repeated, and the host waits to see whether anything is masked. A model is compared with itself
+before its mask is left out.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from adpa.data.batches import pad_sequences
+from adpa.data.sequences import TokenSequence
+from adpa.pipeline.lm_head import hidden_states
+
+SDPA, WITHOUT_PADDING = "sdpa", "adpa_sdpa_without_padding"
+# Two responses of different lengths to one prompt, and one to another.
+TRIAL = [
+    TokenSequence(b"", np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32))
+    for prompt, response in (([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [7, 6]), ([9, 3], [4, 8, 5]))
+]
+
+
+@torch.no_grad()
+def leave_out_padding_mask(model: PreTrainedModel) -> None:
+    """Has a decoder compute right-padded sequences without a padding mask.
+
+    Sliding windows and whatever else is in a layer's own mask stay. A model whose attention is not sdpa, or that gives
+    other hidden states without the mask, keeps it.
+    """
+    if model.config._attn_implementation != SDPA:
+        return
+    padded = pad_sequences(TRIAL).to(model.device)
+
+    def trial() -> Tensor:
+        return hidden_states(model, padded.input_ids, padded.attention_mask).flatten(0, 1)[padded.predicts]
+
+    training = model.training
+    model.eval()
+    expected_Nd = trial()
+    model.set_attn_implementation(WITHOUT_PADDING)
+    if not same_hidden_states(trial(), expected_Nd):
+        model.set_attn_implementation(SDPA)
+    model.train(training)
+
+
+def same_hidden_states(found: Tensor, expected: Tensor) -> bool:
+    """Whether they are the same up to the order of sums, which costs some of the last digits."""
+    tolerance = torch.finfo(expected.dtype).eps ** (2 / 3) * expected.abs().amax()
+    return bool(((found - expected).abs() <= tolerance).all())
+
+
+def _mask(*, attention_mask: Tensor | None, **options: Any) -> Tensor | None:
+    """A mask function of transformers: sdpa's, of sequences without padding."""
+    mask: Tensor | None = sdpa_mask(attention_mask=None, **options)
+    return mask
+
+
+AttentionInterface.register(WITHOUT_PADDING, sdpa_attention_forward)
+AttentionMaskInterface.register(WITHOUT_PADDING, _mask)
