@@ -1,9 +1,9 @@
 """One rank: ``torchrun … rank.py CALLS.json`` calls ``adpa.distill`` with each of the options in a file.
 
 Beside the options of ``distill`` a call can have ``kill``, a rank and the micro-batch before which it kills itself,
-``terminal``, the rank that has one, and ``count_gathers``, a file for how often the step gathered a tensor of each
-size. With ``command`` instead of options it is the words of an ``adpa`` command, and the last. ``{rank}`` stands for
-the rank.
+``terminal``, the rank that has one, ``count_gathers``, a file for how often the step gathered a tensor of each size,
+and ``idle``, whether the student has a parameter that gets no gradient. With ``command`` instead of options it is the
+words of an ``adpa`` command, and the last. ``{rank}`` stands for the rank.
 """
 
 import json
@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from accelerate.state import DistributedType, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from adpa import cli, distill
+from adpa.pipeline import distill as stage
+from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
 
 torch.set_num_threads(1)
@@ -36,6 +39,11 @@ class CountGathers(TorchDispatchMode):
         if "allgather" in str(func):
             self.by_size[args[0].numel()] += 1
         return func(*args, **(kwargs or {}))
+
+
+def attach_with_idle_parameter(model: PreTrainedModel) -> None:
+    attach_distill_head(model)
+    model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
 
 
 SHARDS = [False]  # whether the call at hand does
@@ -62,6 +70,8 @@ def main() -> None:
         sys.stderr.isatty = lambda: has_terminal  # type: ignore[method-assign]  # noqa: B023
         counter = CountGathers()
         SHARDS[0] = "fsdp=true" in call.get("set", [])
+        attach = attach_with_idle_parameter if call.pop("idle", False) else attach_distill_head
+        vars(stage)["attach_distill_head"] = attach
 
         def step(self: DistillTrainer, *arguments: Any, **options: Any) -> Any:
             nonlocal steps

@@ -76,7 +76,7 @@ def test_a_window_keeps_its_mask(calls: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [LlamaConfig(**SMALL, is_causal=False), LlamaConfig(**SMALL, attn_implementation="eager")],
+    [LlamaConfig(**SMALL | {"is_causal": False}), LlamaConfig(**SMALL | {"attn_implementation": "eager"})],
     ids=["every token sees padding", "eager"],
 )
 def test_a_model_that_is_not_causal_or_not_sdpa_stays_as_it_is(config: PretrainedConfig) -> None:

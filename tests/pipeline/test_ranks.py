@@ -61,10 +61,11 @@ def start(folder: Path, calls: list[dict[str, Any]], ranks: int = 2) -> subproce
     )
 
 
-def on_ranks(folder: Path, calls: list[dict[str, Any]], ranks: int = 2) -> None:
+def on_ranks(folder: Path, calls: list[dict[str, Any]], ranks: int = 2) -> str:
     process = start(folder, calls, ranks)
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
+    return output
 
 
 def call(filled: Filled, output: Path, **options: Any) -> dict[str, Any]:
@@ -111,7 +112,9 @@ def together(seven: Filled, filled: Filled, tmp_path_factory: pytest.TempPathFac
     fsdp2 = {"objective": "dckd", "set": [*SMOOTH, "fsdp=true"]}
     calls.append(call(seven, folder / "fsdp2-saved", **fsdp2, save_steps=2))
     tied = call(filled, folder / "fsdp2-tied", **fsdp2 | ONE_STEP | {"micro_batch_size": 1})
-    on_ranks(folder, [*calls, tied | {"count_gathers": folder / "gathers.json"}])
+    idle = call(seven, folder / "idle", objective="dckd", set=SMOOTH) | {"idle": True}
+    output = on_ranks(folder, [idle, *calls, tied | {"count_gathers": folder / "gathers.json"}])
+    (folder / "output.txt").write_text(output)
     return folder
 
 
@@ -121,6 +124,16 @@ def test_two_ranks_train_as_one_process_does(
     strategy: str, run: str, together: Path, alone: Mapping[str, Path], seven: Filled
 ) -> None:
     assert_same_training(together / f"{strategy}-{run}", alone[run], seven.models.student)
+
+
+def test_ranks_do_not_look_for_parameters_without_a_gradient_where_there_are_none(together: Path) -> None:
+    """Torch warns of a search that finds nothing."""
+    assert "find_unused_parameters=True was specified" not in (together / "output.txt").read_text()
+
+
+def test_a_parameter_without_a_gradient_is_no_obstacle(together: Path, alone: Mapping[str, Path]) -> None:
+    assert losses(together / "idle") == pytest.approx(losses(alone["dckd"]), rel=1e-5)
+    assert (trained(together / "idle")["idle"] == 0).all()
 
 
 def test_tied_embeddings_that_ranks_share_are_gathered_once_a_step(
