@@ -94,7 +94,7 @@ class Assumptions:
     peak_float32: Annotated[float, Doc("float32 FLOP/s of a GPU, without TF32 (same sheet)")] = 67e12
     scoring_share: Annotated[float, Doc("share of bfloat16's peak that a teacher's decoder reaches")] = 0.4
     head_share: Annotated[float, Doc("share of float32's peak that the scoring head reaches")] = 0.7
-    training_share: Annotated[float, Doc("share of bfloat16's peak that training with `--bf16` reaches")] = 0.3
+    training_share: Annotated[float, Doc("share of bfloat16's peak that training reaches")] = 0.3
     memory: Annotated[float, Doc("bytes of memory of a GPU")] = 80e9
     weights_share: Annotated[float, Doc("share of it that a teacher's weights may take")] = 0.8
     memory_rate: Annotated[float, Doc("bytes/s of a GPU's memory (same sheet)")] = 3.35e12

@@ -276,6 +276,8 @@ def distill(
             merged.save_pretrained(output)
             tokenizer.save_pretrained(output)
 
+    # DeepSpeed has weights of its own.
+    weights_dtype = str(model.get_output_embeddings().weight.dtype).removeprefix("torch.")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     report = DistillReport(
         objective=objective,

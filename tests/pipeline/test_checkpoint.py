@@ -97,6 +97,13 @@ def test_the_dtype_is_the_checkpoints_own_unless_asked(make_model: MakeModel) ->
     assert checkpoint.load("float32", CPU).dtype == torch.float32
 
 
+def test_a_model_computes_attention_without_cudnn(models: Models) -> None:
+    """It makes a plan for every new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    open_checkpoint(str(models.student)).load("float32", CPU)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_missing_checkpoint_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("no/such/path", "nobody/nothing", "./missing"):

@@ -144,9 +144,13 @@ def test_gradient_checkpointing_changes_nothing(filled: Filled, tmp_path: Path) 
 
 
 def test_bfloat16_gives_nearly_the_same_gradient(filled: Filled, tmp_path: Path) -> None:
-    _, plain = one_step(filled, tmp_path / "plain", objective="dckd")
-    _, bf16 = one_step(filled, tmp_path / "bf16", objective="dckd", bf16=True)
+    plain_report, plain = one_step(filled, tmp_path / "plain", objective="dckd")
+    report, bf16 = one_step(filled, tmp_path / "bf16", objective="dckd", bf16=True)
     assert 1e-6 < relative_error(bf16, plain) < 0.05
+    assert (plain_report.compute_dtype, plain_report.weights_dtype) == ("float32", "float32")
+    assert (report.compute_dtype, report.weights_dtype) == ("bfloat16", "float32")
+    record = json.loads((tmp_path / "bf16" / "adpa.json").read_text())
+    assert (record["compute_dtype"], record["weights_dtype"]) == ("bfloat16", "float32")
 
 
 def test_the_logged_terms_add_up_to_the_loss(filled: Filled, tmp_path: Path) -> None:
