@@ -28,7 +28,7 @@ class HostLengths:
     queries: tuple[int, ...]
     keys: tuple[int, ...]
 
-    def to(self, device: torch.device) -> "HostLengths":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "HostLengths":
         """The same: it is on no device."""
         return self
 

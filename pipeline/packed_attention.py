@@ -152,6 +152,9 @@ def packed_hidden_states(
 def allow_packing(model: PreTrainedModel) -> None:
     """Makes a decoder take packed sequences, and those alone, through ``packed_hidden_states``.
 
+    On a GPU, variable-length attention is compared with its reference when a layer first needs it there; the model may
+    still be elsewhere now.
+
     Raises:
         ModelError: it cannot, or it gives other hidden states than on padded sequences.
     """
@@ -217,15 +220,9 @@ def packed_attention(
     window = None
     if own == SDPA and attention_mask is not None and sdpa_is_plain(module, options):
         window = attention_mask.varlen_window(options.get("sliding_window"))
-    if window is not None:
-        if torch.is_autocast_enabled(query.device.type):  # which casts for sdpa, but not for varlen_attn
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = (each.to(dtype) for each in (query, key, value))
-        (_, heads, _, width), groups = query.shape, key.shape[1]
-        attend = compared_varlen(query.device, query.dtype, heads, groups, width)
-        if attend is not None and value.shape[3] == width:
-            return attend_at_once(attend, query, key, value, row, window, options.get("scaling")), None
-    dense = attention_mask.dense if attention_mask is not None else None
+    if window is not None and (attend := _varlen(query, key, value)) is not None:
+        return attend_at_once(attend, query, key, value, row, window, options.get("scaling")), None
+    dense = None if attention_mask is None else attention_mask.dense
     return attend_by_pieces(module, query, key, value, dense, row.pieces, own, options), None
 
 
@@ -239,6 +236,18 @@ def sdpa_is_plain(module: nn.Module, options: dict[str, Any]) -> bool:
     )
 
 
+def _varlen(query: Tensor, key: Tensor, value: Tensor) -> Varlen | None:
+    """``varlen_attn``, if it is to be trusted with such a layer."""
+    (_, heads, _, width), groups = query.shape, key.shape[1]
+    return compared_varlen(query.device, _dtype(query), heads, groups, width) if value.shape[3] == width else None
+
+
+def _dtype(query: Tensor) -> torch.dtype:
+    """The dtype that sdpa computes in: autocast casts for it, but not for ``varlen_attn``."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
 def attend_at_once(
     attend: Varlen,
     query: Tensor,
@@ -249,7 +258,7 @@ def attend_at_once(
     scale: float | None,
 ) -> Tensor:
     """All sequences by one call of ``varlen_attn``, [1, T, H, D]."""
-    query_THD, key_MGD, value_MGD = (each[0].transpose(0, 1) for each in (query, key, value))
+    query_THD, key_MGD, value_MGD = (each[0].transpose(0, 1).to(_dtype(query)) for each in (query, key, value))
     if len(row.key_places) != len(query_THD):  # otherwise the keys are those of the row, in its order
         key_MGD, value_MGD = (each.index_select(0, row.key_places) for each in (key_MGD, value_MGD))
     output_THD = attend(

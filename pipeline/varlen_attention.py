@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from adpa.errors import ModelError
 
@@ -27,8 +28,6 @@ def find_varlen(device: torch.device, dtype: torch.dtype, width: int) -> Varlen 
         return None
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
-
     return varlen_attn if inspect.signature(varlen_attn).parameters.keys() >= OPTIONS else None
 
 

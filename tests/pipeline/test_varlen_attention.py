@@ -126,7 +126,7 @@ def test_a_torch_whose_function_lacks_an_option_has_none(
         return query
 
     device = gpu((9, 0))
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
+    monkeypatch.setattr("adpa.pipeline.varlen_attention.varlen_attn", older)
     assert find_varlen(device, torch.bfloat16, 64) is None
 
 
