@@ -47,8 +47,9 @@ def test_loss_and_gradient_of_a_packed_step_are_the_definitions(
         ("prompts", {"micro_batch_size": 1}),
         ("prompts", {"micro_batch_size": 8}),
         ("prompts", {"gradient_checkpointing": True}),
+        ("prompts", {"lora_rank": 4}),
     ],
-    ids=["sequences by two", "prompts by one", "prompts at once", "prompts checkpointed"],
+    ids=["sequences by two", "prompts by one", "prompts at once", "prompts checkpointed", "prompts with adapters"],
 )
 def test_a_packed_step_is_the_padded_one(
     packing: Packing, options: dict[str, Any], few_words: Filled, tmp_path: Path, at_once: AtOnce
