@@ -171,4 +171,4 @@ def computed_tokens(lengths: Sequence[int], packing: Packing) -> int:
 
 def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """Tokens of the sequences of a batch, int64 scalar: without padding, a prompt with each of its responses."""
-    return batch["key_lengths" if "key_lengths" in batch else "attention_mask"].sum()
+    return batch["key_starts"][-1].long() if "key_starts" in batch else batch["attention_mask"].sum()

@@ -6,6 +6,7 @@ its responses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -13,6 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adpa.data.sequences import TokenIds, TokenSequence
+
+
+@dataclass(frozen=True)
+class HostLengths:
+    """Lengths that stay on the host wherever the batch goes, so that nobody waits for a device to read them.
+
+    Attributes:
+        queries: tokens of each piece, in the order of the row; T in all.
+        keys: tokens of each sequence; M in all.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "HostLengths":
+        """The same: it is on no device."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -25,24 +43,26 @@ class PackedSequences:
     Attributes:
         input_ids: int64 [1, T].
         position_ids: int64 [1, T], the position of each token in its sequence.
-        query_lengths: int64 [S], tokens of each piece, in the order of the row; T in all.
-        key_lengths: int64 [S], tokens of each sequence; M in all.
+        query_starts: int32 [S + 1], where each piece begins in the row; the last number is T.
+        key_starts: int32 [S + 1], where each sequence begins in ``key_places``; the last number is M.
         key_places: int64 [M], the place in the row of each token of each sequence.
+        lengths: of pieces and sequences.
         predicts: int64 [N], the places whose next token is a response token: a shared prompt's last one several times.
         labels: int64 [N], those response tokens, sequence by sequence.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    query_lengths: Tensor
-    key_lengths: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
     key_places: Tensor
+    lengths: HostLengths
     predicts: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "PackedSequences":
         """The same on another device."""
-        return PackedSequences(*(tensor.to(device) for tensor in vars(self).values()))
+        return PackedSequences(*(each.to(device) for each in vars(self).values()))
 
 
 def pack_sequences(sequences: Sequence[TokenSequence], share_prompts: bool) -> PackedSequences:
@@ -70,14 +90,22 @@ def pack_sequences(sequences: Sequence[TokenSequence], share_prompts: bool) -> P
         predicts.append(places_of[prompt - 1 : -1])
         query_lengths.append(own)
         end += own
-    labels_N = np.concatenate([sequence.response_ids for sequence in sequences])
-    arrays = (
-        np.concatenate(row)[None],
-        np.concatenate(positions)[None],
-        np.array(query_lengths),
-        np.array(list(map(len, sequences))),
-        np.concatenate(places),
-        np.concatenate(predicts),
-        labels_N,
+    lengths = HostLengths(tuple(query_lengths), tuple(map(len, sequences)))
+    return PackedSequences(
+        input_ids=_int64(np.concatenate(row)[None]),
+        position_ids=_int64(np.concatenate(positions)[None]),
+        query_starts=_starts(lengths.queries),
+        key_starts=_starts(lengths.keys),
+        key_places=_int64(np.concatenate(places)),
+        lengths=lengths,
+        predicts=_int64(np.concatenate(predicts)),
+        labels=_int64(np.concatenate([sequence.response_ids for sequence in sequences])),
     )
-    return PackedSequences(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
+
+
+def _int64(array: NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

@@ -1,18 +1,21 @@
-"""A decoder on packed sequences: whatever acts on each token alone runs on the row as it is, attention piece by piece.
+"""A decoder on packed sequences: whatever acts on each token alone runs on the row as it is, attention does not.
 
-The layer's own attention function (sdpa or eager, of transformers) computes each piece: its queries, the keys and
-values at the places of its whole sequence, and the part of the layer's own mask that lies between them. So a piece gets
-what its sequence gets alone: grouped queries, scaling, softcaps, sinks and sliding windows are the model's, and no mask
-is larger than the longest sequence. A layer that carries something from token to token beside attention (a convolution,
-a state) would mix the sequences; so a model is compared with itself on padded sequences before it is trusted.
+Where the layer's mask is plain causal, or a sliding window, and torch has a kernel for it, one call of
+variable-length attention computes all sequences (``varlen_attention``). Everywhere else the layer's own attention
+function (sdpa or eager, of transformers) computes each piece: its queries, the keys and values at the places of its
+whole sequence, and the part of the layer's own mask that lies between them. So a piece gets what its sequence gets
+alone: grouped queries, scaling, softcaps, sinks and sliding windows are the model's, and no mask is larger than the
+longest sequence. A layer that carries something from token to token beside attention (a convolution, a state) would mix
+the sequences; so a model is compared with itself on padded sequences before it is trusted.
 
-Shapes: T tokens of the row, L tokens of the longest sequence, Q queries and K keys of a piece, H heads, D width of one.
+Shapes: T tokens of the row, M tokens of all sequences, L tokens of the longest sequence, S sequences, Q queries and K
+keys of a piece, H heads, G heads of keys, D width of one.
 """
 
 import inspect
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adpa.data.batches import pad_sequences
-from adpa.data.packing import pack_sequences
+from adpa.data.packing import HostLengths, pack_sequences
 from adpa.data.sequences import TokenSequence
 from adpa.errors import ModelError
 from adpa.pipeline.lm_head import hidden_states
+from adpa.pipeline.varlen_attention import CAUSAL, Varlen, compared_varlen
 
 SDPA, EAGER = "sdpa", "eager"
 # Two responses of different lengths to one prompt, and one to another.
@@ -55,26 +59,80 @@ class Piece:
     causal: Tensor | None
 
 
-def make_pieces(query_lengths: Tensor, key_lengths: Tensor, key_places: Tensor) -> list[Piece]:
-    """The pieces of ``PackedSequences``."""
-    pieces = []
-    start = 0
-    for queries, keys_K in zip(query_lengths.tolist(), key_places.split(key_lengths.tolist()), strict=True):
-        own, end = slice(start, start + queries), len(keys_K)
-        shared = end - queries
-        causal_QK = keys_K.new_ones(queries, end, dtype=torch.bool).tril(shared) if shared else None
-        pieces.append(Piece(own, keys_K if shared else None, shared, end, causal_QK))
-        start = own.stop
-    return pieces
+@dataclass(frozen=True)
+class Row:
+    """Where the sequences are in a row: see ``PackedSequences``."""
+
+    query_starts: Tensor
+    key_starts: Tensor
+    key_places: Tensor
+    lengths: HostLengths
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The row cut into pieces."""
+        pieces = []
+        start = 0
+        for queries, keys_K in zip(self.lengths.queries, self.key_places.split(self.lengths.keys), strict=True):
+            own, end = slice(start, start + queries), len(keys_K)
+            shared = end - queries
+            causal_QK = keys_K.new_ones(queries, end, dtype=torch.bool).tril(shared) if shared else None
+            pieces.append(Piece(own, keys_K if shared else None, shared, end, causal_QK))
+            start = own.stop
+        return pieces
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a layer sees of a single sequence of L tokens, as the model says.
+
+    Attributes:
+        dense: [1, 1, L, L] for the model's own attention function, or None where that needs none.
+        sees: transformers' function of the places of queries and keys that says it.
+        window: how many tokens back it may be limited to, or None.
+        plain: whether it depends on the places alone and lets nothing see what comes after it.
+    """
+
+    dense: Tensor | None
+    sees: Any
+    window: int | None
+    plain: bool
+
+    def varlen_window(self, sliding_window: int | None) -> tuple[int, int] | None:
+        """What ``varlen_attn`` has to be given for it; None if it is neither causal nor a sliding window.
+
+        Args:
+            sliding_window: how many tokens the layer says that it sees, the own one included.
+        """
+        if not self.plain:
+            return None
+        if self.dense is None:
+            return CAUSAL
+        if self.window is None or self.window != sliding_window or not self.slides:
+            return None
+        return self.window - 1, 0
+
+    @cached_property
+    def slides(self) -> bool:
+        """Whether the window is a sliding one: not a chunk, nor wider or narrower by one.
+
+        Found out on the host, at the places where these would differ.
+        """
+        assert self.window is not None
+        query_Q1 = torch.tensor([self.window - 1, self.window, self.window + 1, 2 * self.window])[:, None]
+        key_K = torch.cat([torch.arange(3), self.window + torch.arange(-1, 3), 2 * self.window + torch.arange(-1, 2)])
+        expected_QK = (key_K <= query_Q1) & (key_K > query_Q1 - self.window)
+        return torch.equal(self.sees(torch.tensor(0), torch.tensor(0), query_Q1, key_K), expected_QK)
 
 
 def packed_hidden_states(
     model: PreTrainedModel,
     input_ids: Tensor,
     position_ids: Tensor,
-    query_lengths: Tensor,
-    key_lengths: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
     key_places: Tensor,
+    lengths: HostLengths,
 ) -> Tensor:
     """The decoder's output after its final norm, [1, T, d], of a model that ``allow_packing`` prepared.
 
@@ -83,8 +141,8 @@ def packed_hidden_states(
     output = model.base_model(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=input_ids.new_ones(1, int(key_lengths.max())),  # as wide as the masks have to be
-        pieces=make_pieces(query_lengths, key_lengths, key_places),
+        attention_mask=input_ids.new_ones(1, max(lengths.keys)),  # as wide as the masks have to be
+        row=Row(query_starts, key_starts, key_places, lengths),
         use_cache=False,
     )
     hidden: Tensor = output.last_hidden_state
@@ -93,6 +151,9 @@ def packed_hidden_states(
 
 def allow_packing(model: PreTrainedModel) -> None:
     """Makes a decoder take packed sequences, and those alone, through ``packed_hidden_states``.
+
+    On a GPU, variable-length attention is compared with its reference when a layer first needs it there; the model may
+    still be elsewhere now.
 
     Raises:
         ModelError: it cannot, or it gives other hidden states than on padded sequences.
@@ -115,7 +176,7 @@ def allow_packing(model: PreTrainedModel) -> None:
         model.set_attn_implementation(name)
         try:
             found_Nd = packed_hidden_states(model, **packed)[0, predicts]
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise _refusal(model, f"it fails on them: {error}") from error
     model.train(training)
     # The order of sums differs, which costs some of the last digits.
@@ -133,22 +194,22 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Mask | None,
     *,
-    pieces: list[Piece],
+    row: Row,
     own: str,
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: the model's own one, piece by piece.
+    """An attention function of transformers: one call for all sequences, or the model's own one, piece by piece.
 
     Args:
         module: the layer.
         query: [1, H, T, D].
         key: [1, G, T, D], where G divides H.
         value: like key.
-        attention_mask: what ``packed_mask`` gave: [1, 1, L, L], or None for a plain causal mask.
-        pieces: of the row.
+        attention_mask: what ``packed_mask`` gave, or None of a model that makes no masks.
+        row: where the sequences are.
         own: the name of the model's attention function.
         position_ids: those of the row, which are no piece's.
         options: for that function.
@@ -156,21 +217,111 @@ def packed_attention(
     Returns:
         [1, T, H, D], and no weights.
     """
+    window = None
+    if own == SDPA and attention_mask is not None and sdpa_is_plain(module, options):
+        window = attention_mask.varlen_window(options.get("sliding_window"))
+    if window is not None and (attend := _varlen(query, key, value)) is not None:
+        return attend_at_once(attend, query, key, value, row, window, options.get("scaling")), None
+    dense = None if attention_mask is None else attention_mask.dense
+    return attend_by_pieces(module, query, key, value, dense, row.pieces, own, options), None
+
+
+def sdpa_is_plain(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether a layer's options for transformers' sdpa ask for nothing that ``varlen_attn`` cannot do."""
+    causal = options.get("is_causal")
+    return (
+        options.get("dropout", 0.0) == 0
+        and all(options.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor) -> Varlen | None:
+    """``varlen_attn``, if it is to be trusted with such a layer."""
+    (_, heads, _, width), groups = query.shape, key.shape[1]
+    return compared_varlen(query.device, _dtype(query), heads, groups, width) if value.shape[3] == width else None
+
+
+def _dtype(query: Tensor) -> torch.dtype:
+    """The dtype that sdpa computes in: autocast casts for it, but not for ``varlen_attn``."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+def attend_at_once(
+    attend: Varlen,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Row,
+    window: tuple[int, int],
+    scale: float | None,
+) -> Tensor:
+    """All sequences by one call of ``varlen_attn``, [1, T, H, D]."""
+    query_THD, key_MGD, value_MGD = (each[0].transpose(0, 1).to(_dtype(query)) for each in (query, key, value))
+    if len(row.key_places) != len(query_THD):  # otherwise the keys are those of the row, in its order
+        key_MGD, value_MGD = (each.index_select(0, row.key_places) for each in (key_MGD, value_MGD))
+    output_THD = attend(
+        query_THD,
+        key_MGD,
+        value_MGD,
+        row.query_starts,
+        row.key_starts,
+        max(row.lengths.queries),
+        max(row.lengths.keys),
+        scale=scale,
+        window_size=window,
+        enable_gqa=query_THD.shape[1] != key_MGD.shape[1],
+    )
+    return output_THD[None].contiguous()
+
+
+def attend_by_pieces(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dense: Tensor | None,
+    pieces: list[Piece],
+    own: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """Each piece by the model's own attention function, [1, T, H, D]."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # as the file has it
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     outputs = []
     for piece in pieces:
-        mask = piece.causal if attention_mask is None else attention_mask[:, :, piece.shared : piece.end, : piece.end]
+        mask = piece.causal if dense is None else dense[:, :, piece.shared : piece.end, : piece.end]
         keys, values = (
             each[:, :, piece.queries] if piece.keys is None else each.index_select(2, piece.keys)
             for each in (key, value)
         )
         outputs.append(function(module, query[:, :, piece.queries], keys, values, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
-def packed_mask(*, own: str, batch_size: int, q_length: int, attention_mask: Tensor, **options: Any) -> Tensor | None:
-    """A mask function of transformers: the model's own one for a single sequence of L tokens."""
-    function = ALL_MASK_ATTENTION_FUNCTIONS[own]
-    mask: Tensor | None = function(batch_size=1, q_length=attention_mask.shape[1], attention_mask=None, **options)
-    return mask
+def packed_mask(
+    *,
+    own: str,
+    batch_size: int,
+    q_length: int,
+    attention_mask: Tensor,
+    mask_function: Any,
+    allow_is_causal_skip: bool,
+    local_size: int | None = None,
+    **options: Any,
+) -> Mask:
+    """A mask function of transformers: what the model's own one says of a single sequence of L tokens.
+
+    transformers allows no causal skip where anything is laid over a causal mask but a limit to ``local_size``.
+    """
+    dense = ALL_MASK_ATTENTION_FUNCTIONS[own](
+        batch_size=1,
+        q_length=attention_mask.shape[1],
+        attention_mask=None,
+        mask_function=mask_function,
+        allow_is_causal_skip=allow_is_causal_skip,
+        local_size=local_size,
+        **options,
+    )
+    return Mask(dense, mask_function, local_size, allow_is_causal_skip)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from adpa.pipeline.lm_head import check_head, hidden_states, read_head
 from adpa.pipeline.packed_attention import packed_hidden_states
 
 # Beside input_ids: the first of padded sequences, the others of packed ones.
-DECODER = ("attention_mask", "position_ids", "query_lengths", "key_lengths", "key_places")
+DECODER = ("attention_mask", "position_ids", "query_starts", "key_starts", "key_places", "lengths")
 
 
 def attach_distill_head(model: PreTrainedModel) -> None:
@@ -38,7 +39,7 @@ def _forward(
     input_ids: Tensor,
     predicts: Tensor,
     observe: bool = False,
-    **rows: Tensor,
+    **rows: Any,
 ) -> tuple[Tensor, HeadLosses] | StudentStatistics:
     decoder = {name: rows.pop(name) for name in DECODER if name in rows}
     hidden_BLd = (hidden_states if "attention_mask" in decoder else packed_hidden_states)(model, input_ids, **decoder)
@@ -58,5 +59,5 @@ def _forward(
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
-        **rows,  # type: ignore[arg-type]
+        **rows,
     )

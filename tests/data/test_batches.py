@@ -157,6 +157,7 @@ def test_packing_places_the_tokens_otherwise_and_changes_nothing_else(tmp_path: 
         batch = collate(chosen, packing)  # type: ignore[arg-type]
         packed = vars(pack_sequences([item.tokens for example in chosen for item in example], share_prompts))
         assert batch.keys() == (padded.keys() - placed) | packed.keys()
+        assert batch.pop("lengths") == packed.pop("lengths")
         assert all(torch.equal(batch[name], packed[name]) for name in packed)
         assert all(torch.equal(batch[name], padded[name]) for name in padded.keys() - placed)
 

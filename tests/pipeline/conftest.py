@@ -30,6 +30,7 @@ from adpa import precompute
 from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.varlen_attention import varlen_reference
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,27 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> InstallVllm:
             monkeypatch.setattr(f"adpa.pipeline.{module}.device_memory", lambda _: 80 * 10**9)
 
     return install
+
+
+AtOnce = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> AtOnce:
+    """Makes this device one with variable-length attention; gives the list of the options of its calls from then on."""
+
+    def substitute() -> list[dict[str, Any]]:
+        calls = []
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            calls.append(options | {"dtypes": {query.dtype, key.dtype, value.dtype}})
+            output = varlen_reference(query.double(), key.double(), value.double(), *arguments, **options)
+            return output.to(query.dtype)  # a kernel's sums are more exact than its numbers, too
+
+        monkeypatch.setattr("adpa.pipeline.packed_attention.compared_varlen", lambda *_: attend)
+        return calls
+
+    return substitute
 
 
 SAMPLING = Sampling(
