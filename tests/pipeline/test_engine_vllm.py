@@ -448,7 +448,7 @@ def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
     memory: int, share: float, vllm_models: StandIn, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = open_checkpoint(str(make_model(52, vocab_size=512)))
-    head = teacher.load_head(CPU)
+    head = teacher.load_head("float32", CPU)
     monkeypatch.setattr(Checkpoint, "load_head", lambda *_: head)
     monkeypatch.setattr("adpa.pipeline.engine_vllm.device_memory", lambda _: memory)
     engine(device=GPU).open_scorer(teacher, scoring_of(teacher), longest=9)

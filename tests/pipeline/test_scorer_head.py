@@ -78,13 +78,13 @@ def test_prompt_rows_are_never_projected_to_the_vocabulary(
 ) -> None:
     scorer = scorer_of(make_model(8, vocab_size=64))
     projected: list[int] = []
-    logits = LmHead.logits
+    logits = LmHead.float32_logits
 
-    def counting(head: LmHead, hidden: Tensor) -> Tensor:
-        projected.append(len(hidden))
-        return logits(head, hidden)
+    def counting(head: LmHead, hidden_Cd: Tensor) -> Tensor:
+        projected.append(len(hidden_Cd))
+        return logits(head, hidden_Cd)
 
-    monkeypatch.setattr(LmHead, "logits", counting)
+    monkeypatch.setattr(LmHead, "float32_logits", counting)
     sequences = [synthetic(np.arange(50), np.arange(3)), synthetic(np.arange(20), np.arange(7))]
     rows = top_k(scorer, sequences, 4)
     logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
