@@ -110,7 +110,7 @@ def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tenso
 def _block_rows(logits_CV: Tensor, read: int, with_triton: bool) -> int:
     """Rows that take `BLOCK_BYTES` beside their logits, of which so many are read again; at least one."""
     width = -(-logits_CV.shape[1] // GROUP) * GROUP
-    bytes_of_row = (1 if with_triton else 9) * width + 40 * min(read, width)
+    bytes_of_row = (1 if with_triton else 11) * width + 40 * min(read, width)
     return max(1, BLOCK_BYTES // bytes_of_row)
 
 

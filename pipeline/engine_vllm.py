@@ -256,7 +256,7 @@ def open_vllm(
             )
         advice = "use more GPUs (--tensor-parallel), --quantization, or a larger --gpu-memory-utilization"
         checkpoint.check_memory(dtypes[role], options.memory(role, device), advice)
-    large = {role: checkpoint for role, checkpoint in models.items() if role != "student"}
+    large: dict[Role, Checkpoint] = {role: checkpoint for role, checkpoint in models.items() if role != "student"}
     opened = partial(VllmEngine, options, device, with_reference="reference" in models)
     if options.head_dtype == "model":
         return opened(head_dtype="model", reason=f"{reason}; vLLM's own head, as asked")
