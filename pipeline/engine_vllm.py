@@ -286,17 +286,24 @@ def _own_heads(
 
     Raises:
         HeadError: adpa cannot run the head of a model.
+        ModelError: a checkpoint is not complete.
     """
     heads: dict[Checkpoint, LmHead] = {}
-    rounded_to = None
+    rounded_to, obstacles = None, []
     for role, checkpoint in models.items():
-        if "hf_overrides" in options.arguments(role):
-            raise HeadError(f"--engine-arg hf_overrides changes what {checkpoint.name} is")
-        head = checkpoint.load_head("float32", torch.device("cpu"))
+        try:
+            if "hf_overrides" in options.arguments(role):
+                raise HeadError(f"--engine-arg hf_overrides changes what {checkpoint.name} is")
+            head = checkpoint.load_head("float32", torch.device("cpu"))
+        except HeadError as error:
+            obstacles.append(error)  # the other model is looked at all the same: it may be damaged
+            continue
         dtype = getattr(torch, dtypes[role])
         heads[checkpoint] = head.to(head.weight.device, dtype)
         if not head.is_exact_in(dtype):
             rounded_to = dtypes[role]
+    if obstacles:
+        raise obstacles[0]
     return heads, rounded_to
 
 

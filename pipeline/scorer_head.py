@@ -37,7 +37,7 @@ class Decoder(Protocol):
     """A model without its head."""
 
     def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """For each batch, hidden states [N, d] of the positions that predict a response token."""
+        """For each batch, hidden states [N, d] of the positions that predict a response token, in the model's dtype."""
         ...
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class Decoder(Protocol):
 
 
 class HeadScorer:
-    """A ``Scorer`` made of a decoder and a head of the decoder's dtype; its logits are float32."""
+    """A ``Scorer`` made of a decoder and a head of the same dtype; the logits are float32."""
 
     def __init__(self, name: str, decoder: Decoder, head: LmHead) -> None:
         self._name = name
@@ -107,22 +107,22 @@ class HeadScorer:
         return [(logprobs_NJ[rows, 0], logprobs_NJ[rows, 1:]) for rows in _row_slices(batch)]
 
     def _by_chunks(
-        self, hidden_Nd: Tensor, ids: Tensor, top_k: int, read: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+        self, hidden_Nd: Tensor, ids: Tensor, kept: int, read: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     ) -> list[NDArray[Any]]:
-        """What is read of the logits [C, V] of each chunk of rows and of these rows' ids, joined on the CPU.
+        """What `read` makes of each chunk's logits [C, V] and ids, joined on the CPU; it keeps so many ids a row.
 
-        A GPU computes one chunk after the other without a wait: ids come from pinned memory, results go there.
+        A GPU computes one chunk after the other without a wait: ids come from pinned memory, and results go there.
         """
         device = self._head.weight.device
         if device.type == "cuda":
             ids = ids.pin_memory()
-        rows = chunk_rows(self._head, top_k)
+        rows = chunk_rows(self._head, kept)
         chunks = []
         for hidden_Cd, ids_of_chunk in zip(hidden_Nd.split(rows), ids.split(rows), strict=True):
-            logits_CV = self._head.float32_logits(hidden_Cd.to(self._head.weight))
-            found = read(logits_CV, ids_of_chunk.to(device, non_blocking=True))
-            del logits_CV  # before the next ones are made
-            chunks.append([column.to("cpu", non_blocking=True) for column in found])
+            columns = read(  # no name holds the logits while the next ones are made
+                self._head.float32_logits(hidden_Cd.to(self._head.weight)), ids_of_chunk.to(device, non_blocking=True)
+            )
+            chunks.append([column.to("cpu", non_blocking=True) for column in columns])
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         return [torch.cat(column).numpy() for column in zip(*chunks, strict=True)]

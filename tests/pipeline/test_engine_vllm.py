@@ -354,11 +354,14 @@ def test_a_model_whose_configuration_the_user_changes_keeps_vllms_head(teacher: 
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_damaged_checkpoint_is_no_reason_for_vllms_own_head(make_model: MakeModel) -> None:
+def test_a_damaged_checkpoint_is_no_reason_for_vllms_own_head(teacher: Checkpoint, make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(str(make_model(53, vocab_size=96, tie_word_embeddings=False)))
     change_weights(checkpoint, lambda weights: weights.update(other=weights.pop("lm_head.weight")))
     with pytest.raises(ModelError, match=r"1 missing keys, the first lm_head\.weight"):
         opened(VllmOptions(), GPU, open_checkpoint(checkpoint.name))
+    beside_another_obstacle = VllmOptions(engine_arg=("teacher:hf_overrides={}",))
+    with pytest.raises(ModelError, match=r"1 missing keys, the first lm_head\.weight"):
+        opened(beside_another_obstacle, GPU, teacher, open_checkpoint(checkpoint.name))
 
 
 @pytest.mark.usefixtures("installed")
