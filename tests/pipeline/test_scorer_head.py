@@ -104,26 +104,30 @@ def test_the_head_scores_in_float32_whatever_the_models_dtype(make_model: MakeMo
     assert all(len(set(values)) > 45 for values in row.topk_logprobs), "bfloat16 logits leave ties"
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("as_on_cuda", [True, False])
+@pytest.mark.parametrize("where", ["cpu", "cpu as cuda", pytest.param("cuda", marks=NO_GPU)])
 def test_signals_are_those_of_float64_from_the_models_own_factors(
-    as_on_cuda: bool, dtype: str, make_model: MakeModel, request: pytest.FixtureRequest
+    where: str, dtype: str, make_model: MakeModel, request: pytest.FixtureRequest
 ) -> None:
-    """Within 2e-6, and what the logits lose: one rounding, or on a CPU one for each of the d products of a sum."""
-    products = request.getfixturevalue("products") if as_on_cuda else []
-    model = open_checkpoint(str(make_model(40, vocab_size=700, initializer_range=0.1))).load(dtype, CPU).eval()
+    """Within 2e-6, and what the logits lose: a rounding for each of a sum's d products, or only one in the stand-in."""
+    products = request.getfixturevalue("products") if where == "cpu as cuda" else []
+    checkpoint = open_checkpoint(str(make_model(40, vocab_size=700, initializer_range=0.1)))
+    model = checkpoint.load(dtype, torch.device(where.split()[0])).eval()
     decoder, head = HfDecoder(model), read_head(model)
     scorer = HeadScorer("teacher", decoder, head)
     sequences = [synthetic([1, 2, 3], [4, 5]), synthetic([6], [7, 8, 9])]
     rows = top_k(scorer, sequences, 20)
     given = logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
     assert [factors for factors, _ in products] == [getattr(torch, dtype)] * len(products)
-    assert len(products) == (2 if as_on_cuda else 0)
+    assert len(products) == (2 if where == "cpu as cuda" else 0)
 
     (hidden_Nd,) = decoder.response_hidden([sequences])
-    hidden_Nd, weight_Vd = hidden_Nd.double(), head.weight.detach().double()
+    hidden_Nd, weight_Vd = hidden_Nd.cpu().double(), head.weight.detach().cpu().double()
     logprobs_NV = (hidden_Nd @ weight_Vd.T).log_softmax(dim=1)
-    roundings = 2 if as_on_cuda else 2 * len(hidden_Nd.T)
+    roundings = 2 if where == "cpu as cuda" else 2 * len(hidden_Nd.T)
     bound = 2e-6 + roundings * 2**-24 * float((hidden_Nd.abs() @ weight_Vd.abs().T).max())
     for sequence, row, (own, at_ids), logprobs_TV in zip(
         sequences, rows, given, logprobs_NV.split([2, 3]), strict=True
