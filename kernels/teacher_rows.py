@@ -7,17 +7,19 @@ pairs and on the 64·K logits of K groups.
     top K   The K tokens of the largest logits lie in the K groups of the largest m. For if a token's group is not
             among them, each of these K groups has a token that goes before it: one with a larger logit, or with
             the same logit and a smaller id, since groups are ranked by (m, then position), and a group's position
-            orders its ids. So the groups are sorted, the K best are read again, 2 % of the row, and their logits
-            sorted. Both sorts are stable: among equal logits, the smaller id goes first.
-    tail    Every token that is not in the top K is in a group that was not read again, or was read again and sorted
-            behind: the log of the probability of the rest is the log-sum-exp over these two kinds. Nothing is
-            subtracted, where 1 − Σ_S p_k has no digits left at p_T ~ 1e-7.
+            orders its ids. So the K best groups are selected, their logits read again, 2 % of the row, and of these
+            the K best. Both selections rank by (value, then position): among equal logits, the smaller id goes first.
+    tail    Every token that is not in the top K is in a group that was not read again, or was read again and left:
+            the log of the probability of the rest is the log-sum-exp over these two kinds. Nothing is subtracted,
+            where 1 − Σ_S p_k has no digits left at p_T ~ 1e-7.
     total   The log-sum-exp over the tail and the top K.
 
 All logits are taken relative to the row's largest, so that logits of ±1e4 lose no digits. Sums run in float32.
 
-Shapes: C rows of a chunk, V vocabulary, K top tokens, J tokens asked for, W = 64 tokens of a group, G groups, S groups
-that are read again.
+Rows do not know of each other. They are taken in blocks, so that what they need beside the logits is bounded.
+
+Shapes: C rows of a chunk or of a block of it, V vocabulary, K top tokens, J tokens asked for, W = 64 tokens of a group,
+G groups, S groups that are read again, I = 64·S logits in them.
 """
 
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from adpa.errors import OptionError
 from adpa.kernels.checks import Backend, check_ids, check_logits, takes_triton
 
 GROUP = 64
+BLOCK_BYTES = 1 << 28
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,9 +60,9 @@ def teacher_rows(logits: Tensor, labels: Tensor, top_k: int, backend: Backend = 
     Args:
         logits: [C, V] float32, bfloat16 or float16; not changed.
         labels: [C] int32 or int64, on any device.
-        top_k: K, from 1 to V. Beside the logits, a row takes about 2 kB · K.
-        backend: what reads the logits: "torch" runs anywhere, and needs as much memory again, in float32; "triton"
-            runs on CUDA; "auto" takes Triton on CUDA and torch elsewhere.
+        top_k: K, from 1 to V. Whatever it is, the call takes at most `BLOCK_BYTES` beside the logits and the result.
+        backend: what reads the logits: "torch" runs anywhere; "triton" runs on CUDA; "auto" takes Triton on CUDA and
+            torch elsewhere.
 
     Raises:
         OptionError: shapes, dtypes or a K that do not fit together, or a backend that is not there.
@@ -69,28 +72,14 @@ def teacher_rows(logits: Tensor, labels: Tensor, top_k: int, backend: Backend = 
     check_ids("labels", labels, len(logits))
     if not 1 <= top_k <= logits.shape[1]:
         raise OptionError(f"top_k is {top_k}, expected 1 to {logits.shape[1]}, the columns of logits")
+    rows = _block_rows(logits, GROUP * top_k, with_triton)
+    labels = labels.to(logits.device)
     with torch.no_grad():
-        peaks_CG, logmass_CG = _groups(logits, with_triton)
-
-        peaks_CG, order_CG = peaks_CG.sort(dim=1, descending=True, stable=True)
-        read_CS, unread_CG = order_CG.tensor_split([top_k], dim=1)
-        # In the order of their ids, so that equal logits stay in it.
-        columns_CSW = read_CS.sort(dim=1).values[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)
-        columns_CI = columns_CSW.flatten(1)
-        ranked_CI, rank_CI = _logits_at(logits, columns_CI, -torch.inf).sort(dim=1, descending=True, stable=True)
-        top_CK, behind_CI = ranked_CI.tensor_split([top_k], dim=1)
-
-        peak_C1 = peaks_CG[:, :1]
-        unread_logmass_CG = peaks_CG[:, top_k:] - peak_C1 + logmass_CG.gather(1, unread_CG)
-        tail_C1 = torch.cat([behind_CI - peak_C1, unread_logmass_CG], dim=1).logsumexp(dim=1, keepdim=True)
-        total_C1 = torch.cat([top_CK - peak_C1, tail_C1], dim=1).logsumexp(dim=1, keepdim=True)
-        own_C1 = _logits_at(logits, labels[:, None].to(logits.device), torch.nan)
-        return TeacherRows(
-            own_logprobs=(own_C1 - peak_C1 - total_C1).squeeze(1),
-            topk_ids=columns_CI.gather(1, rank_CI[:, :top_k]).to(torch.int32),
-            topk_logprobs=top_CK - peak_C1 - total_C1,
-            tail_logprob=(tail_C1 - total_C1).squeeze(1),
-        )
+        blocks = [
+            _teacher_rows(logits_CV, labels_C, top_k, with_triton)
+            for logits_CV, labels_C in zip(logits.split(rows), labels.split(rows), strict=True)
+        ]
+        return TeacherRows(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tensor:
@@ -107,11 +96,55 @@ def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tenso
     with_triton = takes_triton(backend, "logits", logits)
     check_logits(logits, *DTYPES)
     check_ids("ids", ids, len(logits), None)
+    rows = _block_rows(logits, ids.shape[1], with_triton)
+    ids = ids.to(logits.device)
     with torch.no_grad():
-        peaks_CG, logmass_CG = _groups(logits, with_triton)
-        peak_C1 = peaks_CG.amax(dim=1, keepdim=True)
-        total_C1 = (peaks_CG - peak_C1 + logmass_CG).logsumexp(dim=1, keepdim=True)
-        return _logits_at(logits, ids.to(logits.device), torch.nan) - peak_C1 - total_C1
+        return torch.cat(
+            [
+                _logprobs_at(logits_CV, ids_CJ, with_triton)
+                for logits_CV, ids_CJ in zip(logits.split(rows), ids.split(rows), strict=True)
+            ]
+        )
+
+
+def _block_rows(logits_CV: Tensor, read: int, with_triton: bool) -> int:
+    """Rows that take `BLOCK_BYTES` beside their logits, of which so many are read again; at least one."""
+    width = -(-logits_CV.shape[1] // GROUP) * GROUP
+    bytes_of_row = (1 if with_triton else 11) * width + 40 * min(read, width)
+    return max(1, BLOCK_BYTES // bytes_of_row)
+
+
+def _teacher_rows(logits_CV: Tensor, labels_C: Tensor, top_k: int, with_triton: bool) -> TeacherRows:
+    peaks_CG, logmass_CG = _groups(logits_CV, with_triton)
+    peak_C1 = peaks_CG.amax(dim=1, keepdim=True)
+    # In the order of their ids, so that the position of a logit orders its id.
+    read_CS = _largest(peaks_CG, min(top_k, peaks_CG.shape[1])).sort(dim=1).values
+    columns_CI = (read_CS[:, :, None] * GROUP + torch.arange(GROUP, device=logits_CV.device)).flatten(1)
+    logits_CI = _logits_at(logits_CV, columns_CI, -torch.inf)
+    places_CK = _largest(logits_CI, top_k)
+    ids_CK = columns_CI.gather(1, places_CK).clamp_(max=logits_CV.shape[1] - 1)  # NaN may go behind the padding
+
+    logits_CI -= peak_C1
+    top_CK = logits_CI.gather(1, places_CK)
+    left_C1 = logits_CI.scatter_(1, places_CK, -torch.inf).logsumexp(dim=1, keepdim=True)
+    logmass_CG += peaks_CG - peak_C1
+    unread_C1 = logmass_CG.scatter_(1, read_CS, -torch.inf).logsumexp(dim=1, keepdim=True)
+    tail_C1 = torch.logaddexp(left_C1, unread_C1)
+    total_C1 = torch.logaddexp(tail_C1, top_CK.logsumexp(dim=1, keepdim=True))
+    own_C1 = _logits_at(logits_CV, labels_C[:, None], torch.nan)
+    return TeacherRows(
+        own_logprobs=(own_C1 - peak_C1 - total_C1).squeeze(1),
+        topk_ids=ids_CK.to(torch.int32),
+        topk_logprobs=top_CK - total_C1,
+        tail_logprob=(tail_C1 - total_C1).squeeze(1),
+    )
+
+
+def _logprobs_at(logits_CV: Tensor, ids_CJ: Tensor, with_triton: bool) -> Tensor:
+    peaks_CG, logmass_CG = _groups(logits_CV, with_triton)
+    peak_C1 = peaks_CG.amax(dim=1, keepdim=True)
+    total_C1 = (peaks_CG - peak_C1 + logmass_CG).logsumexp(dim=1, keepdim=True)
+    return _logits_at(logits_CV, ids_CJ, torch.nan) - peak_C1 - total_C1
 
 
 def _groups(logits_CV: Tensor, with_triton: bool) -> tuple[Tensor, Tensor]:
@@ -130,6 +163,20 @@ def _groups(logits_CV: Tensor, with_triton: bool) -> tuple[Tensor, Tensor]:
     peaks_CG = logits_CGW.amax(dim=2).float()
     finite_peaks_CG = peaks_CG.masked_fill(peaks_CG == -torch.inf, 0)
     return peaks_CG, (logits_CGW - finite_peaks_CG[:, :, None]).exp_().sum(dim=2).log_()
+
+
+def _largest(values_CI: Tensor, count: int) -> Tensor:
+    """Positions of the largest float32 values of each row, int64 [C, count]: falling, equal ones by their position.
+
+    Value and position together are one integer, and a row has none twice: nothing is left to the choice of `topk`.
+    """
+    bits_CI = (values_CI + 0.0).view(torch.int32)  # the sum makes −0 into 0, which it equals
+    keys_CI = torch.where(bits_CI < 0, bits_CI ^ 0x7FFFFFFF, bits_CI).long()  # ordered as the values are
+    del bits_CI
+    last = values_CI.shape[1] - 1
+    keys_CI <<= 32
+    keys_CI |= torch.arange(last, -1, -1, device=values_CI.device)
+    return last - (keys_CI.topk(count, dim=1).values & 0xFFFFFFFF)
 
 
 def _logits_at(logits_CV: Tensor, ids_CJ: Tensor, missing: float) -> Tensor:

@@ -96,8 +96,10 @@ class Checkpoint:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model
 
-    def load_head(self, device: torch.device) -> LmHead:
-        """Loads the head alone, in float32: the model without its layers, so that only their weights stay on disk.
+    def load_head(self, dtype: str, device: torch.device) -> LmHead:
+        """Loads the head alone: the model without its layers, so that only their weights stay on disk.
+
+        It is checked in float32 and has the numbers that it has in the whole model loaded in this dtype.
 
         Raises:
             HeadError: the head is not one that adpa knows, or its weights are quantized.
@@ -134,7 +136,7 @@ class Checkpoint:
             raise
         finally:
             transformers.logging.set_verbosity(verbosity)
-        return head.to(device)
+        return head.to(device, getattr(torch, dtype))
 
     def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
         """The configuration of the whole, and that of the language model in it, which may be the same object."""

@@ -1,7 +1,7 @@
 """vLLM as the engine of stage one: its options, and which of its two ways of scoring fits the models.
 
-Hidden states: vLLM's pooling runner gives the decoder's output, and adpa's own head runs on the response rows only, in
-float32, with an exact tail. It needs a head that adpa knows and that is not quantized.
+Hidden states: vLLM's pooling runner gives the decoder's output, and adpa's own head runs on the response rows only,
+with float32 logits and an exact tail. It needs a head that adpa knows and that is not quantized.
 
 Prompt log-probabilities: vLLM's own head on every row of the prompt for the teacher, and on response rows for the
 reference; the latter needs vLLM's V2 model runner.
@@ -11,8 +11,8 @@ import importlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -24,8 +24,9 @@ from adpa.data.responses import Sampling
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
+from adpa.pipeline.lm_head import LmHead
 from adpa.pipeline.sampling import Sampler
-from adpa.pipeline.scorer_head import ROWS_PER_CHUNK, HeadScorer
+from adpa.pipeline.scorer_head import HeadScorer, bytes_beside_decoder
 from adpa.pipeline.scoring import Scorer
 
 HeadDtype = Literal["auto", "float32", "model"]
@@ -133,6 +134,9 @@ class VllmEngine:
         head_dtype: dtype of vLLM's head, or None where adpa's own head is used.
         with_reference: whether the scoring has a reference.
         reason: why it is this engine and this way.
+        rounded_to: dtype that the numbers of adpa's own head were rounded to, or None where none was changed.
+        heads: adpa's own heads as they were checked, on the CPU, for the first scorer of each model. They do not go to
+            another process, which loads what it needs.
     """
 
     options: VllmOptions
@@ -140,9 +144,15 @@ class VllmEngine:
     head_dtype: Literal["float32", "model"] | None
     with_reference: bool
     reason: str
+    rounded_to: str | None = None
+    heads: dict[Checkpoint, LmHead] = field(default_factory=dict, compare=False, repr=False)
 
     batch_tokens = 262_144
     pads = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process."""
+        return vars(self) | {"heads": {}}
 
     @property
     def max_tokens(self) -> int | None:
@@ -157,9 +167,11 @@ class VllmEngine:
     @property
     def name(self) -> str:
         """What a scoring says of it: the way, and every setting that can change a number."""
-        way = "hidden-states" if self.head_dtype is None else f"prompt-logprobs head={self.head_dtype}"
+        way = "hidden-states" if self.head_dtype is None else "prompt-logprobs"
+        head = self.head_dtype or self.rounded_to
         roles: list[Role] = ["teacher", "reference"] if self.with_reference else ["teacher"]
-        return " ".join(["vllm", way, *(setting for role in roles for setting in self.options.numerics(role))])
+        settings = [setting for role in roles for setting in self.options.numerics(role)]
+        return " ".join(["vllm", way, *([f"head={head}"] if head else []), *settings])
 
     @property
     def sampling_name(self) -> str:
@@ -178,12 +190,12 @@ class VllmEngine:
         roles: dict[ModelIdentity | None, Role] = {scoring.reference: "reference", scoring.teacher: "teacher"}
         role = roles.get(checkpoint.identity, "student")
         if self.head_dtype is None:
-            head = checkpoint.load_head(self.device).float()
+            checked = self.heads.pop(checkpoint, None)
+            head = checked.to(self.device) if checked else checkpoint.load_head(scoring.dtype, self.device)
             arguments = self._arguments(role, scoring.dtype, longest)
             if self.device.type == "cuda":
-                # vLLM's share is of the whole GPU; the head and the logits of a chunk of rows need room beside it.
-                needed = 4 * (head.weight.numel() + 4 * ROWS_PER_CHUNK * len(head.weight))
-                room = 0.98 - needed / device_memory(self.device)
+                # vLLM's share is of the whole GPU; scoring needs room beside it.
+                room = 0.98 - bytes_beside_decoder(head) / device_memory(self.device)
                 arguments["gpu_memory_utilization"] = min(arguments["gpu_memory_utilization"], room)
             return HeadScorer(checkpoint.name, models.VllmDecoder(checkpoint, arguments), head)
         return models.VllmLogprobsScorer(
@@ -244,20 +256,20 @@ def open_vllm(
             )
         advice = "use more GPUs (--tensor-parallel), --quantization, or a larger --gpu-memory-utilization"
         checkpoint.check_memory(dtypes[role], options.memory(role, device), advice)
-    head_dtype: Literal["float32", "model"] | None = None
-    large = {role: checkpoint for role, checkpoint in models.items() if role != "student"}
+    large: dict[Role, Checkpoint] = {role: checkpoint for role, checkpoint in models.items() if role != "student"}
+    opened = partial(VllmEngine, options, device, with_reference="reference" in models)
     if options.head_dtype == "model":
-        head_dtype, way = "model", "vLLM's own head, as asked"
-    elif obstacles := [why for role in large if (why := _why_not_our_head(options, role, large[role])) is not None]:
-        head_dtype, way = "float32", f"vLLM's own head, because {obstacles[0]}"
+        return opened(head_dtype="model", reason=f"{reason}; vLLM's own head, as asked")
+    try:
+        heads, rounded_to = _own_heads(options, large, dtypes)
+    except HeadError as error:
+        reason += f"; vLLM's own head, because {error.args[0]}"  # what the error advises is not for a run that goes on
         quantized = [checkpoint.name for checkpoint in large.values() if checkpoint.is_quantized]
         if quantized and options.head_dtype == "float32":
-            raise OptionError(f"--head-dtype float32: the head of {quantized[0]} is quantized", "use auto")
-        if quantized:
-            head_dtype = "model"
-    else:
-        way = "hidden states and adpa's head"
-    return VllmEngine(options, device, head_dtype, "reference" in models, f"{reason}; {way}")
+            raise OptionError(f"--head-dtype float32: the head of {quantized[0]} is quantized", "use auto") from error
+        return opened(head_dtype="model" if quantized else "float32", reason=reason)
+    reason += "; hidden states and adpa's head"
+    return opened(head_dtype=None, reason=reason, rounded_to=rounded_to, heads=heads)
 
 
 def _models() -> ModuleType:
@@ -267,15 +279,32 @@ def _models() -> ModuleType:
     return importlib.import_module("adpa.pipeline.vllm_models")
 
 
-def _why_not_our_head(options: VllmOptions, role: Role, checkpoint: Checkpoint) -> str | None:
-    """Why adpa cannot run the head of a model itself, if it cannot."""
-    if "hf_overrides" in options.arguments(role):
-        return f"--engine-arg hf_overrides changes what {checkpoint.name} is"
-    try:
-        checkpoint.load_head(torch.device("cpu"))
-    except HeadError as error:
-        return str(error.args[0])  # what the error advises is not for a run that goes on
-    return None
+def _own_heads(
+    options: VllmOptions, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]
+) -> tuple[dict[Checkpoint, LmHead], str | None]:
+    """The heads as adpa runs them, on the CPU; and their dtype if that changed any of their numbers.
+
+    Raises:
+        HeadError: adpa cannot run the head of a model.
+        ModelError: a checkpoint is not complete.
+    """
+    heads: dict[Checkpoint, LmHead] = {}
+    rounded_to, obstacles = None, []
+    for role, checkpoint in models.items():
+        try:
+            if "hf_overrides" in options.arguments(role):
+                raise HeadError(f"--engine-arg hf_overrides changes what {checkpoint.name} is")
+            head = checkpoint.load_head("float32", torch.device("cpu"))
+        except HeadError as error:
+            obstacles.append(error)  # the other model is looked at all the same: it may be damaged
+            continue
+        dtype = getattr(torch, dtypes[role])
+        heads[checkpoint] = head.to(head.weight.device, dtype)
+        if not head.is_exact_in(dtype):
+            rounded_to = dtypes[role]
+    if obstacles:
+        raise obstacles[0]
+    return heads, rounded_to
 
 
 def obstacle_to_vllm(device: torch.device) -> str | None:

@@ -4,9 +4,11 @@ Everything adpa computes needs the head on some rows only, so the two are run ap
 product (bias, softcap, scale) is read from the model, and the parts are compared with the model's own logits before
 they are trusted: a head that does anything else is refused.
 
-Shapes: B sequences, L tokens, d hidden width, V vocabulary rows.
+Shapes: B sequences, L tokens, C rows, d hidden width, V vocabulary rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adpa.errors import HeadError
+
+# Of torch.backends.cuda.matmul: no TF32, and no sum that is less than float32.
+FLOAT32_PRODUCTS = {
+    "fp32_precision": "ieee",
+    "allow_fp16_accumulation": False,
+    "allow_fp16_reduced_precision_reduction": False,
+    "allow_bf16_reduced_precision_reduction": False,
+}
 
 
 @dataclass(frozen=True)
@@ -34,18 +44,66 @@ class LmHead:
 
     def float(self) -> "LmHead":
         """The same head in float32."""
-        return replace(self, weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
+        return self.to(self.weight.device, torch.float32)
 
-    def to(self, device: torch.device) -> "LmHead":
-        """The same head on a device."""
-        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LmHead":
+        """The same head on a device, and in a dtype if one is given."""
+        dtype = dtype or self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        return replace(self, weight=self.weight.to(device, dtype), bias=bias)
+
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        """Whether the dtype has every one of its numbers."""
+        tensors = (tensor for tensor in (self.weight, self.bias) if tensor is not None)
+        return all(bool((tensor.to(dtype) == tensor).all()) for tensor in tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., d] to logits [..., V], in their dtype."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        """Hidden states [..., d] to logits [..., V], in the weight's dtype."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias) * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def float32_logits(self, hidden_Cd: Tensor) -> Tensor:
+        """Hidden states [C, d] in the weight's dtype to logits [C, V] in float32.
+
+        Of numbers of 16 bits the products are exact and the sums float32's, without a copy of the weight; that runs
+        on CUDA only. Elsewhere take the head in float32.
+        """
+        with _float32_products():
+            if self.weight.dtype == torch.float32:
+                logits_CV = torch.mm(hidden_Cd, self.weight.T)
+            else:
+                logits_CV = torch.mm(hidden_Cd, self.weight.T, out_dtype=torch.float32)
+        if self.bias is not None:
+            logits_CV += self.bias
+        if self.logit_scale != 1:
+            logits_CV *= self.logit_scale
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_CV
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Keeps CUDA to products and sums of float32, whatever else the process has set."""
+    matmul = torch.backends.cuda.matmul
+    before = {name: getattr(matmul, name) for name in FLOAT32_PRODUCTS}
+    for name in before:
+        if name.endswith("reduction"):  # what is set has two parts, what is read has one
+            before[name] = (before[name], getattr(matmul, f"{name}_split_k"))
+    try:
+        for name, value in FLOAT32_PRODUCTS.items():
+            setattr(matmul, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Scoring from hidden states: the decoder is an engine's, the head is ours and sees response rows only.
 
-The head runs in float32 whatever the model's dtype: logits in bfloat16 leave the top K full of ties.
+The logits are float32 whatever the model's dtype: logits in bfloat16 leave the top K full of ties.
 
 Shapes: N response rows of a batch, d hidden width, V vocabulary rows, K ids, J = K + 1 ids asked for, C rows a chunk.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,18 +15,29 @@ from torch import Tensor
 
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
-from adpa.kernels.teacher_rows import logprobs_at, teacher_rows
+from adpa.kernels.teacher_rows import BLOCK_BYTES, logprobs_at, teacher_rows
 from adpa.pipeline.lm_head import LmHead
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
-ROWS_PER_CHUNK = 1024
+CHUNK_BYTES = 1 << 30
+
+
+def chunk_rows(head: LmHead, top_k: int) -> int:
+    """Rows whose hidden states, logits and signals take `CHUNK_BYTES`; at least one."""
+    V, d = head.weight.shape
+    return max(1, CHUNK_BYTES // (4 * (d + V) + 16 * top_k))
+
+
+def bytes_beside_decoder(head: LmHead) -> int:
+    """What a `HeadScorer` takes of a GPU beside its decoder, whatever K is: the head, a chunk, work on its rows."""
+    return head.nbytes + CHUNK_BYTES + BLOCK_BYTES
 
 
 class Decoder(Protocol):
     """A model without its head."""
 
     def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """For each batch, hidden states [N, d] of the positions that predict a response token."""
+        """For each batch, hidden states [N, d] of the positions that predict a response token, in the model's dtype."""
         ...
 
     def close(self) -> None:
@@ -35,12 +46,12 @@ class Decoder(Protocol):
 
 
 class HeadScorer:
-    """A ``Scorer`` made of a decoder and a head in float32."""
+    """A ``Scorer`` made of a decoder and a head of the same dtype; the logits are float32."""
 
     def __init__(self, name: str, decoder: Decoder, head: LmHead) -> None:
         self._name = name
         self._decoder = decoder
-        self._head = head.float()
+        self._head = head if head.weight.is_cuda else head.float()
 
     def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
         """See ``Scorer.top_k``."""
@@ -70,9 +81,9 @@ class HeadScorer:
 
     @torch.inference_mode()
     def _teacher_rows(self, batch: Batch, hidden_Nd: Tensor, top_k: int) -> list[SignalRow]:
-        labels_N = _labels(batch)
-        chunks = [teacher_rows(logits_CV, labels_N[rows], top_k) for logits_CV, rows in self._logits(hidden_Nd)]
-        token_logprobs, ids, logprobs, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
+        token_logprobs, ids, logprobs, tail = self._by_chunks(
+            hidden_Nd, _labels(batch), top_k, lambda logits_CV, labels_C: teacher_rows(logits_CV, labels_C, top_k)
+        )
         return [
             SignalRow(sequence.key, token_logprobs[rows], ids[rows], logprobs[rows], tail[rows])
             for sequence, rows in zip(batch, _row_slices(batch), strict=True)
@@ -90,20 +101,36 @@ class HeadScorer:
                 "use the reference that the teacher was made from",
             )
         asked_NJ = torch.cat([_labels(batch)[:, None], torch.from_numpy(np.concatenate(topk_ids))], dim=1)
-        chunks = [logprobs_at(logits_CV, asked_NJ[rows]) for logits_CV, rows in self._logits(hidden_Nd)]
-        logprobs_NJ = torch.cat(chunks).cpu().numpy()
+        (logprobs_NJ,) = self._by_chunks(
+            hidden_Nd, asked_NJ, asked_NJ.shape[1], lambda logits_CV, ids_CJ: (logprobs_at(logits_CV, ids_CJ),)
+        )
         return [(logprobs_NJ[rows, 0], logprobs_NJ[rows, 1:]) for rows in _row_slices(batch)]
 
-    def _logits(self, hidden_Nd: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Float32 logits [C, V] on the head's device, and which rows they are of."""
-        for start in range(0, len(hidden_Nd), ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            yield self._head.logits(hidden_Nd[rows].to(self._head.weight)), rows
+    def _by_chunks(
+        self, hidden_Nd: Tensor, ids: Tensor, kept: int, read: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    ) -> list[NDArray[Any]]:
+        """What `read` makes of each chunk's logits [C, V] and ids, joined on the CPU; it keeps so many ids a row.
+
+        A GPU computes one chunk after the other without a wait: ids come from pinned memory, and results go there.
+        """
+        device = self._head.weight.device
+        if device.type == "cuda":
+            ids = ids.pin_memory()
+        rows = chunk_rows(self._head, kept)
+        chunks = []
+        for hidden_Cd, ids_of_chunk in zip(hidden_Nd.split(rows), ids.split(rows), strict=True):
+            columns = read(  # no name holds the logits while the next ones are made
+                self._head.float32_logits(hidden_Cd.to(self._head.weight)), ids_of_chunk.to(device, non_blocking=True)
+            )
+            chunks.append([column.to("cpu", non_blocking=True) for column in columns])
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return [torch.cat(column).numpy() for column in zip(*chunks, strict=True)]
 
 
 def _labels(batch: Batch) -> Tensor:
-    """The response tokens of a batch, one sequence after the other, int64 [N]."""
-    return torch.from_numpy(np.concatenate([sequence.response_ids for sequence in batch])).long()
+    """The response tokens of a batch, one sequence after the other, int32 [N]."""
+    return torch.from_numpy(np.concatenate([sequence.response_ids for sequence in batch]))
 
 
 def _row_slices(batch: Batch) -> Iterator[slice]:

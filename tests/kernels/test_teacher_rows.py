@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tests.kernels.oracle import BACKENDS, TRITON_DEVICE, Backend
+from tests.memory import peak_bytes
 from torch import Tensor
 
 from adpa.errors import OptionError
@@ -140,6 +141,26 @@ def few_logits_are_different() -> Rows:
 
 
 @case
+def zeros_have_two_signs() -> Rows:
+    rows = random_rows()
+    zeros_CV = torch.where(rows.logits > 0, 0.0, -0.0)
+    return rows._replace(logits=torch.where(rows.logits.abs() < 4, zeros_CV, -1))
+
+
+@case
+def all_groups_have_the_same_largest_logit() -> Rows:
+    rows = random_rows(V=64 * GROUP + 5)
+    rows.logits[:, 5::GROUP] = 20
+    return rows
+
+
+@case
+def a_coarse_dtype_ties_across_groups() -> Rows:
+    rows = random_rows(V=4097, K=300, scale=0.1)
+    return rows._replace(logits=rows.logits.bfloat16())
+
+
+@case
 def the_best_tokens_are_neighbours() -> Rows:
     rows = random_rows()
     rows.logits[:, 100:107] += 30
@@ -232,6 +253,21 @@ def test_among_equal_logits_the_smaller_id_goes_first(V: int, values: int) -> No
         assert_same(teacher_rows(*rows), expected_rows(rows))
 
 
+EXTREMES = [-INF, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1 + 1e-7, 3e38]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [63, 64, 700, 4100])
+def test_the_top_k_is_that_of_a_stable_sort_whatever_the_logits(V: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(V)
+    logits_CV = torch.tensor(EXTREMES)[torch.randint(len(EXTREMES), (20, V), generator=generator)].to(dtype)
+    logits_CV[10:, ::3] = 2.5
+    order_CV = logits_CV.sort(dim=1, descending=True, stable=True).indices
+    for top_k in (1, 5, V // 2, V):
+        found = teacher_rows(logits_CV, torch.zeros(20, dtype=torch.int32), top_k)
+        assert torch.equal(found.topk_ids.long(), order_CV[:, :top_k])
+
+
 @both_backends
 @pytest.mark.parametrize("column", [0, 150, 299])
 @pytest.mark.parametrize("value", [NAN, -NAN, INF])
@@ -258,6 +294,14 @@ def test_a_row_of_nothing_but_minus_infinity_is_nan(backend: Backend) -> None:
 
 
 @both_backends
+@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
+def test_ids_that_mean_nothing_are_in_the_vocabulary_all_the_same(value: float, backend: Backend) -> None:
+    found = run(Rows(torch.full((1, 300), value), torch.tensor([0]), 300), backend)
+    assert found.topk_ids.min() >= 0
+    assert found.topk_ids.max() < 300
+
+
+@both_backends
 def test_a_token_that_is_not_in_the_vocabulary_has_nan(backend: Backend) -> None:
     rows = random_rows(C=3)._replace(labels=torch.tensor([-100, 300, 299]))
     assert run(rows, backend).own_logprobs.isnan().tolist() == [True, True, False]
@@ -278,6 +322,39 @@ def test_the_logits_are_left_as_they_were_and_the_same_comes_twice(backend: Back
     first, second = (run(rows, backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(rows.logits, before)
+
+
+@both_backends
+@pytest.mark.parametrize("bytes_of_block", [1, 100_000])
+def test_a_row_does_not_depend_on_the_block_that_it_is_in(
+    bytes_of_block: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(C=7, V=4097, K=20)
+    ids_CJ = random_rows(C=7, V=4097, K=20).logits.argsort(dim=1)[:, :9]
+    whole, whole_at = run(rows, backend), run_at(rows.logits, ids_CJ, backend)
+    monkeypatch.setattr("adpa.kernels.teacher_rows.BLOCK_BYTES", bytes_of_block)
+    assert all(torch.equal(a, b) for a, b in zip(whole, run(rows, backend), strict=True))
+    assert torch.equal(whole_at, run_at(rows.logits, ids_CJ, backend))
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("V", "K"), [(4097, 1), (49_152, 50), (50_001, 50), (8192, 1000), (2048, 2048), (151_936, 1), (151_936, 1000)]
+)
+def test_a_call_takes_no_more_memory_than_it_says(
+    V: int, K: int, dtype: torch.dtype, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    C, limit = 24, 4 << 20
+    logits_CV, ids_CK = random_rows(C, V).logits.to(dtype), torch.zeros(C, K, dtype=torch.int32)
+    peaks_CG = torch.randn(C, -(-V // GROUP))
+    # Triton's pass writes its result only, but the interpreter copies what it reads.
+    result = lambda logits_CV, _: (peaks_CG[: len(logits_CV)].clone(), peaks_CG[: len(logits_CV)].clone())  # noqa: E731
+    monkeypatch.setattr("adpa.kernels.group_rows.group_rows", result)
+    monkeypatch.setattr("adpa.kernels.teacher_rows.BLOCK_BYTES", limit)
+    result_bytes = C * (8 * K + 8)
+    assert peak_bytes(lambda: teacher_rows(logits_CV, ids_CK[:, 0], K, backend)) <= limit + result_bytes
+    assert peak_bytes(lambda: logprobs_at(logits_CV, ids_CK, backend)) <= limit + result_bytes
 
 
 def test_no_gradient_is_recorded() -> None:

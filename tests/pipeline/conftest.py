@@ -30,6 +30,7 @@ from adpa import precompute
 from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.lm_head import FLOAT32_PRODUCTS, LmHead
 from adpa.pipeline.varlen_attention import varlen_reference
 
 
@@ -185,6 +186,31 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> AtOnce:
         return calls
 
     return substitute
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, dict[str, object]]]:
+    """A CPU that has CUDA's product of 16-bit factors in float32, rounded once, and keeps the head as it is there.
+
+    Gives the dtype of the factors of each product, and the settings under which CUDA would have computed it.
+    """
+    made: list[tuple[torch.dtype, dict[str, object]]] = []
+    product = torch.mm
+
+    def mm(first: Tensor, second: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        matmul = torch.backends.cuda.matmul
+        made.append((first.dtype, {name: getattr(matmul, name) for name in FLOAT32_PRODUCTS}))
+        if out_dtype is None:
+            return product(first, second)
+        assert first.dim() == second.dim() == 2
+        assert first.dtype == second.dtype
+        assert first.dtype in (torch.bfloat16, torch.float16)
+        assert out_dtype == torch.float32
+        return product(first.double(), second.double()).float()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(LmHead, "float", lambda head: head)
+    return made
 
 
 SAMPLING = Sampling(

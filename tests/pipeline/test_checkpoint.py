@@ -33,7 +33,7 @@ from transformers import (
 
 from adpa.errors import ModelError
 from adpa.pipeline.checkpoint import Checkpoint, device_memory, open_checkpoint, resolve_device
-from adpa.pipeline.lm_head import hidden_states
+from adpa.pipeline.lm_head import hidden_states, read_head
 
 CPU = torch.device("cpu")
 
@@ -210,7 +210,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 def test_the_head_that_is_loaded_alone_gives_the_whole_models_logits(name: str, tmp_path: Path) -> None:
     checkpoint = save_random(CONFIGS[name](), tmp_path)
     model = checkpoint.load("float32", CPU).eval()
-    head = checkpoint.load_head(CPU)
+    head = checkpoint.load_head("float32", CPU)
     input_ids = torch.randint(3, 96, (2, 11))
     with torch.no_grad():
         whole = model(input_ids=input_ids).logits
@@ -229,19 +229,27 @@ def test_no_weight_of_a_layer_is_loaded_with_the_head(tmp_path: Path, monkeypatc
         return model, unexpected
 
     monkeypatch.setattr(Checkpoint, "_load", recording)
-    checkpoint.load_head(CPU)
+    checkpoint.load_head("float32", CPU)
     assert loaded == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 
 
-def test_the_head_is_float32_whatever_the_checkpoints_dtype(tmp_path: Path) -> None:
-    head = save_random(CONFIGS["bias"](), tmp_path, torch.bfloat16).load_head(CPU)
-    assert head.bias is not None
-    assert (head.weight.dtype, head.bias.dtype) == (torch.float32, torch.float32)
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_head_has_the_numbers_of_the_whole_model_loaded_in_its_dtype(
+    dtype: str, saved: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = save_random(CONFIGS["bias"](), tmp_path, saved)
+    found, expected = checkpoint.load_head(dtype, CPU), read_head(checkpoint.load(dtype, CPU))
+    assert found.bias is not None
+    assert expected.bias is not None
+    for tensor, other in ((found.weight, expected.weight), (found.bias, expected.bias)):
+        assert tensor.dtype == other.dtype == getattr(torch, dtype)
+        assert torch.equal(tensor, other)
 
 
 def test_loading_the_head_leaves_the_configuration_as_it_is(tmp_path: Path) -> None:
     checkpoint = save_random(CONFIGS["layer types"](), tmp_path)
-    checkpoint.load_head(CPU)
+    checkpoint.load_head("float32", CPU)
     assert checkpoint.config.num_hidden_layers == 2
     assert len(checkpoint.config.layer_types) == 2
 
@@ -250,7 +258,7 @@ def test_a_head_whose_weight_is_missing_is_refused_by_its_name(tmp_path: Path) -
     checkpoint = save_random(CONFIGS["plain"](), tmp_path)
     change_weights(checkpoint, lambda weights: weights.update({"lm_head.weight_packed": weights.pop("lm_head.weight")}))
     with pytest.raises(ModelError, match=r"1 missing keys, the first lm_head\.weight"):
-        checkpoint.load_head(CPU)
+        checkpoint.load_head("float32", CPU)
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
@@ -266,12 +274,12 @@ def test_a_head_of_scaled_float8_is_refused_although_its_weight_has_the_usual_na
     change_weights(checkpoint, quantize)
     say_quantized(checkpoint)
     with pytest.raises(ModelError, match=f"unexpected keys, the first {module}.weight_scale"):
-        checkpoint.load_head(CPU)
+        checkpoint.load_head("float32", CPU)
 
 
 def test_quantized_layers_under_a_plain_head_do_not_matter(tmp_path: Path) -> None:
     checkpoint = save_random(CONFIGS["plain"](), tmp_path)
-    expected = checkpoint.load_head(CPU).weight
+    expected = checkpoint.load_head("float32", CPU).weight
 
     def quantize(weights: dict[str, Tensor]) -> None:
         for name in [name for name in weights if "mlp" in name]:
@@ -280,13 +288,13 @@ def test_quantized_layers_under_a_plain_head_do_not_matter(tmp_path: Path) -> No
 
     change_weights(checkpoint, quantize)
     say_quantized(checkpoint)
-    assert torch.equal(checkpoint.load_head(CPU).weight, expected)
+    assert torch.equal(checkpoint.load_head("float32", CPU).weight, expected)
 
 
 def test_a_head_that_adpa_does_not_know_is_refused(tmp_path: Path) -> None:
     config = RecurrentGemmaConfig(**SMALL, lru_width=32)
     with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM: its head does something"):
-        save_random(config, tmp_path).load_head(CPU)
+        save_random(config, tmp_path).load_head("float32", CPU)
 
 
 def test_a_model_that_does_not_run_without_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +304,7 @@ def test_a_model_that_does_not_run_without_layers_is_refused(tmp_path: Path, mon
     checkpoint = save_random(CONFIGS["plain"](), tmp_path)
     monkeypatch.setattr("adpa.pipeline.checkpoint.check_head", fail)
     with pytest.raises(ModelError, match="does not run without its layers: list index out of range"):
-        checkpoint.load_head(CPU)
+        checkpoint.load_head("float32", CPU)
 
 
 def test_the_head_of_more_than_a_language_model_is_refused(tmp_path: Path) -> None:
@@ -305,7 +313,7 @@ def test_the_head_of_more_than_a_language_model_is_refused(tmp_path: Path) -> No
     config = Gemma3Config(text_config=SMALL | {"head_dim": 8}, vision_config=vision, mm_tokens_per_image=4)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="more than a language model"):
-        open_checkpoint(str(tmp_path)).load_head(CPU)
+        open_checkpoint(str(tmp_path)).load_head("float32", CPU)
 
 
 def test_the_size_of_the_weights_follows_the_dtype(tmp_path: Path) -> None:

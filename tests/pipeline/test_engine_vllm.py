@@ -1,6 +1,7 @@
 """What a user says about vLLM, what a scoring says of it, and which way of scoring fits which models."""
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +11,20 @@ import pytest
 import torch
 from tests.conftest import MakeModel, Models
 from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized, synthetic
-from transformers import Gemma3Config, RecurrentGemmaConfig
+from transformers import Gemma3Config, LlamaConfig, RecurrentGemmaConfig
 
 from adpa.data.responses import Sampling
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import ModelError, OptionError
+from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.lm_head import LmHead
+from adpa.pipeline.scorer_head import CHUNK_BYTES
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GB = 10**9
 LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
 
 
@@ -44,11 +49,12 @@ def opened(
     teacher: Checkpoint,
     reference: Checkpoint | None = None,
     reason: str = "",
+    dtype: str = "float32",
 ) -> VllmEngine:
     models: dict[Role, Checkpoint] = {"teacher": teacher}
     if reference is not None:
         models["reference"] = reference
-    return open_vllm(options, device, models, dict.fromkeys(models, "float32"), reason)
+    return open_vllm(options, device, models, dict.fromkeys(models, dtype), reason)
 
 
 # What the user says.
@@ -151,9 +157,13 @@ def test_an_argument_that_nobody_has_heard_of_is_taken_for_one_that_changes_numb
 
 
 def engine(
-    head_dtype: Any = None, with_reference: bool = False, device: torch.device = CPU, **options: Any
+    head_dtype: Any = None,
+    with_reference: bool = False,
+    device: torch.device = CPU,
+    rounded_to: str | None = None,
+    **options: Any,
 ) -> VllmEngine:
-    return VllmEngine(VllmOptions(**options), device, head_dtype, with_reference, "")
+    return VllmEngine(VllmOptions(**options), device, head_dtype, with_reference, "", rounded_to)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +172,8 @@ def engine(
         (engine(), "vllm hidden-states"),
         (engine("float32"), "vllm prompt-logprobs head=float32"),
         (engine("model"), "vllm prompt-logprobs head=model"),
+        (engine(rounded_to="bfloat16"), "vllm hidden-states head=bfloat16"),
+        (engine(rounded_to="float16", engine_arg=("a=1",)), "vllm hidden-states head=float16 teacher:a=1"),
         (engine(quantization="fp8"), 'vllm hidden-states teacher:quantization="fp8"'),
         (
             engine(with_reference=True, quantization="fp8"),
@@ -201,6 +213,7 @@ def test_scorings_differ_by_what_changes_numbers_and_by_nothing_else() -> None:
         scoring_id(engine(), "float16"),
         scoring_id(engine("float32")),
         scoring_id(engine("model")),
+        scoring_id(engine(rounded_to="bfloat16")),
         scoring_id(engine(with_reference=True, quantization="fp8")),
         scoring_id(engine(with_reference=True, quantization="bitsandbytes")),
         scoring_id(engine(with_reference=True, engine_arg=("teacher:quantization=fp8",))),
@@ -273,6 +286,47 @@ def test_heads_that_adpa_knows_are_scored_from_hidden_states(
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("saved", "dtype", "name"),
+    [
+        ("float32", "float32", "vllm hidden-states"),
+        ("float32", "bfloat16", "vllm hidden-states head=bfloat16"),
+        ("float32", "float16", "vllm hidden-states head=float16"),
+        ("bfloat16", "float32", "vllm hidden-states"),
+        ("bfloat16", "bfloat16", "vllm hidden-states"),
+        ("float16", "float32", "vllm hidden-states"),
+        ("float16", "bfloat16", "vllm hidden-states head=bfloat16"),
+        ("float16", "float16", "vllm hidden-states"),
+    ],
+)
+def test_a_scoring_says_so_where_the_heads_numbers_were_rounded(
+    saved: str, dtype: str, name: str, tmp_path: Path
+) -> None:
+    checkpoint = save_random(LlamaConfig(**SMALL), tmp_path, getattr(torch, saved))
+    assert opened(VllmOptions(), GPU, checkpoint, dtype=dtype).name == name
+
+
+@pytest.mark.usefixtures("installed")
+def test_numbers_that_fit_are_not_rounded_whatever_dtype_they_were_saved_in(tmp_path: Path) -> None:
+    rounded = save_random(LlamaConfig(**SMALL), tmp_path / "rounded", torch.bfloat16)
+    model = rounded.load("float32", CPU)
+    model.save_pretrained(tmp_path / "wide")
+    checkpoint = open_checkpoint(str(tmp_path / "wide"))
+    assert checkpoint.dtype_name("auto") == "float32"
+    assert opened(VllmOptions(), GPU, checkpoint, dtype="bfloat16").name == "vllm hidden-states"
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_references_head_counts_as_well(tmp_path: Path) -> None:
+    models = [
+        save_random(LlamaConfig(**SMALL), tmp_path / str(saved), saved) for saved in (torch.float32, torch.bfloat16)
+    ]
+    for teacher, reference in (models, models[::-1]):
+        runs_on = opened(VllmOptions(), GPU, teacher, reference, dtype="bfloat16")
+        assert runs_on.name == "vllm hidden-states head=bfloat16"
+
+
+@pytest.mark.usefixtures("installed")
 def test_vllms_own_head_is_used_where_it_is_asked_for(teacher: Checkpoint) -> None:
     runs_on = opened(VllmOptions(head_dtype="model"), GPU, teacher, None, "as asked")
     assert runs_on.name == "vllm prompt-logprobs head=model"
@@ -300,11 +354,14 @@ def test_a_model_whose_configuration_the_user_changes_keeps_vllms_head(teacher: 
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_damaged_checkpoint_is_no_reason_for_vllms_own_head(make_model: MakeModel) -> None:
+def test_a_damaged_checkpoint_is_no_reason_for_vllms_own_head(teacher: Checkpoint, make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(str(make_model(53, vocab_size=96, tie_word_embeddings=False)))
     change_weights(checkpoint, lambda weights: weights.update(other=weights.pop("lm_head.weight")))
     with pytest.raises(ModelError, match=r"1 missing keys, the first lm_head\.weight"):
         opened(VllmOptions(), GPU, open_checkpoint(checkpoint.name))
+    beside_another_obstacle = VllmOptions(engine_arg=("teacher:hf_overrides={}",))
+    with pytest.raises(ModelError, match=r"1 missing keys, the first lm_head\.weight"):
+        opened(beside_another_obstacle, GPU, teacher, open_checkpoint(checkpoint.name))
 
 
 @pytest.mark.usefixtures("installed")
@@ -377,14 +434,17 @@ def vllm_models(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return stand_in
 
 
-def scoring_of(teacher: Checkpoint, reference: Checkpoint | None = None) -> Scoring:
-    return Scoring(teacher.identity, reference.identity if reference else None, "v", 8, "float32", "")
+def scoring_of(teacher: Checkpoint, reference: Checkpoint | None = None, dtype: str = "float32") -> Scoring:
+    return Scoring(teacher.identity, reference.identity if reference else None, "v", 8, dtype, "")
 
 
-def test_hidden_states_meet_the_head_that_was_loaded_alone(vllm_models: StandIn, teacher: Checkpoint) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hidden_states_meet_the_head_that_transformers_has(
+    dtype: str, vllm_models: StandIn, teacher: Checkpoint
+) -> None:
     batches = [[synthetic([1, 2, 3], [4, 5]), synthetic([6], [7, 8, 9])], [synthetic([10, 11], [12])]]
-    scorer = engine().open_scorer(teacher, scoring_of(teacher), longest=9)
-    oracle = open_hf_scorer(teacher, "float32", CPU)
+    scorer = engine().open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
+    oracle = open_hf_scorer(teacher, dtype, CPU)
     for rows, expected in zip(scorer.top_k(batches, 8), oracle.top_k(batches, 8), strict=True):
         for row, other in zip(rows, expected, strict=True):
             assert row.key == other.key
@@ -443,17 +503,73 @@ def test_on_a_cpu_the_cache_of_keys_and_values_has_a_size_that_a_user_may_change
     assert [arguments["kv_cache_memory_bytes"] for arguments in vllm_models.opened] == [2 << 30, 4096]
 
 
-@pytest.mark.parametrize(("memory", "share"), [(80 * 10**9, 0.9), (10**9, 0.9), (50 * 10**6, 0.8)])
-def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
-    memory: int, share: float, vllm_models: StandIn, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models whose head is read from the disk, in their order."""
+    names: list[str] = []
+    load = Checkpoint.load_head
+
+    def load_head(checkpoint: Checkpoint, dtype: str, device: torch.device) -> LmHead:
+        names.append(checkpoint.name)
+        return load(checkpoint, dtype, CPU)
+
+    monkeypatch.setattr(Checkpoint, "load_head", load_head)
+    return names
+
+
+@pytest.mark.usefixtures("vllm_models")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_that_was_checked_is_the_first_scorers_and_is_kept_no_longer(
+    dtype: str, teacher: Checkpoint, reference: Checkpoint, install_vllm: InstallVllm, loaded: list[str]
 ) -> None:
-    teacher = open_checkpoint(str(make_model(52, vocab_size=512)))
-    head = teacher.load_head(CPU)
-    monkeypatch.setattr(Checkpoint, "load_head", lambda *_: head)
+    install_vllm("0.33.0+cpu")
+    runs_on = opened(VllmOptions(), CPU, teacher, reference, dtype=dtype)
+    assert loaded == [teacher.name, reference.name]
+    assert {head.weight.dtype for head in runs_on.heads.values()} == {getattr(torch, dtype)}
+    scoring = scoring_of(teacher, reference, dtype)
+    for checkpoint in (teacher, reference):
+        runs_on.open_scorer(checkpoint, scoring, longest=9)
+    assert (loaded[2:], runs_on.heads) == ([], {})
+    runs_on.open_scorer(teacher, scoring, longest=9)
+    assert loaded[2:] == [teacher.name]
+
+
+@pytest.mark.usefixtures("vllm_models")
+def test_another_process_gets_no_weights_and_loads_them_itself(
+    teacher: Checkpoint, install_vllm: InstallVllm, loaded: list[str]
+) -> None:
+    install_vllm("0.33.0+cpu")
+    runs_on = opened(VllmOptions(), CPU, teacher, dtype="bfloat16")
+    (head,) = runs_on.heads.values()
+    pickled = pickle.dumps(runs_on)
+    assert len(pickled) < 4096 < head.nbytes
+    there = pickle.loads(pickled)
+    assert (there, there.name, there.heads) == (runs_on, runs_on.name, {})
+    batch = [synthetic([1, 2, 3], [4, 5])]
+    here, found = (
+        list(one.open_scorer(teacher, scoring_of(teacher, dtype="bfloat16"), longest=9).top_k([batch], 8))
+        for one in (runs_on, there)
+    )
+    assert loaded == [teacher.name] * 2
+    np.testing.assert_array_equal(found[0][0].topk_logprobs, here[0][0].topk_logprobs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("memory", "share"), [(80 * GB, 0.9), (16 * GB, 0.896), (4 * GB, 0.644)])
+def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
+    memory: int,
+    share: float,
+    dtype: str,
+    vllm_models: StandIn,
+    teacher: Checkpoint,
+    loaded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("adpa.pipeline.engine_vllm.device_memory", lambda _: memory)
-    engine(device=GPU).open_scorer(teacher, scoring_of(teacher), longest=9)
+    monkeypatch.setattr(LmHead, "to", lambda head, *_: head)
+    engine(device=GPU).open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
     (arguments,) = vllm_models.opened
-    assert arguments["gpu_memory_utilization"] == pytest.approx(share, abs=0.06)
-    needed = 4 * (512 * 32 + 4 * 1024 * 512)
-    assert arguments["gpu_memory_utilization"] * memory + needed < memory
+    assert arguments["gpu_memory_utilization"] == pytest.approx(share, abs=0.003)
+    needed = 49_152 * 32 * getattr(torch, dtype).itemsize + CHUNK_BYTES + BLOCK_BYTES
+    assert arguments["gpu_memory_utilization"] * memory + needed <= 0.98 * memory
     assert json.dumps(arguments)

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.conftest import MakeModel
+from tests.memory import peak_bytes
 from tests.pipeline.conftest import dense_logprobs, synthetic
 from torch import Tensor
 
@@ -19,13 +20,15 @@ from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.lm_head import LmHead, read_head
-from adpa.pipeline.scorer_head import HeadScorer
+from adpa.pipeline.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
-from adpa.pipeline.scoring import ReferenceLogprobs
+from adpa.pipeline.scoring import Batch, ReferenceLogprobs
+
+CPU = torch.device("cpu")
 
 
 def scorer_of(model: Path, dtype: str = "float32") -> HeadScorer:
-    return open_hf_scorer(open_checkpoint(str(model)), dtype, torch.device("cpu"))
+    return open_hf_scorer(open_checkpoint(str(model)), dtype, CPU)
 
 
 def top_k(scorer: HeadScorer, batch: Sequence[TokenSequence], k: int) -> list[SignalRow]:
@@ -73,18 +76,22 @@ def test_signals_do_not_depend_on_the_batch(make_model: MakeModel) -> None:
         np.testing.assert_allclose(alone.tail_logprob, batched.tail_logprob, atol=1e-5)
 
 
-def test_prompt_rows_are_never_projected_to_the_vocabulary(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows go through the head, chunk by chunk."""
+    found: list[int] = []
+    logits = LmHead.float32_logits
+
+    def counting(head: LmHead, hidden_Cd: Tensor) -> Tensor:
+        found.append(len(hidden_Cd))
+        return logits(head, hidden_Cd)
+
+    monkeypatch.setattr(LmHead, "float32_logits", counting)
+    return found
+
+
+def test_prompt_rows_are_never_projected_to_the_vocabulary(make_model: MakeModel, projected: list[int]) -> None:
     scorer = scorer_of(make_model(8, vocab_size=64))
-    projected: list[int] = []
-    logits = LmHead.logits
-
-    def counting(head: LmHead, hidden: Tensor) -> Tensor:
-        projected.append(len(hidden))
-        return logits(head, hidden)
-
-    monkeypatch.setattr(LmHead, "logits", counting)
     sequences = [synthetic(np.arange(50), np.arange(3)), synthetic(np.arange(20), np.arange(7))]
     rows = top_k(scorer, sequences, 4)
     logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
@@ -95,6 +102,46 @@ def test_the_head_scores_in_float32_whatever_the_models_dtype(make_model: MakeMo
     scorer = scorer_of(make_model(40, vocab_size=512, initializer_range=0.02), "bfloat16")
     (row,) = top_k(scorer, [synthetic([1, 2, 3], [4, 5])], 50)
     assert all(len(set(values)) > 45 for values in row.topk_logprobs), "bfloat16 logits leave ties"
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("where", ["cpu", "cpu as cuda", pytest.param("cuda", marks=NO_GPU)])
+def test_signals_are_those_of_float64_from_the_models_own_factors(
+    where: str, dtype: str, make_model: MakeModel, request: pytest.FixtureRequest
+) -> None:
+    """Within 2e-6, and what the logits lose: a rounding for each of a sum's d products, or only one in the stand-in."""
+    products = request.getfixturevalue("products") if where == "cpu as cuda" else []
+    checkpoint = open_checkpoint(str(make_model(40, vocab_size=700, initializer_range=0.1)))
+    model = checkpoint.load(dtype, torch.device(where.split()[0])).eval()
+    decoder, head = HfDecoder(model), read_head(model)
+    scorer = HeadScorer("teacher", decoder, head)
+    sequences = [synthetic([1, 2, 3], [4, 5]), synthetic([6], [7, 8, 9])]
+    rows = top_k(scorer, sequences, 20)
+    given = logprobs_at(scorer, sequences, [row.topk_ids for row in rows])
+    assert [factors for factors, _ in products] == [getattr(torch, dtype)] * len(products)
+    assert len(products) == (2 if where == "cpu as cuda" else 0)
+
+    (hidden_Nd,) = decoder.response_hidden([sequences])
+    hidden_Nd, weight_Vd = hidden_Nd.cpu().double(), head.weight.detach().cpu().double()
+    logprobs_NV = (hidden_Nd @ weight_Vd.T).log_softmax(dim=1)
+    roundings = 2 if where == "cpu as cuda" else 2 * len(hidden_Nd.T)
+    bound = 2e-6 + roundings * 2**-24 * float((hidden_Nd.abs() @ weight_Vd.abs().T).max())
+    for sequence, row, (own, at_ids), logprobs_TV in zip(
+        sequences, rows, given, logprobs_NV.split([2, 3]), strict=True
+    ):
+        ids_TK = torch.from_numpy(row.topk_ids).long()
+        assert torch.equal(ids_TK, logprobs_TV.topk(20, dim=1).indices)
+        topk_TK = logprobs_TV.gather(1, ids_TK).numpy()
+        own_T = logprobs_TV.gather(1, torch.from_numpy(sequence.response_ids).long()[:, None])[:, 0].numpy()
+        tail_T = logprobs_TV.scatter(1, ids_TK, -torch.inf).logsumexp(dim=1).numpy()
+        for found, expected in [
+            *((row.token_logprobs, own_T), (row.topk_logprobs, topk_TK), (row.tail_logprob, tail_T)),
+            *((own, own_T), (at_ids, topk_TK)),
+        ]:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
 
 
 def test_an_id_that_the_reference_lacks_is_refused_by_name(make_model: MakeModel) -> None:
@@ -111,14 +158,16 @@ def test_more_ids_than_the_model_has_tokens_are_refused(make_model: MakeModel) -
 
 
 def test_long_batches_go_through_the_head_in_chunks_of_rows(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, projected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = scorer_of(make_model(43, vocab_size=512))
     sequences = [synthetic([1, 2], np.arange(5)), synthetic([3], np.arange(7)), synthetic([4], [5])]
     whole = top_k(scorer, sequences, 6)
     given = logprobs_at(scorer, sequences, [row.topk_ids for row in whole])
-    monkeypatch.setattr("adpa.pipeline.scorer_head.ROWS_PER_CHUNK", 4)
+    assert projected == [13, 13]
+    monkeypatch.setattr("adpa.pipeline.scorer_head.CHUNK_BYTES", 4 * 4 * (512 + 32 + 4 * 6))
     chunked = top_k(scorer, sequences, 6)
+    assert projected[2:] == [4, 4, 4, 1]
     for row, other in zip(whole, chunked, strict=True):
         assert row.key == other.key
         np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
@@ -127,6 +176,50 @@ def test_long_batches_go_through_the_head_in_chunks_of_rows(
     for pair, other_pair in zip(given, logprobs_at(scorer, sequences, [r.topk_ids for r in chunked]), strict=True):
         for values, other_values in zip(pair, other_pair, strict=True):
             np.testing.assert_allclose(values, other_values, atol=1e-5)
+
+
+@pytest.mark.parametrize(("V", "d", "K"), [(32_000, 4096, 50), (151_936, 896, 1000), (262_144, 5376, 50), (96, 32, 96)])
+def test_a_chunk_has_as_many_rows_as_its_bytes_allow(V: int, d: int, K: int) -> None:
+    head = LmHead(torch.empty(V, d, device="meta"), None, None, 1.0)
+    bytes_of_row = 4 * (V + d) + 16 * K
+    rows = chunk_rows(head, K)
+    assert rows * bytes_of_row <= CHUNK_BYTES < (rows + 1) * bytes_of_row
+
+
+def test_a_row_that_is_larger_than_a_chunk_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adpa.pipeline.scorer_head.CHUNK_BYTES", 10)
+    assert chunk_rows(LmHead(torch.empty(8, 4), None, None, 1.0), 2) == 1
+
+
+class KnownHidden:
+    """A decoder of hidden states that are there already."""
+
+    def __init__(self, hidden_Nd: Tensor) -> None:
+        self.hidden_Nd = hidden_Nd
+
+    def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        return iter([self.hidden_Nd] * len(batches))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("K", [1, 50, 1000])
+@pytest.mark.parametrize("head", [(None, None, 1.0), (torch.ones(4096), 30.0, 0.5)])
+def test_scoring_takes_no_more_memory_beside_the_decoder_than_is_reserved(
+    head: tuple[Tensor | None, float | None, float], K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adpa.pipeline.scorer_head.CHUNK_BYTES", 2 << 20)
+    for module in ("pipeline.scorer_head", "kernels.teacher_rows"):
+        monkeypatch.setattr(f"adpa.{module}.BLOCK_BYTES", 1 << 20)
+    lm_head = LmHead(torch.randn(4096, 16), *head)
+    scorer = HeadScorer("teacher", KnownHidden(torch.randn(500, 16)), lm_head)
+    batch = [synthetic([1], np.arange(500))]
+    (row,) = top_k(scorer, batch, K)
+    results = 2 * 500 * (8 * K + 8)  # they stay on a CPU, and are joined there
+    limit = bytes_beside_decoder(lm_head) - lm_head.nbytes + results
+    assert peak_bytes(lambda: top_k(scorer, batch, K)) <= limit
+    assert peak_bytes(lambda: logprobs_at(scorer, batch, [row.topk_ids])) <= limit
 
 
 def test_teacher_and_reference_are_asked_the_same_way(make_model: MakeModel) -> None:
@@ -143,7 +236,7 @@ def test_teacher_and_reference_are_asked_the_same_way(make_model: MakeModel) -> 
 
 def test_a_closed_scorer_holds_no_weights(make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(str(make_model(45, vocab_size=64)))
-    model = checkpoint.load("float32", torch.device("cpu"))
+    model = checkpoint.load("float32", CPU)
     left = weakref.ref(model)
     scorer = HeadScorer("teacher", HfDecoder(model), read_head(model))
     del model
