@@ -1,9 +1,8 @@
 """Causal attention without a padding mask.
 
-Sequences are padded on the right, and a token attends to no later one: no token sees padding, with a padding mask or
-without. So the mask changes nothing that counts, but it costs: with it there is no flash attention, keys and values of
-grouped queries are repeated, and the host waits to see whether anything is masked. A model is compared with itself
-before its mask is left out.
+Padding is on the right, and a token attends to no later one. So no token attends to padding, with or without a padding
+mask. But the mask costs time: with it there is no flash attention, keys and values of grouped queries are repeated, and
+the host waits to learn whether anything is masked. Before its mask is left out, a model is compared with itself.
 """
 
 from typing import Any

@@ -27,8 +27,8 @@ IN_A_ROW = 3  # logs
 class Probe:
     """The examples on which a student is watched: their responses with an advantage term, or else with a KL term.
 
-    Every rank reads its share of them, in batches of some micro-batches, for there is room where no activation is kept
-    for a backward pass. All ranks have as many batches, because calling a sharded model takes all of them.
+    Every rank reads its share of them. A batch has the examples of several micro-batches: without a backward pass no
+    activation is kept. All ranks have the same number of batches, because calling a sharded model takes all of them.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ class DistillTrainer(Trainer):
         )
 
     def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
-        """The batch of a micro-batch, and which of its rows count; of an empty one, a batch that counts for nothing."""
+        """The batch of a micro-batch, with the rows that count. An empty micro-batch gives a batch without such rows."""
         batch = self._make_batch(examples or [self._examples[0]])
         if not examples:
             batch["role"] = torch.full_like(batch["role"], len(self._names))
@@ -209,18 +209,18 @@ class DistillTrainer(Trainer):
         return super().training_step(model, *arguments, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader[Any] | None = None) -> Any:
-        """Tries the student before DDP wraps it, which then does not look for parameters that get no gradient."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        """Rehearses before DDP wraps the student, and tells DDP whether a trained parameter gets no gradient."""
+        if training and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             unused = on_all_ranks(lambda: self._rehearse(model))
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
                 self.accelerator.ddp_handler.find_unused_parameters = any(gather_object([unused]))
         return super()._wrap_model(model, training, dataloader)
 
     def _rehearse(self, model: nn.Module) -> bool:
-        """Computes the gradient of the rank's largest micro-batch, so that a run that does not fit fails at once.
+        """Computes the gradient of the rank's largest micro-batch: a run that does not fit into memory fails at once.
 
-        There has to be room beside it for the two moments that AdamW keeps of every trained number. Nothing is left of
-        it: no gradient, no sum of terms, no random number drawn.
+        The two moments that AdamW will keep of every trained number take their memory meanwhile. The gradient is
+        discarded, and the random state restored.
 
         Returns:
             Whether a trained parameter got no gradient.
@@ -254,7 +254,7 @@ class DistillTrainer(Trainer):
         return unused
 
     def _largest_micro_batch(self) -> list[int]:
-        """The one of this rank, in all epochs, of which the student computes the most tokens."""
+        """The micro-batch of this rank, over all epochs, with the most tokens to compute."""
         sampler, largest, most = self._sampler(), list[int](), 0
         for epoch in range(self.state.num_train_epochs):
             sampler.set_epoch(epoch)
@@ -265,7 +265,7 @@ class DistillTrainer(Trainer):
         return largest
 
     def _missing_moments(self) -> int:
-        """How many numbers the optimizer will keep of each trained one, that it does not keep yet."""
+        """Numbers that the optimizer will keep beside each trained one, and does not keep yet."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # as accelerate wraps it
         return 2 if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state else 0
 
@@ -303,7 +303,7 @@ class DistillTrainer(Trainer):
         return sum(tokens for tokens, _ in logs) / seconds if seconds else 0.0
 
     def _begin(self) -> None:
-        """Tries a student that FSDP has sharded, and looks at one that has done no step."""
+        """Rehearses with a student that FSDP has sharded, and measures the student before the first step."""
         if self.is_fsdp_enabled:
             self._rehearse(self.model_wrapped)
         if self.state.global_step == 0 and (statistics := self._probe.measure(self.model_wrapped)):
