@@ -147,7 +147,7 @@ class DistillTrainer(Trainer):
         )
 
     def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
-        """The batch of a micro-batch, with the rows that count. An empty micro-batch gives a batch without such rows."""
+        """The batch of a micro-batch, with the rows that count: none of them where the micro-batch is empty."""
         batch = self._make_batch(examples or [self._examples[0]])
         if not examples:
             batch["role"] = torch.full_like(batch["role"], len(self._names))
