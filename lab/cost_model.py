@@ -91,9 +91,10 @@ class Assumptions:
         "none"
     )
     peak_flops: Annotated[float, Doc("dense bfloat16 FLOP/s of a GPU (data sheet of an H100 SXM)")] = 989e12
-    peak_float32: Annotated[float, Doc("float32 FLOP/s of a GPU, without TF32 (same sheet)")] = 67e12
     scoring_share: Annotated[float, Doc("share of bfloat16's peak that a teacher's decoder reaches")] = 0.4
-    head_share: Annotated[float, Doc("share of float32's peak that the scoring head reaches")] = 0.7
+    head_share: Annotated[
+        float, Doc("share of bfloat16's peak that the scoring head reaches, with the passes over its logits")
+    ] = 0.5
     training_share: Annotated[float, Doc("share of bfloat16's peak that training reaches")] = 0.3
     memory: Annotated[float, Doc("bytes of memory of a GPU")] = 80e9
     weights_share: Annotated[float, Doc("share of it that a teacher's weights may take")] = 0.8
@@ -152,7 +153,7 @@ def start_seconds(model: Shape, assumed: Assumptions) -> float:
 def scoring_work(teacher: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
     """Seconds that one engine of ``gpus_of_engine`` takes for one forward pass over these responses of all pairs.
 
-    The engine's GPUs share the decoder; the float32 head runs on one of them, after it.
+    The engine's GPUs share the decoder; the head runs on one of them, after it.
     """
     return sum(sum(seconds) for seconds in (_scoring_parts(teacher, responses, assumed) for responses in sets))
 
@@ -169,7 +170,7 @@ def _scoring_parts(teacher: Shape, responses: Responses, assumed: Assumptions) -
     gpus = gpus_of_engine(teacher, assumed)
     return (
         float(decoder) / (gpus * assumed.peak_flops * assumed.scoring_share),
-        float(head) / (assumed.peak_float32 * assumed.head_share),
+        float(head) / (assumed.peak_flops * assumed.head_share),
     )
 
 

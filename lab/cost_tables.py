@@ -154,7 +154,7 @@ def print_scoring(pairs: Pairs, assumed: Assumptions) -> None:
             rows.append((teacher.name, what, f"{scoring_head_share(teacher, sets, assumed):.0%}", *times))
     print_table(
         f"Scoring {assumed.pairs:,} pairs: hours (GPU-hours).",
-        ("model", "what", "of it the float32 head", *(plural(gpus, "GPU") for gpus in GPUS)),
+        ("model", "what", "of it the head", *(plural(gpus, "GPU") for gpus in GPUS)),
         rows,
     )
 

@@ -133,9 +133,7 @@ def test_a_70b_teacher_takes_four_gpus_and_is_too_large_for_one_in_fp8() -> None
 def test_scoring_on_one_gpu_is_the_flops_at_the_assumed_rates_and_the_start() -> None:
     shape = Shape("by hand", 1, 2, 3, 1, 1, 2, 10)  # P = 4 · 2 · 2 + 3 · 2 · 3
     assert (shape.matrices, shape.parameters) == (34, 34 + 3 * 2 + 2 * 10 * 2)
-    assumed = replace(
-        ASSUMED, pairs=6, peak_flops=100.0, scoring_share=0.5, peak_float32=10.0, head_share=0.5, load_rate=1.0
-    )
+    assumed = replace(ASSUMED, pairs=6, peak_flops=100.0, scoring_share=0.5, head_share=0.05, load_rate=1.0)
     sets = [Responses(np.array([4]), np.array([6]))]
     decoder, head = 6 * (2 * 34 * 10 + 4 * 2 * 10**2) / 50, 6 * 2 * 10 * 2 * 6 / 5
     assert scoring_work(shape, sets, assumed) == pytest.approx(decoder + head)
