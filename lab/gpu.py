@@ -9,6 +9,7 @@ what the product itself says goes to standard error.
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,13 +26,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from adpa.errors import OptionError
+from adpa.lab.gpu_measures import error_line, give_version, machine, take
 from adpa.lab.gpu_part import Failure, Figure, Report, Setting
 from adpa.lab.gpu_results import PartResult, Results, State, measured
 
 MINUTES = 8.0
-# Children are forked from a process that has imported what they need, and has not touched the GPU.
-PROCESSES = multiprocessing.get_context("forkserver")
-QUIET = {
+GRACE = 2.0  # seconds in which a part may say what it skips when its time is up
+# A part is forked from this process, which imports what the parts need once, and never touches the GPU.
+PROCESSES = multiprocessing.get_context("fork")
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
+ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # who asks for a GPU does not touch it
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -92,23 +96,27 @@ def benchmark(letters: str, dry_run: bool, data: Path | None, minutes: float, ou
     Raises:
         OptionError: there is no GPU, no such part or no such file.
     """
-    end = time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * minutes - GRACE
     if unknown := sorted(set(letters) - PARTS.keys()):
         raise OptionError(f"--parts {letters}: there is no part {unknown[0]!r}; expected letters of {''.join(PARTS)}")
     if data is not None and not data.is_file():
         raise OptionError(f"--data {data}: there is no such file")
     chosen = {letter: part for letter, part in PARTS.items() if letter in letters}
-    os.environ |= QUIET
+    os.environ |= ENVIRONMENT
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    PROCESSES.set_forkserver_preload(["adpa.lab.gpu_measures", *(part.module for part in chosen.values())])
-    with ProcessPoolExecutor(1, PROCESSES) as process:
-        machine = process.submit(_machine).result()
-    if machine["device"] is None and not dry_run:
+    for part in chosen.values():
+        with suppress(Exception):  # the part itself will tell
+            import_module(part.module)
+    gc.freeze()  # what was imported stays: no collection need look at it
+    with PROCESSES.Pool(1) as pool:
+        found = pool.apply(machine)
+    if found["device"] is None and not dry_run:
         raise OptionError("torch sees no GPU", "use a machine that has one, or --dry-run")
 
-    results = Results(machine, minutes, {letter: PartResult(part.title) for letter, part in PARTS.items()})
+    results = Results(found, minutes, {letter: PartResult(part.title) for letter, part in PARTS.items()})
     with tempfile.TemporaryDirectory(prefix="adpa-gpu-") as folder:
+        give_version(Path(folder))
         weights = [part.weight for part in chosen.values()]
         for number, (letter, part) in enumerate(chosen.items()):
             share = part.weight / sum(weights[number:])
@@ -135,13 +143,16 @@ def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[]
         print(f"   {_line(report)}", flush=True)
         write()
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # what a handler raises while a process forks is lost
     process.start()
-    sender.close()
+    assert process.pid is not None
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        sender.close()
         state = _listen(receiver, setting, keep)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # with all that it started
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
         process.kill()
         process.join()
     result.state = "failed" if result.failures else state
@@ -151,7 +162,7 @@ def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[]
 
 def _listen(receiver: Connection, setting: Setting, keep: Callable[[Report], None]) -> State:
     """Keeps what a part's process reports, until it says that it is done, and gives the state it ends in."""
-    while receiver.poll(max(setting.left, 0)):
+    while receiver.poll(max(setting.left, 0) + GRACE):
         try:
             report = receiver.recv()
         except EOFError:
@@ -171,20 +182,13 @@ def _line(report: Report) -> str:
     return f"{report.name}: skipped, {report.reason}"
 
 
-def _machine() -> dict[str, object]:
-    from adpa.lab.gpu_measures import machine
-
-    return machine()
-
-
 def _work(sender: Connection, part: Part, setting: Setting) -> None:
     """A part's process: its measures, one after the other."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)
-    multiprocessing.set_start_method(None, force=True)  # what the part starts, it starts as any program does
-    from adpa.lab.gpu_measures import error_line, take
-
     try:
         measures = getattr(import_module(part.module), part.function)(setting)
     except Exception as error:  # what the part needs is not installed, perhaps: it is told

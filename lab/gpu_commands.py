@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import adpa
 from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, limits, preferences
 from adpa.lab.gpu_part import Figure, Measure, Setting
+from adpa.pipeline.distill import distill
+from adpa.pipeline.precompute import precompute
 
 PAIRS, NEW_TOKENS = 96, 64
 DRY_PAIRS, DRY_NEW_TOKENS = 4, 4
@@ -27,9 +28,9 @@ def workflow(setting: Setting) -> Iterator[Figure]:
     new_tokens = DRY_NEW_TOKENS if setting.dry else NEW_TOKENS
     cache, dckd, adpa_plus = (setting.folder / "workflow" / name for name in ("cache", "dckd", "adpa-plus"))
     commands: dict[str, Callable[[], object]] = {
-        "precompute chosen and rejected": lambda: adpa.precompute(teacher=teacher, cache=cache, **data),
-        "distill dckd": lambda: adpa.distill("dckd", student, cache, dckd),
-        "precompute the student's own responses": lambda: adpa.precompute(
+        "precompute chosen and rejected": lambda: precompute(teacher=teacher, cache=cache, **data),
+        "distill dckd": lambda: distill("dckd", student, cache, dckd),
+        "precompute the student's own responses": lambda: precompute(
             teacher=teacher,
             reference=reference,
             student=str(dckd),
@@ -37,7 +38,7 @@ def workflow(setting: Setting) -> Iterator[Figure]:
             max_new_tokens=new_tokens,
             **data,
         ),
-        "distill adpa": lambda: adpa.distill("adpa", str(dckd), cache, adpa_plus),
+        "distill adpa": lambda: distill("adpa", str(dckd), cache, adpa_plus),
     }
     for name, command in commands.items():
         started = time.perf_counter()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Compilation for other cards needs none, and is tested everywhere.
 TESTS = ("tests/kernels", "--deselect", "tests/kernels/test_compiled.py")
 DRY_TESTS = ("tests/kernels/test_losses.py", "-k", "refused_by_name")
-OUTCOME = re.compile(r"(?<![\w/])(PASSED|FAILED|ERROR)(?![\w/])")
+OUTCOME = re.compile(r"(?<=\s)(PASSED|FAILED|ERROR)(?=\s)")
 
 LARGEST = Case(16384, 131072, 4096, 50)
 HEAD_CASES = (
@@ -104,9 +104,14 @@ def head_case(setting: Setting, case: Case, ways: dict[str, Way], findings: Find
             continue
         yield figure_of(f"{shape}: {one.way}", [1e3 * each for each in one.seconds], "ms", memory)
         if case == LARGEST and one.way == OURS:
-            for products in (8, 6):
-                rates = [products * case.N * case.d * case.V / each / 1e12 for each in one.seconds]
-                yield figure_of(f"adpa at d = {case.d}, V = {case.V}, by {products}·N·d·V", rates, "TFLOP/s")
+            for operations in (8, 6):  # those of heads that compute the logits twice, and ours
+                rates = [head_flops(case, operations) / each / 1e12 for each in one.seconds]
+                yield figure_of(f"adpa at d = {case.d}, V = {case.V}, by {operations}·N·d·V", rates, "TFLOP/s")
+
+
+def head_flops(case: Case, operations: int) -> int:
+    """FLOP of forward and backward pass, with so many for each row, column and width."""
+    return operations * case.N * case.d * case.V
 
 
 def head_errors(setting: Setting, cases: Iterable[Case], ways: dict[str, Way], findings: Findings) -> Iterator[Figure]:

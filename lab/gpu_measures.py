@@ -2,13 +2,16 @@
 
 import gc
 import platform
+import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +76,8 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, device: str)
 
 def figure_of(name: str, values: Sequence[float], unit: str = "", note: str = "") -> Figure:
     """The median of several values, with the smallest and the largest."""
+    if len(values) == 1:
+        return Figure(name, values[0], unit, note=note)
     return Figure(name, statistics.median(values), unit, min(values), max(values), note)
 
 
@@ -86,6 +91,18 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := find(name))},
     }
+
+
+def give_version(folder: Path) -> None:
+    """Where adpa runs from its sources and is not installed, it gets the version that its runs write down."""
+    if find("adpa") is None:
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        found = re.search('^version = "(.+)"$', project.read_text(), re.MULTILINE)
+        assert found is not None
+        information = folder / f"adpa-{found[1]}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: adpa\nVersion: {found[1]}\n")
+        sys.path.append(str(folder))
 
 
 def find(package: str) -> str | None:

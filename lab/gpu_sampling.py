@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from functools import partial
 
-import adpa
 from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, limits, preferences
 from adpa.lab.gpu_part import Figure, Measure, Setting
 from adpa.lab.gpu_vllm import obstacle, sampling_with_vllm
+from adpa.pipeline.precompute import precompute
 
 PROMPTS, TOKENS = 128, (16, 144)
 DRY_PROMPTS, DRY_TOKENS = 2, (2, 6)
@@ -31,7 +31,7 @@ def with_transformers(setting: Setting) -> Iterator[Figure]:
     seconds = {}
     for new_tokens in (short, short, long):  # the first one warms up
         folder = setting.folder / f"sampling-{len(list(setting.folder.glob('sampling-*')))}"
-        done = adpa.precompute(
+        done = precompute(
             teacher=str(checkpoint(setting, TEACHER)),
             student=str(checkpoint(setting, SMALL)),
             data=str(preferences(setting, prompts)),

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import adpa
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.kernels.teacher_rows import teacher_rows
@@ -34,6 +33,7 @@ from adpa.lab.gpu_vllm import obstacle, scoring_with_vllm, vllm_prefill
 from adpa.pipeline.batching import make_batches
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.lm_head import read_head
+from adpa.pipeline.precompute import precompute
 from adpa.pipeline.scorer_head import HeadScorer
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
 
@@ -128,8 +128,8 @@ def whole_precompute(setting: Setting, size: str) -> Iterator[Figure]:
 
     cache = setting.folder / f"{size}-cache"
     for _ in range(2):  # the first time it reads every byte of the checkpoint
-        reading = adpa.precompute(cache=cache, dry_run=True, **options).seconds
-    done = adpa.precompute(cache=cache, top_k=TOP_K, **options)
+        reading = precompute(cache=cache, dry_run=True, **options).seconds
+    done = precompute(cache=cache, top_k=TOP_K, **options)
     yield Figure(f"{size}: precompute", sum(map(len, sequences)) / done.seconds, "tokens/s")
     yield Figure(f"{size}: bytes of a response token", done.bytes / done.tokens, "B")
     parts = {"reading the data": reading, "loading": loading, "asking the model": asking}

@@ -22,7 +22,6 @@ from warnings import WarningMessage, catch_warnings, simplefilter
 import torch
 from torch import Tensor
 
-import adpa
 from adpa.data.batches import Packing
 from adpa.kernels.head import HeadLosses
 from adpa.lab.cost_model import Assumptions, Pairs, needed_flops
@@ -32,13 +31,16 @@ from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, encoded_pairs, limit
 from adpa.lab.gpu_part import Figure, Measure, Setting
 from adpa.lab.gpu_trace import mask_cost, profiled_steps
 from adpa.pipeline import student
+from adpa.pipeline.distill import distill
+from adpa.pipeline.precompute import precompute
 
 PAIRS, BATCH, MICRO_BATCH, STEPS = 192, 32, 4, 6  # batch and micro-batch are distill's own
 DRY_PAIRS, DRY_BATCH, DRY_MICRO_BATCH, DRY_STEPS = 4, 4, 2, 2
 AS_IT_IS, AGAIN, FLOAT32, EAGER = "as it is", "as it is, again", "float32", "eager losses"
+NO_PACKING, PACKING = "packing none", "packing sequences"
 NO_WORKERS, TWO_WORKERS = "no loader workers", "two loader workers"
 WITHOUT = ["dataloader_num_workers=0", "dataloader_persistent_workers=false"]
-WITH = ["dataloader_num_workers=2", "dataloader_persistent_workers=true"]
+WITH = ["dataloader_num_workers=2", "dataloader_persistent_workers=false"]
 
 
 def training(setting: Setting) -> list[Measure]:
@@ -50,7 +52,7 @@ def training(setting: Setting) -> list[Measure]:
         Measure(AS_IT_IS, 20, partial(runs.measure, AS_IT_IS)),
         Measure(FLOAT32, 15, partial(runs.measure, FLOAT32, (AS_IT_IS, FLOAT32), bf16=False)),
         *(
-            Measure(name, 8, partial(runs.measure, name, (name, "packing none"), packing=name.removeprefix("packing ")))
+            Measure(name, 8, partial(runs.measure, name, (name, NO_PACKING), packing=name.removeprefix("packing ")))
             for name in packings
         ),
         Measure("FLOP/s", 0, runs.flops),
@@ -90,7 +92,7 @@ class Runs:
             "logging_steps": 1,
         }
         shutil.rmtree(output, ignore_errors=True)
-        adpa.distill(**defaults | options)
+        distill(**defaults | options)
         logs: list[dict[str, Any]] = json.loads((output / "adpa.json").read_text())["losses"]
         shutil.rmtree(output)
         return logs
@@ -99,7 +101,7 @@ class Runs:
     def cache(self) -> Path:
         """Signals of a teacher that costs little; it is made once."""
         cache = self.setting.folder / "training-cache"
-        adpa.precompute(
+        precompute(
             teacher=str(checkpoint(self.setting, TEACHER)),
             data=str(preferences(self.setting, self.pairs)),
             cache=cache,
@@ -124,8 +126,8 @@ class Runs:
         yield figure_of(name, speeds, "tokens/s")
         if on_gpu:
             yield Figure(f"{name}: peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
-        if compared is not None and all(way in self.speeds for way in compared):
-            one, other = compared
+        one, other = compared or (name, name)
+        if one != other and one in self.speeds and other in self.speeds:
             yield Figure(f"{one} / {other}, speed", self.speeds[one] / self.speeds[other])
 
     def with_eager_losses(self) -> Iterator[Figure]:
@@ -180,9 +182,9 @@ class Runs:
 
     def flops(self) -> Iterator[Figure]:
         """FLOP/s of the way that computes every sequence and no padding."""
-        if "packing sequences" in self.speeds:
+        if PACKING in self.speeds:
             flops = needed_flops(shape_of(self.setting, SMALL), self.lengths.responses(), Assumptions(batch=1))
-            rate = flops / self.tokens_of_a_pair * self.speeds["packing sequences"]
+            rate = flops / self.tokens_of_a_pair * self.speeds[PACKING]
             yield Figure("training, FLOP/s", rate / 1e12, "TFLOP/s", note="packing sequences: no padding is computed")
 
 
