@@ -84,29 +84,34 @@ def loss_head(setting: Setting) -> list[Measure]:
     ways, missing = ways_on(setting.device)
     ways.pop(LIGER_DEFAULT, None)  # many times slower than all others
     findings = Findings("", {}, missing)
+    absent = [Measure(peer, 0, tuple, reason) for peer, reason in missing.items()]
     cases, error_cases = ((SMALL,), (SMALL,)) if setting.dry else (HEAD_CASES, head.GPU_ERROR_CASES)
-    measures = [
-        Measure(" ".join(report.shape_of(case)), 6, partial(head_case, setting, case, ways, findings)) for case in cases
-    ]
+    measures = [Measure(shape_name(case), 12, partial(head_case, setting, case, ways, findings)) for case in cases]
     measures[2:2] = [Measure("errors of the gradients", 6, partial(head_errors, setting, error_cases, ways, findings))]
-    return [*measures, Measure("goals", 0, partial(head_goals, setting, findings))]
+    return [*absent, *measures, Measure("goals", 0, partial(head_goals, setting, findings))]
 
 
 def head_case(setting: Setting, case: Case, ways: dict[str, Way], findings: Findings) -> Iterator[Figure]:
     """Time and memory of every way on a case."""
     (measurements,) = head.measured(setting.device, [case], ways, 1 if setting.dry else HEAD_ROUNDS)
-    findings.measurements.extend(measurements)
-    shape = f"N = {case.N}, V = {case.V}, d = {case.d}, K = {case.K}"
-    shape += f", {case.share:.0%} of the rows" * (case.share < 1) + ", no dX" * (not case.with_dX)
+    if case != LARGEST:  # no goal is about it
+        findings.measurements.extend(measurements)
     for one in measurements:
-        memory = f"extra memory {one.memory / 1e6:,.0f} MB"
         if not one.seconds:
+            print(f"{shape_name(case)}: {one.way} ran out of memory")
             continue
-        yield figure_of(f"{shape}: {one.way}", [1e3 * each for each in one.seconds], "ms", memory)
+        memory = f"extra memory {one.memory / 1e6:,.0f} MB"
+        yield figure_of(f"{shape_name(case)}: {one.way}", [1e3 * each for each in one.seconds], "ms", memory)
         if case == LARGEST and one.way == OURS:
             for operations in (8, 6):  # those of heads that compute the logits twice, and ours
                 rates = [head_flops(case, operations) / each / 1e12 for each in one.seconds]
                 yield figure_of(f"adpa at d = {case.d}, V = {case.V}, by {operations}·N·d·V", rates, "TFLOP/s")
+
+
+def shape_name(case: Case) -> str:
+    """A case in words."""
+    rows = f", {case.share:.0%} of the rows" if case.share < 1 else ""
+    return f"N = {case.N}, V = {case.V}, d = {case.d}, K = {case.K}{rows}{'' if case.with_dX else ', no dX'}"
 
 
 def head_flops(case: Case, operations: int) -> int:
@@ -129,8 +134,6 @@ def head_goals(setting: Setting, findings: Findings) -> Iterator[Figure]:
     for goal in report.goals_of(findings, on_gpu=not setting.dry):
         if goal.found is not None:
             yield Figure(goal.ratio, goal.found, note=f"goal: at most {goal.must:g}, {goal.verdict}")
-    for peer, reason in findings.missing.items():
-        print(f"not here: {peer} ({reason})")
 
 
 def ceilings(setting: Setting) -> list[Measure]:

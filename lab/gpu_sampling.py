@@ -8,7 +8,7 @@ from adpa.lab.gpu_part import Figure, Measure, Setting
 from adpa.lab.gpu_vllm import obstacle, sampling_with_vllm
 from adpa.pipeline.precompute import precompute
 
-PROMPTS, TOKENS = 128, (16, 144)
+PROMPTS, TOKENS = 96, (16, 112)
 DRY_PROMPTS, DRY_TOKENS = 2, (2, 6)
 
 
