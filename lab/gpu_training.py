@@ -162,12 +162,12 @@ class Runs:
         yield Figure("GPU idle", profile.idle, note=note)
 
     def mask(self) -> Iterator[Figure]:
-        """What a boolean mask would add to a micro-batch, and what a new shape costs cuDNN."""
+        """What a boolean mask would add to a padded micro-batch, and what a new shape costs cuDNN."""
         figures = list(mask_cost(self.setting, shape_of(self.setting, SMALL)))
         yield from figures
-        if AS_IT_IS in self.speeds:
+        if NO_PACKING in self.speeds:
             layers = shape_of(self.setting, SMALL).layers
-            micro_batch = MICRO_BATCH * self.tokens_of_a_pair / self.speeds[AS_IT_IS]
+            micro_batch = MICRO_BATCH * self.tokens_of_a_pair / self.speeds[NO_PACKING]
             yield Figure("boolean mask / micro-batch, time", layers * figures[0].value / 1e3 / micro_batch)
 
     @cached_property
