@@ -17,7 +17,7 @@ from adpa.lab.gpu_models import LARGE, SHAPES, TINY, encoded_pairs, random_model
 from adpa.lab.gpu_part import Setting
 from adpa.lab.gpu_scoring import difference
 from adpa.lab.gpu_trace import covered
-from adpa.lab.gpu_training import added, eager_losses
+from adpa.lab.gpu_training import Runs, added, eager_losses
 
 PLAIN = """
 tests/kernels/test_head.py::test_one PASSED [ 50%]
@@ -83,6 +83,22 @@ def test_waits_of_a_step_are_those_that_a_longer_run_adds() -> None:
     start, step = [("distill.py", 3), ("trainer.py", 7)], [("trainer.py", 7), ("trainer.py", 9)]
     found = added(caught(*start, *step), caught(*start, *step, *step, *step))
     assert found == {"trainer.py:7": 2, "trainer.py:9": 2}
+
+
+def test_host_waits_are_counted_for_a_micro_batch(dry: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def distill(self: Runs, max_steps: int, logging_steps: int) -> None:
+        for wait in range(5 + 3 * self.micro_batches * max_steps):  # five at the start, three in a micro-batch
+            warnings.warn(f"called a synchronizing CUDA operation {wait}", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    monkeypatch.setattr(Runs, "distill", distill)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    (figure,) = Runs(dry).host_waits()
+    assert (figure.name, figure.value) == ("host waits a micro-batch", 3.0)
+    assert figure.note.startswith("test_gpu_parts.py:")
+    assert modes == ["warn", "default"] * 2
 
 
 def test_eager_losses_are_those_of_the_head() -> None:
