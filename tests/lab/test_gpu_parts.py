@@ -86,7 +86,7 @@ def test_waits_of_a_step_are_those_that_a_longer_run_adds() -> None:
 
 
 def test_host_waits_are_counted_for_a_micro_batch(dry: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = []
+    modes: list[str] = []
 
     def distill(self: Runs, max_steps: int, logging_steps: int) -> None:
         for wait in range(5 + 3 * self.micro_batches * max_steps):  # five at the start, three in a micro-batch
