@@ -1,7 +1,7 @@
 """What the loss head costs beside eager losses, bare matrix products and other fused heads.
 
     python -m adpa.lab.benchmark_head --device cpu     (part of `make bench`)
-    python -m adpa.lab.benchmark_head --device cuda    (`make bench-gpu`, after the tests have passed on the GPU)
+    python -m adpa.lab.benchmark_head --device cuda    (`make bench-gpu` measures the most important cases)
 
 First the gradients' errors against float64, in bfloat16. Then time and memory: every way computes the loss and the
 gradients of hidden states and weight. The ways have their turns round by round in one process, on inputs drawn anew for

@@ -1,0 +1,209 @@
+"""The whole product on one GPU, in a few minutes: `make bench-gpu`.
+
+    python -m adpa.lab.gpu --output docs/benchmarks    on a GPU
+    python -m adpa.lab.gpu --dry-run                   every part on a CPU, with tiny shapes
+
+Every part has a process of its own, which ends with its time: whatever fails in one, or hangs, the rest goes on. Time
+that a part leaves is the others'. Figures are printed and written as they come, beside what was predicted of them;
+what the product itself says goes to standard error.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import connection, parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from adpa.errors import OptionError
+from adpa.lab.gpu_measures import error_line, give_version, machine, take
+from adpa.lab.gpu_part import Failure, Figure, Report, Setting
+from adpa.lab.gpu_results import PartResult, Results, State, measured
+
+MINUTES = 8.0
+GRACE = 2.0  # seconds in which a part may say what it skips when its time is up
+# A part is forked from this process, which imports what the parts need once, and never touches the GPU.
+PROCESSES = multiprocessing.get_context("fork")
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
+ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # who asks for a GPU does not touch it
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the benchmark.
+
+    Attributes:
+        title: what it measures.
+        module: where it is.
+        function: what gives its measures.
+        weight: its share of the time, against those of the other parts.
+    """
+
+    title: str
+    module: str
+    function: str
+    weight: int
+
+
+PARTS = {
+    "a": Part("kernels' tests", "adpa.lab.gpu_kernels", "kernel_tests", 75),
+    "b": Part("loss head", "adpa.lab.gpu_kernels", "loss_head", 85),
+    "c": Part("ceilings", "adpa.lab.gpu_kernels", "ceilings", 15),
+    "d": Part("scoring", "adpa.lab.gpu_scoring", "scoring", 95),
+    "e": Part("training", "adpa.lab.gpu_training", "training", 105),
+    "f": Part("sampling", "adpa.lab.gpu_sampling", "sampling", 40),
+    "g": Part("the four commands", "adpa.lab.gpu_commands", "four_commands", 65),
+}
+
+
+def main() -> None:
+    """Reads the options, and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.gpu")
+    parser.add_argument("--dry-run", action="store_true", help="run every part on a CPU, with tiny shapes")
+    parser.add_argument("--output", type=Path, help="directory for gpu-DEVICE.json and gpu-DEVICE.md")
+    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for all parts; default: {MINUTES:g}")
+    parser.add_argument("--parts", default="".join(PARTS), help=f"letters of the parts; default: {''.join(PARTS)}")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        failed = benchmark(arguments.parts, arguments.dry_run, arguments.data, arguments.minutes, arguments.output)
+    except OptionError as error:
+        print(f"adpa.lab.gpu: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(int(failed))
+
+
+def benchmark(letters: str, dry_run: bool, data: Path | None, minutes: float, output: Path | None) -> bool:
+    """Measures the parts of these letters, one after the other, and says whether one of them failed.
+
+    Raises:
+        OptionError: there is no GPU, no such part or no such file.
+    """
+    end = time.monotonic() + 60 * minutes - GRACE
+    if unknown := sorted(set(letters) - PARTS.keys()):
+        raise OptionError(f"--parts {letters}: there is no part {unknown[0]!r}; expected letters of {''.join(PARTS)}")
+    if data is not None and not data.is_file():
+        raise OptionError(f"--data {data}: there is no such file")
+    chosen = {letter: part for letter, part in PARTS.items() if letter in letters}
+    os.environ |= ENVIRONMENT
+    if dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for part in chosen.values():
+        with suppress(Exception):  # the part itself will tell
+            import_module(part.module)
+    gc.freeze()  # what was imported stays: no collection need look at it
+    with PROCESSES.Pool(1) as pool:
+        found = pool.apply(machine)
+    if found["device"] is None and not dry_run:
+        raise OptionError("torch sees no GPU", "use a machine that has one, or --dry-run")
+
+    results = Results(found, minutes, {letter: PartResult(part.title) for letter, part in PARTS.items()})
+    with tempfile.TemporaryDirectory(prefix="adpa-gpu-") as folder:
+        give_version(Path(folder))
+        weights = [part.weight for part in chosen.values()]
+        for number, (letter, part) in enumerate(chosen.items()):
+            share = part.weight / sum(weights[number:])
+            deadline = time.monotonic() + share * (end - time.monotonic())
+            setting = Setting("cpu" if dry_run else "cuda", Path(folder), data, deadline)
+            result = results.parts[letter]
+            print(f"{letter}: {part.title}, at most {setting.left:.0f} s", flush=True)
+            conduct(part, setting, result, lambda: results.write(output) if output is not None else None)
+            print(f"{letter}: {result.state} after {result.seconds:.1f} s", flush=True)
+    print(f"costs by these rates: {results.costs_command()}")
+    return any(results.parts[letter].state != "done" for letter in chosen)
+
+
+def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[], None]) -> None:
+    """Runs a part in a process of its own, until it ends or its time does, and keeps what it reports."""
+    started = time.monotonic()
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_work, args=(sender, part, setting))
+    result.state = "running"
+
+    def keep(report: Report) -> None:
+        result.add(report)
+        result.seconds = time.monotonic() - started
+        print(f"   {_line(report)}", flush=True)
+        write()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # what a handler raises while a process forks is lost
+    process.start()
+    assert process.pid is not None
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        sender.close()
+        state = _listen(receiver, setting, keep)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+        process.kill()
+        process.join()
+    result.state = "failed" if result.failures else state
+    result.seconds = time.monotonic() - started
+    write()
+
+
+def _listen(receiver: Connection, setting: Setting, keep: Callable[[Report], None]) -> State:
+    """Keeps what a part's process reports, until it says that it is done, and gives the state it ends in."""
+    while receiver.poll(max(setting.left, 0) + GRACE):
+        try:
+            report = receiver.recv()
+        except EOFError:
+            keep(Failure("its process", "ended before all was measured"))
+            return "failed"
+        if report is None:
+            return "done"
+        keep(report)
+    return "cut off"
+
+
+def _line(report: Report) -> str:
+    if isinstance(report, Figure):
+        return f"{report.name}: {measured(report)}{report.note and f'; {report.note}'}"
+    if isinstance(report, Failure):
+        return f"{report.name}: failed, {report.error}"
+    return f"{report.name}: skipped, {report.reason}"
+
+
+def _work(sender: Connection, part: Part, setting: Setting) -> None:
+    """A part's process: its measures, one after the other."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.dup2(2, 1)
+    try:
+        measures = getattr(import_module(part.module), part.function)(setting)
+    except Exception as error:  # what the part needs is not installed, perhaps: it is told
+        sender.send(Failure(part.title, error_line(error)))
+    else:
+        take(measures, setting, sender.send)
+    sender.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

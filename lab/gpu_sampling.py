@@ -1,0 +1,50 @@
+"""Part f of `adpa.lab.gpu`: how fast a student samples."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, limits, preferences
+from adpa.lab.gpu_part import Figure, Measure, Setting
+from adpa.lab.gpu_vllm import obstacle, sampling_with_vllm
+from adpa.pipeline.precompute import precompute
+
+PROMPTS, TOKENS = 96, (16, 112)
+DRY_PROMPTS, DRY_TOKENS = 2, (2, 6)
+
+
+def sampling(setting: Setting) -> list[Measure]:
+    """The measures of part f."""
+    return [
+        Measure("transformers", 25, partial(with_transformers, setting)),
+        Measure("vLLM", 80, partial(sampling_with_vllm, setting), obstacle(setting)),
+    ]
+
+
+def with_transformers(setting: Setting) -> Iterator[Figure]:
+    """``adpa.precompute`` with a student, by what longer responses add: what is due once falls out.
+
+    A student of random weights never ends its turn: every response has all tokens. Scoring them, by a teacher that
+    costs little, is counted.
+    """
+    prompts, lengths = (DRY_PROMPTS, DRY_TOKENS) if setting.dry else (PROMPTS, TOKENS)
+    short, long = lengths
+    seconds = {}
+    for new_tokens in (short, short, long):  # the first one warms up
+        folder = setting.folder / f"sampling-{len(list(setting.folder.glob('sampling-*')))}"
+        done = precompute(
+            teacher=str(checkpoint(setting, TEACHER)),
+            student=str(checkpoint(setting, SMALL)),
+            data=str(preferences(setting, prompts)),
+            cache=folder,
+            engine="hf",
+            max_new_tokens=new_tokens,
+            **limits(setting),
+        )
+        seconds[new_tokens] = done.seconds
+    tokens = prompts * (long - short)
+    yield Figure(
+        "transformers, batches by default",
+        tokens / max(seconds[long] - seconds[short], 1e-9),
+        "tokens/s",
+        note=f"{prompts} prompts, tokens {short + 1} to {long} of each response",
+    )
