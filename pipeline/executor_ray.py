@@ -53,8 +53,9 @@ except Exception as error:
     sys.exit(print(str(error).partition("\\n")[0]) or 1)
 """
 TRIES = 3  # workers that may die over the same work
-BLOCKS_PER_WORKER = 8  # so that none waits long for the last one, and little is lost with one
-BATCHES_PER_BLOCK = 8  # at most; while one is written the next is computed
+BLOCKS_PER_WORKER = 8  # at least, so that none waits long for the last one, and little is lost with one
+# At most: between blocks an engine's queue runs empty, which costs about a batch's time; a dead worker costs a block.
+BATCHES_PER_BLOCK = 32
 
 
 def check_address(address: str) -> None:

@@ -26,7 +26,7 @@ from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.sampling import stream_seed
 
 WAITLESS_SDPA = "adpa_waitless_sdpa"
@@ -48,6 +48,7 @@ class HfSampler:
     def close(self) -> None:
         """See ``Sampler.close``."""
         del self._model
+        release_memory()
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from torch import Tensor
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import logprobs_at, teacher_rows
+from adpa.pipeline.checkpoint import release_memory
 from adpa.pipeline.lm_head import LmHead
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
@@ -65,8 +66,7 @@ class HeadScorer:
         """See ``Scorer.close``."""
         self._decoder.close()
         del self._head
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     @torch.inference_mode()
     def _teacher_rows(self, batch: Batch, hidden_Nd: Tensor, top_k: int) -> list[SignalRow]:
