@@ -94,7 +94,10 @@ def _decode(
     generation_config: object,
     **inputs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loop of ``generate``: int64 [B, T], and whether all logits were finite. Rows that ended are padded."""
+    """The loop that ``generate`` calls: int64 [B, T], and whether all logits were finite. Rows that ended are padded.
+
+    It also gets processors of logits and criteria of stopping. They are the model's own and have no say here.
+    """
     steps_per_look = steps_between_looks(input_ids.device)
     ended_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
