@@ -45,7 +45,7 @@ from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.batching import make_batches
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import Engine, HfEngine
-from adpa.pipeline.engine_vllm import VllmEngine, VllmOptions
+from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions
 from adpa.pipeline.scoring import Scorer, score
 
 TOP_K = 50
@@ -187,7 +187,7 @@ def serve(pipe: Connection, name: str, task: Task) -> None:
 
 def batch_tokens(engine: Engine) -> int:
     """The engine's own, but for hf, which pads: its 8,192 would pad this small set as it never pads a large one."""
-    return 1024 if engine is HF else engine.batch_tokens
+    return 1024 if engine is HF else BATCH_TOKENS
 
 
 def bare(task: Task) -> Run:

@@ -13,7 +13,7 @@ from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, encoded_pairs, sequen
 from adpa.lab.gpu_part import Figure, Setting
 from adpa.pipeline.batching import make_batches
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.engine_vllm import VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm
+from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm
 
 PAIRS, PROMPTS, NEW_TOKENS = 160, 256, 128
 ROUNDS = 2
@@ -68,7 +68,7 @@ def scoring_with_vllm(setting: Setting, is_async: bool) -> Iterator[Figure]:
     engine = open_engine(setting, opened, EAGER, f"async_scheduling={str(is_async).lower()}")
     scoring = Scoring(opened.identity, None, "", 50, opened.dtype_name("auto"), engine.name)
     scorer = engine.open_scorer(opened, scoring, max(map(len, sequences)))
-    batches = make_batches(sequences, len, engine.batch_tokens)
+    batches = make_batches(sequences, len, BATCH_TOKENS)
     taken = in_turns({"": lambda: list(scorer.top_k(batches, 50))}, ROUNDS, setting.device)[""]
     scorer.close()
     name = f"{MEDIUM}: vLLM, decoder and head, async scheduling {'on' if is_async else 'off'}"

@@ -1,5 +1,6 @@
 """Checkpoints: from what a user types to a directory, an identity and a loaded model."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -278,6 +279,13 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def release_memory() -> None:
+    """Gives back what a model took. Models of transformers are in cycles of references, which keep them for a while."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import torch
 from adpa.data.responses import Sampling
 from adpa.data.signals import Scoring
 from adpa.errors import OptionError
+from adpa.pipeline.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.engine_vllm import Role, VllmOptions, obstacle_to_vllm, open_vllm
 from adpa.pipeline.sampler_hf import HfSampler
@@ -37,9 +38,12 @@ class Engine(Protocol):
         """Why it is this one, for the report."""
         ...
 
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a batch, unless the user says how many."""
+    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
+        """Tokens of a batch that each of some models scores, unless the user says how many."""
+        ...
+
+    def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
+        """Tokens of a batch of sampling, prompts and responses, unless the user says how many."""
         ...
 
     @property
@@ -79,7 +83,6 @@ class HfEngine:
     reason: str
 
     name = sampling_name = "hf"
-    batch_tokens = 8192
     max_tokens = None
     extra_positions = 0
     pads = True
@@ -88,6 +91,19 @@ class HfEngine:
     def gpus(self) -> int:
         """See ``Engine.gpus``."""
         return int(self.device.type == "cuda")
+
+    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
+        """See ``Engine.scoring_tokens``. On a GPU by its free memory; those of Ray's workers count as like it."""
+        if self.device.type != "cuda":
+            return FIXED_TOKENS
+        free = free_memory(self.device)
+        return min(scoring_tokens(checkpoint, dtypes[role], free) for role, checkpoint in models.items())
+
+    def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
+        """See ``Engine.sampling_tokens``. On a GPU by its free memory; those of Ray's workers count as like it."""
+        if self.device.type != "cuda":
+            return FIXED_TOKENS
+        return sampling_tokens(checkpoint, dtype, free_memory(self.device), max_new_tokens, top_p)
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """See ``Engine.open_scorer``."""

@@ -34,6 +34,7 @@ Role = Literal["teacher", "reference", "student"]
 
 TESTED = ((0, 32), (0, 34))  # at least, and below
 CPU_KV_CACHE = 2 << 30
+BATCH_TOKENS = 262_144  # a batch becomes a file
 
 # What adpa itself decides about an engine, and what changes nothing but speed and memory. Everything else that a user
 # sets can change a number and is part of a scoring's identity.
@@ -147,12 +148,19 @@ class VllmEngine:
     rounded_to: str | None = None
     heads: dict[Checkpoint, LmHead] = field(default_factory=dict, compare=False, repr=False)
 
-    batch_tokens = 262_144
     pads = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to another process."""
         return vars(self) | {"heads": {}}
+
+    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
+        """See ``Engine.scoring_tokens``. vLLM itself decides how many of them it runs at a time."""
+        return BATCH_TOKENS
+
+    def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
+        """See ``Engine.sampling_tokens``."""
+        return BATCH_TOKENS
 
     @property
     def max_tokens(self) -> int | None:

@@ -1,6 +1,6 @@
 """Jobs of stage one on a Ray cluster: Ray Data over a pool of workers, each with a model of its own.
 
-Only token ids travel to a worker, in blocks of a few batches; it writes its own shards into the cache. Ray runs the
+Only token ids travel to a worker, in blocks of batches; it writes its own shards into the cache. Ray runs the
 block of a dead worker again, which writes files of the same names and bytes as far as it had come. What kills its
 workers again and again ends the run.
 """
@@ -53,8 +53,7 @@ except Exception as error:
     sys.exit(print(str(error).partition("\\n")[0]) or 1)
 """
 TRIES = 3  # workers that may die over the same work
-BLOCKS_PER_WORKER = 8  # so that none waits long for the last one, and little is lost with one
-BATCHES_PER_BLOCK = 8  # at most; while one is written the next is computed
+BATCHES_PER_BLOCK = 32  # at most: a dead worker's block is lost
 
 
 def check_address(address: str) -> None:
@@ -267,8 +266,17 @@ class _Worker:
 
 
 def _blocks(batches: Sequence[Sequence[Item]], workers: int) -> list[Sequence[Sequence[Item]]]:
-    size = min(max(len(batches) // (BLOCKS_PER_WORKER * workers), 1), BATCHES_PER_BLOCK)
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
+    """Large blocks first, for an engine's queue runs empty between two; small ones last, so that all end together.
+
+    Each is half of what is left for a worker.
+    """
+    blocks: list[Sequence[Sequence[Item]]] = []
+    start = 0
+    while start < len(batches):
+        size = min(max((len(batches) - start) // (2 * workers), 1), BATCHES_PER_BLOCK)
+        blocks.append(batches[start : start + size])
+        start += size
+    return blocks
 
 
 def _failed(error: Exception) -> _Answer:

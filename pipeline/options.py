@@ -30,7 +30,11 @@ EngineArgOption = Annotated[
     Doc("vLLM: key=value of any engine argument, for one model with teacher:, reference: or student:; repeatable."),
 ]
 BatchTokensOption = Annotated[
-    int | None, Doc("Tokens of a batch, which becomes a file; 8192 with hf, 262144 with vLLM unless given.")
+    int | None,
+    Doc(
+        "Tokens of a batch, which becomes a file. Default: 262144 with vLLM; with hf what the GPU's free memory has "
+        "room for, or 8192 on a CPU."
+    ),
 ]
 DtypeOption = Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own.")]
 DeviceOption = Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one.")]

@@ -216,7 +216,12 @@ def precompute(
     dtypes = models.dtypes(dtype)
     runs_on = choose_engine(engine, options, torch_device, models.roles(), dtypes)
     models.check_reference()
-    batch_tokens = batch_tokens or runs_on.batch_tokens
+    scoring_tokens = batch_tokens or runs_on.scoring_tokens(models.roles(), dtypes)
+    sampling_tokens = 0  # where nothing is sampled
+    if models.student is not None:
+        sampling_tokens = batch_tokens or runs_on.sampling_tokens(
+            models.student, dtypes["student"], max_new_tokens, sampling_top_p
+        )
 
     tokenizer = models.teacher.tokenizer
     encoder = Encoder(tokenizer, find_turn_end(tokenizer), max_prompt_length, max_length, drop_invalid)
@@ -242,8 +247,8 @@ def precompute(
         for index in range(samples_per_prompt if models.student else 0)
     ]
     own_requests = [request for _, request in requests if request.prompt_ids in own]
-    given = make_batches(list(_wanted(sets, names, own).values()), len, batch_tokens)
-    execution.check_batches(max(len(given), len(sampling_batches(own_requests, max_new_tokens, batch_tokens))))
+    given = make_batches(list(_wanted(sets, names, own).values()), len, scoring_tokens)
+    execution.check_batches(max(len(given), len(sampling_batches(own_requests, max_new_tokens, sampling_tokens))))
     if not dry_run:
         prepare_cache(cache)
 
@@ -267,7 +272,7 @@ def precompute(
             said = read_samples(cache, sampling)
             if not dry_run:
                 open_sampler = partial(models.open_sampler, runs_on, longest, sampling)
-                said = _sample(cache, sampling, own_requests, unsampled, open_sampler, batch_tokens, run)
+                said = _sample(cache, sampling, own_requests, unsampled, open_sampler, sampling_tokens, run)
             sets["sampled"] = _sampled_set(sets["chosen"].info, sampling, requests, said)
             awaited = len({request.key for _, request in requests if request.prompt_ids not in own} - said.keys())
         wanted = _wanted(sets, names, own)
@@ -279,7 +284,7 @@ def precompute(
             write_tokenizer(cache, tokenizer, sets["chosen"].info.tokenizer)
         missing = missing_sequences(cache, scoring, list(wanted.values()))
         if not dry_run:
-            written = score(cache, scoring, missing, partial(open_scorer, scoring), batch_tokens, run)
+            written = score(cache, scoring, missing, partial(open_scorer, scoring), scoring_tokens, run)
 
     planned = len(unsampled) if dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in missing) + planned * max_new_tokens
@@ -293,7 +298,7 @@ def precompute(
             open_scorer,
             student=models.student.identity if models.student else None,
             vocabulary=models.teacher.config.vocab_size,
-            batch_tokens=batch_tokens,
+            batch_tokens=scoring_tokens,
             pads=runs_on.pads,
         )
     if dry_run:

@@ -4,23 +4,32 @@ Every response has its own stream of uniform numbers, derived from the seed, the
 by inverting the cumulative distribution: what is sampled does not depend on the batch it is sampled in, as far as the
 student's logits do not. In float32 they differ by rounding and responses are the same; in bfloat16 some are not.
 
-Shapes: B sequences of a batch, V vocabulary rows.
+The loop over tokens is ours, because transformers' own waits for the device at every token: a GPU would idle while the
+next token's work is queued. What comes before the loop is that of ``generate``.
+
+Shapes: B sequences of a batch, P tokens of the longest prompt, T tokens drawn, V vocabulary rows.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.sampling import stream_seed
+
+WAITLESS_SDPA = "adpa_waitless_sdpa"
 
 
 class HfSampler:
@@ -29,6 +38,8 @@ class HfSampler:
     def __init__(self, checkpoint: Checkpoint, sampling: Sampling, device: torch.device) -> None:
         self._model = checkpoint.load(sampling.dtype, device).eval()
         self._sampling = sampling
+        if device.type == "cuda":
+            make_masks_unseen(self._model)
 
     def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
         """See ``Sampler.sample``."""
@@ -37,11 +48,16 @@ class HfSampler:
     def close(self) -> None:
         """See ``Sampler.close``."""
         del self._model
+        release_memory()
 
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[TokenIds]:
-    """Samples a batch: int32 [T] for each request, with the end-of-turn token unless ``max_new_tokens`` cut it off."""
+    """Samples a batch: int32 [T] for each request, with the end-of-turn token unless ``max_new_tokens`` cut it off.
+
+    Raises:
+        ModelError: the logits are not finite.
+    """
     turn_end = sampling.turn_end
     prompt_length = max(len(request.prompt_ids) for request in requests)
     input_ids = torch.full((len(requests), prompt_length), turn_end)
@@ -49,50 +65,99 @@ def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[Sample
     for row, request in enumerate(requests):
         input_ids[row, prompt_length - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.copy())
         mask[row, prompt_length - len(request.prompt_ids) :] = 1
-    # generate() fills what a configuration leaves open from the model's own, which may hold penalties.
+    uniforms_BT = None
+    if sampling.temperature > 0:
+        uniforms = np.stack([_uniforms(sampling, request) for request in requests])
+        uniforms_BT = torch.from_numpy(uniforms).to(model.device)
+    # generate() fills what a configuration leaves open from the model's own.
     model.generation_config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=turn_end, pad_token_id=turn_end
     )
-    processors = LogitsProcessorList([_finite])
-    if sampling.temperature > 0:
-        uniforms = np.stack([_uniforms(sampling, request) for request in requests])
-        processors.append(_InverseCdf(torch.from_numpy(uniforms), sampling.temperature, sampling.top_p, prompt_length))
-    output = model.generate(  # type: ignore[operator]  # from GenerationMixin, beside PreTrainedModel
+    generated_BT, finite = model.generate(  # type: ignore[operator]  # from GenerationMixin, beside PreTrainedModel
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),
-        logits_processor=processors,
+        custom_generate=partial(_decode, sampling=sampling, uniforms_BT=uniforms_BT),
     )
-    generated = output[:, prompt_length:].cpu().numpy().astype(np.int32)
-    return [_until(row, turn_end) for row in generated]
-
-
-class _InverseCdf(LogitsProcessor):
-    """Leaves possible only the token that a row's next uniform number picks from its top-p distribution."""
-
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_length: int) -> None:
-        self._uniforms = uniforms
-        self._temperature = temperature
-        self._top_p = top_p
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs_BV = (scores.double() / self._temperature).softmax(dim=1)
-        if self._top_p < 1:
-            sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
-            outside_BV = sorted_BV.cumsum(dim=1) - sorted_BV >= self._top_p
-            probs_BV = probs_BV.scatter(1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
-        cdf_BV = probs_BV.cumsum(dim=1)
-        uniform_B1 = self._uniforms[:, input_ids.shape[1] - self._prompt_length, None].to(scores.device)
-        # The first token whose share of the distribution reaches beyond the number; it has probability.
-        picked_B1 = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)
-        picked_B1.clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, picked_B1, 0.0)
-
-
-def _finite(input_ids: Tensor, scores: Tensor) -> Tensor:
-    if bool(torch.isnan(scores).any()):
+    if not finite:
         raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
-    return scores
+    return [_until(row, turn_end) for row in generated_BT.cpu().numpy().astype(np.int32)]
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    sampling: Sampling,
+    uniforms_BT: Tensor | None,
+    logits_processor: object,
+    stopping_criteria: object,
+    generation_config: object,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loop that ``generate`` calls: int64 [B, T], and whether all logits were finite. Rows that ended are padded.
+
+    It also gets processors of logits and criteria of stopping. They are the model's own and have no say here.
+    """
+    steps_per_look = steps_between_looks(input_ids.device)
+    ended_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
+    prompt_length = input_ids.shape[1]
+    for step in range(sampling.max_new_tokens):
+        output = model(
+            **model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1 if step else None, is_first_iteration=step == 0, **inputs
+            ),
+            return_dict=True,
+        )
+        inputs = model._update_model_kwargs_for_generation(output, inputs)
+        logits_BV = output.logits[:, -1]
+        finite &= logits_BV.amax(dim=1).isfinite().all()  # what is not finite is drawn from all the same
+        if uniforms_BT is None:
+            tokens_B = logits_BV.argmax(dim=1)
+        else:
+            tokens_B = draw(logits_BV, uniforms_BT[:, step], sampling.temperature, sampling.top_p)
+        del output, logits_BV  # those of a prompt are large in some models
+        tokens_B = tokens_B.masked_fill(ended_B, sampling.turn_end)
+        ended_B |= tokens_B == sampling.turn_end
+        input_ids = torch.cat([input_ids, tokens_B[:, None]], dim=1)
+        if (step + 1) % steps_per_look == 0 and bool(ended_B.all()):
+            break
+    return input_ids[:, prompt_length:], finite
+
+
+def steps_between_looks(device: torch.device) -> int:
+    """After how many tokens it is looked whether all responses have ended, for which the host waits for the device."""
+    return 16 if device.type == "cuda" else 1
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The token of each row that its uniform number picks from its top-p distribution, int64 [B].
+
+    It is the first token whose share of the distribution reaches beyond the number; it has probability.
+    """
+    probs_BV = logits_BV.double().div_(temperature).softmax(dim=1)
+    if top_p < 1:
+        sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
+        outside_BV = sorted_BV.cumsum(dim=1) - sorted_BV >= top_p
+        probs_BV = probs_BV.scatter(1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
+    cdf_BV = probs_BV.cumsum(dim=1)
+    picked_B1 = torch.searchsorted(cdf_BV, uniforms_B[:, None] * cdf_BV[:, -1:], right=True)
+    return picked_B1[:, 0].clamp_(max=logits_BV.shape[1] - 1)
+
+
+def make_masks_unseen(model: PreTrainedModel) -> None:
+    """Keeps sdpa from looking at every token whether the padding could be left out of the mask; it never can."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(WAITLESS_SDPA, sdpa_attention_forward)
+        AttentionMaskInterface.register(WAITLESS_SDPA, _unseen_mask)
+        model.set_attn_implementation(WAITLESS_SDPA)
+
+
+def _unseen_mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **options: Any) -> Tensor | None:
+    """A mask function of transformers: that of sdpa. ``generate`` gives it no mask for a batch without padding."""
+    skip = allow_is_causal_skip and attention_mask is None
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **options)
+    return mask
 
 
 def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES, logprobs_at, teacher_rows
+from adpa.pipeline.checkpoint import release_memory
 from adpa.pipeline.lm_head import LmHead
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
@@ -76,8 +77,7 @@ class HeadScorer:
         """See ``Scorer.close``."""
         self._decoder.close()
         del self._head
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     @torch.inference_mode()
     def _teacher_rows(self, batch: Batch, hidden_Nd: Tensor, top_k: int) -> list[SignalRow]:
@@ -120,7 +120,8 @@ class HeadScorer:
         chunks = []
         for hidden_Cd, ids_of_chunk in zip(hidden_Nd.split(rows), ids.split(rows), strict=True):
             columns = read(  # no name holds the logits while the next ones are made
-                self._head.float32_logits(hidden_Cd.to(self._head.weight)), ids_of_chunk.to(device, non_blocking=True)
+                self._head.float32_logits(hidden_Cd.to(self._head.weight, non_blocking=True)),
+                ids_of_chunk.to(device, non_blocking=True),
             )
             chunks.append([column.to("cpu", non_blocking=True) for column in columns])
         if device.type == "cuda":

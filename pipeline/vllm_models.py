@@ -7,7 +7,6 @@ about the tokens that were asked about, and that it has as many rows.
 Shapes: L tokens of a sequence, of which P are the prompt's and T the response's; d hidden width, K ids.
 """
 
-import gc
 import signal
 import threading
 from collections import deque
@@ -34,7 +33,7 @@ from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import EngineError, ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.sampling import stream_seed
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
@@ -47,6 +46,8 @@ MORE_MEMORY = (
     "give vLLM more memory (--gpu-memory-utilization, --tensor-parallel), or make it need less (--max-length, "
     "--quantization, --engine-arg max_num_batched_tokens=2048)"
 )
+# Graphs are for steps of few tokens, which scoring has none of; compiled code stays. It is no part of the numerics.
+NO_GRAPHS = {"cudagraph_mode": "NONE"}
 SMALLEST_TAIL = 1e-7  # float32 log-probabilities of the top K sum to at most 1 + this
 
 
@@ -134,7 +135,7 @@ class VllmModel:
         """Stops the engine and gives its memory back."""
         self._engine.engine_core.shutdown(timeout=SECONDS_TO_STOP)
         del self._engine
-        gc.collect()
+        release_memory()
 
 
 class VllmDecoder:
@@ -147,6 +148,7 @@ class VllmDecoder:
                 "runner": "pooling",
                 "convert": "embed",
                 "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
+                "compilation_config": NO_GRAPHS,
                 **_with_head_dtype(arguments, "model"),  # or else the hidden states are widened on their way
             },
         )
@@ -163,7 +165,7 @@ class VllmDecoder:
             self._model.check(len(hidden_Ld) == len(sequence), "another number of hidden states than tokens")
             return hidden_Ld[len(sequence.prompt_ids) - 1 : -1].clone()
 
-        return map(torch.cat, self._model.answers(batches, ask, read))
+        return map(_join, self._model.answers(batches, ask, read))
 
     def close(self) -> None:
         """See ``Decoder.close``."""
@@ -186,6 +188,7 @@ class VllmLogprobsScorer:
                 "runner": "generate",
                 "max_logprobs": top_k + 1,
                 "logprobs_mode": "raw_logprobs",
+                "compilation_config": NO_GRAPHS,
                 **_with_head_dtype(arguments, head_dtype),
             },
         )
@@ -289,6 +292,14 @@ class VllmSampler:
     def close(self) -> None:
         """See ``Sampler.close``."""
         self._model.close()
+
+
+def _join(rows: Sequence[Tensor]) -> Tensor:
+    """The rows of a batch, [N, d]; where there is a GPU, in memory from which copies to it need not be waited for."""
+    joined_Nd = torch.empty(
+        sum(map(len, rows)), rows[0].shape[1], dtype=rows[0].dtype, pin_memory=torch.cuda.is_available()
+    )
+    return torch.cat(list(rows), out=joined_Nd)
 
 
 def _token_ids(sequence: TokenSequence) -> TokenIds:

@@ -33,7 +33,7 @@ from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import CacheError, EngineError, ModelError, OptionError
 from adpa.pipeline.batching import Executor, run_here
 from adpa.pipeline.checkpoint import open_checkpoint
-from adpa.pipeline.executor_ray import BATCHES_PER_BLOCK, BLOCKS_PER_WORKER, RayExecutor, _blocks, check_address
+from adpa.pipeline.executor_ray import BATCHES_PER_BLOCK, RayExecutor, _blocks, check_address
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs, missing_sequences, score
 
 SCORING = Scoring(ModelIdentity("teacher", None, "a"), None, "v", 3, "float32", "hf")
@@ -337,11 +337,14 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("batches", "workers"), [(1, 1), (3, 2), (17, 2), (200, 2), (5000, 8)])
-def test_blocks_hold_every_batch_once_and_every_worker_has_several(batches: int, workers: int) -> None:
+def test_blocks_hold_every_batch_once_and_shrink_with_what_is_left_for_a_worker(batches: int, workers: int) -> None:
     blocks = _blocks([[number] for number in range(batches)], workers)
     assert [item for block in blocks for batch in block for item in batch] == list(range(batches))
-    assert len(blocks) >= min(batches, BLOCKS_PER_WORKER * workers)
-    assert max(map(len, blocks)) <= BATCHES_PER_BLOCK
+    sizes = list(map(len, blocks))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(max(batches // (2 * workers), 1), BATCHES_PER_BLOCK)
+    assert sizes[-workers:] == [1] * min(workers, batches), "none waits long for the last one"
+    assert len(blocks) >= min(batches, 4 * workers)
 
 
 def test_a_stop_leaves_no_process_behind(few_words: Filled, tmp_path: Path) -> None:

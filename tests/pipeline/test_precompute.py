@@ -100,6 +100,26 @@ def test_the_cache_does_not_depend_on_the_order_of_the_data_or_on_the_batch(
         np.testing.assert_allclose(row.token_logprobs, other.token_logprobs, atol=1e-5)
 
 
+def test_scoring_and_sampling_have_batches_of_their_own_size_unless_the_user_says_one(
+    few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch becomes a file: one sequence in each, or all in one."""
+    monkeypatch.setattr("adpa.pipeline.engine.HfEngine.scoring_tokens", lambda *_: 1)
+    monkeypatch.setattr("adpa.pipeline.engine.HfEngine.sampling_tokens", lambda *_: 10**6)
+    for said, expected in ((None, (8, 1)), (10**6, (1, 1)), (1, (8, 8))):
+        cache = tmp_path / str(said)
+        report = precompute(
+            teacher=str(few_words.models.teacher),
+            student=str(few_words.models.student),
+            data=str(few_words.data),
+            cache=cache,
+            max_new_tokens=6,
+            batch_tokens=said,
+        )
+        assert (report.scored, report.sampled) == (8, 8)
+        assert tuple(len(list(cache.rglob(f"{kind}-*.arrow"))) for kind in ("signals", "samples")) == expected
+
+
 def test_sampled_responses_are_stored_with_the_chosen_ones_beside_them(filled: Filled) -> None:
     sets = {found.info.name: found for found in read_response_sets(filled.cache)}
     assert sets.keys() == {"chosen", "rejected", "sampled"}

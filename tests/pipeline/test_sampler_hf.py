@@ -1,19 +1,30 @@
-"""Sampling with transformers: reproducible from the seed whatever the batch, and truly the student's distribution."""
+"""Sampling with transformers: reproducible from the seed whatever the batch, truly the student's distribution, and
+without a wait for the device at a token."""
 
+import copy
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel
-from tests.pipeline.conftest import SAMPLING, assert_drawn_from
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tests.pipeline.conftest import SAMPLING, SMALL, assert_drawn_from
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, PreTrainedModel
 
+from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
+from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import open_checkpoint
-from adpa.pipeline.sampler_hf import HfSampler, sample
+from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.sampler_hf import HfSampler, _uniforms, _until, draw, make_masks_unseen, sample
 
 END = SAMPLING.turn_end
 
@@ -107,3 +118,181 @@ def test_the_sampler_answers_batch_after_batch(student: Path, model: PreTrainedM
     answers = list(sampler.sample([wanted[:3], wanted[3:]]))
     assert [len(answered) for answered in answers] == [3, 4]
     assert as_lists([*answers[0], *answers[1]]) == as_lists(sample(model, SAMPLING, wanted))
+
+
+# The loop, and what a token is drawn by.
+
+
+def transformers_sample(model: PreTrainedModel, sampling: Sampling, wanted: Sequence[SampleRequest]) -> list[TokenIds]:
+    """The oracle: the loop of transformers, with the tokens forced by a processor of logits."""
+    width = max(len(request.prompt_ids) for request in wanted)
+    input_ids, mask = (torch.full((len(wanted), width), fill) for fill in (sampling.turn_end, 0))
+    for row, request in enumerate(wanted):
+        start = width - len(request.prompt_ids)
+        input_ids[row, start:], mask[row, start:] = torch.from_numpy(request.prompt_ids.copy()), 1
+    uniforms = torch.from_numpy(np.stack([_uniforms(sampling, request) for request in wanted]))
+
+    def force(ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = draw(scores, uniforms[:, ids.shape[1] - width], sampling.temperature, sampling.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    model.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sampling.turn_end, pad_token_id=0
+    )
+    loop: Any = model
+    output = loop.generate(
+        input_ids=input_ids, attention_mask=mask, logits_processor=[force] if sampling.temperature else []
+    )
+    return [_until(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
+
+
+@pytest.fixture(scope="module")
+def windows() -> PreTrainedModel:
+    """A model whose layers see a window or everything, in bfloat16."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL | {"vocab_size": 24}, head_dim=8, sliding_window=4, initializer_range=0.2)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return torch.nn.Module.to(model.eval(), torch.bfloat16)
+
+
+PADDED = requests(20, length=9)
+UNPADDED = [SampleRequest(np.array([3 + number, 7, 5], dtype=np.int32), 0) for number in range(8)]
+
+
+@pytest.mark.parametrize("wanted", [PADDED, UNPADDED], ids=["padded", "unpadded"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+def test_the_loop_says_what_that_of_transformers_says(
+    wanted: list[SampleRequest], temperature: float, top_p: float, model: PreTrainedModel, windows: PreTrainedModel
+) -> None:
+    settings = replace(SAMPLING, temperature=temperature, top_p=top_p)
+    for student in (model, windows):
+        assert as_lists(sample(student, settings, wanted)) == as_lists(transformers_sample(student, settings, wanted))
+
+
+@pytest.fixture
+def as_on_a_gpu(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """The model, prepared and asked as it is on a GPU."""
+    monkeypatch.setattr("adpa.pipeline.sampler_hf.steps_between_looks", lambda _: 16)
+    prepared = copy.deepcopy(model)
+    make_masks_unseen(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("wanted", [PADDED, UNPADDED], ids=["padded", "unpadded"])
+def test_a_gpu_that_looks_seldom_says_the_same(
+    wanted: list[SampleRequest], model: PreTrainedModel, as_on_a_gpu: PreTrainedModel
+) -> None:
+    settings = replace(SAMPLING, max_new_tokens=40)
+    responses = as_lists(sample(as_on_a_gpu, settings, wanted))
+    assert responses == as_lists(sample(model, settings, wanted))
+    assert max(map(len, responses)) > 16
+
+
+# What gives Python a number, or a tensor of as many rows as there are such numbers.
+READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += name in READS or by_mask
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("wanted", [PADDED, UNPADDED], ids=["padded", "unpadded"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.8), (0.0, 1.0)])
+def test_the_host_waits_once_in_sixteen_tokens_beside_the_batch(
+    wanted: list[SampleRequest], temperature: float, top_p: float, as_on_a_gpu: PreTrainedModel
+) -> None:
+    waits = {}
+    for new_tokens in (1, 15, 16, 33):
+        settings = replace(SAMPLING, max_new_tokens=new_tokens, temperature=temperature, top_p=top_p, turn_end=0)
+        with Waits() as counted:
+            longest = max(map(len, sample(as_on_a_gpu, settings, wanted)))
+        assert longest == new_tokens, "none ends early"
+        waits[new_tokens] = counted.count
+    per_batch = waits[1]
+    assert waits == {1: per_batch, 15: per_batch, 16: per_batch + 1, 33: per_batch + 2}
+
+
+def test_the_uniform_numbers_go_to_the_device_once_a_batch(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Counter[torch.dtype]()
+    to = Tensor.to
+
+    def count(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        moved[tensor.dtype] += 1
+        return to(tensor, *arguments, **options)
+
+    monkeypatch.setattr(Tensor, "to", count)
+    sample(model, SAMPLING, PADDED)
+    assert moved[torch.float64] == 1
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-9])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
+def test_a_token_is_the_first_whose_share_reaches_beyond_the_number(temperature: float, top_p: float) -> None:
+    generator = np.random.default_rng(0)
+    logits_BV = (generator.normal(size=(200, 50)) * generator.choice([0.01, 1, 30], size=(200, 1))).astype(np.float32)
+    logits_BV[::3, 10:30] = -np.inf
+    logits_BV[1] = 0
+    uniforms_B = generator.random(200)
+    uniforms_B[:2], uniforms_B[2:4] = 0, 1 - 2**-53
+    tokens_B = draw(torch.from_numpy(logits_BV), torch.from_numpy(uniforms_B), temperature, top_p).numpy()
+    for logits_V, uniform, token in zip(logits_BV.astype(np.float64), uniforms_B, tokens_B, strict=True):
+        weights_V = np.exp(logits_V / temperature - logits_V.max() / temperature)
+        order_V = np.argsort(-weights_V, kind="stable")
+        before_V = np.cumsum(weights_V[order_V]) - weights_V[order_V]
+        weights_V[order_V[before_V >= top_p * weights_V.sum()]] = 0
+        shares_V = np.cumsum(weights_V) / weights_V.sum()
+        assert weights_V[token] > 0
+        assert shares_V[token] >= uniform - 1e-12
+        assert token == 0 or shares_V[token - 1] <= uniform + 1e-12
+
+
+def test_logits_that_are_not_finite_at_one_token_of_one_row_are_refused_after_the_batch(student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(student).eval()
+    spoilt: list[float] = []  # the number at one place of each token's logits
+
+    def spoil(module: Any, arguments: Any, output: Any) -> None:
+        output.logits[3, -1, 7] = spoilt.pop(0)
+
+    model.register_forward_hook(spoil)
+    for bad in (torch.nan, torch.inf):
+        for temperature, top_p in ((1.0, 1.0), (1.0, 0.5), (0.0, 1.0)):
+            spoilt[:] = [0, 0, 0, 0, bad, *[0] * 7]
+            settings = replace(SAMPLING, turn_end=0, temperature=temperature, top_p=top_p)
+            with pytest.raises(ModelError, match="not finite"):
+                sample(model, settings, PADDED)
+            assert spoilt == [], "the batch was drawn to its end"
+    spoilt[:] = [-torch.inf] * 12  # a token that is not possible
+    assert len(sample(model, replace(SAMPLING, turn_end=0), PADDED)) == len(PADDED)
+
+
+def test_a_closed_sampler_leaves_no_model_behind(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[PreTrainedModel]] = []
+    load = Checkpoint.load
+
+    def remember(checkpoint: Checkpoint, *arguments: Any) -> PreTrainedModel:
+        model = load(checkpoint, *arguments)
+        vars(model)["itself"] = model
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Checkpoint, "load", remember)
+    gc.disable()
+    try:
+        sampler = HfSampler(open_checkpoint(str(student)), SAMPLING, torch.device("cpu"))
+        list(sampler.sample([UNPADDED]))
+        sampler.close()
+        assert [reference() for reference in loaded] == [None]
+    finally:
+        gc.enable()

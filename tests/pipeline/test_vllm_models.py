@@ -36,6 +36,7 @@ from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import HfEngine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.sampling import Sampler
+from adpa.pipeline.scorer_hf import HfDecoder
 from adpa.pipeline.scoring import Scorer
 
 pytestmark = pytest.mark.vllm
@@ -242,6 +243,81 @@ def test_the_v2_runner_answers_for_teacher_and_reference(way: str, on_v2: OnV2) 
         np.testing.assert_allclose(given[~padded], at_ids[~padded], atol=1e-5)
         assert padded.any() == (way == "logprobs"), "no padding to ignore"
         assert (given[padded] == -np.inf).all()
+
+
+def opened_with(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, head_dtype: Any, *engine_arg: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What vLLM is started with: for scoring, and for sampling."""
+    from adpa.pipeline import vllm_models
+
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(vllm_models, "VllmModel", lambda _, arguments: started.append(arguments))
+    engine = VllmEngine(VllmOptions(engine_arg=engine_arg), CPU, head_dtype, with_reference=False, reason="")
+    engine.open_scorer(checkpoint, scoring_of(checkpoint, 4), 16)
+    engine.open_sampler(checkpoint, SAMPLING, 64)
+    return started[0], started[1]
+
+
+@pytest.mark.parametrize("head_dtype", [None, "float32"])
+def test_scoring_runs_without_graphs_and_sampling_with_them_unless_the_user_says_otherwise(
+    head_dtype: Any, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(60)))
+    scoring, sampling = opened_with(checkpoint, monkeypatch, head_dtype)
+    assert scoring["compilation_config"] == {"cudagraph_mode": "NONE"}
+    assert not {"compilation_config", "enforce_eager", "async_scheduling"} & sampling.keys()
+    assert not {"enforce_eager", "async_scheduling"} & scoring.keys(), "vLLM's defaults"
+    said = ('compilation_config={"cudagraph_mode": "FULL"}', "enforce_eager=true", "async_scheduling=true")
+    scoring, sampling = opened_with(checkpoint, monkeypatch, head_dtype, *said)
+    for arguments in (scoring, sampling):
+        assert arguments["compilation_config"] == {"cudagraph_mode": "FULL"}
+        assert arguments["enforce_eager"] is arguments["async_scheduling"] is True
+
+
+def test_an_engine_of_scoring_has_no_graphs(tiny: Callable[[int], Path], opened: list[Any]) -> None:
+    checkpoint = open_checkpoint(str(tiny(60)))
+    scorer: Any = vllm_engine(checkpoint).open_scorer(checkpoint, scoring_of(checkpoint, 4), 16)
+    opened.append(scorer)
+    config = scorer._decoder._model._engine.vllm_config
+    assert config.compilation_config.cudagraph_mode.name == "NONE"
+    assert config.scheduler_config.async_scheduling is False
+
+
+def test_hidden_states_keep_the_models_dtype(make_model: MakeModel, opened: list[Any]) -> None:
+    from adpa.pipeline.vllm_models import VllmDecoder
+
+    checkpoint = open_checkpoint(
+        str(make_model(63, width=128, vocab_size=512, initializer_range=0.1, dtype="bfloat16"))
+    )
+    engine = vllm_engine(checkpoint)
+    decoder = VllmDecoder(checkpoint, engine._arguments("teacher", "bfloat16", 64))
+    opened.append(decoder)
+    batches = [random_sequences(512, (3, 5), (9, 20)), random_sequences(512, (1, 4))]
+    expected = HfDecoder(checkpoint.load("bfloat16", CPU).eval()).response_hidden(batches)
+    for hidden_Nd, other_Nd in zip(decoder.response_hidden(batches), expected, strict=True):
+        assert hidden_Nd.dtype == torch.bfloat16
+        torch.testing.assert_close(hidden_Nd, other_Nd, atol=0.1, rtol=0.1)
+
+
+def test_hidden_states_lie_in_pinned_memory_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adpa.pipeline.vllm_models import _join
+
+    pinned: list[bool] = []
+
+    def empty(*size: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return torch.zeros(*size, dtype=dtype)
+
+    rows = [torch.randn(length, 3, dtype=torch.bfloat16) for length in (1, 4, 2)]
+    for gpu in (True, False):
+        with monkeypatch.context() as there:
+            there.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+            there.setattr("torch.empty", empty)
+            joined_Nd = _join(rows)
+        assert torch.equal(joined_Nd, torch.cat(rows))
+        assert joined_Nd.dtype == torch.bfloat16
+    assert pinned == [True, False]
 
 
 def test_log_probabilities_at_given_ids_without_the_v2_runner_are_refused(tiny: Callable[[int], Path]) -> None:

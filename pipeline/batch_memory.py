@@ -1,0 +1,84 @@
+"""How many tokens of a batch fit into a GPU's memory when transformers runs a model; all of it is an estimate.
+
+What a batch needs beside the weights grows with its tokens. Half of the memory that the weights leave free is planned
+for it. The other half is for what the estimate does not know (gaps between allocations, what kernels need for
+themselves) and for the loss head's chunks. Batches are also bounded where larger ones gain nothing.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from adpa.pipeline.checkpoint import Checkpoint
+
+FIXED_TOKENS = 8192  # of a batch where no GPU's memory is asked, and the least where it is
+MOST_SCORING_TOKENS = 65_536  # as many keep a GPU busy; a batch becomes a file, and a killed run loses it
+MOST_SAMPLING_TOKENS = 262_144  # a token costs as much for one response as for some hundreds
+PLANNED_SHARE = 0.5
+# Numbers of the model's dtype that a layer holds for each token at a time.
+HIDDEN_COPIES = 16  # of its width: residual, norms in float32, queries, keys, values, rotations
+MLP_COPIES = 4  # of the MLP's width: gate, activation, up, product
+# Bytes for each row of the vocabulary while a token is drawn: float64 probabilities, their sums, and sorting them.
+DRAWING_BYTES = {False: 32, True: 96}  # without top-p, and with it
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody uses."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def scoring_tokens(checkpoint: Checkpoint, dtype: str, free: int) -> int:
+    """Tokens of a batch of scoring, padding included.
+
+    Args:
+        checkpoint: the model.
+        dtype: that it is loaded in.
+        free: bytes, before it is loaded.
+    """
+    itemsize = getattr(torch, dtype).itemsize
+    return _fitting(
+        free - checkpoint.weight_bytes(dtype), activation_bytes(checkpoint.config, itemsize), MOST_SCORING_TOKENS
+    )
+
+
+def sampling_tokens(checkpoint: Checkpoint, dtype: str, free: int, max_new_tokens: int, top_p: float) -> int:
+    """Tokens of a batch of sampling: prompts, padding and the longest possible responses.
+
+    Args:
+        checkpoint: the model.
+        dtype: that it is loaded in.
+        free: bytes, before it is loaded.
+        max_new_tokens: of a response.
+        top_p: of the sampling.
+    """
+    config, itemsize = checkpoint.config, getattr(torch, dtype).itemsize
+    drawing = DRAWING_BYTES[top_p < 1] * config.vocab_size / max_new_tokens  # once for each response
+    # Prompts are read before anything is drawn, so that one of both is there at a time, beside keys and values.
+    needed = cache_bytes(config, itemsize) + max(activation_bytes(config, itemsize), drawing)
+    return _fitting(free - checkpoint.weight_bytes(dtype), needed, MOST_SAMPLING_TOKENS)
+
+
+def activation_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes for each token that a forward pass without gradients needs at a time: those of one layer."""
+    mlp = _largest(config, "intermediate_size", 4 * config.hidden_size)
+    return itemsize * (HIDDEN_COPIES * config.hidden_size + MLP_COPIES * mlp)
+
+
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes for each token of keys and values: of every layer, and of one again with a head for each query's."""
+    heads = _largest(config, "num_attention_heads", 1)
+    groups = _largest(config, "num_key_value_heads", heads)
+    width = max(_largest(config, "head_dim", 0), config.hidden_size // heads)
+    return 2 * itemsize * width * (config.num_hidden_layers * groups + heads)
+
+
+def _largest(config: PretrainedConfig, name: str, otherwise: int) -> int:
+    """A size of the model; some configurations have one for each layer, some leave it open."""
+    found: Any = getattr(config, name, None)
+    return max(found) if isinstance(found, list) else found or otherwise
+
+
+def _fitting(room: int, bytes_per_token: float, most: int) -> int:
+    return min(max(int(PLANNED_SHARE * room / bytes_per_token), FIXED_TOKENS), most)
