@@ -73,12 +73,11 @@ class Results:
         def share(one: float | None, other: float | None) -> float | None:
             return None if one is None or other is None else one / other
 
-        bfloat16, float32 = value("c", "bfloat16 product"), value("c", "float32 product")
+        bfloat16 = value("c", "bfloat16 product")
         found = {
             "peak_flops": share(bfloat16, 1e-12),
-            "peak_float32": share(float32, 1e-12),
             "scoring_share": share(value("d", "1.5B: decoder, FLOP/s"), bfloat16),
-            "head_share": share(value("d", "1.5B: head product, FLOP/s"), float32),
+            "head_share": share(value("d", "1.5B: head, FLOP/s"), bfloat16),
             "training_share": share(value("e", "training, FLOP/s"), bfloat16),
             "memory": self.machine["memory"],
             "memory_rate": share(value("c", "copy"), 1e-9),

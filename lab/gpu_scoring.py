@@ -100,6 +100,8 @@ def decoder_and_head(setting: Setting, size: str) -> Iterator[Figure]:
     )
     all_rows, wide = chunk * rows / ROWS, wide * rows / ROWS
     yield Figure(f"{size}: head / scoring", 1 - bare / whole)
+    if whole > bare:  # noise may hide a small head
+        yield Figure(f"{size}: head, FLOP/s", shape.head_flops(rows) / (whole - bare) / 1e12, "TFLOP/s")
     yield Figure(f"{size}: teacher rows / scoring", all_rows / whole)
     yield Figure(f"{size}: head product in float32 / scoring", wide / (bare + wide + all_rows))
     product = statistics.median(taken["product"])

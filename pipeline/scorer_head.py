@@ -118,15 +118,38 @@ class HeadScorer:
             ids = ids.pin_memory()
         rows = chunk_rows(self._head, kept)
         chunks = []
-        for hidden_Cd, ids_of_chunk in zip(hidden_Nd.split(rows), ids.split(rows), strict=True):
+        for hidden_Cd, ids_of_chunk in zip(chunks_on(device, hidden_Nd, rows), ids.split(rows), strict=True):
             columns = read(  # no name holds the logits while the next ones are made
-                self._head.float32_logits(hidden_Cd.to(self._head.weight, non_blocking=True)),
+                self._head.float32_logits(hidden_Cd.to(self._head.weight.dtype)),
                 ids_of_chunk.to(device, non_blocking=True),
             )
             chunks.append([column.to("cpu", non_blocking=True) for column in columns])
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         return [torch.cat(column).numpy() for column in zip(*chunks, strict=True)]
+
+
+def chunks_on(device: torch.device, hidden_Nd: Tensor, rows: int) -> Iterator[Tensor]:
+    """The chunks [C, d] of hidden states on a device, of so many rows each.
+
+    From pinned memory a GPU copies a chunk, in a stream of its own, while it computes with the one before. There are
+    two buffers. A chunk is valid until the next one is taken.
+    """
+    if device.type != "cuda" or hidden_Nd.is_cuda:
+        yield from (hidden_Cd.to(device) for hidden_Cd in hidden_Nd.split(rows))
+        return
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    buffers = hidden_Nd.new_empty(2, min(rows, len(hidden_Nd)), hidden_Nd.shape[1], device=device)
+    copying.wait_stream(computing)  # what had the buffers' memory before may still be computed with
+    released = (torch.cuda.Event(), torch.cuda.Event())
+    for number, hidden_Cd in enumerate(hidden_Nd.split(rows)):
+        buffer_Cd = buffers[number % 2, : len(hidden_Cd)]
+        with torch.cuda.stream(copying):
+            copying.wait_event(released[number % 2])  # at once for the first two, whose events are not recorded
+            buffer_Cd.copy_(hidden_Cd, non_blocking=True)
+        computing.wait_stream(copying)
+        yield buffer_Cd
+        released[number % 2].record(computing)
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from adpa.data.batches import (
     Collator,
@@ -60,6 +61,10 @@ class StepLoader(DataLoader[Any]):
         """Says which epoch comes next."""
         assert isinstance(self.batch_sampler, StepSampler)
         self.batch_sampler.set_epoch(epoch)
+
+    def close(self) -> None:
+        """Ends persistent workers. The garbage collector would close their queues first, and wait for seconds."""
+        self._iterator = None
 
 
 class DistillTrainer(Trainer):
@@ -133,7 +138,7 @@ class DistillTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The rank's micro-batches, as ``StepSampler`` deals them out."""
         args = self.args
-        return StepLoader(
+        self._loader = StepLoader(
             self._examples,
             batch_sampler=self._sampler(),
             collate_fn=self._collate,
@@ -145,6 +150,13 @@ class DistillTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             generator=torch.Generator(),  # its own, so that a loader takes no random number from training
         )
+        return self._loader
+
+    def train(self, *arguments: Any, **options: Any) -> TrainOutput:
+        """Trains, and ends the loader's workers."""
+        output = super().train(*arguments, **options)
+        self._loader.close()
+        return output
 
     def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
         """The batch of a micro-batch, with the rows that count: none of them where the micro-batch is empty."""

@@ -60,21 +60,20 @@ def test_a_row_has_what_is_there() -> None:
 
 def test_rates_are_shares_of_the_measured_ceilings() -> None:
     found = results(
-        c=[Figure("bfloat16 product", 800.0), Figure("float32 product", 50.0), Figure("copy", 3000.0)],
-        d=[Figure("1.5B: decoder, FLOP/s", 400.0), Figure("1.5B: head product, FLOP/s", 600.0)],
+        c=[Figure("bfloat16 product", 800.0), Figure("copy", 3000.0)],
+        d=[Figure("1.5B: decoder, FLOP/s", 400.0), Figure("1.5B: head, FLOP/s", 600.0)],
         e=[Figure("training, FLOP/s", 200.0)],
     )
     assert found.rates() == {
         "peak_flops": 800e12,
-        "peak_float32": 50e12,
         "scoring_share": 0.5,
-        "head_share": 12.0,
+        "head_share": 0.75,
         "training_share": 0.25,
         "memory": 80e9,
         "memory_rate": 3e12,
     }
     assert found.costs_command() == (
-        "python -m adpa.lab.costs --peak-flops 8e+14 --peak-float32 5e+13 --scoring-share 0.5 --head-share 12 "
+        "python -m adpa.lab.costs --peak-flops 8e+14 --scoring-share 0.5 --head-share 0.75 "
         "--training-share 0.25 --memory 8e+10 --memory-rate 3e+12"
     )
 

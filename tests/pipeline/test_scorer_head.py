@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.lm_head import LmHead, read_head
-from adpa.pipeline.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows
+from adpa.pipeline.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows, chunks_on
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring import Batch, ReferenceLogprobs
 
@@ -232,6 +233,71 @@ def test_teacher_and_reference_are_asked_the_same_way(make_model: MakeModel) -> 
     for row, (own, at_ids) in zip(chain(*rows), chain(*given), strict=True):
         np.testing.assert_allclose(own, row.token_logprobs, atol=1e-6)
         np.testing.assert_allclose(at_ids, row.topk_logprobs, atol=1e-6)
+
+
+class Streams:
+    """Stands for CUDA's streams and events, and tells in which order they let each other work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.names = {0: "compute", 1: "copy"}
+        self.current = 0
+        self.events = 0
+        streams, said = self, self.said
+
+        class Stream:
+            def __init__(self, _: object = None, number: int = 1) -> None:
+                self.number = number
+
+            def wait_stream(self, other: "Stream") -> None:
+                said.append(f"{streams.names[self.number]} waits for {streams.names[other.number]}")
+
+            def wait_event(self, event: "Event") -> None:
+                if event.recorded:
+                    said.append(f"{streams.names[self.number]} waits for {event.recorded}")
+
+        class Event:
+            recorded = ""
+
+            def record(self, stream: Stream) -> None:
+                self.recorded = f"{streams.names[stream.number]} of chunk {streams.events}"
+                streams.events += 1
+
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream(number=0))
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+
+class OnTheHost(Tensor):
+    """Makes its buffers here, whatever device is named."""
+
+    def new_empty(self, *shape: int, device: object) -> Tensor:  # type: ignore[override]
+        return torch.empty(shape)
+
+
+def test_a_gpu_copies_a_chunk_while_it_computes_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy waits for the computation two chunks before it, whose buffer it takes, and for no other."""
+    said = Streams(monkeypatch).said
+    hidden_Nd = torch.randn(11, 3)
+    taken = [chunk.clone() for chunk in chunks_on(torch.device("cuda"), hidden_Nd.as_subclass(OnTheHost), 3)]
+    torch.testing.assert_close(torch.cat(taken).as_subclass(Tensor), hidden_Nd, rtol=0, atol=0)
+    assert said == [
+        "copy waits for compute",
+        "compute waits for copy",
+        "compute waits for copy",
+        "copy waits for compute of chunk 0",
+        "compute waits for copy",
+        "copy waits for compute of chunk 1",
+        "compute waits for copy",
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_chunks_on_a_gpu_are_those_of_the_host() -> None:
+    hidden_Nd = torch.randn(1000, 64).pin_memory()
+    taken = [chunk.square() for chunk in chunks_on(torch.device("cuda"), hidden_Nd, 37)]
+    torch.testing.assert_close(torch.cat(taken).cpu(), hidden_Nd.square(), rtol=0, atol=0)
 
 
 def test_a_closed_scorer_holds_no_weights(make_model: MakeModel) -> None:
