@@ -15,7 +15,6 @@ import torch
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.kernels.teacher_rows import teacher_rows
-from adpa.lab.gpu_kernels import float32_product
 from adpa.lab.gpu_measures import figure_of, in_turns, seconds
 from adpa.lab.gpu_models import (
     LARGE,
@@ -30,6 +29,7 @@ from adpa.lab.gpu_models import (
 )
 from adpa.lab.gpu_part import Figure, Measure, Setting
 from adpa.lab.gpu_vllm import obstacle, scoring_with_vllm, vllm_prefill
+from adpa.pipeline.attention_mask import leave_out_padding_mask
 from adpa.pipeline.batching import make_batches
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.lm_head import read_head
@@ -76,6 +76,8 @@ def decoder_and_head(setting: Setting, size: str) -> Iterator[Figure]:
     tokens = sum(map(len, sequences))
     rows = sum(len(sequence.response_ids) for sequence in sequences)
     model = random_model(setting, size)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as a loaded checkpoint has it
+    leave_out_padding_mask(model)
     decoder, head = HfDecoder(model), read_head(model)
     scorer = HeadScorer(size, decoder, head)
     logits_CV = torch.randn(ROWS, len(head.weight), device=setting.device)
@@ -86,7 +88,7 @@ def decoder_and_head(setting: Setting, size: str) -> Iterator[Figure]:
         "decoder": lambda: exhaust(decoder.response_hidden(batches)),
         "scorer": lambda: exhaust(scorer.top_k(batches, TOP_K)),
         "rows": lambda: teacher_rows(logits_CV, labels_C, TOP_K),
-        "product": lambda: float32_product(hidden_Cd, head.weight.detach().T),
+        "product": lambda: head.float32_logits(hidden_Cd),
         "float32 product": lambda: hidden_Cd.float() @ wide_Vd.T,
     }
     taken = in_turns(ways, 1 if setting.dry else ROUNDS, setting.device)

@@ -37,7 +37,7 @@ from adpa.pipeline.precompute import precompute
 PAIRS, BATCH, MICRO_BATCH, STEPS = 192, 32, 4, 6  # batch and micro-batch are distill's own
 DRY_PAIRS, DRY_BATCH, DRY_MICRO_BATCH, DRY_STEPS = 4, 4, 2, 2
 AS_IT_IS, AGAIN, FLOAT32, EAGER = "as it is", "as it is, again", "float32", "eager losses"
-NO_PACKING, PACKING = "packing none", "packing sequences"
+PACKING = "packing sequences"
 NO_WORKERS, TWO_WORKERS = "no loader workers", "two loader workers"
 WITHOUT = ["dataloader_num_workers=0", "dataloader_persistent_workers=false"]
 WITH = ["dataloader_num_workers=2", "dataloader_persistent_workers=false"]
@@ -47,12 +47,12 @@ def training(setting: Setting) -> list[Measure]:
     """The measures of part e."""
     runs = Runs(setting)
     no_gpu = "the GPU is not there to be waited for" if setting.dry else None
-    packings = [f"packing {way}" for way in get_args(Packing)]
+    packings = [f"packing {way}" for way in get_args(Packing) if way != "none"]
     return [
         Measure(AS_IT_IS, 20, partial(runs.measure, AS_IT_IS)),
         Measure(FLOAT32, 15, partial(runs.measure, FLOAT32, (AS_IT_IS, FLOAT32), bf16=False)),
         *(
-            Measure(name, 8, partial(runs.measure, name, (name, NO_PACKING), packing=name.removeprefix("packing ")))
+            Measure(name, 8, partial(runs.measure, name, (name, AS_IT_IS), packing=name.removeprefix("packing ")))
             for name in packings
         ),
         Measure("FLOP/s", 0, runs.flops),
@@ -165,9 +165,9 @@ class Runs:
         """What a boolean mask would add to a padded micro-batch, and what a new shape costs cuDNN."""
         figures = list(mask_cost(self.setting, shape_of(self.setting, SMALL)))
         yield from figures
-        if NO_PACKING in self.speeds:
+        if AS_IT_IS in self.speeds:
             layers = shape_of(self.setting, SMALL).layers
-            micro_batch = MICRO_BATCH * self.tokens_of_a_pair / self.speeds[NO_PACKING]
+            micro_batch = MICRO_BATCH * self.tokens_of_a_pair / self.speeds[AS_IT_IS]
             yield Figure("boolean mask / micro-batch, time", layers * figures[0].value / 1e3 / micro_batch)
 
     @cached_property

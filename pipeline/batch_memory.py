@@ -8,7 +8,7 @@ themselves) and for the loss head's chunks. Batches are also bounded where large
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from adpa.pipeline.checkpoint import Checkpoint
 
@@ -37,6 +37,8 @@ def scoring_tokens(checkpoint: Checkpoint, dtype: str, free: int) -> int:
         dtype: that it is loaded in.
         free: bytes, before it is loaded.
     """
+    if not attends_by_sdpa(checkpoint.config):
+        return FIXED_TOKENS
     itemsize = getattr(torch, dtype).itemsize
     return _fitting(
         free - checkpoint.weight_bytes(dtype), activation_bytes(checkpoint.config, itemsize), MOST_SCORING_TOKENS
@@ -54,10 +56,18 @@ def sampling_tokens(checkpoint: Checkpoint, dtype: str, free: int, max_new_token
         top_p: of the sampling.
     """
     config, itemsize = checkpoint.config, getattr(torch, dtype).itemsize
+    if not attends_by_sdpa(config):
+        return FIXED_TOKENS
     drawing = DRAWING_BYTES[top_p < 1] * config.vocab_size / max_new_tokens  # once for each response
     # Prompts are read before anything is drawn, so that one of both is there at a time, beside keys and values.
     needed = cache_bytes(config, itemsize) + max(activation_bytes(config, itemsize), drawing)
     return _fitting(free - checkpoint.weight_bytes(dtype), needed, MOST_SAMPLING_TOKENS)
+
+
+def attends_by_sdpa(config: PretrainedConfig) -> bool:
+    """Whether transformers computes a model's attention by sdpa. Elsewhere scores of L × L take memory, too."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(model, "_supports_sdpa", False))
 
 
 def activation_bytes(config: PretrainedConfig, itemsize: int) -> int:

@@ -93,14 +93,14 @@ class HfEngine:
         return int(self.device.type == "cuda")
 
     def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
-        """See ``Engine.scoring_tokens``. On a GPU by its free memory; those of Ray's workers count as like it."""
+        """See ``Engine.scoring_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         free = free_memory(self.device)
         return min(scoring_tokens(checkpoint, dtypes[role], free) for role, checkpoint in models.items())
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
-        """See ``Engine.sampling_tokens``. On a GPU by its free memory; those of Ray's workers count as like it."""
+        """See ``Engine.sampling_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         return sampling_tokens(checkpoint, dtype, free_memory(self.device), max_new_tokens, top_p)

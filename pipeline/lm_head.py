@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from adpa.errors import HeadError
 
-# Of torch.backends.cuda.matmul: no TF32, and no sum that is less than float32.
+# Settings of torch.backends.cuda.matmul: no TF32, all sums in float32.
 FLOAT32_PRODUCTS = {
     "fp32_precision": "ieee",
     "allow_fp16_accumulation": False,
@@ -95,7 +95,7 @@ def _float32_products() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = {name: getattr(matmul, name) for name in FLOAT32_PRODUCTS}
     for name in before:
-        if name.endswith("reduction"):  # what is set has two parts, what is read has one
+        if name.endswith("reduction"):  # the setter takes (allowed, split-k), the getter gives the first
             before[name] = (before[name], getattr(matmul, f"{name}_split_k"))
     try:
         for name, value in FLOAT32_PRODUCTS.items():

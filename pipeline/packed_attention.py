@@ -173,7 +173,7 @@ def allow_packing(model: PreTrainedModel) -> None:
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise _refusal(model, f"it fails on them: {error}") from error
     model.train(training)
-    if not same_hidden_states(found_Nd, expected_Nd) and expected_Nd.isfinite().all():
+    if not same_hidden_states(model, found_Nd, expected_Nd) and expected_Nd.isfinite().all():
         raise _refusal(model, "its hidden states are not those of padded ones")
 
 

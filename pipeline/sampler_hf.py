@@ -146,7 +146,10 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float
 
 
 def make_masks_unseen(model: PreTrainedModel) -> None:
-    """Keeps sdpa from looking at every token whether the padding could be left out of the mask; it never can."""
+    """Spares the host a wait at every token: sdpa's mask function looks whether all of the mask is true.
+
+    With padding on the left it never is.
+    """
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(WAITLESS_SDPA, sdpa_attention_forward)
         AttentionMaskInterface.register(WAITLESS_SDPA, _unseen_mask)

@@ -113,6 +113,7 @@ class DistillTrainer(Trainer):
         self._term_sums_R3 = torch.zeros_like(self._weights_R3)
         self._steps_summed = 0
         self._tokens = 0  # of this rank
+        self._loader: StepLoader | None = None
         self._tokens_since: float | None = None  # on the clock, until they are logged
         self._probe = Probe(
             train_dataset,
@@ -154,9 +155,11 @@ class DistillTrainer(Trainer):
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
         """Trains, and ends the loader's workers."""
-        output = super().train(*arguments, **options)
-        self._loader.close()
-        return output
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if self._loader is not None:
+                self._loader.close()
 
     def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
         """The batch of a micro-batch, with the rows that count: none of them where the micro-batch is empty."""
@@ -231,8 +234,9 @@ class DistillTrainer(Trainer):
     def _rehearse(self, model: nn.Module) -> bool:
         """Computes the gradient of the rank's largest micro-batch: a run that does not fit into memory fails at once.
 
-        The two moments that AdamW will keep of every trained number take their memory meanwhile. The gradient is
-        discarded, and the random state restored.
+        Where a step has several micro-batches, this one is computed twice, because the first one's gradient takes
+        memory during the second. Meanwhile memory is also taken for what later steps hold: AdamW's moments, and DDP's
+        copy of the gradient. The gradient is discarded, and the random state restored.
 
         Returns:
             Whether a trained parameter got no gradient.
@@ -241,29 +245,38 @@ class DistillTrainer(Trainer):
             OptionError: there is no memory for it.
         """
         numbers = self._largest_micro_batch()
-        batch = self._collate([self._examples[number] for number in numbers])
-        batch["step_tokens"] = self._count_roles(batch)
-        trained = [each for each in model.parameters() if each.requires_grad]
-        missing_moments = self._missing_moments()
-        model.train()
         try:
-            moments = [torch.empty_like(each) for each in trained for _ in range(missing_moments)]
-            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-                with self.accelerator.autocast():
-                    loss = self.compute_loss(model, self._prepare_inputs(batch))
-                loss.backward()
-        except torch.OutOfMemoryError as error:
+            self._compute_gradient(model, numbers)
+        except torch.OutOfMemoryError:
+            fits = False
+        else:
+            fits = True
+        unused = any(each.grad is None for each in model.parameters() if each.requires_grad)
+        model.zero_grad()
+        self._term_sums_R3.zero_()
+        if not fits:  # raised here, where no tensor of the attempt is left: other ranks have to be told, on a full GPU
             lengths = [length for number in numbers for length in self._examples.lengths(number)]
             raise OptionError(
                 f"--micro-batch-size {self.args.per_device_train_batch_size}: {self.args.device} has no memory for "
                 f"{len(lengths)} sequences of up to {max(lengths)} tokens",
                 "lower it, or use --packing, --gradient-checkpointing or --lora-rank",
-            ) from error
-        unused = any(each.grad is None for each in trained)
-        del moments
-        model.zero_grad()
-        self._term_sums_R3.zero_()
+            )
         return unused
+
+    def _compute_gradient(self, model: nn.Module, numbers: Sequence[int]) -> None:
+        """What ``_rehearse`` does with the examples of these numbers."""
+        batch = self._collate([self._examples[number] for number in numbers])
+        batch["step_tokens"] = self._count_roles(batch)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        copies = self._copies_to_come()
+        held = [torch.empty_like(each) for each in trained for _ in range(copies)]
+        model.train()
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            for _ in range(min(2, self.args.gradient_accumulation_steps)):
+                with self.accelerator.autocast():
+                    loss = self.compute_loss(model, self._prepare_inputs(batch))
+                loss.backward()
+        del held
 
     def _largest_micro_batch(self) -> list[int]:
         """The micro-batch of this rank, over all epochs, with the most tokens to compute."""
@@ -276,10 +289,12 @@ class DistillTrainer(Trainer):
                     largest, most = numbers, tokens
         return largest
 
-    def _missing_moments(self) -> int:
-        """Numbers that the optimizer will keep beside each trained one, and does not keep yet."""
+    def _copies_to_come(self) -> int:
+        """Numbers that will be kept beside each trained one and its gradient, and are not kept yet."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # as accelerate wraps it
-        return 2 if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state else 0
+        moments = 2 if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state else 0
+        buckets = int(self.accelerator.num_processes > 1 and not self.is_fsdp_enabled)
+        return moments + buckets
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without the second names of tied weights, which weights gathered from ranks have as copies."""

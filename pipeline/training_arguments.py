@@ -100,7 +100,7 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
     if arguments["bf16"] is None:
         arguments["bf16"] = not use_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if not use_cpu and "dataloader_num_workers" not in arguments:
-        arguments |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+        arguments = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True} | arguments
     try:
         made = TrainingArguments(
             **arguments,

@@ -20,13 +20,17 @@ from adpa.errors import ModelError
 Varlen = Callable[..., Any]
 OPTIONS = {"scale", "window_size", "enable_gqa"}
 CAUSAL = (-1, 0)
+WIDE_BACKWARD = ((8, 0), (9, 0))  # of GPUs whose backward pass takes widths above 192
 
 
 def find_varlen(device: torch.device, dtype: torch.dtype, width: int) -> Varlen | None:
     """torch's ``varlen_attn``, where it computes such numbers on such a device; else None."""
     if dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > 256:
         return None
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is None or capability < (8, 0) or (width > 192 and capability not in WIDE_BACKWARD):
         return None
     return varlen_attn if inspect.signature(varlen_attn).parameters.keys() >= OPTIONS else None
 

@@ -11,10 +11,10 @@ from tests.pipeline.test_packed_attention import MODELS, WINDOW
 from tests.pipeline.test_student import gradient_error
 from tests.pipeline.test_trainer import one_step, relative_error
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 
 from adpa.data.batches import pad_sequences
-from adpa.pipeline.attention_mask import WITHOUT_PADDING, leave_out_padding_mask
+from adpa.pipeline.attention_mask import WITHOUT_PADDING, leave_out_padding_mask, same_hidden_states
 from adpa.pipeline.lm_head import hidden_states
 
 # Padded in both parts of a batch, and longer than the windows.
@@ -86,6 +86,16 @@ def test_a_model_that_is_not_causal_or_not_sdpa_stays_as_it_is(config: Pretraine
     assert model.config._attn_implementation == own
     assert torch.equal(compute(model), expected)
     assert not model.training
+
+
+def test_layers_in_4_bits_are_held_to_the_digits_of_their_products() -> None:
+    model, expected = build(LlamaConfig(**SMALL)), torch.linspace(-1, 1, 50)
+    nearly = expected + 5e-3
+    assert same_hidden_states(model, expected + 1e-6, expected)
+    assert not same_hidden_states(model, nearly, expected)
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    assert same_hidden_states(model, nearly, expected)
+    assert not same_hidden_states(model, expected + 0.1, expected)
 
 
 def test_a_step_of_training_is_the_one_with_masks(

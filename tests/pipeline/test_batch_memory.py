@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -102,6 +103,13 @@ def test_sizes_that_a_configuration_leaves_open_or_has_for_each_layer() -> None:
     assert cache_bytes(GPT2Config(n_embd=32, n_layer=2, n_head=4), 2) == 2 * 2 * 8 * (2 * 4 + 4)
     several = Gemma3nTextConfig(hidden_size=32, intermediate_size=[48, 96], num_hidden_layers=2)
     assert activation_bytes(several, 2) == 2 * (16 * 32 + 4 * 96)
+
+
+def test_a_model_without_sdpa_keeps_the_batches_of_a_cpu() -> None:
+    """Its scores take the square of a sequence's length."""
+    eager: Any = Large(GptOssConfig(), 40 * GB)
+    assert scoring_tokens(eager, "bfloat16", 80 * GB) == FIXED_TOKENS
+    assert sampling_tokens(eager, "bfloat16", 80 * GB, 512, 1.0) == FIXED_TOKENS
 
 
 def test_batches_follow_a_gpu_and_every_model_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,16 +78,32 @@ def test_a_run_that_does_not_fit_says_so_before_its_first_step(
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("optim", "held"), [("adamw_torch", 2), ("sgd", 0)])
+@pytest.mark.parametrize(("optim", "copies"), [("adamw_torch", 2), ("sgd", 0)])
 def test_there_is_room_for_what_the_optimizer_will_keep(
-    optim: str, held: int, train: Train, monkeypatch: pytest.MonkeyPatch
+    optim: str, copies: int, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing_moments, found = DistillTrainer._missing_moments, []
+    copies_to_come, asked = DistillTrainer._copies_to_come, []
 
     def watched(self: DistillTrainer) -> int:
-        found.append(missing_moments(self))
-        return found[-1]
+        asked.append(copies_to_come(self))
+        return asked[-1]
 
-    monkeypatch.setattr(DistillTrainer, "_missing_moments", watched)
+    monkeypatch.setattr(DistillTrainer, "_copies_to_come", watched)
     train("out", set=[f"optim={optim}"], max_steps=1)
-    assert found == [held]
+    assert asked == [copies]
+
+
+@pytest.mark.parametrize(("micro_batch_size", "passes"), [(4, 1), (2, 2), (1, 2)])
+def test_a_gradient_is_there_while_the_next_one_is_computed_if_that_is_so_in_a_step(
+    micro_batch_size: int, passes: int, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_loss, has_gradient = DistillTrainer.compute_loss, []
+
+    def watched(self: DistillTrainer, model: nn.Module, *rest: Any, **options: Any) -> Any:
+        has_gradient.append(any(each.grad is not None for each in model.parameters()))
+        return compute_loss(self, model, *rest, **options)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", watched)
+    monkeypatch.setattr(DistillTrainer, "training_step", lambda self, *_: torch.zeros(()))
+    train("out", micro_batch_size=micro_batch_size, max_steps=1)
+    assert has_gradient == [False, True][:passes]

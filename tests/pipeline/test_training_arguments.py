@@ -46,6 +46,8 @@ def test_on_a_gpu_two_workers_read_the_cache(gpu: pytest.MonkeyPatch) -> None:
     assert made.dataloader_pin_memory
     chosen = make("dataloader_num_workers=0")
     assert (chosen.dataloader_num_workers, chosen.dataloader_persistent_workers) == (0, False)
+    chosen = make("dataloader_persistent_workers=false")
+    assert (chosen.dataloader_num_workers, chosen.dataloader_persistent_workers) == (2, False)
 
 
 def test_on_a_cpu_none_does() -> None:

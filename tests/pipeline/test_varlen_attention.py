@@ -97,10 +97,28 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], torch.de
 
     def install(capability: tuple[int, int]) -> torch.device:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         return torch.device("cuda:0")
 
     return install
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0)])
+def test_the_widest_heads_have_no_backward_pass_on_some_gpus(
+    capability: tuple[int, int], gpu: Callable[[tuple[int, int]], torch.device]
+) -> None:
+    device = gpu(capability)
+    assert find_varlen(device, torch.bfloat16, 192) is varlen_attn
+    assert find_varlen(device, torch.bfloat16, 200) is None
+
+
+def test_a_torch_without_flash_attention_has_no_such_function(
+    gpu: Callable[[tuple[int, int]], torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = gpu((9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert find_varlen(device, torch.bfloat16, 64) is None
 
 
 def test_torchs_function_is_found_for_half_precision_on_a_gpu_that_has_it(
