@@ -35,7 +35,7 @@ class HostLengths:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """A row of sequences, each a piece of it: the tokens that no sequence before it has brought.
+    """A row of sequences. Each adds one piece to it: its tokens that are not in the row yet.
 
     A piece attends, causally, to the places of its whole sequence, the last of which are its own. That is the
     variable-length attention with ``causal`` of FlashAttention (from 2.1), whose last query sees the last key.

@@ -1,8 +1,8 @@
 """Taking files out of a cache: for good, unless they are needed again, or into ``CACHE/damaged``.
 
-Writers put a file that needs others into the cache before they look whether these are there. So what seems to be of no
-use is hidden first, then it is looked who needs it: either the writer finds it gone, or he is seen here. A process that
-is killed in between leaves hidden files, which the next one puts back.
+A writer puts a file that needs others into the cache before it checks that these are there. So a file without users is
+renamed first, then its users are looked up: either the writer sees it missing, or we see the writer. A process that is
+killed in between leaves renamed files, which the next one restores.
 """
 
 import os

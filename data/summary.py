@@ -1,6 +1,6 @@
 """A response set's signals in a few numbers: how much the top K captures, and how the advantages are distributed.
 
-Quantiles are the least value that is not below the given share of the values; no value is interpolated.
+A quantile is the smallest value with at least that share of values at or below it; no value is interpolated.
 
 Shapes: N response tokens, K ids of the teacher's top K.
 """
@@ -147,7 +147,7 @@ def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummar
 
 
 def _distribution(values: NDArray[Any], counts: NDArray[np.int64] | None = None) -> Distribution:
-    """The distribution of values that occur as often as ``counts`` says, once unless given."""
+    """The distribution of values that occur as often as ``counts`` says; default: once."""
     if counts is not None:
         values, counts = values[counts > 0], counts[counts > 0]
     order = np.argsort(values)

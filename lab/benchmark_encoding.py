@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_encoding"
     )
-    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; the repository's own texts unless given")
+    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
     parser.add_argument("--pairs", type=int, default=24, help="how many are scored")
     parser.add_argument("--rounds", type=int, default=7, help="how often every encoding is read")
     arguments = parser.parse_args()

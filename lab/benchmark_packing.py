@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_packing"
     )
-    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; the repository's own texts unless given")
+    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
     parser.add_argument("--pairs", type=int, default=12, help=f"how many; {MICRO_BATCH} are a micro-batch")
     parser.add_argument("--rounds", type=int, default=1, help="how often every way computes every micro-batch")
     parser.add_argument("--max-prompt-length", type=int, default=256, help="tokens of a prompt that are kept")

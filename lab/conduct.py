@@ -33,7 +33,7 @@ SETTINGS = "study.json"
 def lab(
     output: Annotated[Path, Doc("Directory of the study; one that was begun with the same settings is finished.")],
     study: Annotated[
-        Path | None, Doc("YAML file of seeds, methods and settings; the laboratory's own study unless given.")
+        Path | None, Doc("YAML file of seeds, methods and settings; default: the laboratory's own study.")
     ] = None,
     seed: Annotated[list[int] | None, Doc("Seed to report, instead of the study's; repeatable.")] = None,
     workers: Annotated[int, Doc("Seeds that are worked on at a time, each on one core.")] = 2,

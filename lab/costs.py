@@ -52,7 +52,7 @@ FLOP_PAIRS, FLOP_LIMITS = 2, (64, 256)
 def main() -> None:
     """Measures, then prints one table after the other."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.costs")
-    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; the repository's own texts unless given")
+    parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
     for name, default in asdict(Assumptions()).items():
         choices = PACKINGS if name == "packing" else None
         parser.add_argument(option(name), type=type(default), default=default, choices=choices, help=meanings()[name])

@@ -53,7 +53,7 @@ class Setting:
     Attributes:
         device: cuda, or cpu for a dry run.
         folder: where checkpoints, caches and runs may lie; all parts share it.
-        data: preference pairs as JSONL; the repository's own texts unless given.
+        data: preference pairs as JSONL; default: the repository's own texts.
         deadline: when the part is stopped, in seconds of ``time.monotonic``.
     """
 

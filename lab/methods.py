@@ -26,7 +26,7 @@ class Method:
     Attributes:
         objective: one of ``adpa distill``, or ``dpo`` by TRL.
         options: of ``distill``, or of ``align``.
-        after: the method whose student this one begins with; the SFT student unless given.
+        after: the method whose student this one begins with; default: the SFT student.
         control: the method whose reward is subtracted from this one's in the table.
         top_k: ids that the teacher is asked for.
         advantages: what stands for log π_teacher − log π_reference; see ``adpa.lab.advantages``.

@@ -33,7 +33,7 @@ class Run:
     Attributes:
         name: unique in a study.
         method: how it is trained.
-        start: name of the run that it begins with; the SFT student unless given.
+        start: name of the run that it begins with; default: the SFT student.
     """
 
     name: str

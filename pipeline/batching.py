@@ -28,7 +28,7 @@ class Job(Protocol[Item_contra, Result_co]):
     def open(
         self,
     ) -> AbstractContextManager[Callable[[Sequence[Sequence[Item_contra]]], Iterator[Callable[[], Result_co]]]]:
-        """Loads the model and gives what asks it about batches: for each batch, what writes the answer when called."""
+        """Loads the model. Yields a function from batches to callbacks, each of which writes one result."""
         ...
 
 

@@ -5,8 +5,8 @@ cache that is whole. The old files whose rows a new one has go at once: it takes
 the first of the rows with one key, in the order of the files' names; after packing, a key stands once. So files that
 have a key in common go when all of them are written, from the last name to the first: the row that was seen goes last.
 Any number of processes may pack a folder, with ``adpa cache gc`` beside them. Each removes only files that it has
-listed, when it has itself written all of their keys to files with names that never were before. So who removes what a
-process has written has listed the folder later than that one did, and what the last one has written stays.
+listed, when it has itself written all of their keys to files with names that never were before. So if
+B deletes A's file, B listed the folder after A; the files of the process that listed it last survive.
 """
 
 from collections.abc import Callable, Iterator

@@ -45,7 +45,7 @@ class Checkpoint:
     directory: Path
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to another process: the digest, which took long, but not what is read again in no time."""
+        """Pickles the expensive digest, not the cheap config and tokenizer."""
         return {name: value for name, value in vars(self).items() if name not in ("config", "tokenizer")}
 
     @cached_property

@@ -85,10 +85,10 @@ def distill(
     output: Annotated[Path, Doc("Directory for the trained student; it must be empty.")],
     on: Annotated[
         ResponseName | None,
-        Doc("Responses that get the KL term of kd (chosen unless given) or the advantage term of adpa (sampled)."),
+        Doc("Responses with the KL term of kd (default: chosen) or the advantage term of adpa (default: sampled)."),
     ] = None,
     kl_weight: Annotated[
-        float | None, Doc("α, the weight of the KL terms: 1 for kd and dckd, 0 for adpa unless given.")
+        float | None, Doc("α, the weight of the KL terms; default: 1 for kd and dckd, 0 for adpa.")
     ] = None,
     advantage_weight: Annotated[float, Doc("γ, the weight of the advantage term of adpa.")] = 0.5,
     plausibility: Annotated[
@@ -108,9 +108,7 @@ def distill(
     ] = None,
     lora_target: Annotated[
         str | None,
-        Doc(
-            "Linear layers that get adapters, such as q_proj,v_proj; all-linear, every one but the head, unless given."
-        ),
+        Doc("Linear layers that get adapters, such as q_proj,v_proj; default: all-linear, every one but the head."),
     ] = None,
     load_in_4bit: Annotated[
         bool,
@@ -121,7 +119,7 @@ def distill(
     max_steps: Annotated[int, Doc("Optimizer steps; outranks the epochs unless −1.")] = -1,
     batch_size: Annotated[int, Doc("Examples of an optimizer step, over all ranks.")] = 32,
     micro_batch_size: Annotated[
-        int | None, Doc("Examples that fit in memory at a time; 4 unless given, or what divides the batch.")
+        int | None, Doc("Examples that fit in memory at a time; default: 4, or what divides the batch.")
     ] = None,
     packing: Annotated[
         Packing,

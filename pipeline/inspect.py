@@ -43,9 +43,7 @@ def inspect_cache(
         str | None, Doc("Response set to show: chosen, rejected or sampled, or the beginning of its id.")
     ] = None,
     scoring: Annotated[str | None, Doc("Scoring to show (the beginning of its id).")] = None,
-    example: Annotated[
-        str | None, Doc("Example to show (the beginning of its id); the first ones unless given.")
-    ] = None,
+    example: Annotated[str | None, Doc("Example to show (the beginning of its id); default: the first ones.")] = None,
     count: Annotated[int, Doc("Responses to show, unless --example names one.")] = 3,
     html: Annotated[Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token.")] = None,
 ) -> InspectReport:

@@ -38,8 +38,8 @@ def objective_terms(
 
     Args:
         objective: its name.
-        on: where the KL term of kd (chosen unless given) or the advantage term of adpa (sampled unless given) goes.
-        kl_weight: α; 1 for kd and dckd and 0 for adpa unless given.
+        on: where the KL term of kd (default: chosen) or the advantage term of adpa (default: sampled) goes.
+        kl_weight: α; default: 1 for kd and dckd, 0 for adpa.
         advantage_weight: γ of adpa.
 
     Raises:

@@ -27,7 +27,7 @@ WHOLE = Part(1, 1)
 
 
 def parse_part(text: str | None) -> Part:
-    """The part that ``i/n`` names; all of it unless given.
+    """The part that ``i/n`` names; default: all of it.
 
     Raises:
         OptionError: it is no such text, or i is not one of 1 to n.

@@ -119,7 +119,7 @@ def precompute(
     student: Annotated[str | None, Doc("The model whose own responses are sampled and scored.")] = None,
     responses: Annotated[
         str | None,
-        Doc("Responses to score, with commas; chosen,rejected unless given, or sampled with --student."),
+        Doc("Responses to score, with commas; default: chosen,rejected, or sampled with --student."),
     ] = None,
     split: SplitOption = None,
     top_k: Annotated[int, Doc("Ids of highest teacher probability kept for each response token.")] = 50,
@@ -145,7 +145,8 @@ def precompute(
     tensor_parallel: TensorParallelOption = 1,
     quantization: QuantizationOption = None,
     max_model_len: Annotated[
-        int | None, Doc("vLLM: refuse data with sequences of more tokens; room is made for the longest there is.")
+        int | None,
+        Doc("vLLM: refuse data with sequences of more tokens; memory is reserved for the longest sequence present."),
     ] = None,
     gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
     head_dtype: Annotated[
@@ -165,7 +166,7 @@ def precompute(
         int | None, Doc("Ray: workers, each with a model of its own, on its own GPUs or its share of the CPUs.")
     ] = None,
     ray_address: Annotated[
-        str | None, Doc("Ray: cluster to join, as host:port, or auto; unless given, one is started on this machine.")
+        str | None, Doc("Ray: cluster to join, as host:port, or auto; default: one is started on this machine.")
     ] = None,
     part: Annotated[
         str | None,

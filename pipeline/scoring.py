@@ -3,7 +3,7 @@
 Every batch ends as a shard in the cache, so that a killed run loses the batches in flight and no more. The teacher
 goes first and leaves its log-probabilities in float32 under ``pending``; the reference then completes them into signal
 rows. Both models need not be in memory at once, and advantages are subtracted in float32. Several processes may do this
-side by side, on other rows or on the same ones: whoever finds the teacher's rows of a sequence gone finds it finished.
+side by side, on other rows or the same ones: a missing pending row means that another process finished that sequence.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set

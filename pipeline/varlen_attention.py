@@ -102,7 +102,7 @@ def varlen_reference(
         cu_seq_k: int32 [S + 1], where its keys begin.
         max_q: the most queries of a sequence.
         max_k: the most keys of one.
-        scale: of the scores; 1 / √D unless given.
+        scale: of the scores; default: 1 / √D.
         window_size: how many keys before and after its own place a query sees beside it; −1: all. The last query has
             the place of the last key.
         enable_gqa: allows G to be less than H.

@@ -64,7 +64,7 @@ def as_command(
 
     Args:
         stage: the function.
-        show: how its report looks in a terminal; a table of its fields unless given.
+        show: how its report looks in a terminal; default: a table of its fields.
         arguments: the parameters that are given by their place instead of as options.
         failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
     """
