@@ -7,13 +7,15 @@ about the tokens that were asked about, and that it has as many rows.
 Shapes: L tokens of a sequence, of which P are the prompt's and T the response's; d hidden width, K ids.
 """
 
+import multiprocessing
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,7 +77,9 @@ class VllmModel:
                 disable_log_stats=True,
                 **arguments,
             )
+            before = set(multiprocessing.active_children())
             self._engine = LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+            _wake_when_it_dies(self._engine, set(multiprocessing.active_children()) - before)
 
     @property
     def v2_runner(self) -> bool:
@@ -292,6 +296,19 @@ class VllmSampler:
     def close(self) -> None:
         """See ``Sampler.close``."""
         self._model.close()
+
+
+def _wake_when_it_dies(engine: LLMEngine, processes: Collection[multiprocessing.process.BaseProcess]) -> None:
+    """Ends the wait for an answer when a process of the engine dies; vLLM itself would wait forever."""
+    answers = getattr(engine.engine_core, "outputs_queue", None)  # None where the engine is in this process
+    if answers is None or not processes:
+        return
+
+    def watch(sentinels: Sequence[int]) -> None:
+        connection.wait(sentinels)
+        answers.put(RuntimeError("a process of its engine died"))
+
+    threading.Thread(target=watch, args=([each.sentinel for each in processes],), daemon=True).start()
 
 
 def _join(rows: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """The house: links resolve, nothing imports upward, and heavy or optional packages stay in their own room."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_every_room_is_linked_into_the_package(room: str) -> None:
     link = ROOT / "src" / "adpa" / room
     assert link.is_symlink()
     assert link.resolve() == ROOT / room
+
+
+def test_a_wheel_has_every_room_and_every_file_in_it() -> None:
+    """The packages are listed by name, so that a checkout without its links does not build."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["packages"] == ["adpa", *(f"adpa.{room}" for room in ROOMS if not room.endswith(".py"))]
+    for room in ROOMS:
+        patterns = ["*.py", *setuptools["package-data"].get(f"adpa.{room}", [])]
+        files = [file for file in (ROOT / room).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+        assert [file for file in files if not any(map(file.match, patterns))] == []
 
 
 @pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(ROOT)))
