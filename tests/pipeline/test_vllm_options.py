@@ -1,0 +1,103 @@
+"""What a user says about vLLM, and which of it can change a number."""
+
+from typing import Any
+
+import pytest
+
+from adpa.errors import OptionError
+from adpa.pipeline.engine_vllm import VllmOptions
+
+LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
+
+
+def test_the_large_models_share_gpus_and_are_quantized_and_the_student_is_not() -> None:
+    options = VllmOptions(tensor_parallel=4, quantization="fp8", gpu_memory_utilization=0.8)
+    large = {"gpu_memory_utilization": 0.8, "tensor_parallel_size": 4, "quantization": "fp8"}
+    assert options.arguments("teacher") == options.arguments("reference") == large
+    assert options.arguments("student") == {"gpu_memory_utilization": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("max_num_seqs=64", "max_num_seqs", 64),
+        ("max-num-seqs=64", "max_num_seqs", 64),
+        ("enforce_eager=true", "enforce_eager", True),
+        ("cpu_offload_gb=0.5", "cpu_offload_gb", 0.5),
+        ("kv_cache_dtype=fp8", "kv_cache_dtype", "fp8"),
+        ("tokenizer_mode=", "tokenizer_mode", ""),
+        ('hf_overrides={"rope_theta": 1e6, "x": "a=b:c"}', "hf_overrides", {"rope_theta": 1e6, "x": "a=b:c"}),
+        ("download_dir=/a:b=c", "download_dir", "/a:b=c"),
+        ("revision=null", "revision", None),
+    ],
+)
+def test_the_value_of_an_engine_argument_is_json_or_else_its_text(text: str, key: str, value: object) -> None:
+    assert VllmOptions(engine_arg=(text,)).arguments("teacher") == LARGE_MODEL | {key: value}
+
+
+def test_an_engine_argument_is_for_every_model_or_for_the_one_that_it_names() -> None:
+    options = VllmOptions(engine_arg=("seed=1", "teacher:max_num_seqs=8", "student:quantization=fp8"))
+    assert options.arguments("teacher") == LARGE_MODEL | {"seed": 1, "max_num_seqs": 8}
+    assert options.arguments("reference") == LARGE_MODEL | {"seed": 1}
+    assert options.arguments("student") == {"gpu_memory_utilization": 0.9, "seed": 1, "quantization": "fp8"}
+
+
+def test_an_engine_argument_outranks_the_option_and_one_models_own_outranks_that_of_all() -> None:
+    options = VllmOptions(
+        tensor_parallel=2, engine_arg=("teacher:tensor_parallel_size=8", "tensor_parallel_size=4", "seed=1", "seed=2")
+    )
+    assert options.arguments("teacher") == {**LARGE_MODEL, "tensor_parallel_size": 8, "seed": 2}
+    assert options.arguments("reference") == {**LARGE_MODEL, "tensor_parallel_size": 4, "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": 0}, "--tensor-parallel 0; expected at least 1"),
+        ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization 0; expected more than 0"),
+        ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization 1.5; expected more than 0 and at most 1"),
+        ({"max_model_len": 0}, "--max-model-len 0; expected at least 1"),
+        ({"engine_arg": ("max_num_seqs",)}, "--engine-arg max_num_seqs; expected key=value"),
+        ({"engine_arg": ("=3",)}, "--engine-arg =3; expected key=value"),
+        ({"engine_arg": ("teacher:=3",)}, "--engine-arg teacher:=3; expected key=value"),
+        ({"engine_arg": ("judge:seed=3",)}, "expected key=value, or teacher|reference|student:key=value"),
+        ({"engine_arg": (":seed=3",)}, "expected key=value"),
+        ({"engine_arg": ("gpu_memory_utilization=much",)}, "gpu_memory_utilization: found 'much'; expected a number"),
+        ({"engine_arg": ("hf_overrides=foo",)}, "hf_overrides: found 'foo'; expected a JSON object"),
+        ({"engine_arg": ('hf_overrides={"head_dtype": "model"}',)}, "found head_dtype; use --head-dtype"),
+        ({"engine_arg": ("model=other",)}, "--engine-arg model: adpa sets it"),
+        ({"engine_arg": ("student:max-model-len=9",)}, "adpa sets it; leave it out; --max-model-len is an option"),
+        ({"engine_arg": ("enable_prefix_caching=true",)}, "--engine-arg enable_prefix_caching: adpa sets it"),
+        ({"engine_arg": ("speculative_config={}",)}, "--engine-arg speculative_config: adpa sets it"),
+    ],
+)
+def test_an_option_that_has_no_meaning_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        VllmOptions(**options).check()
+    assert message in str(caught.value)
+
+
+def test_the_defaults_and_what_vllm_understands_pass_the_check() -> None:
+    VllmOptions().check()
+    VllmOptions(2, "fp8", 4096, 1.0, "model", ("seed=1", "teacher:max_num_seqs=3")).check()
+
+
+def test_what_changes_numbers_is_told_apart_from_what_changes_only_speed_and_memory() -> None:
+    options = VllmOptions(
+        tensor_parallel=2,
+        quantization="fp8",
+        max_model_len=99,
+        gpu_memory_utilization=0.5,
+        engine_arg=("kv_cache_dtype=fp8", "max_num_seqs=3", "reference:hf_overrides={}", "enforce_eager=true"),
+    )
+    assert options.numerics("teacher") == ['teacher:kv_cache_dtype="fp8"', 'teacher:quantization="fp8"']
+    assert options.numerics("reference") == [
+        "reference:hf_overrides={}",
+        'reference:kv_cache_dtype="fp8"',
+        'reference:quantization="fp8"',
+    ]
+    assert options.numerics("student") == ['student:kv_cache_dtype="fp8"']
+
+
+def test_an_argument_that_nobody_has_heard_of_is_taken_for_one_that_changes_numbers() -> None:
+    assert VllmOptions(engine_arg=("new_knob=1",)).numerics("teacher") == ["teacher:new_knob=1"]
