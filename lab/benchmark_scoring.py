@@ -46,7 +46,7 @@ from adpa.pipeline.batching import make_batches
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import Engine, HfEngine
 from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions
-from adpa.pipeline.scoring import Scorer, score
+from adpa.pipeline.scoring.score import Scorer, score
 
 TOP_K = 50
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from adpa.pipeline.engine_vllm import Role, VllmOptions, obstacle_to_vllm, open_
 from adpa.pipeline.sampler_hf import HfSampler
 from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_hf import open_hf_scorer
-from adpa.pipeline.scoring import Scorer
+from adpa.pipeline.scoring.score import Scorer
 
 EngineName = Literal["auto", "hf", "vllm"]
 

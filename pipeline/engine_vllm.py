@@ -27,7 +27,7 @@ from adpa.pipeline.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.lm_head import LmHead
 from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_head import HeadScorer, bytes_beside_decoder
-from adpa.pipeline.scoring import Scorer
+from adpa.pipeline.scoring.score import Scorer
 
 HeadDtype = Literal["auto", "float32", "model"]
 Role = Literal["teacher", "reference", "student"]

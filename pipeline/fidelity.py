@@ -17,7 +17,7 @@ from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline.batching import make_batches, write_batches
-from adpa.pipeline.scoring import Batch, Scorer, complete, judge
+from adpa.pipeline.scoring.score import Batch, Scorer, complete, judge
 
 PROBE_TOP_K = 1000
 COMPARED_TOP_K = (10, 20, 50, 100)

@@ -12,7 +12,7 @@ from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.engine import Engine
 from adpa.pipeline.engine_vllm import Role
 from adpa.pipeline.sampling import Sampler
-from adpa.pipeline.scoring import Scorer
+from adpa.pipeline.scoring.score import Scorer
 
 
 @dataclass(frozen=True)

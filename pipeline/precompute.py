@@ -56,7 +56,7 @@ from adpa.pipeline.options import (
 )
 from adpa.pipeline.parts import PartPrompts, parse_part
 from adpa.pipeline.sampling import Sampler, sample_responses, sampling_batches
-from adpa.pipeline.scoring import missing_sequences, score
+from adpa.pipeline.scoring.score import missing_sequences, score
 
 
 @dataclass(frozen=True)

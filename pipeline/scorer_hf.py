@@ -14,7 +14,7 @@ from adpa.pipeline.attention_mask import leave_out_padding_mask
 from adpa.pipeline.checkpoint import Checkpoint
 from adpa.pipeline.lm_head import check_head, hidden_states, read_head
 from adpa.pipeline.scorer_head import HeadScorer
-from adpa.pipeline.scoring import Batch
+from adpa.pipeline.scoring.score import Batch
 
 
 def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> HeadScorer:

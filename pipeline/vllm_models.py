@@ -37,7 +37,7 @@ from adpa.data.signal_rows import SignalRow
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.sampling import stream_seed
-from adpa.pipeline.scoring import Batch, ReferenceLogprobs
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -35,7 +35,7 @@ from adpa.pipeline import precompute as stage
 from adpa.pipeline.cache_gc import collect_garbage
 from adpa.pipeline.cache_pack import pack_cache, pack_folder
 from adpa.pipeline.precompute import PrecomputeReport
-from adpa.pipeline.scoring import Batch, ReferenceLogprobs
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 
 PATIENCE = 60  # seconds for one step
 NEW_TOKENS = 4

@@ -34,7 +34,7 @@ from adpa.errors import CacheError, EngineError, ModelError, OptionError
 from adpa.pipeline.batching import Executor, run_here
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.executor_ray import BATCHES_PER_BLOCK, RayExecutor, _blocks, check_address
-from adpa.pipeline.scoring import Batch, ReferenceLogprobs, missing_sequences, score
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, missing_sequences, score
 
 SCORING = Scoring(ModelIdentity("teacher", None, "a"), None, "v", 3, "float32", "hf")
 SEQUENCES = [synthetic(token_ids(5, number), token_ids(7, 9, 10 + number)) for number in range(24)]

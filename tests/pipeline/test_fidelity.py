@@ -24,7 +24,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.scorer_hf import open_hf_scorer
-from adpa.pipeline.scoring import Batch, ReferenceLogprobs, Scorer, complete, judge
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, complete, judge
 
 
 def options(filled: Filled, cache: Path, **others: Any) -> dict[str, Any]:

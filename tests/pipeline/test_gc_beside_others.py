@@ -25,7 +25,7 @@ from adpa.data.signals import read_scorings, read_signals, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
 from adpa.pipeline import cache_gc, cache_merge
-from adpa.pipeline.scoring import missing_sequences, score
+from adpa.pipeline.scoring.score import missing_sequences, score
 
 WEEK = 7 * 24 * 3600
 

@@ -23,7 +23,7 @@ from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.lm_head import LmHead, read_head
 from adpa.pipeline.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows, chunks_on
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
-from adpa.pipeline.scoring import Batch, ReferenceLogprobs
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 
 CPU = torch.device("cpu")
 

@@ -37,7 +37,7 @@ from adpa.pipeline.engine import HfEngine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_hf import HfDecoder
-from adpa.pipeline.scoring import Scorer
+from adpa.pipeline.scoring.score import Scorer
 
 pytestmark = pytest.mark.vllm
 

@@ -19,7 +19,7 @@ from adpa.data.sequences import TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.errors import ModelError
-from adpa.pipeline.scoring import Batch, ReferenceLogprobs, Scorer, missing_sequences, score
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, missing_sequences, score
 
 
 def half_ulp(values: NDArray[np.float16]) -> NDArray[np.float32]:
