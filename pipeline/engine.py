@@ -13,8 +13,8 @@ from adpa.pipeline.batch_memory import FIXED_TOKENS, free_memory, sampling_token
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.engine_vllm import Role, VllmOptions, obstacle_to_vllm, open_vllm
 from adpa.pipeline.sampler_hf import HfSampler
-from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_hf import open_hf_scorer
+from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 
 EngineName = Literal["auto", "hf", "vllm"]

@@ -25,8 +25,8 @@ from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.lm_head import LmHead
-from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_head import HeadScorer, bytes_beside_decoder
+from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 
 HeadDtype = Literal["auto", "float32", "model"]

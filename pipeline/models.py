@@ -11,7 +11,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.engine import Engine
 from adpa.pipeline.engine_vllm import Role
-from adpa.pipeline.sampling import Sampler
+from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 
 

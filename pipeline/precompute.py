@@ -55,7 +55,7 @@ from adpa.pipeline.options import (
     TensorParallelOption,
 )
 from adpa.pipeline.parts import PartPrompts, parse_part
-from adpa.pipeline.sampling import Sampler, sample_responses, sampling_batches
+from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
 
 

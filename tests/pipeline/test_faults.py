@@ -37,7 +37,7 @@ from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
 from adpa.errors import CacheError
-from adpa.pipeline.sampling import sample_responses
+from adpa.pipeline.scoring.sample import sample_responses
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, missing_sequences, score
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")), unk_token="a")

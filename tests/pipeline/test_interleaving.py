@@ -28,7 +28,7 @@ from adpa.data.shards import read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.pipeline import precompute as stage
-from adpa.pipeline.sampling import sample_responses
+from adpa.pipeline.scoring.sample import sample_responses
 
 
 @pytest.fixture(scope="module", autouse=True)

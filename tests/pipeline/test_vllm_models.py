@@ -35,8 +35,8 @@ from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import HfEngine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
-from adpa.pipeline.sampling import Sampler
 from adpa.pipeline.scorer_hf import HfDecoder
+from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 
 pytestmark = pytest.mark.vllm

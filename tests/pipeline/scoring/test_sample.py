@@ -15,7 +15,7 @@ from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.sequences import TokenIds
 from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.sampler_hf import HfSampler
-from adpa.pipeline.sampling import Sampler, sample_responses, stream_seed
+from adpa.pipeline.scoring.sample import Sampler, sample_responses, stream_seed
 
 
 def requests(count: int) -> list[SampleRequest]:
