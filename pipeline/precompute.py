@@ -34,7 +34,6 @@ from adpa.pipeline.engine import choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmOptions
 from adpa.pipeline.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
-from adpa.pipeline.models import open_models
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,
@@ -55,6 +54,7 @@ from adpa.pipeline.options import (
     TensorParallelOption,
 )
 from adpa.pipeline.parts import PartPrompts, parse_part
+from adpa.pipeline.scoring.opened_models import open_models
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
 

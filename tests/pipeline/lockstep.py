@@ -362,7 +362,7 @@ def models_and_steps() -> Iterator[None]:
         return stop_first
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adpa.pipeline.models.open_checkpoint", open_checkpoint)
+        patch.setattr("adpa.pipeline.scoring.opened_models.open_checkpoint", open_checkpoint)
         patch.setattr(stage, "choose_engine", lambda *_: engine)
         patch.setattr("adpa.pipeline.batching.ThreadPoolExecutor", Writer)
         for name, owner in OPERATIONS.items():
