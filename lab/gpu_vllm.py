@@ -12,8 +12,8 @@ from adpa.lab.gpu_measures import figure_of, in_turns
 from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, encoded_pairs, sequences_of, text_tokenizer
 from adpa.lab.gpu_part import Figure, Setting
 from adpa.pipeline.batching import make_batches
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 
 PAIRS, PROMPTS, NEW_TOKENS = 160, 256, 128
 ROUNDS = 2

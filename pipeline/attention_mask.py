@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from adpa.data.batches import pad_sequences
 from adpa.data.sequences import TokenSequence
-from adpa.pipeline.lm_head import hidden_states
+from adpa.pipeline.models.lm_head import hidden_states
 
 SDPA, WITHOUT_PADDING = "sdpa", "adpa_sdpa_without_padding"
 # Two responses of different lengths to one prompt, and one to another.

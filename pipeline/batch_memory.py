@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint
 
 FIXED_TOKENS = 8192  # of a batch where no GPU's memory is asked, and the least where it is
 MOST_SCORING_TOKENS = 65_536  # as many keep a GPU busy; a batch becomes a file, and a killed run loses it

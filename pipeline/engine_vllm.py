@@ -23,8 +23,8 @@ from packaging.version import Version
 from adpa.data.responses import Sampling
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, device_memory
-from adpa.pipeline.lm_head import LmHead
+from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
+from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.scorer_head import HeadScorer, bytes_beside_decoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer

@@ -24,7 +24,7 @@ from adpa.data.sequences import TokenIds
 from adpa.data.signals import read_scoring, read_signals
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.bootstrap import Interval, bootstrap_interval, win_share
-from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,

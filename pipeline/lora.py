@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint
 
 ALL_LINEAR = "all-linear"
 ALPHA_PER_RANK = 2  # as TRL's defaults have it

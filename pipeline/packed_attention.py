@@ -28,7 +28,7 @@ from adpa.data.batches import pad_sequences
 from adpa.data.packing import HostLengths, pack_sequences
 from adpa.errors import ModelError
 from adpa.pipeline.attention_mask import SDPA, TRIAL, same_hidden_states
-from adpa.pipeline.lm_head import hidden_states
+from adpa.pipeline.models.lm_head import hidden_states
 from adpa.pipeline.varlen_attention import CAUSAL, Varlen, compared_varlen
 
 EAGER = "eager"

@@ -28,12 +28,12 @@ from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.batching import Executor, make_batches
-from adpa.pipeline.checkpoint import resolve_device
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.engine import choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmOptions
 from adpa.pipeline.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
+from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,

@@ -26,7 +26,7 @@ from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import Checkpoint, release_memory
+from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.scoring.sample import stream_seed
 
 WAITLESS_SDPA = "adpa_waitless_sdpa"

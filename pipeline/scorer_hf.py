@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from adpa.data.batches import pad_sequences
 from adpa.pipeline.attention_mask import leave_out_padding_mask
-from adpa.pipeline.checkpoint import Checkpoint
-from adpa.pipeline.lm_head import check_head, hidden_states, read_head
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.lm_head import check_head, hidden_states, read_head
 from adpa.pipeline.scorer_head import HeadScorer
 from adpa.pipeline.scoring.score import Batch
 

@@ -35,7 +35,7 @@ from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import EngineError, ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, release_memory
+from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.scoring.sample import stream_seed
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 

@@ -29,8 +29,8 @@ from transformers import (
 from adpa import precompute
 from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.lm_head import FLOAT32_PRODUCTS, LmHead
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.models.lm_head import FLOAT32_PRODUCTS, LmHead
 from adpa.pipeline.varlen_attention import varlen_reference
 
 

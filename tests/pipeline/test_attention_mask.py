@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tests.pipeline.conftest import Filled, synthetic
-from tests.pipeline.test_lm_head import SMALL, build
+from tests.pipeline.models.test_lm_head import SMALL, build
 from tests.pipeline.test_packed_attention import MODELS, WINDOW
 from tests.pipeline.test_student import gradient_error
 from tests.pipeline.test_trainer import one_step, relative_error
@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, Pretrai
 
 from adpa.data.batches import pad_sequences
 from adpa.pipeline.attention_mask import WITHOUT_PADDING, leave_out_padding_mask, same_hidden_states
-from adpa.pipeline.lm_head import hidden_states
+from adpa.pipeline.models.lm_head import hidden_states
 
 # Padded in both parts of a batch, and longer than the windows.
 PADDED = pad_sequences(

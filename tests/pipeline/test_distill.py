@@ -15,7 +15,7 @@ from adpa import distill, precompute
 from adpa.data.signals import read_scorings
 from adpa.data.vocabulary import render
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ModelError, OptionError
-from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.models.checkpoint import open_checkpoint
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 12, "learning_rate": 3e-3, "logging_steps": 1}
 

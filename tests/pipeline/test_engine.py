@@ -8,9 +8,9 @@ from tests.conftest import Models
 from tests.pipeline.conftest import InstallVllm
 
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import Engine, EngineName, HfEngine, choose_engine
 from adpa.pipeline.engine_vllm import Role, VllmEngine, VllmOptions
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9

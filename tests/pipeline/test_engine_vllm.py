@@ -17,9 +17,9 @@ from adpa.data.responses import Sampling
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
-from adpa.pipeline.lm_head import LmHead
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.scorer_head import CHUNK_BYTES
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
 

@@ -21,8 +21,8 @@ from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
 from adpa.pipeline import sampler_hf
 from adpa.pipeline.bootstrap import bootstrap_interval
-from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.evaluate import repetition
+from adpa.pipeline.models.checkpoint import open_checkpoint
 
 SAMPLES = 2
 

@@ -21,8 +21,8 @@ from adpa.data.sequences import TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_scorings
 from adpa.errors import OptionError
-from adpa.pipeline.checkpoint import open_checkpoint
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
+from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scorer_hf import open_hf_scorer
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, complete, judge
 

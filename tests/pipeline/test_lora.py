@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from adpa import distill
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.student import attach_distill_head
 
 RANK, SCALE = 4, 2.0  # alpha is twice the rank

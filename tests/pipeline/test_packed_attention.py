@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.pipeline import test_lm_head
 from tests.pipeline.conftest import SMALL, AtOnce, synthetic
-from tests.pipeline.test_lm_head import CONFIGS
+from tests.pipeline.models import test_lm_head
+from tests.pipeline.models.test_lm_head import CONFIGS
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -42,7 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from adpa.data.batches import pad_sequences
 from adpa.data.packing import pack_sequences
 from adpa.errors import ModelError
-from adpa.pipeline.lm_head import hidden_states
+from adpa.pipeline.models.lm_head import hidden_states
 from adpa.pipeline.packed_attention import (
     Mask,
     Row,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.data.makers import teacher_row
 from tests.pipeline.conftest import SMALL, AtOnce, Filled, synthetic
-from tests.pipeline.test_lm_head import CONFIGS
+from tests.pipeline.models.test_lm_head import CONFIGS
 from tests.pipeline.test_packed_attention import WAYS, build
 from tests.pipeline.test_trainer import (
     OBJECTIVES,

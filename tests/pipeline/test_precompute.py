@@ -19,7 +19,7 @@ from adpa.data.responses import read_response_sets
 from adpa.data.rounding import LOGPROBS
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import AdpaError, CacheError, DamagedFileError, DataError, ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint
 
 
 def files(cache: Path) -> set[str]:
@@ -167,7 +167,7 @@ def test_a_dry_run_predicts_what_a_run_does_and_loads_no_model(
 ) -> None:
     options: dict[str, Any] = {"teacher": str(filled.models.teacher), "data": str(filled.data), "cache": tmp_path / "c"}
     with monkeypatch.context() as patch:
-        patch.setattr("adpa.pipeline.checkpoint.Checkpoint.load", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("adpa.pipeline.models.checkpoint.Checkpoint.load", lambda *_: pytest.fail("a model was loaded"))
         predicted = precompute(**options, dry_run=True)
         assert not (tmp_path / "c").exists()
     done = precompute(**options)

@@ -23,7 +23,7 @@ from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.sampler_hf import HfSampler, _uniforms, _until, draw, make_masks_unseen, sample
 
 END = SAMPLING.turn_end

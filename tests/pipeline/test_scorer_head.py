@@ -19,8 +19,8 @@ from torch import Tensor
 from adpa.data.sequences import TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.checkpoint import open_checkpoint
-from adpa.pipeline.lm_head import LmHead, read_head
+from adpa.pipeline.models.checkpoint import open_checkpoint
+from adpa.pipeline.models.lm_head import LmHead, read_head
 from adpa.pipeline.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows, chunks_on
 from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipeline.test_lm_head import CONFIGS, build
+from tests.pipeline.models.test_lm_head import CONFIGS, build
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -32,9 +32,9 @@ from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import Scoring
 from adpa.errors import EngineError, ModelError, OptionError
-from adpa.pipeline.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.engine import HfEngine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scorer_hf import HfDecoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer

@@ -13,7 +13,7 @@ from tests.pipeline.conftest import SAMPLING
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.sequences import TokenIds
-from adpa.pipeline.checkpoint import open_checkpoint
+from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.sampler_hf import HfSampler
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, stream_seed
 

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from adpa.errors import ModelError
-from adpa.pipeline.checkpoint import Checkpoint, device_memory, open_checkpoint, resolve_device
-from adpa.pipeline.lm_head import hidden_states, read_head
+from adpa.pipeline.models.checkpoint import Checkpoint, device_memory, open_checkpoint, resolve_device
+from adpa.pipeline.models.lm_head import hidden_states, read_head
 
 CPU = torch.device("cpu")
 
@@ -302,7 +302,7 @@ def test_a_model_that_does_not_run_without_layers_is_refused(tmp_path: Path, mon
         raise IndexError("list index out of range")
 
     checkpoint = save_random(CONFIGS["plain"](), tmp_path)
-    monkeypatch.setattr("adpa.pipeline.checkpoint.check_head", fail)
+    monkeypatch.setattr("adpa.pipeline.models.checkpoint.check_head", fail)
     with pytest.raises(ModelError, match="does not run without its layers: list index out of range"):
         checkpoint.load_head("float32", CPU)
 

@@ -28,7 +28,7 @@ from transformers import (
 from adpa.data.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import HeadError, ModelError
-from adpa.pipeline.lm_head import LmHead, check_head, read_head
+from adpa.pipeline.models.lm_head import LmHead, check_head, read_head
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

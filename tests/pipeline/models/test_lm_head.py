@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from adpa.errors import ModelError
-from adpa.pipeline.lm_head import FLOAT32_PRODUCTS, LmHead, check_head, hidden_states, read_head
+from adpa.pipeline.models.lm_head import FLOAT32_PRODUCTS, LmHead, check_head, hidden_states, read_head
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
