@@ -44,7 +44,7 @@ from adpa.data.vocabulary import find_turn_end, load_tokenizer
 from adpa.lab.benchmark_encoding import text_pairs
 from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.smollm2 import save_smollm2
-from adpa.pipeline.packed_attention import allow_packing
+from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.precompute import precompute
 from adpa.pipeline.student import attach_distill_head
 

@@ -29,8 +29,8 @@ from adpa.lab.gpu_models import (
 )
 from adpa.lab.gpu_part import Figure, Measure, Setting
 from adpa.lab.gpu_vllm import obstacle, scoring_with_vllm, vllm_prefill
-from adpa.pipeline.attention_mask import leave_out_padding_mask
 from adpa.pipeline.batching import make_batches
+from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.models.lm_head import read_head
 from adpa.pipeline.precompute import precompute

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adpa.data.batches import pad_sequences
-from adpa.pipeline.attention_mask import leave_out_padding_mask
+from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.lm_head import check_head, hidden_states, read_head
 from adpa.pipeline.scorer_head import HeadScorer

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.kernels.student_statistics import StudentStatistics, student_statistics
 from adpa.pipeline.models.lm_head import check_head, hidden_states, read_head
-from adpa.pipeline.packed_attention import packed_hidden_states
+from adpa.pipeline.models.packed_attention import packed_hidden_states
 
 # Beside input_ids: the first of padded sequences, the others of packed ones.
 DECODER = ("attention_mask", "position_ids", "query_starts", "key_starts", "key_places", "lengths")

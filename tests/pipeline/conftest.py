@@ -31,7 +31,7 @@ from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import FLOAT32_PRODUCTS, LmHead
-from adpa.pipeline.varlen_attention import varlen_reference
+from adpa.pipeline.models.varlen_attention import varlen_reference
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> AtOnce:
             output = varlen_reference(query.double(), key.double(), value.double(), *arguments, **options)
             return output.to(query.dtype)  # a kernel's sums are more exact than its numbers, too
 
-        monkeypatch.setattr("adpa.pipeline.packed_attention.compared_varlen", lambda *_: attend)
+        monkeypatch.setattr("adpa.pipeline.models.packed_attention.compared_varlen", lambda *_: attend)
         return calls
 
     return substitute

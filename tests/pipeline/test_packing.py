@@ -11,7 +11,7 @@ import torch
 from tests.data.makers import teacher_row
 from tests.pipeline.conftest import SMALL, AtOnce, Filled, synthetic
 from tests.pipeline.models.test_lm_head import CONFIGS
-from tests.pipeline.test_packed_attention import WAYS, build
+from tests.pipeline.models.test_packed_attention import WAYS, build
 from tests.pipeline.test_trainer import (
     OBJECTIVES,
     assert_a_step_is_the_definitions,
@@ -25,7 +25,7 @@ from adpa import distill
 from adpa.data.batches import Packing, TrainingSequence, collate
 from adpa.data.responses import read_response_sets
 from adpa.errors import ModelError
-from adpa.pipeline.packed_attention import allow_packing
+from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.student import attach_distill_head
 
 PACKINGS: tuple[Packing, ...] = ("sequences", "prompts")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from adpa.errors import ModelError
-from adpa.pipeline.varlen_attention import OPTIONS, compare_varlen, find_varlen, varlen_reference
+from adpa.pipeline.models.varlen_attention import OPTIONS, compare_varlen, find_varlen, varlen_reference
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def test_a_torch_whose_function_lacks_an_option_has_none(
         return query
 
     device = gpu((9, 0))
-    monkeypatch.setattr("adpa.pipeline.varlen_attention.varlen_attn", older)
+    monkeypatch.setattr("adpa.pipeline.models.varlen_attention.varlen_attn", older)
     assert find_varlen(device, torch.bfloat16, 64) is None
 
 

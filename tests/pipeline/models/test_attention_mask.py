@@ -7,14 +7,14 @@ import pytest
 import torch
 from tests.pipeline.conftest import Filled, synthetic
 from tests.pipeline.models.test_lm_head import SMALL, build
-from tests.pipeline.test_packed_attention import MODELS, WINDOW
+from tests.pipeline.models.test_packed_attention import MODELS, WINDOW
 from tests.pipeline.test_student import gradient_error
 from tests.pipeline.test_trainer import one_step, relative_error
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 
 from adpa.data.batches import pad_sequences
-from adpa.pipeline.attention_mask import WITHOUT_PADDING, leave_out_padding_mask, same_hidden_states
+from adpa.pipeline.models.attention_mask import WITHOUT_PADDING, leave_out_padding_mask, same_hidden_states
 from adpa.pipeline.models.lm_head import hidden_states
 
 # Padded in both parts of a batch, and longer than the windows.

@@ -43,7 +43,7 @@ from adpa.data.batches import pad_sequences
 from adpa.data.packing import pack_sequences
 from adpa.errors import ModelError
 from adpa.pipeline.models.lm_head import hidden_states
-from adpa.pipeline.packed_attention import (
+from adpa.pipeline.models.packed_attention import (
     Mask,
     Row,
     allow_packing,
@@ -52,7 +52,7 @@ from adpa.pipeline.packed_attention import (
     packed_mask,
     sdpa_is_plain,
 )
-from adpa.pipeline.varlen_attention import varlen_reference
+from adpa.pipeline.models.varlen_attention import varlen_reference
 
 WAYS = ("by pieces", "at once")
 
@@ -112,8 +112,8 @@ def test_attention_of_any_layout_is_its_definition(
     layer, options = LlamaAttention(config, 0), dict[str, Any](scaling=0.3, sliding_window=window)
     with pytest.MonkeyPatch.context() as patch:
         if way == "at once":
-            patch.setattr("adpa.pipeline.packed_attention.compared_varlen", lambda *_: varlen_reference)
-            patch.setattr("adpa.pipeline.packed_attention.attend_by_pieces", None)
+            patch.setattr("adpa.pipeline.models.packed_attention.compared_varlen", lambda *_: varlen_reference)
+            patch.setattr("adpa.pipeline.models.packed_attention.attend_by_pieces", None)
         found, _ = packed_attention(layer, query, key, value, mask, row=row, own=own, **options)
     expected = torch.zeros_like(found)
     query_HTD, key_HTD, value_HTD = (each[0].repeat_interleave(heads[0] // each.shape[1], 0) for each in inputs)
@@ -324,8 +324,8 @@ def test_the_host_reads_nothing_from_the_device(
     for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
         dropout.p = 0.0
     if way == "varlen_attn":
-        monkeypatch.setattr("adpa.pipeline.packed_attention.compared_varlen", lambda *_: varlen_attn)
-        monkeypatch.setattr("adpa.pipeline.packed_attention.attend_by_pieces", None)
+        monkeypatch.setattr("adpa.pipeline.models.packed_attention.compared_varlen", lambda *_: varlen_attn)
+        monkeypatch.setattr("adpa.pipeline.models.packed_attention.attend_by_pieces", None)
     for share_prompts in (False, True):
         packed = vars(pack_sequences(SEQUENCES, share_prompts).to(torch.device("meta")))
         decoder = {name: each for name, each in packed.items() if name not in ("predicts", "labels")}
