@@ -9,8 +9,8 @@ import torch
 from adpa.data.responses import Sampling
 from adpa.data.signals import Scoring
 from adpa.errors import OptionError
-from adpa.pipeline.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.engine_vllm import Role, VllmOptions, obstacle_to_vllm, open_vllm
+from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.sampler_hf import HfSampler
 from adpa.pipeline.scorer_hf import open_hf_scorer

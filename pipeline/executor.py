@@ -11,7 +11,7 @@ import torch
 from adpa.data.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.batching import Executor, run_here
-from adpa.pipeline.launcher import number_of_ranks
+from adpa.pipeline.models.launcher import number_of_ranks
 
 ExecutorName = Literal["here", "ray"]
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from accelerate.utils import gather_object
 
 from adpa.errors import AdpaError, OptionError, RankError
-from adpa.pipeline.launcher import number_of_ranks
+from adpa.pipeline.models.launcher import number_of_ranks
 
 Result = TypeVar("Result")
 

@@ -18,7 +18,7 @@ from upath import UPath
 
 from adpa.errors import AdpaError, OptionError
 from adpa.pipeline.directories import check_writable_file, find_location
-from adpa.pipeline.launcher import this_rank
+from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.report_terminal import show_report
 from adpa.pipeline.yaml_options import read_options
 

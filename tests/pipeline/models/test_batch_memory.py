@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from adpa.data.samples import SampleRequest
-from adpa.pipeline.batch_memory import (
+from adpa.pipeline.engine import HfEngine
+from adpa.pipeline.engine_vllm import Role
+from adpa.pipeline.models.batch_memory import (
     DRAWING_BYTES,
     FIXED_TOKENS,
     MOST_SAMPLING_TOKENS,
@@ -31,8 +33,6 @@ from adpa.pipeline.batch_memory import (
     sampling_tokens,
     scoring_tokens,
 )
-from adpa.pipeline.engine import HfEngine
-from adpa.pipeline.engine_vllm import Role
 from adpa.pipeline.sampler_hf import sample
 from adpa.pipeline.scorer_hf import HfDecoder
 
