@@ -42,10 +42,10 @@ from transformers import logging as transformers_logging
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.lab.smollm2 import save_smollm2
-from adpa.pipeline.batching import make_batches
 from adpa.pipeline.engine import Engine, HfEngine
 from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.scoring.jobs import make_batches
 from adpa.pipeline.scoring.score import Scorer, score
 
 TOP_K = 50

@@ -10,8 +10,8 @@ import torch
 
 from adpa.data.locations import Location
 from adpa.errors import OptionError
-from adpa.pipeline.batching import Executor, run_here
 from adpa.pipeline.models.launcher import number_of_ranks
+from adpa.pipeline.scoring.jobs import Executor, run_here
 
 ExecutorName = Literal["here", "ray"]
 

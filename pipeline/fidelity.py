@@ -16,7 +16,7 @@ from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
-from adpa.pipeline.batching import make_batches, write_batches
+from adpa.pipeline.scoring.jobs import make_batches, write_batches
 from adpa.pipeline.scoring.score import Batch, Scorer, complete, judge
 
 PROBE_TOP_K = 1000

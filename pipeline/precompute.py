@@ -27,7 +27,6 @@ from adpa.data.signal_rows import plain_bytes
 from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
-from adpa.pipeline.batching import Executor, make_batches
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.engine import choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmOptions
@@ -54,6 +53,7 @@ from adpa.pipeline.options import (
     TensorParallelOption,
 )
 from adpa.pipeline.parts import PartPrompts, parse_part
+from adpa.pipeline.scoring.jobs import Executor, make_batches
 from adpa.pipeline.scoring.opened_models import open_models
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score

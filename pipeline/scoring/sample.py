@@ -11,7 +11,7 @@ from adpa.data.locations import Location
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, write_samples
 from adpa.data.sequences import TokenIds
-from adpa.pipeline.batching import Executor, make_batches, run_here
+from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
 
 
 class Sampler(Protocol):

@@ -22,7 +22,7 @@ from adpa.data.shards import list_shards, peek_shard, read_shards, remove_file, 
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, ModelError
-from adpa.pipeline.batching import Executor, make_batches, run_here
+from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
 
 PENDING_PREFIX = "teacher"
 

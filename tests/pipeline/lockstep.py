@@ -364,7 +364,7 @@ def models_and_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adpa.pipeline.scoring.opened_models.open_checkpoint", open_checkpoint)
         patch.setattr(stage, "choose_engine", lambda *_: engine)
-        patch.setattr("adpa.pipeline.batching.ThreadPoolExecutor", Writer)
+        patch.setattr("adpa.pipeline.scoring.jobs.ThreadPoolExecutor", Writer)
         for name, owner in OPERATIONS.items():
             patch.setattr(owner, name, stopping(name, getattr(owner, name)))
         patch.setattr(os, "fsync", lambda _: None)  # nobody pulls the plug here

@@ -15,7 +15,7 @@ from adpa import precompute
 from adpa.data.responses import read_response_sets
 from adpa.data.shards import list_shards, read_shard
 from adpa.data.signals import read_scorings, read_signals
-from adpa.pipeline.batching import make_batches
+from adpa.pipeline.scoring.jobs import make_batches
 
 # The real command, noting on disk every sequence that a model is asked about, before it is asked.
 SCRIPT = """

@@ -31,9 +31,9 @@ from adpa.data.shards import list_shards, read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import CacheError, EngineError, ModelError, OptionError
-from adpa.pipeline.batching import Executor, run_here
 from adpa.pipeline.executor_ray import BATCHES_PER_BLOCK, RayExecutor, _blocks, check_address
 from adpa.pipeline.models.checkpoint import open_checkpoint
+from adpa.pipeline.scoring.jobs import Executor, run_here
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, missing_sequences, score
 
 SCORING = Scoring(ModelIdentity("teacher", None, "a"), None, "v", 3, "float32", "hf")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adpa.pipeline.batching import make_batches, write_batches
+from adpa.pipeline.scoring.jobs import make_batches, write_batches
 
 LONG = 10.0  # seconds after which a test fails that would otherwise wait for ever
 
