@@ -30,7 +30,6 @@ from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.directories import check_writable
 from adpa.pipeline.engine import choose_engine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmOptions
-from adpa.pipeline.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.options import (
@@ -52,9 +51,10 @@ from adpa.pipeline.options import (
     TemperatureOption,
     TensorParallelOption,
 )
-from adpa.pipeline.parts import PartPrompts, parse_part
+from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.scoring.jobs import Executor, make_batches
 from adpa.pipeline.scoring.opened_models import open_models
+from adpa.pipeline.scoring.parts import PartPrompts, parse_part
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
 

@@ -31,9 +31,9 @@ from adpa.data.shards import list_shards, read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import CacheError, EngineError, ModelError, OptionError
-from adpa.pipeline.executor_ray import BATCHES_PER_BLOCK, RayExecutor, _blocks, check_address
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.jobs import Executor, run_here
+from adpa.pipeline.scoring.ray_executor import BATCHES_PER_BLOCK, RayExecutor, _blocks, check_address
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, missing_sequences, score
 
 SCORING = Scoring(ModelIdentity("teacher", None, "a"), None, "v", 3, "float32", "hf")
@@ -229,7 +229,7 @@ def test_a_workers_error_is_told_as_if_it_were_here(
 def test_a_machine_that_does_not_see_the_cache_does_nothing(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.executor_ray.write_file", lambda *_: None)  # as if on another disk
+    monkeypatch.setattr("adpa.pipeline.scoring.ray_executor.write_file", lambda *_: None)  # as if on another disk
     with pytest.raises(CacheError, match=r"does not see this cache; put it where all machines") as caught:
         do(Squares(opening=die), tmp_path)
     assert "Traceback" in str(caught.value.__cause__), "for --debug"
@@ -281,7 +281,7 @@ def test_a_signal_while_ray_starts_leaves_no_cluster_behind(tmp_path: Path) -> N
 import os, signal, sys
 from pathlib import Path
 import psutil, ray
-from adpa.pipeline.executor_ray import RayExecutor
+from adpa.pipeline.scoring.ray_executor import RayExecutor
 start = ray.init
 def interrupted(**options):
     start(**options)
@@ -325,7 +325,7 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path: Path, monkeyp
     (tmp_path / "ray.py").write_text("open('imported', 'w')")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr("adpa.pipeline.executor_ray.PATIENCE", 1)
+        monkeypatch.setattr("adpa.pipeline.scoring.ray_executor.PATIENCE", 1)
         with pytest.raises(OptionError, match=f"--ray-address {address}: no Ray cluster answers"):
             check_address(address)
     with pytest.raises(OptionError, match=f"--ray-address {address}: it does not answer: .*refused"):

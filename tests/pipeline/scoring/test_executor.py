@@ -10,7 +10,7 @@ from tests.pipeline.conftest import Filled
 
 from adpa import precompute
 from adpa.errors import OptionError
-from adpa.pipeline.executor import ExecutorOptions
+from adpa.pipeline.scoring.executor import ExecutorOptions
 
 CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -33,7 +33,7 @@ def test_options_without_meaning_are_refused(options: ExecutorOptions, device: t
 
 def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "adpa.pipeline.executor_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "adpa.pipeline.scoring.ray_executor", raising=False)
     with pytest.raises(OptionError, match=r"pip install 'adpa\[ray\]'"):
         ExecutorOptions("ray", 2).check(CPU)
     ExecutorOptions().check(CPU)
@@ -43,7 +43,7 @@ def test_more_workers_than_batches_are_refused_by_the_whole_work_and_not_by_what
     few_words: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command that a finished run ended with can be given again; then there is nothing to start Ray for."""
-    monkeypatch.setattr("adpa.pipeline.executor_ray._join", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr("adpa.pipeline.scoring.ray_executor._join", lambda _: pytest.fail("Ray was started"))
     options: dict[str, Any] = {
         "teacher": str(few_words.models.teacher),
         "reference": str(few_words.models.reference),

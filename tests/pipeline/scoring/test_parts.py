@@ -17,8 +17,8 @@ from adpa.data.format import find_version
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import OptionError
-from adpa.pipeline.parts import WHOLE, Part, PartPrompts, parse_part
 from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.scoring.parts import WHOLE, Part, PartPrompts, parse_part
 
 PROMPTS = [token_ids(1, number) for number in range(10)]
 

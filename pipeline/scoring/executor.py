@@ -72,6 +72,6 @@ class ExecutorOptions:
 
 def _import_ray() -> ModuleType:
     try:
-        return importlib.import_module("adpa.pipeline.executor_ray")
+        return importlib.import_module("adpa.pipeline.scoring.ray_executor")
     except ImportError as error:
         raise OptionError(f"--executor ray: Ray Data cannot be imported: {error}", "pip install 'adpa[ray]'") from error
