@@ -33,9 +33,9 @@ from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.models.lm_head import read_head
 from adpa.pipeline.precompute import precompute
-from adpa.pipeline.scorer_head import HeadScorer
-from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
+from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.jobs import make_batches
+from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 TOP_K = 50
 BATCH_TOKENS = 32_768

@@ -25,9 +25,9 @@ from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.models.lm_head import LmHead
-from adpa.pipeline.scorer_head import HeadScorer, bytes_beside_decoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
+from adpa.pipeline.scoring.scorer_head import HeadScorer, bytes_beside_decoder
 
 HeadDtype = Literal["auto", "float32", "model"]
 Role = Literal["teacher", "reference", "student"]

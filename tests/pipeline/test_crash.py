@@ -20,7 +20,7 @@ from adpa.pipeline.scoring.jobs import make_batches
 # The real command, noting on disk every sequence that a model is asked about, before it is asked.
 SCRIPT = """
 from adpa.cli import main
-from adpa.pipeline.scorer_hf import HfDecoder
+from adpa.pipeline.scoring.hf_scorer import HfDecoder
 
 hidden = HfDecoder._hidden
 

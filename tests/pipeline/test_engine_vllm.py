@@ -20,8 +20,8 @@ from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead
-from adpa.pipeline.scorer_head import CHUNK_BYTES
-from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
+from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
+from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9

@@ -23,7 +23,7 @@ from adpa.data.signals import ModelIdentity, Scoring, read_scorings
 from adpa.errors import OptionError
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.models.checkpoint import open_checkpoint
-from adpa.pipeline.scorer_hf import open_hf_scorer
+from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, complete, judge
 
 

@@ -35,7 +35,7 @@ from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.engine import HfEngine
 from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.scorer_hf import HfDecoder
+from adpa.pipeline.scoring.hf_scorer import HfDecoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 

@@ -33,8 +33,8 @@ from adpa.pipeline.models.batch_memory import (
     sampling_tokens,
     scoring_tokens,
 )
-from adpa.pipeline.sampler_hf import sample
-from adpa.pipeline.scorer_hf import HfDecoder
+from adpa.pipeline.scoring.hf_sampler import sample
+from adpa.pipeline.scoring.hf_scorer import HfDecoder
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -14,7 +14,7 @@ from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.sequences import TokenIds
 from adpa.pipeline.models.checkpoint import open_checkpoint
-from adpa.pipeline.sampler_hf import HfSampler
+from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, stream_seed
 
 

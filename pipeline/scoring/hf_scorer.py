@@ -13,8 +13,8 @@ from adpa.data.batches import pad_sequences
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.lm_head import check_head, hidden_states, read_head
-from adpa.pipeline.scorer_head import HeadScorer
 from adpa.pipeline.scoring.score import Batch
+from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 
 def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> HeadScorer:

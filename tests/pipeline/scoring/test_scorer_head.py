@@ -21,9 +21,9 @@ from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead, read_head
-from adpa.pipeline.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows, chunks_on
-from adpa.pipeline.scorer_hf import HfDecoder, open_hf_scorer
+from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
+from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES, HeadScorer, bytes_beside_decoder, chunk_rows, chunks_on
 
 CPU = torch.device("cpu")
 
@@ -166,7 +166,7 @@ def test_long_batches_go_through_the_head_in_chunks_of_rows(
     whole = top_k(scorer, sequences, 6)
     given = logprobs_at(scorer, sequences, [row.topk_ids for row in whole])
     assert projected == [13, 13]
-    monkeypatch.setattr("adpa.pipeline.scorer_head.CHUNK_BYTES", 4 * 4 * (512 + 32 + 4 * 6))
+    monkeypatch.setattr("adpa.pipeline.scoring.scorer_head.CHUNK_BYTES", 4 * 4 * (512 + 32 + 4 * 6))
     chunked = top_k(scorer, sequences, 6)
     assert projected[2:] == [4, 4, 4, 1]
     for row, other in zip(whole, chunked, strict=True):
@@ -188,7 +188,7 @@ def test_a_chunk_has_as_many_rows_as_its_bytes_allow(V: int, d: int, K: int) -> 
 
 
 def test_a_row_that_is_larger_than_a_chunk_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adpa.pipeline.scorer_head.CHUNK_BYTES", 10)
+    monkeypatch.setattr("adpa.pipeline.scoring.scorer_head.CHUNK_BYTES", 10)
     assert chunk_rows(LmHead(torch.empty(8, 4), None, None, 1.0), 2) == 1
 
 
@@ -210,7 +210,7 @@ class KnownHidden:
 def test_scoring_takes_no_more_memory_beside_the_decoder_than_is_reserved(
     head: tuple[Tensor | None, float | None, float], K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.scorer_head.CHUNK_BYTES", 2 << 20)
+    monkeypatch.setattr("adpa.pipeline.scoring.scorer_head.CHUNK_BYTES", 2 << 20)
     for module in ("pipeline.scorer_head", "kernels.teacher_rows"):
         monkeypatch.setattr(f"adpa.{module}.BLOCK_BYTES", 1 << 20)
     lm_head = LmHead(torch.randn(4096, 16), *head)

@@ -24,7 +24,7 @@ from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.sampler_hf import HfSampler, _uniforms, _until, draw, make_masks_unseen, sample
+from adpa.pipeline.scoring.hf_sampler import HfSampler, _uniforms, _until, draw, make_masks_unseen, sample
 
 END = SAMPLING.turn_end
 
@@ -172,7 +172,7 @@ def test_the_loop_says_what_that_of_transformers_says(
 @pytest.fixture
 def as_on_a_gpu(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """The model, prepared and asked as it is on a GPU."""
-    monkeypatch.setattr("adpa.pipeline.sampler_hf.steps_between_looks", lambda _: 16)
+    monkeypatch.setattr("adpa.pipeline.scoring.hf_sampler.steps_between_looks", lambda _: 16)
     prepared = copy.deepcopy(model)
     make_masks_unseen(prepared)
     return prepared
