@@ -42,11 +42,11 @@ from transformers import logging as transformers_logging
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.lab.smollm2 import save_smollm2
-from adpa.pipeline.engine import Engine, HfEngine
-from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.scoring.engine import Engine, HfEngine
 from adpa.pipeline.scoring.jobs import make_batches
 from adpa.pipeline.scoring.score import Scorer, score
+from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine, VllmOptions
 
 TOP_K = 50
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def bare(task: Task) -> Run:
     """vLLM reads the sequences and generates a token for each; nothing is scored."""
     from vllm import SamplingParams
 
-    from adpa.pipeline.vllm_models import VllmModel
+    from adpa.pipeline.scoring.vllm_models import VllmModel
 
     arguments = {"dtype": "float32", "max_model_len": task.longest + 1, **OPTIONS.arguments("teacher")}
     model = VllmModel(task.teacher, {"runner": "generate", **arguments})

@@ -11,9 +11,9 @@ from adpa.data.signals import Scoring
 from adpa.lab.gpu_measures import figure_of, in_turns
 from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, encoded_pairs, sequences_of, text_tokenizer
 from adpa.lab.gpu_part import Figure, Setting
-from adpa.pipeline.engine_vllm import BATCH_TOKENS, VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.jobs import make_batches
+from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm
 
 PAIRS, PROMPTS, NEW_TOKENS = 160, 256, 128
 ROUNDS = 2

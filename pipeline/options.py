@@ -4,8 +4,8 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.pipeline.engine import EngineName
 from adpa.pipeline.models.checkpoint import DtypeName
+from adpa.pipeline.scoring.engine import EngineName
 
 TeacherOption = Annotated[
     str, Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub.")

@@ -28,8 +28,6 @@ from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.engine import choose_engine
-from adpa.pipeline.engine_vllm import HeadDtype, VllmOptions
 from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.options import (
@@ -51,12 +49,14 @@ from adpa.pipeline.options import (
     TemperatureOption,
     TensorParallelOption,
 )
+from adpa.pipeline.scoring.engine import choose_engine
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.scoring.jobs import Executor, make_batches
 from adpa.pipeline.scoring.opened_models import open_models
 from adpa.pipeline.scoring.parts import PartPrompts, parse_part
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
+from adpa.pipeline.scoring.vllm_engine import HeadDtype, VllmOptions
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from adpa.data.responses import ResponseName, Sampling
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
-from adpa.pipeline.engine import Engine
-from adpa.pipeline.engine_vllm import Role
 from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint
+from adpa.pipeline.scoring.engine import Engine
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
+from adpa.pipeline.scoring.vllm_engine import Role
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,8 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> InstallVllm:
             return installed
 
         packages = {"vllm": [distribution]} if installed else {}
-        monkeypatch.setattr("adpa.pipeline.engine_vllm.packages_distributions", lambda: packages)
-        monkeypatch.setattr("adpa.pipeline.engine_vllm.version", version)
+        monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.packages_distributions", lambda: packages)
+        monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.version", version)
         for module in ("engine", "engine_vllm"):  # and a GPU of 80 GB
             monkeypatch.setattr(f"adpa.pipeline.{module}.device_memory", lambda _: 80 * 10**9)
 

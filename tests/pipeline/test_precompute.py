@@ -104,8 +104,8 @@ def test_scoring_and_sampling_have_batches_of_their_own_size_unless_the_user_say
     few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch becomes a file: one sequence in each, or all in one."""
-    monkeypatch.setattr("adpa.pipeline.engine.HfEngine.scoring_tokens", lambda *_: 1)
-    monkeypatch.setattr("adpa.pipeline.engine.HfEngine.sampling_tokens", lambda *_: 10**6)
+    monkeypatch.setattr("adpa.pipeline.scoring.engine.HfEngine.scoring_tokens", lambda *_: 1)
+    monkeypatch.setattr("adpa.pipeline.scoring.engine.HfEngine.sampling_tokens", lambda *_: 10**6)
     for said, expected in ((None, (8, 1)), (10**6, (1, 1)), (1, (8, 8))):
         cache = tmp_path / str(said)
         report = precompute(

@@ -21,8 +21,6 @@ from transformers import (
 )
 
 from adpa.data.samples import SampleRequest
-from adpa.pipeline.engine import HfEngine
-from adpa.pipeline.engine_vllm import Role
 from adpa.pipeline.models.batch_memory import (
     DRAWING_BYTES,
     FIXED_TOKENS,
@@ -33,8 +31,10 @@ from adpa.pipeline.models.batch_memory import (
     sampling_tokens,
     scoring_tokens,
 )
+from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_sampler import sample
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
+from adpa.pipeline.scoring.vllm_engine import Role
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -113,7 +113,7 @@ def test_a_model_without_sdpa_keeps_the_batches_of_a_cpu() -> None:
 
 
 def test_batches_follow_a_gpu_and_every_model_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adpa.pipeline.engine.free_memory", {GPU: 24 * GB}.__getitem__)
+    monkeypatch.setattr("adpa.pipeline.scoring.engine.free_memory", {GPU: 24 * GB}.__getitem__)
     engine = HfEngine(GPU, "")
     both: dict[Role, str] = {"teacher": "bfloat16", "reference": "float32"}
     alone = engine.scoring_tokens({"teacher": TEACHER}, both)

@@ -8,9 +8,9 @@ from tests.conftest import Models
 from tests.pipeline.conftest import InstallVllm
 
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.engine import Engine, EngineName, HfEngine, choose_engine
-from adpa.pipeline.engine_vllm import Role, VllmEngine, VllmOptions
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.scoring.engine import Engine, EngineName, HfEngine, choose_engine
+from adpa.pipeline.scoring.vllm_engine import Role, VllmEngine, VllmOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9
@@ -133,7 +133,7 @@ def test_a_model_is_measured_in_the_dtype_that_it_is_loaded_in(
     teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = teacher.weight_bytes("bfloat16")
-    monkeypatch.setattr("adpa.pipeline.engine.device_memory", lambda _: room)
+    monkeypatch.setattr("adpa.pipeline.scoring.engine.device_memory", lambda _: room)
     choose("hf", CPU, teacher, dtype="bfloat16")
     with pytest.raises(ModelError, match="in float32"):
         choose("hf", CPU, teacher, dtype="float32")

@@ -32,19 +32,19 @@ from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import Scoring
 from adpa.errors import EngineError, ModelError, OptionError
-from adpa.pipeline.engine import HfEngine
-from adpa.pipeline.engine_vllm import HeadDtype, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
+from adpa.pipeline.scoring.vllm_engine import HeadDtype, VllmEngine, VllmOptions, open_vllm
 
 pytestmark = pytest.mark.vllm
 
 CPU = torch.device("cpu")
 QUICK = ("enforce_eager=true", "kv_cache_memory_bytes=67108864")
 HF = HfEngine(CPU, "")
-TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+TEXT = (Path(__file__).parents[3] / "LICENSE").read_text()
 
 
 def sequence(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32]) -> TokenSequence:
@@ -250,7 +250,7 @@ def opened_with(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, head_dtype: Any, *engine_arg: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What vLLM is started with: for scoring, and for sampling."""
-    from adpa.pipeline import vllm_models
+    from adpa.pipeline.scoring import vllm_models
 
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(vllm_models, "VllmModel", lambda _, arguments: started.append(arguments))
@@ -286,7 +286,7 @@ def test_an_engine_of_scoring_has_no_graphs(tiny: Callable[[int], Path], opened:
 
 
 def test_hidden_states_keep_the_models_dtype(make_model: MakeModel, opened: list[Any]) -> None:
-    from adpa.pipeline.vllm_models import VllmDecoder
+    from adpa.pipeline.scoring.vllm_models import VllmDecoder
 
     checkpoint = open_checkpoint(
         str(make_model(63, width=128, vocab_size=512, initializer_range=0.1, dtype="bfloat16"))
@@ -302,7 +302,7 @@ def test_hidden_states_keep_the_models_dtype(make_model: MakeModel, opened: list
 
 
 def test_hidden_states_lie_in_pinned_memory_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adpa.pipeline.vllm_models import _join
+    from adpa.pipeline.scoring.vllm_models import _join
 
     pinned: list[bool] = []
 

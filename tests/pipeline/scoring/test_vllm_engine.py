@@ -17,11 +17,11 @@ from adpa.data.responses import Sampling
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES
-from adpa.pipeline.engine_vllm import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES
+from adpa.pipeline.scoring.vllm_engine import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9
@@ -334,7 +334,7 @@ class StandIn:
 @pytest.fixture
 def vllm_models(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setattr("adpa.pipeline.engine_vllm._models", lambda: stand_in)
+    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine._models", lambda: stand_in)
     return stand_in
 
 
@@ -469,7 +469,7 @@ def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
     loaded: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.engine_vllm.device_memory", lambda _: memory)
+    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.device_memory", lambda _: memory)
     monkeypatch.setattr(LmHead, "to", lambda head, *_: head)
     engine(device=GPU).open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
     (arguments,) = vllm_models.opened

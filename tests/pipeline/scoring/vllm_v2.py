@@ -24,9 +24,9 @@ backends["cpu"] = Backend(BaseBackend, DriverBase)
 from adpa.data.sequences import TokenSequence, sequence_key  # noqa: E402
 from adpa.data.signal_rows import SignalRow  # noqa: E402
 from adpa.data.signals import Scoring  # noqa: E402
-from adpa.pipeline.engine_vllm import VllmEngine, VllmOptions  # noqa: E402
 from adpa.pipeline.models.checkpoint import open_checkpoint  # noqa: E402
 from adpa.pipeline.scoring.score import ReferenceLogprobs  # noqa: E402
+from adpa.pipeline.scoring.vllm_engine import VllmEngine, VllmOptions  # noqa: E402
 
 TOP_K = 20
 CHUNK = 32  # tokens of a prefill step, so that longer prompts are split

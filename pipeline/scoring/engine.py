@@ -9,13 +9,13 @@ import torch
 from adpa.data.responses import Sampling
 from adpa.data.signals import Scoring
 from adpa.errors import OptionError
-from adpa.pipeline.engine_vllm import Role, VllmOptions, obstacle_to_vllm, open_vllm
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
+from adpa.pipeline.scoring.vllm_engine import Role, VllmOptions, obstacle_to_vllm, open_vllm
 
 EngineName = Literal["auto", "hf", "vllm"]
 

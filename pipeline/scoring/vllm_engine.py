@@ -284,7 +284,7 @@ def _models() -> ModuleType:
     """The module that imports vLLM, which takes seconds."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # its reports are not for another tool to send
-    return importlib.import_module("adpa.pipeline.vllm_models")
+    return importlib.import_module("adpa.pipeline.scoring.vllm_models")
 
 
 def _own_heads(
