@@ -20,7 +20,7 @@ from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.kernels.student_statistics import IMPLAUSIBLE
 from adpa.pipeline.distill import DistillReport
-from adpa.pipeline.probe import Probe, collapse
+from adpa.pipeline.training.collapse import Probe, collapse
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1}
 KEYS = {"student/entropy", "student/mass_on_topk", "student/implausible_mass"}
