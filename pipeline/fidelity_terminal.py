@@ -5,7 +5,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from adpa.pipeline.fidelity import ProbeReport
+from adpa.pipeline.scoring.probe import ProbeReport
 
 
 def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:

@@ -28,7 +28,6 @@ from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.options import (
     BatchTokensOption,
@@ -54,6 +53,7 @@ from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.scoring.jobs import Executor, make_batches
 from adpa.pipeline.scoring.opened_models import open_models
 from adpa.pipeline.scoring.parts import PartPrompts, parse_part
+from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
 from adpa.pipeline.scoring.vllm_engine import HeadDtype, VllmOptions

@@ -21,9 +21,9 @@ from adpa.data.sequences import TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_scorings
 from adpa.errors import OptionError
-from adpa.pipeline.fidelity import ProbeReport, Work, probe_signals
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
+from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, complete, judge
 
 
@@ -35,7 +35,7 @@ def options(filled: Filled, cache: Path, **others: Any) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that sorts 200 ids of a token instead of 1,000."""
-    monkeypatch.setattr("adpa.pipeline.fidelity.PROBE_TOP_K", 200)
+    monkeypatch.setattr("adpa.pipeline.scoring.probe.PROBE_TOP_K", 200)
 
 
 def probe(filled: Filled, cache: Path, count: int, **others: Any) -> ProbeReport:
