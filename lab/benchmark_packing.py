@@ -46,7 +46,7 @@ from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.precompute import precompute
-from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.training.student import attach_distill_head
 
 WAYS: tuple[Packing, ...] = get_args(Packing)
 NAMES = {"none": "padded", "sequences": "--packing sequences", "prompts": "--packing prompts"}

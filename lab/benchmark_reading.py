@@ -19,7 +19,7 @@ from adpa.data.selection import TrainingPart
 from adpa.data.sequences import TokenIds
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring, read_signals, write_signals
-from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.training.student import attach_distill_head
 
 VOCABULARY, TOP_K = 49152, 50
 EXAMPLES, BATCH, ROUNDS = 64, 4, 8

@@ -44,7 +44,7 @@ from adpa.lab.cost_tables import (
 )
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.lm_head import hidden_states, read_head
-from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.training.student import attach_distill_head
 
 FLOP_PAIRS, FLOP_LIMITS = 2, (64, 256)
 

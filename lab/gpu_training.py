@@ -30,9 +30,9 @@ from adpa.lab.gpu_measures import figure_of
 from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, encoded_pairs, limits, preferences, shape_of
 from adpa.lab.gpu_part import Figure, Measure, Setting
 from adpa.lab.gpu_trace import mask_cost, profiled_steps
-from adpa.pipeline import student
 from adpa.pipeline.distill import distill
 from adpa.pipeline.precompute import precompute
+from adpa.pipeline.training import student
 
 PAIRS, BATCH, MICRO_BATCH, STEPS = 192, 32, 4, 6  # batch and micro-batch are distill's own
 DRY_PAIRS, DRY_BATCH, DRY_MICRO_BATCH, DRY_STEPS = 4, 4, 2, 2

@@ -13,8 +13,8 @@ from adpa.lab.advantages import CHANGES, AdvantageName, change_signals, towards_
 from adpa.lab.checkpoints import Laboratory, align
 from adpa.lab.evaluate import MAX_NEW_TOKENS
 from adpa.pipeline.distill import distill
-from adpa.pipeline.objectives import ObjectiveName, TermWeights, objective_terms
 from adpa.pipeline.precompute import precompute
+from adpa.pipeline.training.objectives import ObjectiveName, TermWeights, objective_terms
 
 OBJECTIVES = (*get_args(ObjectiveName), "dpo")
 

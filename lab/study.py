@@ -12,7 +12,7 @@ from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
-from adpa.pipeline.objectives import check_plausibility
+from adpa.pipeline.training.objectives import check_plausibility
 from adpa.pipeline.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # what a study compares all methods with

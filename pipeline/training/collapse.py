@@ -15,7 +15,7 @@ from torch import nn
 from adpa.data.batches import Collator, TrainingExamples
 from adpa.data.summary import PLAUSIBLE
 from adpa.kernels.student_statistics import IMPLAUSIBLE, StudentStatistics
-from adpa.pipeline.objectives import TermWeights
+from adpa.pipeline.training.objectives import TermWeights
 
 PROBE_EXAMPLES = 32  # over all ranks, spread evenly over the data
 MICRO_BATCHES = 4  # in a batch

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from adpa.lab.methods import terms_of
-from adpa.pipeline.objectives import ObjectiveName, TermWeights
+from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 
 
 def test_what_a_method_does_not_say_is_as_distill_has_it() -> None:

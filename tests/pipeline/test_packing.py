@@ -26,7 +26,7 @@ from adpa.data.batches import Packing, TrainingSequence, collate
 from adpa.data.responses import read_response_sets
 from adpa.errors import ModelError
 from adpa.pipeline.models.packed_attention import allow_packing
-from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.training.student import attach_distill_head
 
 PACKINGS: tuple[Packing, ...] = ("sequences", "prompts")
 

@@ -29,8 +29,8 @@ from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import ModelError
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport
-from adpa.pipeline.student import attach_distill_head
 from adpa.pipeline.trainer import DistillTrainer
+from adpa.pipeline.training.student import attach_distill_head
 
 RATE = 1000.0
 GRADIENT_DESCENT = ["optim=sgd"]
@@ -294,7 +294,7 @@ def test_a_run_has_the_same_losses_with_either_backend(
             found.append(result[0].item())
             return result
 
-        monkeypatch.setattr("adpa.pipeline.student.distill_head", watched_head)
+        monkeypatch.setattr("adpa.pipeline.training.student.distill_head", watched_head)
         student, output = str(filled.models.student), tmp_path / backend
         distill(objective, student, filled.cache, output, batch_size=2, max_steps=3, learning_rate=1e-3, warmup_steps=0)
         return found[1:]  # the first is the rehearsal's

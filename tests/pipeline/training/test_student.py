@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from adpa.kernels import reference
 from adpa.kernels.head import HeadLosses
-from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.training.student import attach_distill_head
 
 VOCABULARY, TOP_K = 96, 5
 

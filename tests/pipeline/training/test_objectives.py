@@ -5,7 +5,7 @@ import torch
 
 from adpa.data.responses import ResponseName
 from adpa.errors import OptionError
-from adpa.pipeline.objectives import ObjectiveName, TermWeights, objective_terms, plausible_advantages
+from adpa.pipeline.training.objectives import ObjectiveName, TermWeights, objective_terms, plausible_advantages
 
 
 def test_the_objectives_are_those_of_the_paper() -> None:

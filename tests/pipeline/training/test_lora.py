@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from adpa import distill
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.distill import DistillReport
-from adpa.pipeline.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.student import attach_distill_head
+from adpa.pipeline.training.lora import add_adapters, load_base, lora_settings, merge_adapters
+from adpa.pipeline.training.student import attach_distill_head
 
 RANK, SCALE = 4, 2.0  # alpha is twice the rank
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -377,7 +377,7 @@ def test_targets_and_ranks_that_cannot_be_used_are_refused(
 def test_a_package_that_is_not_installed_is_asked_for(
     missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.lora.find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr("adpa.pipeline.training.lora.find_spec", lambda name: None if name == missing else object())
     with pytest.raises(OptionError, match=rf"needs {missing}, which is not installed; pip install 'adpa\[{extra}\]'"):
         lora_settings(16, None, load_in_4bit=True)
 
