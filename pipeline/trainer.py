@@ -25,9 +25,9 @@ from adpa.data.batches import (
 )
 from adpa.data.steps import StepSampler
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.ranks import on_all_ranks
 from adpa.pipeline.training.collapse import Probe, collapse
 from adpa.pipeline.training.objectives import TermWeights, plausible_advantages
+from adpa.pipeline.training.ranks import on_all_ranks
 
 logger = logging.getLogger(__name__)
 
