@@ -23,7 +23,7 @@ from adpa.lab.checkpoints import Laboratory, Plan, build_laboratory
 from adpa.lab.evaluate import Evaluation, evaluate
 from adpa.lab.methods import Method, file_name, train
 from adpa.lab.study import RESERVED
-from adpa.pipeline.run_directory import RECORD
+from adpa.pipeline.training.run_directory import RECORD
 
 
 @dataclass(frozen=True)

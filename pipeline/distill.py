@@ -25,14 +25,14 @@ from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
-from adpa.pipeline.run_directory import check_output, find_start, write_record
-from adpa.pipeline.trainer import DistillTrainer
 from adpa.pipeline.training.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.training.model_sharding import check_sharding, check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, check_plausibility, objective_terms
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
+from adpa.pipeline.training.run_directory import check_output, find_start, write_record
 from adpa.pipeline.training.student import attach_distill_head
-from adpa.pipeline.training_arguments import TRAINING, batch_arguments, make_training_arguments
+from adpa.pipeline.training.trainer import DistillTrainer
+from adpa.pipeline.training.training_arguments import TRAINING, batch_arguments, make_training_arguments
 
 ADAPTER = "adapter"
 

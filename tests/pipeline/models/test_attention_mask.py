@@ -8,8 +8,8 @@ import torch
 from tests.pipeline.conftest import Filled, synthetic
 from tests.pipeline.models.test_lm_head import SMALL, build
 from tests.pipeline.models.test_packed_attention import MODELS, WINDOW
-from tests.pipeline.test_trainer import one_step, relative_error
 from tests.pipeline.training.test_student import gradient_error
+from tests.pipeline.training.test_trainer import one_step, relative_error
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from adpa import cli, distill
 from adpa.pipeline import distill as stage
-from adpa.pipeline.trainer import DistillTrainer
 from adpa.pipeline.training.student import attach_distill_head
+from adpa.pipeline.training.trainer import DistillTrainer
 
 torch.set_num_threads(1)
 RANK = os.environ["RANK"]

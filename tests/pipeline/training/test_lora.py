@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tests.pipeline.conftest import SMALL, Filled, save_random, say_quantized
-from tests.pipeline.test_trainer import dense_loss, relative_error
+from tests.pipeline.training.test_trainer import dense_loss, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config

@@ -249,7 +249,7 @@ ZERO_3 = "deepspeed={zero_optimization: {stage: 3}}"
 def test_deepspeed_that_is_not_installed_is_named(
     seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.training_arguments.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("adpa.pipeline.training.training_arguments.is_deepspeed_available", lambda: False)
     with pytest.raises(OptionError, match="without DeepSpeed; pip install deepspeed"):
         distill(**call(seven, tmp_path / "out", objective="sft", set=[ZERO_3]))
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from adpa.pipeline.training_arguments import make_training_arguments
+from adpa.pipeline.training.training_arguments import make_training_arguments
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU with bfloat16, as far as arguments know."""
-    monkeypatch.setattr("adpa.pipeline.training_arguments.resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("adpa.pipeline.training.training_arguments.resolve_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     return monkeypatch

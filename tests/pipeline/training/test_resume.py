@@ -17,7 +17,7 @@ from tests.pipeline.conftest import Filled, fill
 
 from adpa import distill
 from adpa.errors import OptionError
-from adpa.pipeline.trainer import DistillTrainer
+from adpa.pipeline.training.trainer import DistillTrainer
 
 RUN: dict[str, Any] = {
     "objective": "adpa",
@@ -134,7 +134,7 @@ def test_killed_by_a_signal(seven: Filled, whole: Path, tmp_path: Path) -> None:
     kill = """
 import os, signal
 from adpa.cli import main
-from adpa.pipeline.trainer import DistillTrainer
+from adpa.pipeline.training.trainer import DistillTrainer
 save = DistillTrainer._save_rng_state
 def killed(self, output_dir):
     if "checkpoint-4" in output_dir:

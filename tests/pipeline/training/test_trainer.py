@@ -29,8 +29,8 @@ from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import ModelError
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport
-from adpa.pipeline.trainer import DistillTrainer
 from adpa.pipeline.training.student import attach_distill_head
+from adpa.pipeline.training.trainer import DistillTrainer
 
 RATE = 1000.0
 GRADIENT_DESCENT = ["optim=sgd"]

@@ -16,7 +16,7 @@ from adpa import distill
 from adpa.data.batches import Packing
 from adpa.errors import OptionError
 from adpa.pipeline.distill import DistillReport
-from adpa.pipeline.trainer import DistillTrainer
+from adpa.pipeline.training.trainer import DistillTrainer
 
 Train = Callable[..., DistillReport]
 

@@ -12,7 +12,7 @@ from tests.data.makers import teacher_row
 from tests.pipeline.conftest import SMALL, AtOnce, Filled, synthetic
 from tests.pipeline.models.test_lm_head import CONFIGS
 from tests.pipeline.models.test_packed_attention import WAYS, build
-from tests.pipeline.test_trainer import (
+from tests.pipeline.training.test_trainer import (
     OBJECTIVES,
     assert_a_step_is_the_definitions,
     one_step,
