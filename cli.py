@@ -14,7 +14,7 @@ import typer
 from tqdm.contrib import DummyTqdmFile
 
 from adpa.commands import Commands, as_command, print_error
-from adpa.pipeline.report_terminal import show_report
+from adpa.pipeline.terminal.report import show_report
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals that are closed
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
@@ -83,7 +83,7 @@ def _app(
 def _precompute() -> Callable[..., None]:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache."""
     from adpa.pipeline.precompute import precompute
-    from adpa.pipeline.precompute_terminal import show_precompute
+    from adpa.pipeline.terminal.precompute import show_precompute
 
     return as_command(precompute, show_precompute)
 
@@ -108,7 +108,7 @@ def _evaluate() -> Callable[..., None]:
 def _inspect() -> Callable[..., None]:
     """Show what a cache says: its signals in a few numbers, and responses token by token."""
     from adpa.pipeline.inspect import inspect_cache
-    from adpa.pipeline.inspect_terminal import show_inspection
+    from adpa.pipeline.terminal.inspection import show_inspection
 
     return as_command(inspect_cache, show_inspection, arguments=["cache"])
 
@@ -129,7 +129,7 @@ app.add_typer(cache_app, name="cache")
 def _cache_ls() -> Callable[..., None]:
     """List what a cache holds, and who made it."""
     from adpa.pipeline.cache_ls import list_cache
-    from adpa.pipeline.cache_terminal import show_listing
+    from adpa.pipeline.terminal.cache import show_listing
 
     return as_command(list_cache, show_listing, arguments=["cache"])
 
@@ -137,8 +137,8 @@ def _cache_ls() -> Callable[..., None]:
 @cache_app.command("verify")
 def _cache_verify() -> Callable[..., None]:
     """Check every digest, every row and every file's name."""
-    from adpa.pipeline.cache_terminal import show_verification
     from adpa.pipeline.cache_verify import verify_cache
+    from adpa.pipeline.terminal.cache import show_verification
 
     return as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
 
@@ -147,7 +147,7 @@ def _cache_verify() -> Callable[..., None]:
 def _cache_gc() -> Callable[..., None]:
     """List what no response set needs; --yes removes it."""
     from adpa.pipeline.cache_gc import collect_garbage
-    from adpa.pipeline.cache_terminal import show_garbage
+    from adpa.pipeline.terminal.cache import show_garbage
 
     return as_command(collect_garbage, show_garbage, arguments=["cache"])
 
@@ -156,7 +156,7 @@ def _cache_gc() -> Callable[..., None]:
 def _cache_pack() -> Callable[..., None]:
     """Write many small files as few large ones; no row changes."""
     from adpa.pipeline.cache_pack import pack_cache
-    from adpa.pipeline.cache_terminal import show_packing
+    from adpa.pipeline.terminal.cache import show_packing
 
     return as_command(pack_cache, show_packing, arguments=["cache"])
 

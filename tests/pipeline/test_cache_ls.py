@@ -19,7 +19,7 @@ from adpa.data.shards import peek_keys
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
 from adpa.pipeline import cache_ls
-from adpa.pipeline.cache_terminal import show_listing
+from adpa.pipeline.terminal.cache import show_listing
 
 
 @pytest.fixture

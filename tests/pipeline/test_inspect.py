@@ -18,7 +18,7 @@ from tests.pipeline.conftest import Filled, dense_logprobs
 from adpa import InspectReport, inspect_cache, precompute
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.errors import AdpaError, CacheError, DamagedFileError, OptionError
-from adpa.pipeline.inspect_terminal import GREEN, RED, colour, show_inspection
+from adpa.pipeline.terminal.inspection import GREEN, RED, colour, show_inspection
 
 
 def response_set(cache: Path, name: str) -> ResponseSet:

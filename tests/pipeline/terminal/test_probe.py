@@ -5,8 +5,8 @@ from dataclasses import replace
 from rich.console import Console
 
 from adpa.data.fidelity import Fidelity
-from adpa.pipeline.fidelity_terminal import show_probe
 from adpa.pipeline.scoring.probe import ProbeReport
+from adpa.pipeline.terminal.probe import show_probe
 
 KEPT = [
     Fidelity(10, 0.9, 0.7, 0.1, 0.25, 0.75, 0.125, 9_000_000_000),

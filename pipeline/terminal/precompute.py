@@ -2,9 +2,9 @@
 
 from rich.console import Group, RenderableType
 
-from adpa.pipeline.fidelity_terminal import show_probe
 from adpa.pipeline.precompute import PrecomputeReport
-from adpa.pipeline.report_terminal import show_report
+from adpa.pipeline.terminal.probe import show_probe
+from adpa.pipeline.terminal.report import show_report
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
