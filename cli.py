@@ -128,7 +128,7 @@ app.add_typer(cache_app, name="cache")
 @cache_app.command("ls")
 def _cache_ls() -> Callable[..., None]:
     """List what a cache holds, and who made it."""
-    from adpa.pipeline.cache_ls import list_cache
+    from adpa.pipeline.cache.ls import list_cache
     from adpa.pipeline.terminal.cache import show_listing
 
     return as_command(list_cache, show_listing, arguments=["cache"])
@@ -137,7 +137,7 @@ def _cache_ls() -> Callable[..., None]:
 @cache_app.command("verify")
 def _cache_verify() -> Callable[..., None]:
     """Check every digest, every row and every file's name."""
-    from adpa.pipeline.cache_verify import verify_cache
+    from adpa.pipeline.cache.verify import verify_cache
     from adpa.pipeline.terminal.cache import show_verification
 
     return as_command(verify_cache, show_verification, arguments=["cache"], failure=attrgetter("failure"))
@@ -146,7 +146,7 @@ def _cache_verify() -> Callable[..., None]:
 @cache_app.command("gc")
 def _cache_gc() -> Callable[..., None]:
     """List what no response set needs; --yes removes it."""
-    from adpa.pipeline.cache_gc import collect_garbage
+    from adpa.pipeline.cache.gc import collect_garbage
     from adpa.pipeline.terminal.cache import show_garbage
 
     return as_command(collect_garbage, show_garbage, arguments=["cache"])
@@ -155,7 +155,7 @@ def _cache_gc() -> Callable[..., None]:
 @cache_app.command("pack")
 def _cache_pack() -> Callable[..., None]:
     """Write many small files as few large ones; no row changes."""
-    from adpa.pipeline.cache_pack import pack_cache
+    from adpa.pipeline.cache.pack import pack_cache
     from adpa.pipeline.terminal.cache import show_packing
 
     return as_command(pack_cache, show_packing, arguments=["cache"])
@@ -164,7 +164,7 @@ def _cache_pack() -> Callable[..., None]:
 @cache_app.command("export")
 def _cache_export() -> Callable[..., None]:
     """Write a response set and its signals as plain columns."""
-    from adpa.pipeline.cache_export import export_cache
+    from adpa.pipeline.cache.export import export_cache
 
     return as_command(export_cache, partial(show_report, "cache export"), arguments=["cache"])
 
@@ -172,7 +172,7 @@ def _cache_export() -> Callable[..., None]:
 @cache_app.command("merge")
 def _cache_merge() -> Callable[..., None]:
     """Take another cache's sets, signals, samples and tokenizers."""
-    from adpa.pipeline.cache_merge import merge_cache
+    from adpa.pipeline.cache.merge import merge_cache
 
     return as_command(
         merge_cache, partial(show_report, "cache merge"), arguments=["cache", "other"], failure=attrgetter("failure")

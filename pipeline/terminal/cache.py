@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from adpa.data.pieces import visible
-from adpa.pipeline.cache_gc import GarbageReport
-from adpa.pipeline.cache_ls import CacheListing, ListedScoring, ListedSet
-from adpa.pipeline.cache_pack import PackReport
-from adpa.pipeline.cache_verify import VerifyReport
+from adpa.pipeline.cache.gc import GarbageReport
+from adpa.pipeline.cache.ls import CacheListing, ListedScoring, ListedSet
+from adpa.pipeline.cache.pack import PackReport
+from adpa.pipeline.cache.verify import VerifyReport
 
 
 def show_listing(listing: CacheListing) -> RenderableType:

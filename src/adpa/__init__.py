@@ -14,12 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adpa.pipeline.cache_export import ExportReport, export_cache
-    from adpa.pipeline.cache_gc import GarbageReport, collect_garbage
-    from adpa.pipeline.cache_ls import CacheListing, list_cache
-    from adpa.pipeline.cache_merge import MergeReport, merge_cache
-    from adpa.pipeline.cache_pack import PackReport, pack_cache
-    from adpa.pipeline.cache_verify import VerifyReport, verify_cache
+    from adpa.pipeline.cache.export import ExportReport, export_cache
+    from adpa.pipeline.cache.gc import GarbageReport, collect_garbage
+    from adpa.pipeline.cache.ls import CacheListing, list_cache
+    from adpa.pipeline.cache.merge import MergeReport, merge_cache
+    from adpa.pipeline.cache.pack import PackReport, pack_cache
+    from adpa.pipeline.cache.verify import VerifyReport, verify_cache
     from adpa.pipeline.distill import DistillReport, distill
     from adpa.pipeline.evaluate import EvaluateReport, evaluate
     from adpa.pipeline.inspect import InspectReport, inspect_cache
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
-    "cache_export": ("ExportReport", "export_cache"),
-    "cache_gc": ("GarbageReport", "collect_garbage"),
-    "cache_ls": ("CacheListing", "list_cache"),
-    "cache_merge": ("MergeReport", "merge_cache"),
-    "cache_pack": ("PackReport", "pack_cache"),
-    "cache_verify": ("VerifyReport", "verify_cache"),
+    "cache.export": ("ExportReport", "export_cache"),
+    "cache.gc": ("GarbageReport", "collect_garbage"),
+    "cache.ls": ("CacheListing", "list_cache"),
+    "cache.merge": ("MergeReport", "merge_cache"),
+    "cache.pack": ("PackReport", "pack_cache"),
+    "cache.verify": ("VerifyReport", "verify_cache"),
     "distill": ("DistillReport", "distill"),
     "evaluate": ("EvaluateReport", "evaluate"),
     "inspect": ("InspectReport", "inspect_cache"),

@@ -53,7 +53,7 @@ Job = tuple[str, dict[str, Any]]
 
 def run_at_once(*jobs: Job) -> None:
     """Runs stages, each with its options, in processes of their own at the same time."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(
         command, input=json.dumps(jobs), env=environment, text=True, stderr=subprocess.PIPE, check=False

@@ -18,7 +18,7 @@ from adpa.data.rounding import advantage_errors, kl_errors
 from adpa.data.shards import peek_keys
 from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
-from adpa.pipeline import cache_ls
+from adpa.pipeline.cache import ls as cache_ls
 from adpa.pipeline.terminal.cache import show_listing
 
 

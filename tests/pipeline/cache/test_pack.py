@@ -38,8 +38,8 @@ from adpa.data.signals import (
     write_signals,
 )
 from adpa.errors import CacheError, DamagedFileError, OptionError
-from adpa.pipeline import cache_pack
-from adpa.pipeline.cache_pack import pack_folder
+from adpa.pipeline.cache import pack as cache_pack
+from adpa.pipeline.cache.pack import pack_folder
 
 SCHEMA = compact_schema(SCORING.top_k, SCORING.lossy)
 

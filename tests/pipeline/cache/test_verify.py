@@ -25,7 +25,7 @@ from adpa.data.shards import read_shard, write_shard
 from adpa.data.signal_rows import plain_schema, plain_table
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, DamagedFileError, OptionError
-from adpa.pipeline import cache_verify
+from adpa.pipeline.cache import verify as cache_verify
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline import precompute as stage
-from adpa.pipeline.cache_gc import collect_garbage
-from adpa.pipeline.cache_pack import pack_cache, pack_folder
+from adpa.pipeline.cache.gc import collect_garbage
+from adpa.pipeline.cache.pack import pack_cache, pack_folder
 from adpa.pipeline.precompute import PrecomputeReport
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 

@@ -26,7 +26,7 @@ from adpa.data.samples import SampleRequest, read_samples, write_samples
 from adpa.data.shards import list_shards, read_shard, write_shard
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, OptionError
-from adpa.pipeline import cache_merge
+from adpa.pipeline.cache import merge as cache_merge
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -72,7 +72,7 @@ def test_without_links_files_are_copied(empty: Path, other: Path, monkeypatch: p
     def refuses(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr("adpa.pipeline.cache_merge.os.link", refuses)
+    monkeypatch.setattr("adpa.pipeline.cache.merge.os.link", refuses)
     report = merge_cache(empty, other)
     assert (report.linked.files, report.copied.files) == (0, len(files(other)) - 1)
     assert {k: v for k, v in files(empty).items() if k.endswith("arrow")} == {

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.data.makers import INFO, SCORING, TURN_END, signal_row, token_ids
-from tests.pipeline.lockstep import EXAMPLES, STOPS, Chore, Job, Pack, Run, Turn, models_and_steps, take_turns
+from tests.pipeline.cache.lockstep import EXAMPLES, STOPS, Chore, Job, Pack, Run, Turn, models_and_steps, take_turns
 
 from adpa.data.format import prepare_cache
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set

@@ -30,7 +30,7 @@ from adpa.data.signals import (
     write_signals,
 )
 from adpa.errors import CacheError, DamagedFileError, OptionError
-from adpa.pipeline.cache_gc import Garbage, GarbageReport
+from adpa.pipeline.cache.gc import Garbage, GarbageReport
 
 WEEK = 7 * 24 * 3600
 

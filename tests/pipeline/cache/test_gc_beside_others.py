@@ -24,7 +24,8 @@ from adpa.data.signal_rows import plain_schema, plain_table
 from adpa.data.signals import read_scorings, read_signals, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
-from adpa.pipeline import cache_gc, cache_merge
+from adpa.pipeline.cache import gc as cache_gc
+from adpa.pipeline.cache import merge as cache_merge
 from adpa.pipeline.scoring.score import missing_sequences, score
 
 WEEK = 7 * 24 * 3600
