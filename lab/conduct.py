@@ -25,7 +25,7 @@ from adpa.lab.runs import STUDENT, TEACHER, Run, has_result, read_result
 from adpa.lab.seed_process import SeedProcess
 from adpa.lab.study import OWN_STUDY, Study, read_study
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 SETTINGS = "study.json"
 

@@ -13,7 +13,7 @@ from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
 from adpa.pipeline.training.objectives import check_plausibility
-from adpa.pipeline.yaml_options import as_number, read_options
+from adpa.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
 OWN_STUDY = Path(__file__).with_name("study.yaml")

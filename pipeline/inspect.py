@@ -16,8 +16,8 @@ from adpa.data.summary import SignalSummary, summarize
 from adpa.data.vocabulary import read_tokenizer
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline.directories import check_writable_file
-from adpa.pipeline.progress import progress
 from adpa.pipeline.terminal.inspection_html import render_page
+from adpa.progress import progress
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from adpa.data.plain_rows import SCHEMA, joined_tables
 from adpa.data.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
 from adpa.pipeline.directories import check_writable_file
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 
 @dataclass(frozen=True)

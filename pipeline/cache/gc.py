@@ -24,7 +24,7 @@ from adpa.data.shards import join_keys, list_folder, list_shards, peek_keys, rea
 from adpa.data.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 DAY = 24 * 60 * 60
 

@@ -30,7 +30,7 @@ from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 
 @dataclass

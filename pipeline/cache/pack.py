@@ -37,7 +37,7 @@ from adpa.data.shards import (
 )
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 GOAL = 256 << 20  # bytes of a file; half of that is enough to be left alone
 ROWS_AT_ONCE = 1024

@@ -24,7 +24,7 @@ from adpa.data.signals import Scoring, SignalTable, check_signals, read_scoring_
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
 from adpa.errors import DamagedFileError
 from adpa.pipeline.directories import check_writable
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 # Embedding matrices are padded: their models may give probability to ids that the tokenizer lacks.
 PADDED_VOCABULARY = 1 + 1 / 16

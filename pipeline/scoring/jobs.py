@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
-from adpa.pipeline.progress import progress
+from adpa.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

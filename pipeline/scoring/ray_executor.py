@@ -31,8 +31,8 @@ import ray.exceptions
 from adpa.data.locations import Location
 from adpa.data.shards import remove_file, write_file
 from adpa.errors import CacheError, EngineError, OptionError
-from adpa.pipeline.progress import progress
 from adpa.pipeline.scoring.jobs import Job, write_batches
+from adpa.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

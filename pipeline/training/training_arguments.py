@@ -13,7 +13,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.models.launcher import number_of_ranks
-from adpa.pipeline.yaml_options import as_number
+from adpa.yaml_options import as_number
 
 _BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"
 _EVALUATION = "adpa evaluate compares students"

@@ -20,7 +20,7 @@ from adpa.errors import AdpaError, OptionError
 from adpa.pipeline.directories import check_writable_file, find_location
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.terminal.report import show_report
-from adpa.pipeline.yaml_options import read_options
+from adpa.yaml_options import read_options
 
 OUT_OF_MEMORY = "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization"
 

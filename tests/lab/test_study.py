@@ -8,7 +8,7 @@ import yaml
 
 from adpa.errors import OptionError
 from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
-from adpa.pipeline.yaml_options import read_options
+from adpa.yaml_options import read_options
 
 SMALL = """
 seeds: [3, 4]

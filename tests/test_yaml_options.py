@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from adpa.errors import OptionError
-from adpa.pipeline.yaml_options import as_number, read_options
+from adpa.yaml_options import as_number, read_options
 
 
 def read(text: str | bytes, tmp_path: Path) -> Any:
