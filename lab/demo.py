@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import logging as transformers_logging
 
+from adpa.data.bootstrap import win_share
 from adpa.errors import OptionError
 from adpa.lab.checkpoints import Laboratory, build_laboratory
 from adpa.lab.command import adpa
 from adpa.lab.environment import Environment
 from adpa.lab.evaluate import Evaluation, evaluate, mean
-from adpa.pipeline.bootstrap import win_share
 
 EVALUATION_PROMPTS = 500
 BASELINE = "SFT student"

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adpa.data.bootstrap import Interval
 from adpa.data.signal_rows import PADDING
 from adpa.data.signals import SignalTable
 from adpa.data.summary import PLAUSIBLE
 from adpa.lab.report import MethodResult, StudyReport
-from adpa.pipeline.bootstrap import Interval
 
 WIDTH, DPI = 8.0, 150
 BLUE, RED, GREY = "#1f77b4", "#c0392b", "#666666"

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adpa import EvaluateReport, evaluate
+from adpa.data.bootstrap import bootstrap_interval
 from adpa.data.responses import ResponseSet, read_response_sets
 from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
-from adpa.pipeline.bootstrap import bootstrap_interval
 from adpa.pipeline.evaluate import repetition
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring import hf_sampler as sampler_hf

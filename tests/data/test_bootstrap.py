@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from adpa.data.bootstrap import CHUNK_VALUES, Interval, bootstrap_interval, win_share
 from adpa.errors import DataError
-from adpa.pipeline.bootstrap import CHUNK_VALUES, Interval, bootstrap_interval, win_share
 
 
 def draw(groups: int, prompts: int, seed: int = 0) -> np.ndarray:
