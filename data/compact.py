@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import damaged
 from adpa.data.rounding import (
     LOGPROBS,
     advantage_errors,
@@ -27,7 +28,6 @@ from adpa.data.rounding import (
     round_advantages,
     round_logprobs,
 )
-from adpa.data.shards import damaged
 from adpa.data.signal_rows import PADDING, SignalRow
 from adpa.errors import CacheError, DamagedFileError
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from adpa.data.cache.ragged import list_row
 from adpa.data.compact import ERRORS
-from adpa.data.ragged import list_row
 from adpa.data.responses import ResponseSet, make_response_set
 from adpa.data.rounding import COARSEST, GRID, LOGPROB_STEP
 from adpa.data.sequences import sequence_key

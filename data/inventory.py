@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adpa.data.locations import Location
-from adpa.data.shards import HIDDEN
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import HIDDEN
 
 FileKind = Literal[
     "marker", "response set", "scoring", "signals", "pending", "samples", "tokenizer", "unfinished", "damaged",

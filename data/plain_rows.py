@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from adpa.data.ragged import list_column
+from adpa.data.cache.ragged import list_column
 from adpa.data.selection import ScoredSet
 from adpa.data.signal_rows import PADDING, SignalRow
 

@@ -14,10 +14,10 @@ from typing import Literal, get_args
 
 import pyarrow as pa
 
-from adpa.data.locations import Location
-from adpa.data.ragged import list_column, list_row
+from adpa.data.cache.locations import Location
+from adpa.data.cache.ragged import list_column, list_row
+from adpa.data.cache.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 from adpa.data.sequences import TokenIds, TokenSequence, sequence_key
-from adpa.data.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)

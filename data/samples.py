@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
-from adpa.data.locations import Location
-from adpa.data.ragged import list_column, list_row
+from adpa.data.cache.locations import Location
+from adpa.data.cache.ragged import list_column, list_row
+from adpa.data.cache.shards import damaged, open_shards, write_shard
 from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenIds, sequence_key
-from adpa.data.shards import damaged, open_shards, write_shard
 
 SHARD_PREFIX = "samples"
 SCHEMA = pa.schema([("key", pa.binary(16)), ("response_ids", pa.list_(pa.int32()))])

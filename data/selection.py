@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from adpa.data.format import check_cache
-from adpa.data.locations import Location
+from adpa.data.cache.format import check_cache
+from adpa.data.cache.locations import Location
 from adpa.data.responses import ResponseName, ResponseSet, read_response_sets
 from adpa.data.signals import Scoring, SignalTable, read_scorings, read_signals
 from adpa.errors import CacheError

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from adpa.data.ragged import list_column, list_row
+from adpa.data.cache.ragged import list_column, list_row
 from adpa.errors import DamagedFileError
 
 PADDING = -1

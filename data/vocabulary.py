@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from adpa.data.documents import read_document, serialize_document
-from adpa.data.locations import Location
-from adpa.data.shards import damaged, write_folder
+from adpa.data.cache.documents import read_document, serialize_document
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import damaged, write_folder
 from adpa.errors import ModelError
 
 if TYPE_CHECKING:

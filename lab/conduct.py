@@ -15,7 +15,8 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 from typing_extensions import Doc
 
-from adpa.data.shards import write_file
+from adpa.data.cache.directories import check_writable
+from adpa.data.cache.shards import write_file
 from adpa.data.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
 from adpa.lab.evaluate import mean
@@ -24,7 +25,6 @@ from adpa.lab.report import StudyReport, report_study
 from adpa.lab.runs import STUDENT, TEACHER, Run, has_result, read_result
 from adpa.lab.seed_process import SeedProcess
 from adpa.lab.study import OWN_STUDY, Study, read_study
-from adpa.pipeline.directories import check_writable
 from adpa.progress import progress
 
 SETTINGS = "study.json"

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy, align_special_tokens
 from typing_extensions import Doc
 
 from adpa.data.batches import Packing, TrainingExamples, collate
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
 from adpa.data.responses import ResponseName
 from adpa.data.selection import Need, Selection, select
 from adpa.data.summary import PLAUSIBLE

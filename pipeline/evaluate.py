@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from typing_extensions import Doc
 
 from adpa.data.bootstrap import Interval, bootstrap_interval, win_share
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.sequences import TokenIds
 from adpa.data.signals import read_scoring, read_signals

@@ -8,9 +8,10 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
+from adpa.data.cache.directories import check_writable
+from adpa.data.cache.format import find_version, prepare_cache
+from adpa.data.cache.locations import Location
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.format import find_version, prepare_cache
-from adpa.data.locations import Location
 from adpa.data.preferences import read_rows
 from adpa.data.responses import (
     RESPONSE_NAMES,
@@ -27,7 +28,6 @@ from adpa.data.signal_rows import plain_bytes
 from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
-from adpa.pipeline.directories import check_writable
 from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.options import (
     BatchTokensOption,

@@ -31,7 +31,7 @@ from adpa import (
     verify_cache,
 )
 from adpa.commands import as_command, load
-from adpa.data.format import prepare_cache
+from adpa.data.cache.format import prepare_cache
 from adpa.lab.conduct import lab
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Doc
 
-from adpa.data.format import check_cache
-from adpa.data.locations import Location
+from adpa.data.cache.directories import check_writable_file
+from adpa.data.cache.format import check_cache
+from adpa.data.cache.locations import Location
 from adpa.data.plain_rows import SCHEMA, joined_tables
 from adpa.data.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
-from adpa.pipeline.directories import check_writable_file
 from adpa.progress import progress
 
 

@@ -11,11 +11,10 @@ import pyarrow as pa
 from typing_extensions import Doc
 
 from adpa.data import samples, signals
-from adpa.data.format import check_cache, prepare_cache
-from adpa.data.inventory import CacheFile, list_files
-from adpa.data.locations import Location
-from adpa.data.responses import read_response_set
-from adpa.data.shards import (
+from adpa.data.cache.directories import check_writable
+from adpa.data.cache.format import check_cache, prepare_cache
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import (
     check_shard,
     keys_of,
     list_again,
@@ -26,10 +25,11 @@ from adpa.data.shards import (
     write_file,
     write_shard,
 )
+from adpa.data.inventory import CacheFile, list_files
+from adpa.data.responses import read_response_set
 from adpa.data.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
-from adpa.pipeline.directories import check_writable
 from adpa.progress import progress
 
 

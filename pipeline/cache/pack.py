@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from typing_extensions import Doc
 
 from adpa.data import samples, signals
-from adpa.data.compact import compact_schema, compact_table
-from adpa.data.format import check_cache, prepare_cache
-from adpa.data.inventory import list_files
-from adpa.data.locations import Location
-from adpa.data.shards import (
+from adpa.data.cache.directories import check_writable
+from adpa.data.cache.format import check_cache, prepare_cache
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import (
     join_keys,
     list_again,
     list_shards,
@@ -35,8 +34,9 @@ from adpa.data.shards import (
     remove_file,
     write_replacement,
 )
+from adpa.data.compact import compact_schema, compact_table
+from adpa.data.inventory import list_files
 from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
-from adpa.pipeline.directories import check_writable
 from adpa.progress import progress
 
 GOAL = 256 << 20  # bytes of a file; half of that is enough to be left alone

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.scoring.jobs import Executor, run_here

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
 from adpa.data.responses import Sampling
 from adpa.data.samples import SampleRequest, write_samples
 from adpa.data.sequences import TokenIds

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import list_shards, peek_shard, read_shards, remove_file, write_shard
 from adpa.data.sequences import TokenSequence
-from adpa.data.shards import list_shards, peek_shard, read_shards, remove_file, write_shard
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, ModelError

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from adpa.data.shards import write_file
+from adpa.data.cache.directories import check_writable
+from adpa.data.cache.shards import write_file
 from adpa.errors import OptionError
-from adpa.pipeline.directories import check_writable
 
 RECORD = "adpa.json"
 LAST = "last"

@@ -16,8 +16,8 @@ import typer.core
 from rich.console import Console, RenderableType
 from upath import UPath
 
+from adpa.data.cache.directories import check_writable_file, find_location
 from adpa.errors import AdpaError, OptionError
-from adpa.pipeline.directories import check_writable_file, find_location
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.terminal.report import show_report
 from adpa.yaml_options import read_options

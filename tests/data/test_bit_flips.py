@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adpa import verify_cache
-from adpa.data.format import check_cache
+from adpa.data.cache.format import check_cache
 from adpa.data.responses import RESPONSE_NAMES, ResponseName, Sampling, read_response_sets
 from adpa.data.samples import read_samples
 from adpa.data.selection import Need, select

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adpa import distill, verify_cache
-from adpa.data.format import VERSION, check_cache
+from adpa.data.cache.format import VERSION, check_cache
 from adpa.data.responses import read_response_sets
 from adpa.data.rounding import COARSEST
 from adpa.data.signal_rows import SignalRow

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import INFO, SAMPLING, TURN_END, ResponseRow, response_rows, token_ids
 
+from adpa.data.cache.shards import write_shard
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.sequences import sequence_key
-from adpa.data.shards import write_shard
 from adpa.errors import DamagedFileError
 
 ROWS = response_rows(0, ["d", "a", "c", "b"])

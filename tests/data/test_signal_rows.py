@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import K, assert_same_row, signal_row, teacher_row
 
-from adpa.data.shards import read_shard, write_shard
+from adpa.data.cache.shards import read_shard, write_shard
 from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_bytes, plain_schema, plain_table, read_plain_row
 
 KEYS = [bytes([number]) * 16 for number in range(8)]

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
+from adpa.data.cache.documents import write_document
+from adpa.data.cache.shards import list_shards, write_file, write_shard
 from adpa.data.compact import compact_table
-from adpa.data.documents import write_document
-from adpa.data.shards import list_shards, write_file, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import ModelIdentity, read_scoring, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, DamagedFileError

@@ -8,7 +8,7 @@ import pytest
 from tests.data.templates import STYLES
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.documents import write_document
+from adpa.data.cache.documents import write_document
 from adpa.data.vocabulary import (
     TurnEnd,
     check_same_vocabulary,

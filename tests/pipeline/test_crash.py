@@ -12,8 +12,8 @@ import pytest
 from tests.conftest import Models, Row
 
 from adpa import precompute
+from adpa.data.cache.shards import list_shards, read_shard
 from adpa.data.responses import read_response_sets
-from adpa.data.shards import list_shards, read_shard
 from adpa.data.signals import read_scorings, read_signals
 from adpa.pipeline.scoring.jobs import make_batches
 

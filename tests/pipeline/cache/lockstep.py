@@ -25,8 +25,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from adpa import precompute
+from adpa.data.cache.format import prepare_cache
 from adpa.data.compact import compact_schema
-from adpa.data.format import prepare_cache
 from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.signal_rows import SignalRow

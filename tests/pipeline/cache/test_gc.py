@@ -18,9 +18,9 @@ from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
 from adpa import cli, collect_garbage, list_cache, pack_cache
+from adpa.data.cache.shards import read_shard, read_shards, write_shard
 from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, samples_folder, write_samples
-from adpa.data.shards import read_shard, read_shards, write_shard
 from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.signals import (
     Scoring,
@@ -301,7 +301,7 @@ def test_no_cache_and_one_that_cannot_be_written_are_refused(
 ) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         collect_garbage(tmp_path)
-    monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         collect_garbage(cache, yes=True)
     before = {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))}

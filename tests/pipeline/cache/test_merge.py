@@ -20,10 +20,10 @@ from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
 from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
-from adpa.data.format import prepare_cache
+from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.shards import list_shards, read_shard, write_shard
 from adpa.data.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.shards import list_shards, read_shard, write_shard
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline.cache import merge as cache_merge
@@ -272,7 +272,7 @@ def test_what_cannot_be_merged_is_refused(
     for same in (empty, tmp_path / "link", empty / ".." / empty.name):
         with pytest.raises(OptionError, match="the same cache as"):
             merge_cache(empty, same)
-    monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         merge_cache(empty, other)
 

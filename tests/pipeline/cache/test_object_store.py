@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 from tests.pipeline.conftest import Filled
 
 from adpa import collect_garbage, export_cache, list_cache, merge_cache, pack_cache, verify_cache
-from adpa.data.format import prepare_cache
-from adpa.data.locations import Location
+from adpa.data.cache.directories import find_location
+from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import list_shards, read_shard, remove_file, write_file, write_shard
 from adpa.data.responses import read_response_sets
-from adpa.data.shards import list_shards, read_shard, remove_file, write_file, write_shard
 from adpa.data.signals import read_scorings, read_signals
-from adpa.pipeline.directories import find_location
 
 
 def upload(source: Path, target: Location) -> None:

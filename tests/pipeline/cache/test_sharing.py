@@ -13,11 +13,11 @@ from tests.conftest import Models, Row, WriteRows
 from tests.pipeline.conftest import Filled
 
 from adpa import distill, inspect_cache, precompute
-from adpa.data.locations import Location
+from adpa.data.cache.directories import find_location
+from adpa.data.cache.locations import Location
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import OptionError
-from adpa.pipeline.directories import find_location
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "logging_steps": 1, "device": "cpu"}
 # One process imports everything; its children are ready at once.
@@ -25,7 +25,7 @@ SCRIPT = """
 import json, os, sys, traceback
 from pathlib import Path
 from adpa import distill, precompute
-from adpa.pipeline.directories import find_location
+from adpa.data.cache.directories import find_location
 
 def run(stage, options):
     options["cache"] = find_location(options["cache"])

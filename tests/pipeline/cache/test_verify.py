@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from adpa import VerifyReport, cli, export_cache, pack_cache, precompute, verify_cache
+from adpa.data.cache.shards import read_shard, write_shard
 from adpa.data.compact import compact_table
 from adpa.data.responses import read_response_sets
-from adpa.data.shards import read_shard, write_shard
 from adpa.data.signal_rows import plain_schema, plain_table
 from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, DamagedFileError, OptionError
@@ -364,7 +364,7 @@ def test_files_that_vanish_again_and_again_are_told(cache: Path, monkeypatch: py
 def test_what_cannot_be_verified_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         verify_cache(tmp_path)
-    monkeypatch.setattr("adpa.pipeline.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match="cannot be written"):
         verify_cache(cache, repair=True)
     assert verify_cache(cache).faults == []

@@ -13,7 +13,7 @@ from tests.data.makers import token_ids
 from tests.pipeline.conftest import Filled
 
 from adpa import precompute, verify_cache
-from adpa.data.format import find_version
+from adpa.data.cache.format import find_version
 from adpa.data.responses import read_response_sets
 from adpa.data.signals import read_scorings, read_signals
 from adpa.errors import OptionError

@@ -25,9 +25,9 @@ from tests.pipeline.conftest import Filled, synthetic
 from upath import UPath
 
 from adpa import collect_garbage, precompute, verify_cache
-from adpa.data.format import prepare_cache
-from adpa.data.locations import Location
-from adpa.data.shards import list_shards, read_shard
+from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import list_shards, read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import ModelIdentity, Scoring
 from adpa.errors import CacheError, EngineError, ModelError, OptionError

@@ -18,8 +18,8 @@ import pytest
 from tests.conftest import MakeModel, Models, Row, heed_signals
 
 from adpa import distill, precompute
+from adpa.data.cache.shards import list_shards, read_shard
 from adpa.data.responses import read_response_sets
-from adpa.data.shards import list_shards, read_shard
 from adpa.data.signal_rows import SignalRow
 from adpa.data.signals import Scoring, read_scorings, read_signals
 from adpa.errors import OptionError

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from datasets import load_dataset
 
-from adpa.data import shards
-from adpa.data.shards import (
+from adpa.data.cache import shards
+from adpa.data.cache.shards import (
     list_shards,
     peek_keys,
     read_shard,
@@ -108,10 +108,10 @@ def start_python(program: str, folder: Path) -> "subprocess.Popen[str]":
     beginning = f"""
 from pathlib import Path
 import pyarrow as pa
-from adpa.data.shards import write_shard
+from adpa.data.cache.shards import write_shard
 folder, table = Path({str(folder)!r}), pa.table({{"ids": [[1, 2, 3], []]}})
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     return subprocess.Popen(
         [sys.executable, "-c", beginning + program], env=environment, text=True, stderr=subprocess.PIPE
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from adpa.data.locations import Location
+from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 
 

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from adpa.data.locations import Location
-from adpa.data.shards import damaged, write_file
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import damaged, write_file
 
 SIZE_LIMIT = 1 << 20
 

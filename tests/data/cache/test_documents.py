@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from adpa.data.documents import SIZE_LIMIT, read_document, write_document
+from adpa.data.cache.documents import SIZE_LIMIT, read_document, write_document
 from adpa.errors import DamagedFileError
 
 FIELDS = {"format": "adpa-cache", "version": 2, "names": ["ü", None], "share": 0.1}

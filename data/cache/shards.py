@@ -19,7 +19,7 @@ from typing import TypeVar
 import pyarrow as pa
 from upath import UPath
 
-from adpa.data.locations import Location, copies_folder
+from adpa.data.cache.locations import Location, copies_folder
 from adpa.errors import CacheError, DamagedFileError
 
 Result = TypeVar("Result")

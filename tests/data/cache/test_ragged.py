@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from adpa.data.ragged import list_column, list_row
+from adpa.data.cache.ragged import list_column, list_row
 
 any_rows = settings(max_examples=50, deadline=None, derandomize=True)
 DTYPES = {"float16": pa.float16(), "float32": pa.float32(), "int32": pa.int32()}

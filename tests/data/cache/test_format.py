@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tests.data.makers import INFO, SCORING, response_rows
 
-from adpa.data.documents import write_document
-from adpa.data.format import MARKER, check_cache, find_version, prepare_cache
+from adpa.data.cache.documents import write_document
+from adpa.data.cache.format import MARKER, check_cache, find_version, prepare_cache
 from adpa.data.responses import make_response_set, write_response_set
 from adpa.data.signals import write_scoring
 from adpa.errors import CacheError, DamagedFileError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from adpa.data.cache.directories import check_writable, check_writable_file, find_location
 from adpa.errors import OptionError
-from adpa.pipeline.directories import check_writable, check_writable_file, find_location
 
 
 def test_a_directory_that_is_there_or_can_be_made_is_good(tmp_path: Path) -> None:
