@@ -17,10 +17,10 @@ from pyarrow.compute import list_value_length
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from adpa.data.cache.selection import TrainingPart
+from adpa.data.cache.signal_rows import SignalRow, check_length
 from adpa.data.packing import pack_sequences
-from adpa.data.selection import TrainingPart
 from adpa.data.sequences import TokenSequence
-from adpa.data.signal_rows import SignalRow, check_length
 
 
 @dataclass(frozen=True)

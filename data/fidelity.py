@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.signal_rows import PADDING, SignalRow, keep_nucleus
-from adpa.data.signals import Scoring, encoded_bytes
+from adpa.data.cache.signal_rows import PADDING, SignalRow, keep_nucleus
+from adpa.data.cache.signals import Scoring, encoded_bytes
 
 SMALLEST_TAIL = 1e-7  # 1 − Σq of float32 log-probabilities has no digits below
 SMALLEST = np.finfo(np.float64).tiny

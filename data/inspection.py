@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adpa.data.cache.selection import ScoredSet
+from adpa.data.cache.signal_rows import PADDING
 from adpa.data.pieces import texts_in_place
-from adpa.data.selection import ScoredSet
-from adpa.data.signal_rows import PADDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from adpa.data.cache.compact import ERRORS
 from adpa.data.cache.ragged import list_row
-from adpa.data.compact import ERRORS
-from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.rounding import COARSEST, GRID, LOGPROB_STEP
+from adpa.data.cache.responses import ResponseSet, make_response_set
+from adpa.data.cache.rounding import COARSEST, GRID, LOGPROB_STEP
+from adpa.data.cache.signal_rows import PADDING, SignalRow
 from adpa.data.sequences import sequence_key
-from adpa.data.signal_rows import PADDING, SignalRow
 
 FLOAT16_ERROR = 2.0**-11
 FLOAT32_ERROR = 2.0**-13

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.selection import ScoredSet
-from adpa.data.signal_rows import PADDING
+from adpa.data.cache.selection import ScoredSet
+from adpa.data.cache.signal_rows import PADDING
 
 QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
 PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible; the default of --plausibility

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import SignalTable, read_scoring, read_signals, write_scoring, write_signals
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import SignalTable, read_scoring, read_signals, write_scoring, write_signals
 from adpa.lab.tokenizer import VOCABULARY
 
 AdvantageName = Literal["log ratio", "clipped", "centred", "uniform reference"]

@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adpa.data.cache.compact import ARRAYS, compact_table
+from adpa.data.cache.rounding import advantage_errors, kl_errors
 from adpa.data.cache.shards import serialize
-from adpa.data.compact import ARRAYS, compact_table
-from adpa.data.rounding import advantage_errors, kl_errors
-from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
-from adpa.data.signals import SignalTable, read_scorings, read_signals
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
+from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.precompute import precompute

@@ -34,11 +34,11 @@ from adpa.data.batches import (
     count_tokens,
     pad_sequences,
 )
+from adpa.data.cache.responses import ResponseName
+from adpa.data.cache.selection import Need, select
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.packing import pack_sequences
 from adpa.data.preferences import read_rows
-from adpa.data.responses import ResponseName
-from adpa.data.selection import Need, select
 from adpa.data.sequences import TokenSequence
 from adpa.data.vocabulary import find_turn_end, load_tokenizer
 from adpa.lab.benchmark_encoding import text_pairs

@@ -14,11 +14,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adpa.data.batches import TrainingExamples, collate
-from adpa.data.responses import ResponseName, ResponseSet, ResponseSetInfo, make_response_set
-from adpa.data.selection import TrainingPart
+from adpa.data.cache.responses import ResponseName, ResponseSet, ResponseSetInfo, make_response_set
+from adpa.data.cache.selection import TrainingPart
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring, read_signals, write_signals
 from adpa.data.sequences import TokenIds
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring, read_signals, write_signals
 from adpa.pipeline.training.student import attach_distill_head
 
 VOCABULARY, TOP_K = 49152, 50

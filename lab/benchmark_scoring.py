@@ -39,8 +39,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.signals import ModelIdentity, Scoring
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.engine import Engine, HfEngine

@@ -17,7 +17,7 @@ from typing_extensions import Doc
 
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.shards import write_file
-from adpa.data.signals import SignalTable, read_scorings, read_signals
+from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
 from adpa.lab.evaluate import mean
 from adpa.lab.methods import Method, trial_name

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.signal_rows import SignalRow
 from adpa.kernels.teacher_rows import teacher_rows
 from adpa.lab.gpu_measures import figure_of, in_turns, seconds
 from adpa.lab.gpu_models import (

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest
-from adpa.data.signals import Scoring
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest
+from adpa.data.cache.signals import Scoring
 from adpa.lab.gpu_measures import figure_of, in_turns
 from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, encoded_pairs, sequences_of, text_tokenizer
 from adpa.lab.gpu_part import Figure, Setting

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from adpa.data.responses import ResponseName
-from adpa.data.signals import read_scoring, read_signals
+from adpa.data.cache.responses import ResponseName
+from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.lab.advantages import CHANGES, AdvantageName, change_signals, towards_prior
 from adpa.lab.checkpoints import Laboratory, align
 from adpa.lab.evaluate import MAX_NEW_TOKENS

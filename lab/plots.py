@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adpa.data.bootstrap import Interval
-from adpa.data.signal_rows import PADDING
-from adpa.data.signals import SignalTable
+from adpa.data.cache.signal_rows import PADDING
+from adpa.data.cache.signals import SignalTable
 from adpa.data.summary import PLAUSIBLE
 from adpa.lab.report import MethodResult, StudyReport
 

@@ -16,8 +16,8 @@ from typing_extensions import Doc
 
 from adpa.data.batches import Packing, TrainingExamples, collate
 from adpa.data.cache.locations import Location
-from adpa.data.responses import ResponseName
-from adpa.data.selection import Need, Selection, select
+from adpa.data.cache.responses import ResponseName
+from adpa.data.cache.selection import Need, Selection, select
 from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError

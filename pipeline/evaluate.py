@@ -20,9 +20,9 @@ from typing_extensions import Doc
 
 from adpa.data.bootstrap import Interval, bootstrap_interval, win_share
 from adpa.data.cache.locations import Location
-from adpa.data.responses import read_response_sets
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
-from adpa.data.signals import read_scoring, read_signals
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.options import (

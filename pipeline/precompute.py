@@ -11,9 +11,7 @@ from typing_extensions import Doc
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import find_version, prepare_cache
 from adpa.data.cache.locations import Location
-from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
-from adpa.data.responses import (
+from adpa.data.cache.responses import (
     RESPONSE_NAMES,
     ResponseName,
     ResponseSet,
@@ -22,10 +20,12 @@ from adpa.data.responses import (
     make_response_set,
     write_response_set,
 )
-from adpa.data.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.signal_rows import plain_bytes
+from adpa.data.cache.signals import Scoring
+from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.preferences import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.data.signal_rows import plain_bytes
-from adpa.data.signals import Scoring
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
 from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.models.checkpoint import resolve_device

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data import samples, signals
+from adpa.data.cache import samples, signals
+from adpa.data.cache.compact import compact_schema, compact_table
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.locations import Location
@@ -34,9 +35,8 @@ from adpa.data.cache.shards import (
     remove_file,
     write_replacement,
 )
-from adpa.data.compact import compact_schema, compact_table
+from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.data.inventory import list_files
-from adpa.data.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.progress import progress
 
 GOAL = 256 << 20  # bytes of a file; half of that is enough to be left alone

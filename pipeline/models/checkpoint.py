@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from adpa.data.signals import ModelIdentity
+from adpa.data.cache.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import HeadError, ModelError
 from adpa.pipeline.models.lm_head import LmHead, check_head, read_head

@@ -6,8 +6,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from adpa.data.responses import Sampling
-from adpa.data.signals import Scoring
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.signals import Scoring
 from adpa.errors import OptionError
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory

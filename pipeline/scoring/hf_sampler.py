@@ -22,8 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adpa.data.cache.responses import ResponseName, Sampling
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.encoding import EncodedPair
-from adpa.data.responses import ResponseName, Sampling
-from adpa.data.signals import ModelIdentity, Scoring
 from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint

@@ -11,11 +11,11 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from adpa.data.cache.samples import SampleRequest
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.fidelity import Fidelity, measure_fidelity
-from adpa.data.samples import SampleRequest
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline.scoring.jobs import make_batches, write_batches
 from adpa.pipeline.scoring.score import Batch, Scorer, complete, judge
 

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Protocol
 
 from adpa.data.cache.locations import Location
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest, write_samples
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest, write_samples
 from adpa.data.sequences import TokenIds
 from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.shards import list_shards, peek_shard, read_shards, remove_file, write_shard
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
+from adpa.data.cache.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.data.sequences import TokenSequence
-from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
-from adpa.data.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, ModelError
 from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
 

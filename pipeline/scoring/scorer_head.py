@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adpa.data.signal_rows import SignalRow
+from adpa.data.cache.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES, logprobs_at, teacher_rows
 from adpa.pipeline.models.checkpoint import release_memory

@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from packaging.version import Version
 
-from adpa.data.responses import Sampling
-from adpa.data.signals import ModelIdentity, Scoring
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.models.lm_head import LmHead

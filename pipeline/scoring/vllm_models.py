@@ -30,10 +30,10 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest
+from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.data.signal_rows import SignalRow
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.scoring.sample import stream_seed

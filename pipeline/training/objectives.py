@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from adpa.data.responses import ResponseName
+from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
 
 ObjectiveName = Literal["sft", "kd", "dckd", "adpa"]

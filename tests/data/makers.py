@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from adpa.data.responses import ResponseSet, ResponseSetInfo, Sampling
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring
+from adpa.data.cache.responses import ResponseSet, ResponseSetInfo, Sampling
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring
 
 TURN_END = 2
 K = 3

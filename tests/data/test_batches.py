@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_row, signal_rows, teacher_row, token_ids
 
 from adpa.data.batches import TrainingExamples, collate, count_tokens, pad_sequences
+from adpa.data.cache.responses import ResponseSet, make_response_set
+from adpa.data.cache.selection import TrainingPart
 from adpa.data.cache.shards import write_shard
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
+from adpa.data.cache.signals import SignalTable, read_signals, write_signals
 from adpa.data.packing import pack_sequences
-from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.selection import TrainingPart
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
-from adpa.data.signals import SignalTable, read_signals, write_signals
 from adpa.errors import DamagedFileError
 
 EXAMPLES = [f"example-{letter}" for letter in "abcdef"]

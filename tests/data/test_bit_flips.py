@@ -10,10 +10,10 @@ import pytest
 
 from adpa import verify_cache
 from adpa.data.cache.format import check_cache
-from adpa.data.responses import RESPONSE_NAMES, ResponseName, Sampling, read_response_sets
-from adpa.data.samples import read_samples
-from adpa.data.selection import Need, select
-from adpa.data.signals import read_scorings
+from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, Sampling, read_response_sets
+from adpa.data.cache.samples import read_samples
+from adpa.data.cache.selection import Need, select
+from adpa.data.cache.signals import read_scorings
 from adpa.data.vocabulary import read_tokenizer
 from adpa.errors import CacheError
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.data.makers import SCORING
 
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus
+from adpa.data.cache.signals import write_signals
 from adpa.data.fidelity import Fidelity, cut_row, measure_fidelity
-from adpa.data.signal_rows import SignalRow, keep_nucleus
-from adpa.data.signals import write_signals
 
 V = 60
 TOP_KS = [1, 5, 20]

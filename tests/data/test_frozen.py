@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adpa import distill, verify_cache
 from adpa.data.cache.format import VERSION, check_cache
-from adpa.data.responses import read_response_sets
-from adpa.data.rounding import COARSEST
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import Scoring, read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.rounding import COARSEST
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import Scoring, read_scorings, read_signals
 from adpa.data.vocabulary import read_tokenizer
 
 FROZEN = Path(__file__).parent / "frozen"

@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from tests.data.makers import INFO, SCORING, K, response_rows, signal_rows
 
-from adpa.data.responses import ResponseSet, make_response_set
-from adpa.data.selection import ScoredSet
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import read_signals, write_signals
+from adpa.data.cache.responses import ResponseSet, make_response_set
+from adpa.data.cache.selection import ScoredSet
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import read_signals, write_signals
 from adpa.data.summary import PLAUSIBLE, QUANTILES, Distribution, SignalSummary, summarize
 
 

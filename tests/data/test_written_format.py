@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.signals import read_scorings, read_signals
 
 CACHE = Path(__file__).parent / "frozen" / "2"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
-from adpa.data.signals import (
+from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.cache.signals import (
     ModelIdentity,
     Scoring,
     SignalTable,

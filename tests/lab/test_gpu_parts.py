@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adpa.data.signal_rows import SignalRow
+from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.vocabulary import find_turn_end
 from adpa.kernels.head import distill_head
 from adpa.lab import gpu_models

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from tests.lab.test_advantages import ROW
 
-from adpa.data.signal_rows import plain_schema, plain_table
-from adpa.data.signals import SignalTable
+from adpa.data.cache.signal_rows import plain_schema, plain_table
+from adpa.data.cache.signals import SignalTable
 from adpa.lab.evaluate import Evaluation
 from adpa.lab.methods import Method
 from adpa.lab.plots import plot_advantages, plot_gamma, plot_rewards, plot_study

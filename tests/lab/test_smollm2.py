@@ -11,8 +11,8 @@ from tests.conftest import Row, WriteRows
 from transformers import AutoModelForCausalLM
 
 from adpa import distill, precompute
-from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.lab.smollm2 import drop_layers
 
 

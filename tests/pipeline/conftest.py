@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from adpa import precompute
-from adpa.data.responses import Sampling
+from adpa.data.cache.responses import Sampling
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import FLOAT32_PRODUCTS, LmHead

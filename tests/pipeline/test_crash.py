@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import Models, Row
 
 from adpa import precompute
+from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.shards import list_shards, read_shard
-from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.pipeline.scoring.jobs import make_batches
 
 # The real command, noting on disk every sequence that a model is asked about, before it is asked.

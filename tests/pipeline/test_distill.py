@@ -12,7 +12,7 @@ from tests.pipeline.conftest import Filled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adpa import distill, precompute
-from adpa.data.signals import read_scorings
+from adpa.data.cache.signals import read_scorings
 from adpa.data.vocabulary import render
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint

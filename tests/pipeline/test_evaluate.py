@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adpa import EvaluateReport, evaluate
 from adpa.data.bootstrap import bootstrap_interval
-from adpa.data.responses import ResponseSet, read_response_sets
+from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
 from adpa.pipeline.evaluate import repetition

@@ -29,12 +29,12 @@ from transformers import PreTrainedTokenizerFast
 
 from adpa.data.cache.documents import read_document
 from adpa.data.cache.format import find_version, prepare_cache
+from adpa.data.cache.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.cache.shards import list_shards, read_shard
-from adpa.data.responses import make_response_set, read_response_sets, write_response_set
-from adpa.data.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.data.sequences import TokenIds
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
 from adpa.errors import CacheError
 from adpa.pipeline.scoring.sample import sample_responses

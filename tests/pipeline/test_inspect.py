@@ -16,7 +16,7 @@ from tests.conftest import Models, WriteRows
 from tests.pipeline.conftest import Filled, dense_logprobs
 
 from adpa import InspectReport, inspect_cache, precompute
-from adpa.data.responses import ResponseSet, read_response_sets
+from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.errors import AdpaError, CacheError, DamagedFileError, OptionError
 from adpa.pipeline.terminal.inspection import GREEN, RED, colour, show_inspection
 

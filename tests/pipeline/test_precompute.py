@@ -15,9 +15,9 @@ from tests.pipeline.conftest import Filled, InstallVllm
 from transformers import AutoTokenizer
 
 from adpa import precompute
-from adpa.data.responses import read_response_sets
-from adpa.data.rounding import LOGPROBS
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.rounding import LOGPROBS
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import AdpaError, CacheError, DamagedFileError, DataError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint
 

@@ -9,8 +9,8 @@ from tests.data.makers import INFO, SCORING, response_rows
 
 from adpa.data.cache.documents import write_document
 from adpa.data.cache.format import MARKER, check_cache, find_version, prepare_cache
-from adpa.data.responses import make_response_set, write_response_set
-from adpa.data.signals import write_scoring
+from adpa.data.cache.responses import make_response_set, write_response_set
+from adpa.data.cache.signals import write_scoring
 from adpa.errors import CacheError, DamagedFileError
 
 WRITTEN = {"format": "adpa-cache", "version": 2}

@@ -11,6 +11,8 @@ from upath import UPath
 
 from adpa.data.cache.format import check_cache, find_version, prepare_cache
 from adpa.data.cache.locations import Location, copies_folder
+from adpa.data.cache.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples, write_samples
 from adpa.data.cache.shards import (
     list_shards,
     open_shards,
@@ -20,9 +22,7 @@ from adpa.data.cache.shards import (
     write_file,
     write_shard,
 )
-from adpa.data.responses import make_response_set, read_response_sets, write_response_set
-from adpa.data.samples import SampleRequest, missing_requests, read_samples, write_samples
-from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.cache.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
 

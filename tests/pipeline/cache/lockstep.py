@@ -25,12 +25,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from adpa import precompute
+from adpa.data.cache.compact import compact_schema
 from adpa.data.cache.format import prepare_cache
-from adpa.data.compact import compact_schema
-from adpa.data.samples import SampleRequest
+from adpa.data.cache.samples import SampleRequest
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring
 from adpa.pipeline import precompute as stage
 from adpa.pipeline.cache.gc import collect_garbage
 from adpa.pipeline.cache.pack import pack_cache, pack_folder

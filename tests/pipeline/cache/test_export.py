@@ -15,11 +15,11 @@ from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
 from adpa import cli, export_cache
-from adpa.data import plain_rows
-from adpa.data.responses import make_response_set, read_response_sets
-from adpa.data.selection import ScoredSet
-from adpa.data.signal_rows import plain_schema, plain_table
-from adpa.data.signals import SignalTable, read_scorings, read_signals
+from adpa.data.cache import plain_rows
+from adpa.data.cache.responses import make_response_set, read_response_sets
+from adpa.data.cache.selection import ScoredSet
+from adpa.data.cache.signal_rows import plain_schema, plain_table
+from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import AdpaError, CacheError, OptionError
 
 

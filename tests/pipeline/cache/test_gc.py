@@ -18,11 +18,11 @@ from tests.pipeline.conftest import Filled
 from typer.testing import CliRunner
 
 from adpa import cli, collect_garbage, list_cache, pack_cache
+from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.cache.shards import read_shard, read_shards, write_shard
-from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
-from adpa.data.samples import SampleRequest, samples_folder, write_samples
-from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
-from adpa.data.signals import (
+from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.cache.signals import (
     Scoring,
     read_scorings,
     read_signals,

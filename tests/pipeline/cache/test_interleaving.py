@@ -23,10 +23,10 @@ from tests.data.makers import INFO, SCORING, TURN_END, signal_row, token_ids
 from tests.pipeline.cache.lockstep import EXAMPLES, STOPS, Chore, Job, Pack, Run, Turn, models_and_steps, take_turns
 
 from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.cache.shards import read_shard
-from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.pipeline import precompute as stage
 from adpa.pipeline.scoring.sample import sample_responses
 

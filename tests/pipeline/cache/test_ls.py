@@ -13,10 +13,10 @@ from rich.console import Console
 from tests.pipeline.conftest import Filled
 
 from adpa import CacheListing, list_cache, pack_cache
+from adpa.data.cache.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.rounding import advantage_errors, kl_errors
 from adpa.data.cache.shards import peek_keys
-from adpa.data.responses import make_response_set, read_response_sets, write_response_set
-from adpa.data.rounding import advantage_errors, kl_errors
-from adpa.data.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.cache.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError
 from adpa.pipeline.cache import ls as cache_ls
 from adpa.pipeline.terminal.cache import show_listing

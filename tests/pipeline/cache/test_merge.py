@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
 from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.responses import make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.samples import SampleRequest, read_samples, write_samples
 from adpa.data.cache.shards import list_shards, read_shard, write_shard
-from adpa.data.responses import make_response_set, read_response_sets, write_response_set
-from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.cache.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline.cache import merge as cache_merge
 

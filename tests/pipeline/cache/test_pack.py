@@ -22,8 +22,11 @@ from typer.testing import CliRunner
 
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data.cache import shards
+from adpa.data.cache.compact import compact_schema, compact_table
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.samples import SampleRequest, read_samples, write_samples
 from adpa.data.cache.shards import (
     list_shards,
     peek_keys,
@@ -33,11 +36,8 @@ from adpa.data.cache.shards import (
     write_replacement,
     write_shard,
 )
-from adpa.data.compact import compact_schema, compact_table
-from adpa.data.responses import read_response_sets
-from adpa.data.samples import SampleRequest, read_samples, write_samples
-from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
-from adpa.data.signals import (
+from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.cache.signals import (
     Scoring,
     SignalTable,
     read_scorings,

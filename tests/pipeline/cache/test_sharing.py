@@ -15,8 +15,8 @@ from tests.pipeline.conftest import Filled
 from adpa import distill, inspect_cache, precompute
 from adpa.data.cache.directories import find_location
 from adpa.data.cache.locations import Location
-from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import OptionError
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "logging_steps": 1, "device": "cpu"}

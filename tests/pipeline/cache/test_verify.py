@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from adpa import VerifyReport, cli, export_cache, pack_cache, precompute, verify_cache
+from adpa.data.cache.compact import compact_table
+from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.shards import read_shard, write_shard
-from adpa.data.compact import compact_table
-from adpa.data.responses import read_response_sets
-from adpa.data.signal_rows import plain_schema, plain_table
-from adpa.data.signals import read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.cache.signal_rows import plain_schema, plain_table
+from adpa.data.cache.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, DamagedFileError, OptionError
 from adpa.pipeline.cache import verify as cache_verify
 

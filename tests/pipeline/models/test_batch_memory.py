@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from adpa.data.samples import SampleRequest
+from adpa.data.cache.samples import SampleRequest
 from adpa.pipeline.models.batch_memory import (
     DRAWING_BYTES,
     FIXED_TOKENS,

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, PreTrainedModel
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint

@@ -14,8 +14,8 @@ from tests.pipeline.conftest import Filled
 
 from adpa import precompute, verify_cache
 from adpa.data.cache.format import find_version
-from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import OptionError
 from adpa.pipeline.precompute import PrecomputeReport
 from adpa.pipeline.scoring.parts import WHOLE, Part, PartPrompts, parse_part

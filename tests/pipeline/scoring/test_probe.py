@@ -15,11 +15,11 @@ from tests.conftest import Models
 from tests.pipeline.conftest import Filled, dense_logprobs, synthetic
 
 from adpa import precompute
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring, read_scorings
 from adpa.data.fidelity import cut_row
-from adpa.data.responses import read_response_sets
 from adpa.data.sequences import TokenSequence
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring, read_scorings
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer

@@ -28,8 +28,8 @@ from adpa import collect_garbage, precompute, verify_cache
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.shards import list_shards, read_shard
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import CacheError, EngineError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.jobs import Executor, run_here

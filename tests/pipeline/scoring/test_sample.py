@@ -10,8 +10,8 @@ import torch
 from tests.conftest import MakeModel
 from tests.pipeline.conftest import SAMPLING
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.sequences import TokenIds
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.hf_sampler import HfSampler

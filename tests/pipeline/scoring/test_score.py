@@ -14,10 +14,10 @@ from tests.pipeline.conftest import Filled, dense_logprobs, synthetic
 from transformers import AutoModelForCausalLM
 
 from adpa import precompute
-from adpa.data.responses import read_response_sets
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.data.sequences import TokenSequence
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import ModelIdentity, Scoring, read_scorings, read_signals
 from adpa.errors import ModelError
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, missing_sequences, score
 

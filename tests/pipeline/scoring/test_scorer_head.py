@@ -16,8 +16,8 @@ from tests.memory import peak_bytes
 from tests.pipeline.conftest import dense_logprobs, synthetic
 from torch import Tensor
 
+from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.sequences import TokenSequence
-from adpa.data.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead, read_head

@@ -18,10 +18,10 @@ import pytest
 from tests.conftest import MakeModel, Models, Row, heed_signals
 
 from adpa import distill, precompute
+from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.shards import list_shards, read_shard
-from adpa.data.responses import read_response_sets
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import Scoring, read_scorings, read_signals
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import Scoring, read_scorings, read_signals
 from adpa.errors import OptionError
 
 pytestmark = pytest.mark.vllm

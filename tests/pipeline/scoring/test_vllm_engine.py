@@ -13,8 +13,8 @@ from tests.conftest import MakeModel, Models
 from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized, synthetic
 from transformers import Gemma3Config, LlamaConfig, RecurrentGemmaConfig
 
-from adpa.data.responses import Sampling
-from adpa.data.signals import ModelIdentity, Scoring
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint

@@ -26,11 +26,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.cache.signals import Scoring
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.signal_rows import SignalRow
-from adpa.data.signals import Scoring
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.engine import HfEngine

@@ -21,9 +21,9 @@ from triton.backends.driver import DriverBase
 
 backends["cpu"] = Backend(BaseBackend, DriverBase)
 
+from adpa.data.cache.signal_rows import SignalRow  # noqa: E402
+from adpa.data.cache.signals import Scoring  # noqa: E402
 from adpa.data.sequences import TokenSequence, sequence_key  # noqa: E402
-from adpa.data.signal_rows import SignalRow  # noqa: E402
-from adpa.data.signals import Scoring  # noqa: E402
 from adpa.pipeline.models.checkpoint import open_checkpoint  # noqa: E402
 from adpa.pipeline.scoring.score import ReferenceLogprobs  # noqa: E402
 from adpa.pipeline.scoring.vllm_engine import VllmEngine, VllmOptions  # noqa: E402

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from adpa import distill, precompute
 from adpa.data.batches import collate
-from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.kernels.student_statistics import IMPLAUSIBLE
 from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.training.collapse import Probe, collapse

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adpa.data.responses import ResponseName
+from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights, objective_terms, plausible_advantages
 

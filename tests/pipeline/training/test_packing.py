@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
 from adpa import distill
 from adpa.data.batches import Packing, TrainingSequence, collate
-from adpa.data.responses import read_response_sets
+from adpa.data.cache.responses import read_response_sets
 from adpa.errors import ModelError
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.training.student import attach_distill_head

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adpa import distill
 from adpa.data.batches import Packing
-from adpa.data.responses import read_response_sets
-from adpa.data.signals import read_scorings, read_signals
+from adpa.data.cache.responses import read_response_sets
+from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import ModelError
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport

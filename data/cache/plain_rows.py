@@ -12,8 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from adpa.data.cache.ragged import list_column
-from adpa.data.selection import ScoredSet
-from adpa.data.signal_rows import PADDING, SignalRow
+from adpa.data.cache.selection import ScoredSet
+from adpa.data.cache.signal_rows import PADDING, SignalRow
 
 IDS, NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
 SCHEMA = pa.schema(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_rows
 
-from adpa.data.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set, write_response_set
-from adpa.data.selection import Need, select, select_scored
-from adpa.data.signals import ModelIdentity, Scoring, write_scoring, write_signals
+from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set, write_response_set
+from adpa.data.cache.selection import Need, select, select_scored
+from adpa.data.cache.signals import ModelIdentity, Scoring, write_scoring, write_signals
 from adpa.errors import CacheError
 
 EXAMPLES = ["a", "b", "c", "d"]

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.ragged import list_column, list_row
+from adpa.data.cache.responses import Sampling
 from adpa.data.cache.shards import damaged, open_shards, write_shard
-from adpa.data.responses import Sampling
 from adpa.data.sequences import TokenIds, sequence_key
 
 SHARD_PREFIX = "samples"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from adpa.data.responses import Sampling
-from adpa.data.samples import SampleRequest, missing_requests, read_samples, write_samples
+from adpa.data.cache.responses import Sampling
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples, write_samples
 
 SAMPLING = Sampling("s", 2, 1.0, 1.0, 8, 1, 0, "float32", "hf")
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from adpa.data.cache.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.cache.documents import read_document, write_document
 from adpa.data.cache.locations import Location
 from adpa.data.cache.shards import damaged, join_keys, list_folder, open_shards, serialize, write_serialized
-from adpa.data.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
-from adpa.data.signal_rows import SignalRow, plain_schema, read_plain_row
+from adpa.data.cache.signal_rows import SignalRow, plain_schema, read_plain_row
 from adpa.errors import CacheError
 
 SHARD_PREFIX = "signals"

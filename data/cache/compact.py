@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged
-from adpa.data.rounding import (
+from adpa.data.cache.rounding import (
     LOGPROBS,
     advantage_errors,
     kl_errors,
@@ -28,7 +27,8 @@ from adpa.data.rounding import (
     round_advantages,
     round_logprobs,
 )
-from adpa.data.signal_rows import PADDING, SignalRow
+from adpa.data.cache.shards import damaged
+from adpa.data.cache.signal_rows import PADDING, SignalRow
 from adpa.errors import CacheError, DamagedFileError
 
 CODEC = pa.Codec("zstd", compression_level=1)

@@ -8,11 +8,18 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
+from adpa.data.cache.compact import compact_table
 from adpa.data.cache.documents import write_document
 from adpa.data.cache.shards import list_shards, write_file, write_shard
-from adpa.data.compact import compact_table
-from adpa.data.signal_rows import SignalRow, plain_schema, plain_table
-from adpa.data.signals import ModelIdentity, read_scoring, read_scorings, read_signals, write_scoring, write_signals
+from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.cache.signals import (
+    ModelIdentity,
+    read_scoring,
+    read_scorings,
+    read_signals,
+    write_scoring,
+    write_signals,
+)
 from adpa.errors import CacheError, DamagedFileError
 
 KEYS = [bytes([number]) * 16 for number in range(8)]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tests.data.makers import K, assert_same_row, signal_row, teacher_row
 
+from adpa.data.cache.compact import CODEC, ERRORS, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.cache.shards import serialize
-from adpa.data.compact import CODEC, ERRORS, compact_schema, compact_table, is_compact, read_compact_row
-from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.errors import DamagedFileError
 
 KEYS = [bytes([number]) * 16 for number in range(8)]

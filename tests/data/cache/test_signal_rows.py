@@ -9,7 +9,7 @@ import pytest
 from tests.data.makers import K, assert_same_row, signal_row, teacher_row
 
 from adpa.data.cache.shards import read_shard, write_shard
-from adpa.data.signal_rows import SignalRow, keep_nucleus, plain_bytes, plain_schema, plain_table, read_plain_row
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_bytes, plain_schema, plain_table, read_plain_row
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
 ARRAYS = [field.name for field in fields(SignalRow) if field.name != "key"]

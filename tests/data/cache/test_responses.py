@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import INFO, SAMPLING, TURN_END, ResponseRow, response_rows, token_ids
 
+from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.cache.shards import write_shard
-from adpa.data.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.sequences import sequence_key
 from adpa.errors import DamagedFileError
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.data.makers import teacher_row
 
-from adpa.data.compact import compact_table, read_compact_row
-from adpa.data.rounding import (
+from adpa.data.cache.compact import compact_table, read_compact_row
+from adpa.data.cache.rounding import (
     ADVANTAGE_STEP,
     COARSEST,
     DEEPEST,
@@ -25,7 +25,7 @@ from adpa.data.rounding import (
     round_advantages,
     round_logprobs,
 )
-from adpa.data.signal_rows import SignalRow, keep_nucleus
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus
 
 KEY = bytes(16)
 

@@ -11,7 +11,7 @@ Shapes: T response tokens, K ids. Steps in nats.
 import numpy as np
 from numpy.typing import NDArray
 
-from adpa.data.signal_rows import PADDING, SignalRow
+from adpa.data.cache.signal_rows import PADDING, SignalRow
 
 LOGPROB_STEP = 2.0**-12
 ADVANTAGE_STEP = 2.0**-5

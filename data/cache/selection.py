@@ -7,8 +7,8 @@ from itertools import product
 
 from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import Location
-from adpa.data.responses import ResponseName, ResponseSet, read_response_sets
-from adpa.data.signals import Scoring, SignalTable, read_scorings, read_signals
+from adpa.data.cache.responses import ResponseName, ResponseSet, read_response_sets
+from adpa.data.cache.signals import Scoring, SignalTable, read_scorings, read_signals
 from adpa.errors import CacheError
 
 
