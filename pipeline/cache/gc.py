@@ -16,13 +16,13 @@ from typing_extensions import Doc
 
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import check_cache, prepare_cache
+from adpa.data.cache.inventory import CacheFile, FileKind, list_files
 from adpa.data.cache.locations import Location
+from adpa.data.cache.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.samples import samples_folder
 from adpa.data.cache.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_replacement
 from adpa.data.cache.signals import Scoring, read_scorings
-from adpa.data.inventory import CacheFile, FileKind, list_files
-from adpa.data.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.errors import CacheError
 from adpa.progress import progress
 

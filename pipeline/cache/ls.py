@@ -14,12 +14,12 @@ from typing_extensions import Doc
 
 from adpa.data.cache.compact import RoundingErrors, rounding_errors
 from adpa.data.cache.format import check_cache
+from adpa.data.cache.inventory import CacheFile, list_files
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseSet, ResponseSetInfo, peek_response_set
 from adpa.data.cache.samples import samples_folder
 from adpa.data.cache.shards import join_keys, list_again, peek_keys, peek_shard
 from adpa.data.cache.signals import Scoring, read_scorings
-from adpa.data.inventory import CacheFile, list_files
 from adpa.errors import DamagedFileError
 
 

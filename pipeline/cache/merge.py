@@ -13,6 +13,7 @@ from typing_extensions import Doc
 from adpa.data.cache import samples, signals
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import check_cache, prepare_cache
+from adpa.data.cache.inventory import CacheFile, list_files
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import read_response_set
 from adpa.data.cache.shards import (
@@ -27,7 +28,6 @@ from adpa.data.cache.shards import (
     write_shard,
 )
 from adpa.data.cache.signals import read_scoring_file, write_scoring
-from adpa.data.inventory import CacheFile, list_files
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
 from adpa.progress import progress

@@ -24,6 +24,7 @@ from adpa.data.cache import samples, signals
 from adpa.data.cache.compact import compact_schema, compact_table
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import check_cache, prepare_cache
+from adpa.data.cache.inventory import list_files
 from adpa.data.cache.locations import Location
 from adpa.data.cache.shards import (
     join_keys,
@@ -36,7 +37,6 @@ from adpa.data.cache.shards import (
     write_replacement,
 )
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings
-from adpa.data.inventory import list_files
 from adpa.progress import progress
 
 GOAL = 256 << 20  # bytes of a file; half of that is enough to be left alone

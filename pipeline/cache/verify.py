@@ -13,15 +13,21 @@ from typing_extensions import Doc
 
 from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import MARKER, check_cache, has_files
+from adpa.data.cache.integrity import (
+    SignalRules,
+    error_problems,
+    response_set_problems,
+    sample_problems,
+    signal_problems,
+)
+from adpa.data.cache.inventory import CacheFile, find_kind, list_files
 from adpa.data.cache.locations import Location
 from adpa.data.cache.ragged import list_row
+from adpa.data.cache.removal import set_aside
 from adpa.data.cache.responses import ResponseSet, read_response_set
 from adpa.data.cache.samples import check_samples
 from adpa.data.cache.shards import check_shard, list_again, read_shard
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scoring_file
-from adpa.data.integrity import SignalRules, error_problems, response_set_problems, sample_problems, signal_problems
-from adpa.data.inventory import CacheFile, find_kind, list_files
-from adpa.data.removal import set_aside
 from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
 from adpa.errors import DamagedFileError
 from adpa.progress import progress

@@ -15,13 +15,13 @@ from upath import UPath
 
 from adpa import collect_garbage, list_cache, merge_cache, verify_cache
 from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.inventory import list_files
+from adpa.data.cache.removal import remove_unless, set_aside
 from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.data.cache.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.cache.shards import list_shards, write_shard
 from adpa.data.cache.signal_rows import plain_schema, plain_table
 from adpa.data.cache.signals import read_scorings, read_signals, write_scoring
-from adpa.data.inventory import list_files
-from adpa.data.removal import remove_unless, set_aside
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
 from adpa.pipeline.cache import gc as cache_gc

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adpa.data.cache.compact import compact_table, read_compact_row
+from adpa.data.cache.integrity import SignalRules, signal_problems
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus
-from adpa.data.integrity import SignalRules, signal_problems
 
 LENGTH, K, VOCABULARY = 4, 6, 400
 RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
