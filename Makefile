@@ -25,12 +25,12 @@ test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
 	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
 bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, costs by formula, the loss head, packing, scoring
-	$(BIN)/python -m adpa.lab.benchmark_encoding
-	$(BIN)/python -m adpa.lab.benchmark_reading
-	$(BIN)/python -m adpa.lab.costs
-	$(BIN)/python -m adpa.lab.benchmark_head --device cpu
-	$(BIN)/python -m adpa.lab.benchmark_packing
-	$(BIN)/python -m adpa.lab.benchmark_scoring
+	$(BIN)/python -m benchmarks.encoding
+	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.costs
+	$(BIN)/python -m benchmarks.head --device cpu
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.scoring
 
 bench-gpu:  ## on a GPU, in the Python that is there: the whole product, in at most 8 minutes
 	PYTHONPATH=src $(PYTHON) -m adpa.lab.gpu --output docs/benchmarks

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarks import head as head
+from benchmarks import head_report as report
+from benchmarks.head_report import Findings
+from benchmarks.head_ways import LIGER_DEFAULT, OURS, SMALL, Case, Way, ways_on
 from torch import Tensor
 
-from adpa.lab import benchmark_head as head
-from adpa.lab import benchmark_head_report as report
-from adpa.lab.benchmark_head_report import Findings
-from adpa.lab.benchmark_head_ways import LIGER_DEFAULT, OURS, SMALL, Case, Way, ways_on
 from adpa.lab.gpu_measures import figure_of, in_turns
 from adpa.lab.gpu_part import Figure, Measure, Setting
 

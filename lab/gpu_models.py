@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.cost_model import STUDENTS, Shape
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -29,7 +30,6 @@ from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.preferences import read_rows
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.vocabulary import find_turn_end
-from adpa.lab.cost_model import STUDENTS, Shape
 from adpa.lab.gpu_part import Setting
 from adpa.lab.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START
 

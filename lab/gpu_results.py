@@ -64,7 +64,7 @@ class Results:
         return asdict(prediction) | {"measured": found and found.value, "ratio": ratio}
 
     def rates(self) -> dict[str, float]:
-        """What was measured of the rates that ``adpa.lab.costs`` assumes, by the names of its assumptions."""
+        """What was measured of the rates that ``benchmarks.costs`` assumes, by the names of its assumptions."""
 
         def value(part: str, name: str) -> float | None:
             figure = self.parts[part].figure(name)
@@ -86,9 +86,9 @@ class Results:
         return {name: float(f"{rate:.4g}") for name, rate in found.items() if rate is not None}
 
     def costs_command(self) -> str:
-        """``adpa.lab.costs`` with the measured rates in place of the assumed ones."""
+        """``benchmarks.costs`` with the measured rates in place of the assumed ones."""
         options = (f"--{name.replace('_', '-')} {rate:g}" for name, rate in self.rates().items())
-        return " ".join(["python -m adpa.lab.costs", *options])
+        return " ".join(["python -m benchmarks.costs", *options])
 
     def as_json(self) -> dict[str, Any]:
         """Everything."""

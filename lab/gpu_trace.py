@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.cost_model import Shape
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
-from adpa.lab.cost_model import Shape
 from adpa.lab.gpu_measures import figure_of, in_turns, seconds
 from adpa.lab.gpu_part import Figure, Setting
 

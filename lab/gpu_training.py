@@ -20,12 +20,12 @@ from unittest import mock
 from warnings import WarningMessage, catch_warnings, simplefilter
 
 import torch
+from benchmarks.cost_model import Assumptions, Pairs, needed_flops
+from benchmarks.costs import measure_pairs
 from torch import Tensor
 
 from adpa.data.batches import Packing
 from adpa.kernels.head import HeadLosses
-from adpa.lab.cost_model import Assumptions, Pairs, needed_flops
-from adpa.lab.costs import measure_pairs
 from adpa.lab.gpu_measures import figure_of
 from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, encoded_pairs, limits, preferences, shape_of
 from adpa.lab.gpu_part import Figure, Measure, Setting

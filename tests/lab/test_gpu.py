@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from benchmarks.cost_model import Assumptions
 
 from adpa.errors import OptionError
-from adpa.lab.cost_model import Assumptions
 from adpa.lab.gpu import PARTS, benchmark
 from adpa.lab.gpu_predictions import PREDICTIONS
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.head_ways import Case, random_inputs
 
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.vocabulary import find_turn_end
 from adpa.kernels.head import distill_head
 from adpa.lab import gpu_models
-from adpa.lab.benchmark_head_ways import Case, random_inputs
 from adpa.lab.gpu_kernels import float32_product, head_flops, outcomes
 from adpa.lab.gpu_models import LARGE, SHAPES, TINY, encoded_pairs, random_model, text_pairs, text_tokenizer
 from adpa.lab.gpu_part import Setting

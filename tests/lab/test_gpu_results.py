@@ -73,7 +73,7 @@ def test_rates_are_shares_of_the_measured_ceilings() -> None:
         "memory_rate": 3e12,
     }
     assert found.costs_command() == (
-        "python -m adpa.lab.costs --peak-flops 8e+14 --scoring-share 0.5 --head-share 0.75 "
+        "python -m benchmarks.costs --peak-flops 8e+14 --scoring-share 0.5 --head-share 0.75 "
         "--training-share 0.25 --memory 8e+10 --memory-rate 3e+12"
     )
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import head as benchmark
+from benchmarks import head_report as report
+from benchmarks import head_ways as ways
+from benchmarks.head_report import Error, Findings, Measurement
+from benchmarks.head_ways import EAGER, LIGER_CHUNKS, LIGER_DEFAULT, OURS, PRODUCTS, Case
 from rich.console import Console
 
 from adpa.kernels.head import distill_head
-from adpa.lab import benchmark_head as benchmark
-from adpa.lab import benchmark_head_report as report
-from adpa.lab import benchmark_head_ways as ways
-from adpa.lab.benchmark_head_report import Error, Findings, Measurement
-from adpa.lab.benchmark_head_ways import EAGER, LIGER_CHUNKS, LIGER_DEFAULT, OURS, PRODUCTS, Case
 
 SMALL = Case(96, 512, 16, 5)
 

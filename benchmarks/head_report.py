@@ -1,4 +1,4 @@
-"""What `adpa.lab.benchmark_head` found: tables, goals, a plot and JSON.
+"""What `benchmarks.head` found: tables, goals, a plot and JSON.
 
 A ratio of times is the median of the rounds' ratios, each of two times of one round.
 """
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.head_ways import EAGER, LIGER, OURS, PRODUCTS, Case
 from rich.table import Table
-
-from adpa.lab.benchmark_head_ways import EAGER, LIGER, OURS, PRODUCTS, Case
 
 # At 16,384 rows and K = 50, by hidden size; where vocabularies differ, the worst counts.
 GOAL_ROWS, GOAL_IDS = 16384, 50

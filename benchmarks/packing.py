@@ -21,6 +21,8 @@ from typing import get_args
 
 import numpy as np
 import torch
+from benchmarks.encoding import text_pairs
+from benchmarks.scoring import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,8 +43,6 @@ from adpa.data.packing import pack_sequences
 from adpa.data.preferences import read_rows
 from adpa.data.sequences import TokenSequence
 from adpa.data.vocabulary import find_turn_end, load_tokenizer
-from adpa.lab.benchmark_encoding import text_pairs
-from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.precompute import precompute
@@ -79,9 +79,7 @@ class Way:
 
 def main() -> None:
     """Scores the pairs, steps through them, prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_packing"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.packing")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
     parser.add_argument("--pairs", type=int, default=12, help=f"how many; {MICRO_BATCH} are a micro-batch")
     parser.add_argument("--rounds", type=int, default=1, help="how often every way computes every micro-batch")

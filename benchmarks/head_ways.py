@@ -1,4 +1,4 @@
-"""What `adpa.lab.benchmark_head` compares: our head, eager losses, bare matrix products, and other fused heads.
+"""What `benchmarks.head` compares: our head, eager losses, bare matrix products, and other fused heads.
 
 A way takes inputs and gives a loss; its backward pass makes the gradients of hidden states and weight. Peers that have
 other losses than ours (most have the NLL alone) do less work: that is said in their names.

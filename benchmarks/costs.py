@@ -1,9 +1,9 @@
 """What scoring and training cost on GPUs, as Markdown: lengths and FLOP are measured here, rates are assumed.
 
 No GPU is needed. The lengths are those of preference pairs in SmolLM2's tokens, the FLOP are counted while
-SmolLM2-135M's real weights score and learn a few of them; ``adpa.lab.cost_model`` makes hours of both.
+SmolLM2-135M's real weights score and learn a few of them; ``benchmarks.cost_model`` makes hours of both.
 
-    python -m adpa.lab.costs --data preferences.jsonl
+    python -m benchmarks.costs --data preferences.jsonl
 """
 
 import argparse
@@ -16,18 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from adpa import precompute
-from adpa.data.batches import TrainingSequence, collate
-from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.vocabulary import find_turn_end
-from adpa.lab.benchmark_encoding import text_pairs
-from adpa.lab.benchmark_scoring import quiet
-from adpa.lab.cost_model import Assumptions, Pairs, Shape
-from adpa.lab.cost_tables import (
+from benchmarks.cost_model import Assumptions, Pairs, Shape
+from benchmarks.cost_tables import (
     PACKINGS,
     Flops,
     meanings,
@@ -42,6 +32,16 @@ from adpa.lab.cost_tables import (
     print_totals,
     print_training,
 )
+from benchmarks.encoding import text_pairs
+from benchmarks.scoring import quiet
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from adpa import precompute
+from adpa.data.batches import TrainingSequence, collate
+from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.sequences import TokenSequence, sequence_key
+from adpa.data.vocabulary import find_turn_end
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.lm_head import hidden_states, read_head
 from adpa.pipeline.training.student import attach_distill_head
@@ -51,7 +51,7 @@ FLOP_PAIRS, FLOP_LIMITS = 2, (64, 256)
 
 def main() -> None:
     """Measures, then prints one table after the other."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.costs")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.costs")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
     for name, default in asdict(Assumptions()).items():
         choices = PACKINGS if name == "packing" else None

@@ -1,7 +1,7 @@
 """What the loss head costs beside eager losses, bare matrix products and other fused heads.
 
-    python -m adpa.lab.benchmark_head --device cpu     (part of `make bench`)
-    python -m adpa.lab.benchmark_head --device cuda    (`make bench-gpu` measures the most important cases)
+    python -m benchmarks.head --device cpu     (part of `make bench`)
+    python -m benchmarks.head --device cuda    (`make bench-gpu` measures the most important cases)
 
 First the gradients' errors against float64, in bfloat16. Then time and memory: every way computes the loss and the
 gradients of hidden states and weight. The ways have their turns round by round in one process, on inputs drawn anew for
@@ -20,13 +20,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from benchmarks import head_report as report
+from benchmarks.head_report import Error, Findings, Measurement
+from benchmarks.head_ways import DTYPES, EAGER, OURS, Case, Inputs, Way, random_inputs, step, ways_on
 from rich.console import Console
 from torch import Tensor
 
 from adpa.kernels import reference
-from adpa.lab import benchmark_head_report as report
-from adpa.lab.benchmark_head_report import Error, Findings, Measurement
-from adpa.lab.benchmark_head_ways import DTYPES, EAGER, OURS, Case, Inputs, Way, random_inputs, step, ways_on
 
 CPU_CASE = Case(2048, 49152, 576, 50)
 CPU_ERROR_CASE = Case(512, 4096, 64, 50)
@@ -182,7 +182,7 @@ def benchmark(
 
 def main() -> None:
     """Measures the cases of a device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_head")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.head")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="how often every way has its turn")
     parser.add_argument("--output", type=Path, help="directory for head-DEVICE.json and head-DEVICE.png")

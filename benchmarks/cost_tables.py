@@ -1,13 +1,11 @@
-"""The tables of ``adpa.lab.costs``, in Markdown."""
+"""The tables of ``benchmarks.costs``, in Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import get_args, get_type_hints
 
 import numpy as np
-
-from adpa.data.batches import Packing
-from adpa.lab.cost_model import (
+from benchmarks.cost_model import (
     BFLOAT16,
     FP8,
     STUDENTS,
@@ -25,6 +23,8 @@ from adpa.lab.cost_model import (
     step_seconds,
     training_seconds,
 )
+
+from adpa.data.batches import Packing
 
 GPUS = (1, 8, 64)
 PACKINGS: tuple[Packing, ...] = get_args(Packing)

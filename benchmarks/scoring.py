@@ -108,9 +108,7 @@ Run = Callable[[Sequence[TokenSequence]], Measured]
 
 def main() -> None:
     """Measures round by round and prints one table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_scoring"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.scoring")
     parser.add_argument("--sequences", type=int, default=24, help="how many are scored")
     parser.add_argument("--rounds", type=int, default=5, help="how often every way has its turn")
     arguments = parser.parse_args()

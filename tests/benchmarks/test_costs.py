@@ -12,13 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import MakeModel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-from adpa.data.encoding import EncodedPair
-from adpa.lab import cost_tables, costs
-from adpa.lab.cost_model import (
+from benchmarks import cost_tables, costs
+from benchmarks.cost_model import (
     STUDENTS,
     TEACHERS,
     Assumptions,
@@ -37,6 +32,11 @@ from adpa.lab.cost_model import (
     step_seconds,
     training_seconds,
 )
+from tests.conftest import MakeModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from adpa.data.encoding import EncodedPair
 
 ASSUMED = Assumptions()
 DOCUMENTS = Path(__file__).resolve().parents[2] / "docs"

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from benchmarks.scoring import quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +32,6 @@ from adpa.data.cache.rounding import advantage_errors, kl_errors
 from adpa.data.cache.shards import serialize
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
-from adpa.lab.benchmark_scoring import quiet
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.precompute import precompute
 
@@ -54,9 +54,7 @@ class Encoded:
 
 def main() -> None:
     """Scores, encodes, reads, and prints a table for each vocabulary."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], prog="python -m adpa.lab.benchmark_encoding"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.encoding")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
     parser.add_argument("--pairs", type=int, default=24, help="how many are scored")
     parser.add_argument("--rounds", type=int, default=7, help="how often every encoding is read")
