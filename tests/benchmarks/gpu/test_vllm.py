@@ -1,13 +1,12 @@
-"""What ``adpa.lab.gpu`` measures of vLLM, with a real vLLM on the CPU."""
+"""What ``benchmarks.gpu.run`` measures of vLLM, with a real vLLM on the CPU."""
 
 from pathlib import Path
 
 import pytest
-
-from adpa.lab.gpu_part import Setting
-from adpa.lab.gpu_sampling import sampling
-from adpa.lab.gpu_scoring import scoring
-from adpa.lab.gpu_vllm import sampling_with_vllm, scoring_with_vllm, vllm_prefill
+from benchmarks.gpu.part import Setting
+from benchmarks.gpu.sampling import sampling
+from benchmarks.gpu.scoring import scoring
+from benchmarks.gpu.vllm import sampling_with_vllm, scoring_with_vllm, vllm_prefill
 
 pytestmark = pytest.mark.vllm
 

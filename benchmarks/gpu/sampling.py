@@ -1,11 +1,12 @@
-"""Part f of `adpa.lab.gpu`: how fast a student samples."""
+"""Part f of `benchmarks.gpu.run`: how fast a student samples."""
 
 from collections.abc import Iterator
 from functools import partial
 
-from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, limits, preferences
-from adpa.lab.gpu_part import Figure, Measure, Setting
-from adpa.lab.gpu_vllm import obstacle, sampling_with_vllm
+from benchmarks.gpu.models import SMALL, TEACHER, checkpoint, limits, preferences
+from benchmarks.gpu.part import Figure, Measure, Setting
+from benchmarks.gpu.vllm import obstacle, sampling_with_vllm
+
 from adpa.pipeline.precompute import precompute
 
 PROMPTS, TOKENS = 96, (16, 112)

@@ -1,4 +1,4 @@
-"""What part e of `adpa.lab.gpu` sees of single kernels: how long the GPU does nothing, and what a mask costs.
+"""What part e of `benchmarks.gpu.run` sees of single kernels: how long the GPU does nothing, and what a mask costs.
 
 Shapes: B sequences, H heads, L tokens, E width of a head.
 """
@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from benchmarks.cost_model import Shape
+from benchmarks.gpu.measures import figure_of, in_turns, seconds
+from benchmarks.gpu.part import Figure, Setting
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
-
-from adpa.lab.gpu_measures import figure_of, in_turns, seconds
-from adpa.lab.gpu_part import Figure, Setting
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 CPU_WORK = ("cpu_op",)  # stands in for it in a dry run

@@ -1,4 +1,4 @@
-"""``python -m adpa.lab.gpu`` as a user runs it: a dry run of every part, one that fails, one that is killed."""
+"""``python -m benchmarks.gpu.run`` as a user runs it: a dry run of every part, one that fails, one that is killed."""
 
 import json
 import os
@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 from benchmarks.cost_model import Assumptions
+from benchmarks.gpu.predictions import PREDICTIONS
+from benchmarks.gpu.run import PARTS, benchmark
 
 from adpa.errors import OptionError
-from adpa.lab.gpu import PARTS, benchmark
-from adpa.lab.gpu_predictions import PREDICTIONS
 
 # Of shapes and things that a CPU has not.
 ON_A_GPU_ALONE = {
@@ -39,7 +39,7 @@ class Run:
 
 
 def command(*options: object) -> list[str]:
-    return [sys.executable, "-m", "adpa.lab.gpu", *map(str, options)]
+    return [sys.executable, "-m", "benchmarks.gpu.run", *map(str, options)]
 
 
 def run(output: Path, *options: object, **environment: str) -> Run:
@@ -171,5 +171,5 @@ def test_parts_and_data_that_are_not_there_are_refused(tmp_path: Path) -> None:
 def test_without_a_gpu_there_is_one_line() -> None:
     finished = subprocess.run(command("--parts", "c"), capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert finished.stderr == "adpa.lab.gpu: torch sees no GPU; use a machine that has one, or --dry-run\n"
+    assert finished.stderr == "benchmarks.gpu.run: torch sees no GPU; use a machine that has one, or --dry-run\n"
     assert finished.stdout == ""

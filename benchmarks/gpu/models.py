@@ -1,4 +1,4 @@
-"""What `adpa.lab.gpu` measures with: models of published shapes with random weights, a tokenizer, and pairs of texts.
+"""What `benchmarks.gpu.run` measures with: models of published shapes with random weights, a tokenizer, and pairs of texts.
 
 Random weights cost what trained ones do. They are drawn on the device, wide enough that what they say is not flat.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.cost_model import STUDENTS, Shape
+from benchmarks.gpu.part import Setting
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -30,7 +31,6 @@ from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.preferences import read_rows
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.vocabulary import find_turn_end
-from adpa.lab.gpu_part import Setting
 from adpa.lab.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START
 
 SMALL, MEDIUM, LARGE = "0.5B", "1.5B", "7B"
@@ -112,7 +112,7 @@ def text_tokenizer() -> PreTrainedTokenizerBase:
 @cache
 def repository_text() -> str:
     """The repository's own texts."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     paths = (root / "LICENSE", root / "README.md", *sorted(root.glob("docs/*.md")))
     return "\n".join(path.read_text() for path in paths)
 

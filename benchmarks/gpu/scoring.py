@@ -1,4 +1,4 @@
-"""Part d of `adpa.lab.gpu`: what scoring costs, and what of it is the decoder, the head, and the rest.
+"""Part d of `benchmarks.gpu.run`: what scoring costs, and what of it is the decoder, the head, and the rest.
 
 Shapes: N response rows, C rows of a chunk, d hidden width, V vocabulary, T tokens of a response, K ids.
 """
@@ -11,12 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from adpa.data.cache.signal_rows import SignalRow
-from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.kernels.teacher_rows import teacher_rows
-from adpa.lab.gpu_measures import figure_of, in_turns, seconds
-from adpa.lab.gpu_models import (
+from benchmarks.gpu.measures import figure_of, in_turns, seconds
+from benchmarks.gpu.models import (
     LARGE,
     MEDIUM,
     checkpoint,
@@ -27,8 +23,12 @@ from adpa.lab.gpu_models import (
     sequences_of,
     shape_of,
 )
-from adpa.lab.gpu_part import Figure, Measure, Setting
-from adpa.lab.gpu_vllm import obstacle, scoring_with_vllm, vllm_prefill
+from benchmarks.gpu.part import Figure, Measure, Setting
+from benchmarks.gpu.vllm import obstacle, scoring_with_vllm, vllm_prefill
+
+from adpa.data.cache.signal_rows import SignalRow
+from adpa.data.sequences import TokenSequence, sequence_key
+from adpa.kernels.teacher_rows import teacher_rows
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.models.lm_head import read_head

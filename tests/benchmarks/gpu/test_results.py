@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-
-from adpa.lab.gpu_part import Failure, Figure, Skipped
-from adpa.lab.gpu_predictions import PREDICTIONS, Prediction
-from adpa.lab.gpu_results import PartResult, Results, measured, number, row
+from benchmarks.gpu.part import Failure, Figure, Skipped
+from benchmarks.gpu.predictions import PREDICTIONS, Prediction
+from benchmarks.gpu.results import PartResult, Results, measured, number, row
 
 RANGE = Prediction("e", "a ratio", 5, 7, "reading")
 AT_MOST = Prediction("e", "waits", None, 1, "reading")

@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.gpu import models as gpu_models
+from benchmarks.gpu.kernels import float32_product, head_flops, outcomes
+from benchmarks.gpu.models import LARGE, SHAPES, TINY, encoded_pairs, random_model, text_pairs, text_tokenizer
+from benchmarks.gpu.part import Setting
+from benchmarks.gpu.scoring import difference
+from benchmarks.gpu.trace import covered
+from benchmarks.gpu.training import Runs, added, eager_losses
 from benchmarks.head_ways import Case, random_inputs
 
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.vocabulary import find_turn_end
 from adpa.kernels.head import distill_head
-from adpa.lab import gpu_models
-from adpa.lab.gpu_kernels import float32_product, head_flops, outcomes
-from adpa.lab.gpu_models import LARGE, SHAPES, TINY, encoded_pairs, random_model, text_pairs, text_tokenizer
-from adpa.lab.gpu_part import Setting
-from adpa.lab.gpu_scoring import difference
-from adpa.lab.gpu_trace import covered
-from adpa.lab.gpu_training import Runs, added, eager_losses
 
 PLAIN = """
 tests/kernels/test_head.py::test_one PASSED [ 50%]

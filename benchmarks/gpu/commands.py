@@ -1,12 +1,13 @@
-"""Part g of `adpa.lab.gpu`: the four commands of README, from pairs of texts to a student, with default options."""
+"""Part g of `benchmarks.gpu.run`: the four commands of README, from pairs of texts to a student, with default options."""
 
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, limits, preferences
-from adpa.lab.gpu_part import Figure, Measure, Setting
+from benchmarks.gpu.models import MEDIUM, SMALL, checkpoint, limits, preferences
+from benchmarks.gpu.part import Figure, Measure, Setting
+
 from adpa.pipeline.distill import distill
 from adpa.pipeline.precompute import precompute
 

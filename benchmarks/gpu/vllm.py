@@ -1,16 +1,16 @@
-"""What `adpa.lab.gpu` measures of vLLM, where it is installed: bare prefill, scoring, sampling."""
+"""What `benchmarks.gpu.run` measures of vLLM, where it is installed: bare prefill, scoring, sampling."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from benchmarks.gpu.measures import figure_of, in_turns
+from benchmarks.gpu.models import MEDIUM, SMALL, checkpoint, encoded_pairs, sequences_of, text_tokenizer
+from benchmarks.gpu.part import Figure, Setting
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signals import Scoring
-from adpa.lab.gpu_measures import figure_of, in_turns
-from adpa.lab.gpu_models import MEDIUM, SMALL, checkpoint, encoded_pairs, sequences_of, text_tokenizer
-from adpa.lab.gpu_part import Figure, Setting
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.jobs import make_batches
 from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm

@@ -1,7 +1,7 @@
 """The whole product on one GPU, in a few minutes: `make bench-gpu`.
 
-    python -m adpa.lab.gpu --output docs/benchmarks    on a GPU
-    python -m adpa.lab.gpu --dry-run                   every part on a CPU, with tiny shapes
+    python -m benchmarks.gpu.run --output docs/benchmarks    on a GPU
+    python -m benchmarks.gpu.run --dry-run                   every part on a CPU, with tiny shapes
 
 Every part has a process of its own, which ends with its time: whatever fails in one, or hangs, the rest goes on. Time
 that a part leaves is the others'. Figures are printed and written as they come, beside what was predicted of them;
@@ -25,10 +25,11 @@ from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.gpu.measures import error_line, give_version, machine, take
+from benchmarks.gpu.part import Failure, Figure, Report, Setting
+from benchmarks.gpu.results import PartResult, Results, State, measured
+
 from adpa.errors import OptionError
-from adpa.lab.gpu_measures import error_line, give_version, machine, take
-from adpa.lab.gpu_part import Failure, Figure, Report, Setting
-from adpa.lab.gpu_results import PartResult, Results, State, measured
 
 MINUTES = 8.0
 GRACE = 2.0  # seconds in which a part may say what it skips when its time is up
@@ -62,19 +63,19 @@ class Part:
 
 
 PARTS = {
-    "a": Part("kernels' tests", "adpa.lab.gpu_kernels", "kernel_tests", 75),
-    "b": Part("loss head", "adpa.lab.gpu_kernels", "loss_head", 85),
-    "c": Part("ceilings", "adpa.lab.gpu_kernels", "ceilings", 15),
-    "d": Part("scoring", "adpa.lab.gpu_scoring", "scoring", 95),
-    "e": Part("training", "adpa.lab.gpu_training", "training", 105),
-    "f": Part("sampling", "adpa.lab.gpu_sampling", "sampling", 40),
-    "g": Part("the four commands", "adpa.lab.gpu_commands", "four_commands", 65),
+    "a": Part("kernels' tests", "benchmarks.gpu.kernels", "kernel_tests", 75),
+    "b": Part("loss head", "benchmarks.gpu.kernels", "loss_head", 85),
+    "c": Part("ceilings", "benchmarks.gpu.kernels", "ceilings", 15),
+    "d": Part("scoring", "benchmarks.gpu.scoring", "scoring", 95),
+    "e": Part("training", "benchmarks.gpu.training", "training", 105),
+    "f": Part("sampling", "benchmarks.gpu.sampling", "sampling", 40),
+    "g": Part("the four commands", "benchmarks.gpu.commands", "four_commands", 65),
 }
 
 
 def main() -> None:
     """Reads the options, and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.gpu")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.gpu.run")
     parser.add_argument("--dry-run", action="store_true", help="run every part on a CPU, with tiny shapes")
     parser.add_argument("--output", type=Path, help="directory for gpu-DEVICE.json and gpu-DEVICE.md")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
@@ -85,7 +86,7 @@ def main() -> None:
     try:
         failed = benchmark(arguments.parts, arguments.dry_run, arguments.data, arguments.minutes, arguments.output)
     except OptionError as error:
-        print(f"adpa.lab.gpu: {error}", file=sys.stderr)
+        print(f"benchmarks.gpu.run: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(int(failed))
 

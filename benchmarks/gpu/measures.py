@@ -1,4 +1,4 @@
-"""Taking the measures of a part of `adpa.lab.gpu`: one after the other, and on which clock."""
+"""Taking the measures of a part of `benchmarks.gpu.run`: one after the other, and on which clock."""
 
 import gc
 import platform
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from adpa.lab.gpu_part import Failure, Figure, Measure, Report, Setting, Skipped
+from benchmarks.gpu.part import Failure, Figure, Measure, Report, Setting, Skipped
 
 PACKAGES = ("adpa", "torch", "triton", "transformers", "accelerate", "datasets", "vllm", "liger-kernel", "numpy")
 
@@ -96,7 +95,7 @@ def machine() -> dict[str, Any]:
 def give_version(folder: Path) -> None:
     """Where adpa runs from its sources and is not installed, it gets the version that its runs write down."""
     if find("adpa") is None:
-        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
         found = re.search('^version = "(.+)"$', project.read_text(), re.MULTILINE)
         assert found is not None
         information = folder / f"adpa-{found[1]}.dist-info"

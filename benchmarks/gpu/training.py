@@ -1,4 +1,4 @@
-"""Part e of `adpa.lab.gpu`: what a DCKD step of a small student costs, and what each of its ways brings.
+"""Part e of `benchmarks.gpu.run`: what a DCKD step of a small student costs, and what each of its ways brings.
 
 Every way is a run of ``adpa.distill`` of a few steps; its speed is that of the steps after the first, in tokens of the
 sequences without padding. The ways run one after the other, and the first one again at the end: what lies between its
@@ -22,14 +22,14 @@ from warnings import WarningMessage, catch_warnings, simplefilter
 import torch
 from benchmarks.cost_model import Assumptions, Pairs, needed_flops
 from benchmarks.costs import measure_pairs
+from benchmarks.gpu.measures import figure_of
+from benchmarks.gpu.models import SMALL, TEACHER, checkpoint, encoded_pairs, limits, preferences, shape_of
+from benchmarks.gpu.part import Figure, Measure, Setting
+from benchmarks.gpu.trace import mask_cost, profiled_steps
 from torch import Tensor
 
 from adpa.data.batches import Packing
 from adpa.kernels.head import HeadLosses
-from adpa.lab.gpu_measures import figure_of
-from adpa.lab.gpu_models import SMALL, TEACHER, checkpoint, encoded_pairs, limits, preferences, shape_of
-from adpa.lab.gpu_part import Figure, Measure, Setting
-from adpa.lab.gpu_trace import mask_cost, profiled_steps
 from adpa.pipeline.distill import distill
 from adpa.pipeline.precompute import precompute
 from adpa.pipeline.training import student

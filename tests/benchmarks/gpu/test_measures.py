@@ -6,10 +6,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-
-from adpa.lab import gpu_measures
-from adpa.lab.gpu_measures import figure_of, give_version, in_turns, take
-from adpa.lab.gpu_part import Failure, Figure, Measure, Report, Setting, Skipped
+from benchmarks.gpu import measures as gpu_measures
+from benchmarks.gpu.measures import figure_of, give_version, in_turns, take
+from benchmarks.gpu.part import Failure, Figure, Measure, Report, Setting, Skipped
 
 
 def setting(seconds: float) -> Setting:

@@ -1,4 +1,4 @@
-"""Parts a to c of `adpa.lab.gpu`: the kernels' tests, the loss head beside its peers, what the GPU can do at most."""
+"""Parts a to c of `benchmarks.gpu.run`: the kernels' tests, the loss head beside its peers, what the GPU can do at most."""
 
 import importlib.util
 import os
@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from benchmarks import head as head
 from benchmarks import head_report as report
+from benchmarks.gpu.measures import figure_of, in_turns
+from benchmarks.gpu.part import Figure, Measure, Setting
 from benchmarks.head_report import Findings
 from benchmarks.head_ways import LIGER_DEFAULT, OURS, SMALL, Case, Way, ways_on
 from torch import Tensor
 
-from adpa.lab.gpu_measures import figure_of, in_turns
-from adpa.lab.gpu_part import Figure, Measure, Setting
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Compilation for other cards needs none, and is tested everywhere.
 TESTS = ("tests/kernels", "--deselect", "tests/kernels/test_compiled.py")
 DRY_TESTS = ("tests/kernels/test_losses.py", "-k", "refused_by_name")
