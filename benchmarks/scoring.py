@@ -46,7 +46,8 @@ from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.engine import Engine, HfEngine
 from adpa.pipeline.scoring.jobs import make_batches
 from adpa.pipeline.scoring.score import Scorer, score
-from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine, VllmOptions
+from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 TOP_K = 50
 CPU = torch.device("cpu")

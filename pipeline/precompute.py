@@ -56,7 +56,7 @@ from adpa.pipeline.scoring.parts import PartPrompts, parse_part
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
-from adpa.pipeline.scoring.vllm_engine import HeadDtype, VllmOptions
+from adpa.pipeline.scoring.vllm_options import HeadDtype, VllmOptions
 
 
 @dataclass(frozen=True)

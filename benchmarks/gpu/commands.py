@@ -1,4 +1,4 @@
-"""Part g of `benchmarks.gpu.run`: the four commands of README, from pairs of texts to a student, with default options."""
+"""Part g of the benchmark: the four commands of README, from pairs of texts to a student, with default options."""
 
 import time
 from collections.abc import Callable, Iterator

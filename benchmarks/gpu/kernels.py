@@ -1,4 +1,4 @@
-"""Parts a to c of `benchmarks.gpu.run`: the kernels' tests, the loss head beside its peers, what the GPU can do at most."""
+"""Parts a to c of the benchmark: the kernels' tests, the loss head beside its peers, what the GPU can do at most."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Taking the measures of a part of `benchmarks.gpu.run`: one after the other, and on which clock."""
+"""Taking the measures of a part of the benchmark: one after the other, and on which clock."""
 
 import gc
 import platform

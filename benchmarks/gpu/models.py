@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu.run` measures with: models of published shapes with random weights, a tokenizer, and pairs of texts.
+"""What the benchmark measures with: models of published shapes with random weights, a tokenizer, and pairs of texts.
 
 Random weights cost what trained ones do. They are drawn on the device, wide enough that what they say is not flat.
 """

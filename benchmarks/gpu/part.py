@@ -1,4 +1,4 @@
-"""What a part of `benchmarks.gpu.run` is given, what it is made of, and what it reports."""
+"""What a part of the benchmark is given, what it is made of, and what it reports."""
 
 import time
 from collections.abc import Callable, Iterable

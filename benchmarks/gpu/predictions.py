@@ -1,4 +1,4 @@
-"""What was predicted of the figures of `benchmarks.gpu.run` before any of them was measured."""
+"""What was predicted of the figures of the benchmark before any of them was measured."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The results of `benchmarks.gpu.run`: every figure beside what was predicted of it, as JSON and as a table in Markdown."""
+"""The results of the benchmark: every figure beside what was predicted of it, as JSON and as a table in Markdown."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Part f of `benchmarks.gpu.run`: how fast a student samples."""
+"""Part f of the benchmark: how fast a student samples."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Part d of `benchmarks.gpu.run`: what scoring costs, and what of it is the decoder, the head, and the rest.
+"""Part d of the benchmark: what scoring costs, and what of it is the decoder, the head, and the rest.
 
 Shapes: N response rows, C rows of a chunk, d hidden width, V vocabulary, T tokens of a response, K ids.
 """

@@ -1,4 +1,4 @@
-"""What part e of `benchmarks.gpu.run` sees of single kernels: how long the GPU does nothing, and what a mask costs.
+"""What part e of the benchmark sees of single kernels: how long the GPU does nothing, and what a mask costs.
 
 Shapes: B sequences, H heads, L tokens, E width of a head.
 """

@@ -1,4 +1,4 @@
-"""Part e of `benchmarks.gpu.run`: what a DCKD step of a small student costs, and what each of its ways brings.
+"""Part e of the benchmark: what a DCKD step of a small student costs, and what each of its ways brings.
 
 Every way is a run of ``adpa.distill`` of a few steps; its speed is that of the steps after the first, in tokens of the
 sequences without padding. The ways run one after the other, and the first one again at the end: what lies between its

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu.run` measures of vLLM, where it is installed: bare prefill, scoring, sampling."""
+"""What the benchmark measures of vLLM, where it is installed: bare prefill, scoring, sampling."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,8 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signals import Scoring
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.jobs import make_batches
-from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine, VllmOptions, obstacle_to_vllm, open_vllm
+from adpa.pipeline.scoring.vllm_engine import BATCH_TOKENS, VllmEngine, obstacle_to_vllm, open_vllm
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 PAIRS, PROMPTS, NEW_TOKENS = 160, 256, 128
 ROUNDS = 2

@@ -15,7 +15,8 @@ from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
-from adpa.pipeline.scoring.vllm_engine import Role, VllmOptions, obstacle_to_vllm, open_vllm
+from adpa.pipeline.scoring.vllm_engine import obstacle_to_vllm, open_vllm
+from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
 
 EngineName = Literal["auto", "hf", "vllm"]
 

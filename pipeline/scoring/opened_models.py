@@ -12,7 +12,7 @@ from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoi
 from adpa.pipeline.scoring.engine import Engine
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
-from adpa.pipeline.scoring.vllm_engine import Role
+from adpa.pipeline.scoring.vllm_options import Role
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
 """Advantage-guided distillation for preference alignment of small language models.
 
-The rooms of the house, in the order in which data flows through them:
+The rooms, in the order in which data flows through them:
 
-    adpa.data       preference pairs to token sequences; response sets, signals and batches in files
-    adpa.pipeline   models: scoring and sampling (stage one), training (stage two), evaluation
-    adpa.kernels    tensors only: the student's losses, the teacher's rows
-    adpa.cli        the command line
-    adpa.lab        a laboratory with a programmatic preference; the demo
+    adpa.data               preference pairs to token sequences; batches; statistics
+    adpa.data.cache         the files of a cache: response sets, samples, scorings and their signals
+    adpa.pipeline           one module for each command
+    adpa.pipeline.models    checkpoints, heads, attention: for both stages
+    adpa.pipeline.scoring   stage one: engines, scoring, sampling
+    adpa.pipeline.training  stage two: objectives, student, trainer
+    adpa.pipeline.cache     the commands on a whole cache
+    adpa.pipeline.terminal  how reports look
+    adpa.kernels            tensors only: the student's losses, the teacher's rows
+    adpa.cli                the command line
+    adpa.lab                a laboratory with a programmatic preference; the demo
 """
 
 import logging

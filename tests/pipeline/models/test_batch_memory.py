@@ -34,7 +34,7 @@ from adpa.pipeline.models.batch_memory import (
 from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_sampler import sample
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
-from adpa.pipeline.scoring.vllm_engine import Role
+from adpa.pipeline.scoring.vllm_options import Role
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

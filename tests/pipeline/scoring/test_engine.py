@@ -10,7 +10,8 @@ from tests.pipeline.conftest import InstallVllm
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.scoring.engine import Engine, EngineName, HfEngine, choose_engine
-from adpa.pipeline.scoring.vllm_engine import Role, VllmEngine, VllmOptions
+from adpa.pipeline.scoring.vllm_engine import VllmEngine
+from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9

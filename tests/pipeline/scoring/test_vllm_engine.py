@@ -21,7 +21,8 @@ from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES
-from adpa.pipeline.scoring.vllm_engine import HeadDtype, Role, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
+from adpa.pipeline.scoring.vllm_options import HeadDtype, Role, VllmOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9
@@ -469,7 +470,7 @@ def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
     loaded: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.device_memory", lambda _: memory)
+    monkeypatch.setattr("adpa.pipeline.scoring.vllm_options.device_memory", lambda _: memory)
     monkeypatch.setattr(LmHead, "to", lambda head, *_: head)
     engine(device=GPU).open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
     (arguments,) = vllm_models.opened

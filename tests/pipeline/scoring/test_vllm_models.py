@@ -37,7 +37,8 @@ from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
-from adpa.pipeline.scoring.vllm_engine import HeadDtype, VllmEngine, VllmOptions, open_vllm
+from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
+from adpa.pipeline.scoring.vllm_options import HeadDtype, VllmOptions
 
 pytestmark = pytest.mark.vllm
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from adpa.errors import OptionError
-from adpa.pipeline.scoring.vllm_engine import VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
 

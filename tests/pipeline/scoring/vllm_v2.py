@@ -26,7 +26,8 @@ from adpa.data.cache.signals import Scoring  # noqa: E402
 from adpa.data.sequences import TokenSequence, sequence_key  # noqa: E402
 from adpa.pipeline.models.checkpoint import open_checkpoint  # noqa: E402
 from adpa.pipeline.scoring.score import ReferenceLogprobs  # noqa: E402
-from adpa.pipeline.scoring.vllm_engine import VllmEngine, VllmOptions  # noqa: E402
+from adpa.pipeline.scoring.vllm_engine import VllmEngine  # noqa: E402
+from adpa.pipeline.scoring.vllm_options import VllmOptions  # noqa: E402
 
 TOP_K = 20
 CHUNK = 32  # tokens of a prefill step, so that longer prompts are split
