@@ -1,11 +1,30 @@
 """Options that precompute and evaluate share: one type and one help text for both."""
 
+from enum import StrEnum
 from typing import Annotated
 
 from typing_extensions import Doc
 
 from adpa.pipeline.models.checkpoint import DtypeName
 from adpa.pipeline.scoring.engine import EngineName
+
+
+class Group(StrEnum):
+    """The groups of options in a command's help: ``Annotated[type, Doc("help"), Group.TRAINING]``."""
+
+    DECIDE = "Decide these first"
+    DATA = "Data"
+    SIGNALS = "Signals"
+    SAMPLING = "Sampling"
+    ENGINE = "Engine"
+    LOSS = "Loss"
+    TRAINING = "Training"
+    ADAPTERS = "LoRA and QLoRA"
+    MEMORY = "Memory and device"
+    SAVING = "Logs, checkpoints, resuming"
+    SCALE = "Beyond one process"
+    DRY_RUN = "Before a run"
+
 
 TeacherOption = Annotated[
     str, Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub.")
