@@ -116,7 +116,12 @@ def write_replacement(folder: Location, prefix: str, table: pa.Table) -> Locatio
     Its bytes, and so its name, are nobody else's: who has listed the folder before, and removes what was there, cannot
     remove this one.
     """
-    return write_serialized(folder, prefix, serialize(table, {"replacement": uuid.uuid4().hex}))
+    return write_serialized(folder, prefix, serialize_replacement(table))
+
+
+def serialize_replacement(table: pa.Table) -> pa.Buffer:
+    """The bytes of a shard that ``write_replacement`` writes."""
+    return serialize(table, {"replacement": uuid.uuid4().hex})
 
 
 def write_serialized(folder: Location, prefix: str, payload: pa.Buffer) -> Location:

@@ -24,8 +24,9 @@ from adpa.data.cache.shards import (
     peek_keys,
     read_shard,
     remove_file,
+    serialize,
     write_file,
-    write_shard,
+    write_serialized,
 )
 from adpa.data.cache.signals import read_scoring_file, write_scoring
 from adpa.data.vocabulary import read_tokenizer, write_tokenizer
@@ -202,8 +203,9 @@ class _Merge:
             self._link_or_copy(file, target)
         else:
             new = table.filter(pa.array([key not in present for key in keys]))
-            path = write_shard(folder, file.path.name.partition("-")[0], new)
-            self.report.copied.add(path.stat().st_size)
+            payload = serialize(new)
+            write_serialized(folder, file.path.name.partition("-")[0], payload)
+            self.report.copied.add(payload.size)
         present.update(keys)
 
     def _read_keys(self, file: CacheFile) -> None:
