@@ -19,7 +19,8 @@ from adpa import distill
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.training.lora import add_adapters, load_base, lora_settings, merge_adapters
+from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
+from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.student import attach_distill_head
 
 RANK, SCALE = 4, 2.0  # alpha is twice the rank
@@ -358,7 +359,7 @@ def test_qlora_computes_in_bfloat16_where_the_run_does(few_words: Filled, tmp_pa
         ({"lora_rank": None, "load_in_4bit": True}, r"--load-in-4bit without --lora-rank"),
         ({"lora_target": "q_proj,"}, r"--lora-target q_proj,; expected all-linear, or names"),
         ({"lora_target": "q_proj,all-linear"}, r"expected all-linear, or names"),
-        ({"lora_target": "q_prj"}, r"q_prj: no linear layer.*there are down_proj, gate_proj, k_proj, .*v_proj$"),
+        ({"lora_target": "q_prj"}, r"q_prj: no linear layer.*expected one of down_proj, gate_proj, k_proj, .*v_proj$"),
         ({"lora_target": "q_proj,q_prj"}, r"q_prj: no linear layer"),
         ({"lora_target": "self_attn"}, r"self_attn: no linear layer"),
         ({"lora_target": "lm_head"}, r"lm_head: the head and the embeddings stay"),
@@ -377,7 +378,8 @@ def test_targets_and_ranks_that_cannot_be_used_are_refused(
 def test_a_package_that_is_not_installed_is_asked_for(
     missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.training.lora.find_spec", lambda name: None if name == missing else object())
+    installed = {"peft": object(), "bitsandbytes": object(), missing: None}
+    monkeypatch.setattr("adpa.pipeline.training.lora_settings.find_spec", installed.get)
     with pytest.raises(OptionError, match=rf"needs {missing}, which is not installed; pip install 'adpa\[{extra}\]'"):
         lora_settings(16, None, load_in_4bit=True)
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
 from adpa import distill
-from adpa.data.batches import Packing, TrainingSequence, collate
+from adpa.data.batches import TrainingSequence, collate
 from adpa.data.cache.responses import read_response_sets
+from adpa.data.sequences import Packing
 from adpa.errors import ModelError
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.training.student import attach_distill_head
@@ -64,7 +65,7 @@ def test_a_packed_step_is_the_padded_one(
         assert report.first_loss == pytest.approx(padded_report.first_loss, rel=1e-5)
         assert relative_error(packed, padded) < 1e-5
         logs = [json.loads((tmp_path / name / "adpa.json").read_text())["student_before"] for name in ("padded", way)]
-        for name in ("entropy", "mass_on_topk", "implausible_mass", "advantage"):
+        for name in ("entropy", "mass_on_topk", "unlikely_mass", "advantage"):
             before, found = (log[f"student/{name}"] for log in logs)
             assert found == pytest.approx(before, rel=1e-5, abs=1e-6)
 

@@ -229,7 +229,7 @@ def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["fsdp=true"], r"fsdp with the ranks that are there \(NO\).*torchrun on GPUs"),
+        (["fsdp=true"], "fsdp with ranks of the type NO, .*; expected a rank on each GPU; start it with torchrun"),
         (["fsdp=true", "fsdp_config={version: 1}"], "FSDP in version 1; adpa trains with FSDP2"),
         (["gradient_accumulation_steps=2"], "--micro-batch-size says how many fit"),
     ],

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adpa import distill
-from adpa.data.batches import Packing
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scorings, read_signals
+from adpa.data.sequences import Packing
 from adpa.errors import ModelError
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport
@@ -220,7 +220,7 @@ def test_frozen_parameters_stay(filled: Filled, tmp_path: Path, monkeypatch: pyt
         attach_distill_head(model)
 
     _, plain = one_step(filled, tmp_path / "plain", objective="dckd")
-    monkeypatch.setattr("adpa.pipeline.distill.attach_distill_head", freeze_embeddings_and_attach)
+    monkeypatch.setattr("adpa.pipeline.training.run.attach_distill_head", freeze_embeddings_and_attach)
     _, frozen = one_step(filled, tmp_path / "frozen", objective="dckd")
     embedding = "model.embed_tokens.weight"
     assert (frozen.pop(embedding) == 0).all()
