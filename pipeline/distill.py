@@ -124,7 +124,7 @@ def distill(
         Packing,
         Doc(
             "none pads the sequences of a micro-batch; sequences computes them without padding; prompts also computes "
-            "equal prompts once. Loss and gradient are the same; a student that cannot is refused."
+            "equal prompts once. Loss and gradient stay the same; a student that cannot be packed is refused."
         ),
         Group.MEMORY,
     ] = "none",
@@ -210,7 +210,16 @@ def distill(
     )
     check_sharding(arguments)
     run = steps.Run(
-        objective, terms, plausibility, lora, dtype, batch_size, packing, output, resume_from_checkpoint, arguments
+        objective=objective,
+        terms=terms,
+        plausibility=plausibility,
+        lora=lora,
+        dtype=dtype,
+        batch_size=batch_size,
+        packing=packing,
+        output=output,
+        resume_from_checkpoint=resume_from_checkpoint,
+        arguments=arguments,
     )
     sources = steps.open_sources(run, student, cache, scoring, response_set or ())
     origin = steps.describe_origin(run, sources)

@@ -264,6 +264,22 @@ assert not imported(), imported()
     assert process.stdout.startswith(f"--{option.partition('=')[0].replace('_', '-')} ")
 
 
+def test_the_command_refuses_a_wrong_value_before_a_model_package_is_imported() -> None:
+    words = "adpa distill --objective kd --student s --cache c --output o --learning-rate -1".split()
+    call = f"""
+import sys
+from adpa import cli
+sys.argv = {words}
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, [name for name in {MODEL_PACKAGES} if name in sys.modules])
+"""
+    process = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+    assert process.stderr == "adpa: --learning-rate -1; expected 0 or more\n"
+    assert process.stdout == "2 []\n"
+
+
 def test_every_option_is_in_a_group_of_the_help_and_the_first_ones_must_be_decided() -> None:
     parameters = inspect.signature(distill).parameters.values()
     groups = {parameter.name: get_args(parameter.annotation)[2] for parameter in parameters}

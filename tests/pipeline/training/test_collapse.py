@@ -59,8 +59,8 @@ def test_the_first_statistics_are_those_of_the_student_before_training(filled: F
         entropy_T, gain_TK = -(logq_TV.exp() * logq_TV).sum(1), torch.from_numpy(row.topk_advantages.astype("float64"))
         rows.append([entropy_T, q_TK.sum(1), 1 - (q_TK * likely_TK).sum(1), (q_TK * gain_TK).sum(1)])
     expected = [torch.cat(column).mean().item() for column in zip(*rows, strict=True)]
-    found = watched(json.loads((tmp_path / "adpa.json").read_text())["student_before"])
-    assert list(found.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    first = watched(json.loads((tmp_path / "adpa.json").read_text())["student_before"])
+    assert list(first.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_watching_changes_no_bit_of_the_training(

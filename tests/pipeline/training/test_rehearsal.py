@@ -41,8 +41,8 @@ def test_a_rehearsal_leaves_no_trace(train: Train, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(DistillTrainer, "_rehearse", lambda *_: False)
     alone = train("alone")
     assert rehearsed.first_loss == alone.first_loss
-    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("rehearsed", "alone"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    rehearsed_weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("rehearsed", "alone"))
+    assert all(torch.equal(rehearsed_weights[name], expected[name]) for name in expected)
     logs = [json.loads((tmp_path / name / "adpa.json").read_text())["losses"] for name in ("rehearsed", "alone")]
     terms = [{key: value for key, value in each[-1].items() if "/" in key} for each in logs]
     assert terms[0] == terms[1]
