@@ -265,11 +265,11 @@ assert not imported(), imported()
 
 
 def test_the_command_refuses_a_wrong_value_before_a_model_package_is_imported() -> None:
-    words = "adpa distill --objective kd --student s --cache c --output o --learning-rate -1".split()
+    words = "adpa distill --objective kd --student s --cache c --output o --learning-rate -1"
     call = f"""
 import sys
 from adpa import cli
-sys.argv = {words}
+sys.argv = "{words}".split()
 try:
     cli.main()
 except SystemExit as end:
