@@ -10,9 +10,13 @@ Then `adpa precompute --teacher models/dpo --reference models/sft …` takes the
 """
 
 import argparse
+from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+SETTINGS: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "bf16": torch.cuda.is_available()}
 
 
 def main() -> None:
@@ -33,7 +37,7 @@ def main() -> None:
 def train_reference(base: str, pairs: Dataset, output: str, epochs: float) -> None:
     """SFT on the chosen responses; the prompts do not count in the loss."""
     answers = pairs.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])
-    settings = SFTConfig(output_dir=output, num_train_epochs=epochs, save_strategy="no", report_to="none")
+    settings = SFTConfig(output_dir=output, num_train_epochs=epochs, **SETTINGS)
     trainer = SFTTrainer(base, args=settings, train_dataset=answers)
     trainer.train()
     trainer.save_model(output)
@@ -41,9 +45,7 @@ def train_reference(base: str, pairs: Dataset, output: str, epochs: float) -> No
 
 def train_teacher(reference: str, pairs: Dataset, output: str, epochs: float, beta: float) -> None:
     """DPO of the reference, against itself."""
-    settings = DPOConfig(
-        output_dir=output, num_train_epochs=epochs, beta=beta, save_strategy="no", report_to="none"
-    )
+    settings = DPOConfig(output_dir=output, num_train_epochs=epochs, beta=beta, **SETTINGS)
     trainer = DPOTrainer(reference, args=settings, train_dataset=pairs)
     trainer.train()
     trainer.save_model(output)

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from tests.conftest import MakeModel, Models, Row, WriteRows
-from transformers import AutoTokenizer
+from tests.conftest import Models, WriteRows
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import adpa
 from adpa.data.cache.responses import read_response_sets
+from adpa.lab.environment import Environment, preference_row
+from adpa.lab.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -26,6 +29,7 @@ OPTION_FILES: dict[str, Callable[..., Any]] = {
     "distill.yaml": adpa.distill,
     "evaluate.yaml": adpa.evaluate,
 }
+SHORTER = {"precompute.yaml": {"max-new-tokens": 6}, "evaluate.yaml": {"max-new-tokens": 6}}
 
 
 @dataclass
@@ -56,9 +60,33 @@ class Examples:
         return done.stdout
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Tiny random models with the laboratory's tokenizer, which loads in no time."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([f"number-{number}" for number in range(30)])  # the examples keep 50 ids of each token
+    directories = [tmp_path_factory.mktemp(f"model-{seed}") for seed in range(4)]
+    for seed, directory in enumerate(directories):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return Models(*directories)
+
+
 @pytest.fixture
-def examples(models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path) -> Examples:
+def examples(models: Models, write_rows: WriteRows, tmp_path: Path) -> Examples:
     """The examples with tiny models, eight pairs and short answers, and with this tree's ``adpa`` as the command."""
+    rows = [preference_row(pair) for pair in Environment().preference_pairs(12, seed=0)]
     program = tmp_path / "bin" / "adpa"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m adpa "$@"\n')
@@ -77,16 +105,13 @@ def examples(models: Models, preference_rows: list[Row], write_rows: WriteRows, 
         "TEACHER": str(models.teacher),
         "REFERENCE": str(models.reference),
         "STUDENT": str(models.student),
-        "DATA": str(write_rows(preference_rows[:8])),
-        "HELDOUT": str(write_rows(preference_rows[8:12], "heldout.jsonl")),
+        "DATA": str(write_rows(rows[:8])),
+        "HELDOUT": str(write_rows(rows[8:], "heldout.jsonl")),
         "CACHE": str(tmp_path / "cache"),
         "OUTPUT": str(output),
         "OPTIONS": str(options),
     }
     return Examples(dict(os.environ) | environment, output)
-
-
-SHORTER = {"precompute.yaml": {"max-new-tokens": 6}, "evaluate.yaml": {"max-new-tokens": 6}}
 
 
 def objective(run: Path) -> str:
@@ -113,12 +138,12 @@ def test_the_workflow_from_python_reports_every_step(examples: Examples) -> None
     assert "sampled 8 answers" in said
     assert f"win rate against {variables['STUDENT']}: " in said
     assert json.loads((examples.output / "evaluation.json").read_text())["prompts"] == 4
-    assert "no such directory; check" in examples.run("from_python.py", *options, "--teacher=./none", check=False)
+    assert "./none: no such directory" in examples.run("from_python.py", *options, "--teacher=./none", check=False)
 
 
 @pytest.mark.slow
-def test_a_teacher_pair_from_a_base_model_can_score(examples: Examples, make_model: MakeModel, tmp_path: Path) -> None:
-    base, reference, teacher = make_model(7, layers=1), tmp_path / "reference", tmp_path / "teacher"
+def test_a_teacher_pair_from_a_base_model_can_score(examples: Examples, models: Models, tmp_path: Path) -> None:
+    base, reference, teacher = models.student, tmp_path / "reference", tmp_path / "teacher"
     data = examples.environment["DATA"]
     options = {"base": base, "data": data, "reference": reference, "teacher": teacher, "epochs": 2}
     examples.run("teacher_pair.py", *(f"--{name}={value}" for name, value in options.items()))
@@ -153,6 +178,7 @@ def test_a_team_shares_a_cache_in_an_object_store(examples: Examples, bucket: st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_several_students_of_one_cache_are_compared_in_a_table(examples: Examples, models: Models) -> None:
     students = (models.student, models.other_student)
     said = examples.run("several_students.sh", STUDENTS=" ".join(map(str, students)), GAMMAS="0.5")
