@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from adpa.errors import OptionError
 from adpa.kernels import torch_head
 from adpa.kernels.checks import Backend, check_device, check_dtype, check_ids, check_shape, takes_triton
-from adpa.kernels.torch_head import Targets, select_targets
+from adpa.kernels.targets import Targets, select_targets
 
 
 class HeadLosses(NamedTuple):

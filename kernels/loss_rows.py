@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adpa.kernels.torch_head import Targets
+from adpa.kernels.targets import Targets
 
 ROW_ALIGNMENT = 16  # elements
 MAX_TOP_K = 1024

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from adpa.kernels.checks import Backend, check_device, check_ids, check_logits, check_shape, takes_triton
-from adpa.kernels.torch_head import CHUNK_ROWS, Targets, loss_rows_, select_targets
+from adpa.kernels.targets import Targets, select_targets
+from adpa.kernels.torch_head import CHUNK_ROWS, loss_rows_
 
 KL, ADVANTAGE = 1, 2  # places of the terms
 

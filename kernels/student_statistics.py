@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from adpa.kernels.torch_head import CHUNK_ROWS, scale_and_cap_, select_targets
+from adpa.kernels.targets import select_targets
+from adpa.kernels.torch_head import CHUNK_ROWS, scale_and_cap_
 
 # At temperature 1 the teacher itself would say such a token at fewer than one in a hundred positions.
 IMPLAUSIBLE = 0.01

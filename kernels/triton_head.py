@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from adpa.kernels import loss_rows
-from adpa.kernels.torch_head import Gradients, Targets
+from adpa.kernels.targets import Targets
+from adpa.kernels.torch_head import Gradients
 
 # Whatever d is: what a chunk costs beside its logits is the traffic of weight and of its gradient.
 CHUNK_ROWS = 4096
