@@ -18,8 +18,9 @@ from adpa.data.batches import Packing, TrainingExamples, collate
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.cache.selection import Need, Selection, select
+from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.summary import PLAUSIBLE
-from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
+from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint

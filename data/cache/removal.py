@@ -15,7 +15,7 @@ from adpa.data.cache.inventory import CacheFile, find_kind
 from adpa.data.cache.locations import Location
 from adpa.data.cache.shards import find_hidden, hide, is_whole, remove_file, write_file
 from adpa.data.cache.signals import read_scoring_file
-from adpa.data.vocabulary import CONTENTS, read_contents
+from adpa.data.cache.tokenizers import CONTENTS, read_contents
 from adpa.errors import CacheError
 
 

@@ -28,7 +28,7 @@ from adpa.data.cache.shards import (
     write_shard,
 )
 from adpa.data.cache.signals import read_scoring_file, write_scoring
-from adpa.data.vocabulary import read_tokenizer, write_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
 from adpa.progress import progress
 

@@ -28,7 +28,8 @@ from adpa.data.cache.responses import ResponseSet, read_response_set
 from adpa.data.cache.samples import check_samples
 from adpa.data.cache.shards import check_shard, list_again, read_shard
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scoring_file
-from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer
+from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import DamagedFileError
 from adpa.progress import progress
 

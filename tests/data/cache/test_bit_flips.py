@@ -14,7 +14,7 @@ from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, Sampling, re
 from adpa.data.cache.samples import read_samples
 from adpa.data.cache.selection import Need, select
 from adpa.data.cache.signals import read_scorings
-from adpa.data.vocabulary import read_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.errors import CacheError
 
 FLIPS = 1000

@@ -21,7 +21,7 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.rounding import COARSEST
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import Scoring, read_scorings, read_signals
-from adpa.data.vocabulary import read_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer
 
 FROZEN = Path(__file__).parent / "frozen"
 VERSIONS = sorted(int(folder.name) for folder in FROZEN.iterdir() if folder.is_dir())

@@ -23,7 +23,8 @@ from adpa.data.cache.shards import (
     write_shard,
 )
 from adpa.data.cache.signals import read_scorings, read_signals, write_scoring, write_signals
-from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
+from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import CacheError, DamagedFileError
 
 TABLE = pa.table({"key": pa.array([b"a" * 16, b"b" * 16], pa.binary(16)), "ids": [[1, 2, 3], []]})

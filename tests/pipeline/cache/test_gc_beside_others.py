@@ -22,7 +22,7 @@ from adpa.data.cache.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.cache.shards import list_shards, write_shard
 from adpa.data.cache.signal_rows import plain_schema, plain_table
 from adpa.data.cache.signals import read_scorings, read_signals, write_scoring
-from adpa.data.vocabulary import read_tokenizer, write_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
 from adpa.pipeline.cache import gc as cache_gc
 from adpa.pipeline.cache import merge as cache_merge

@@ -1,0 +1,87 @@
+"""The tokenizers of a cache: one folder each, named by its digest, and read only as it was written."""
+
+import hashlib
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from adpa.data.cache.documents import read_document, serialize_document
+from adpa.data.cache.locations import Location
+from adpa.data.cache.shards import damaged, write_folder
+from adpa.data.vocabulary import digest_tokenizer, load_tokenizer
+from adpa.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTENTS = "files.json"
+
+
+def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", digest: str) -> None:
+    """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``.
+
+    ``files.json``, the last of its files, has the digests of the others.
+    """
+    path = cache / "tokenizers" / digest
+    if (path / CONTENTS).exists() or (isinstance(path, Path) and path.exists()):  # version 1 wrote no digests
+        return
+    with TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        files = _read_all(Path(temporary))
+    contents = {name: _digest_bytes(content) for name, content in files.items()}
+    write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
+
+
+def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
+    """Reads a tokenizer from a cache.
+
+    Raises:
+        DamagedFileError: it is not there, or not the one that was written.
+    """
+    path = cache / "tokenizers" / digest
+    if not re.fullmatch("[0-9a-f]+", digest):  # it was read from a file, and must not lead out of the cache
+        raise damaged(path, "no digest of a tokenizer")
+    try:
+        files = read_contents(path)
+        with TemporaryDirectory() as temporary:
+            write_folder(Path(temporary) / digest, files)
+            tokenizer = load_tokenizer(Path(temporary) / digest)
+    except (FileNotFoundError, ModelError) as error:
+        raise damaged(path, "not the tokenizer that was written") from error
+    if digest_tokenizer(tokenizer).tokenizer != digest:
+        raise damaged(path, "not the tokenizer that was written")
+    return tokenizer
+
+
+def read_contents(path: Location) -> dict[str, bytes]:
+    """The files of a tokenizer that were written, each the same as it was then; all there are where nobody noted it.
+
+    Raises:
+        FileNotFoundError: one is not there.
+        DamagedFileError: one is not what was written.
+    """
+    try:
+        contents, proved = read_document(path / CONTENTS)
+    except FileNotFoundError:  # version 1
+        return _read_all(path)
+    files = contents.get("files")
+    if not proved or not isinstance(files, dict):
+        raise damaged(path, f"{CONTENTS} has no digests of files, or no checksum")
+    read = {}
+    for name, digest in files.items():
+        if re.search(r"[\\\0]", name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise damaged(path, f"{CONTENTS} has the name {name!r}, which may lead out of the folder")
+        read[name] = (path / name).read_bytes()
+        if _digest_bytes(read[name]) != digest:
+            raise damaged(path, f"{name} is not what was written")
+    return read
+
+
+def _read_all(folder: Location) -> dict[str, bytes]:
+    found: list[Location] = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path)[len(str(folder)) + 1 :]: path.read_bytes() for path in sorted(found, key=str)}
+
+
+def _digest_bytes(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
