@@ -8,9 +8,8 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import find_version, prepare_cache
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.responses import (
     RESPONSE_NAMES,
     ResponseName,

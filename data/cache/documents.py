@@ -9,8 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, write_file
+from adpa.data.cache.shards import damaged
 
 SIZE_LIMIT = 1 << 20
 

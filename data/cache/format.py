@@ -7,8 +7,9 @@ reads every version up to its own.
 import re
 
 from adpa.data.cache.documents import read_document, write_document
+from adpa.data.cache.files import list_folder
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, list_folder
+from adpa.data.cache.shards import damaged
 from adpa.errors import AdpaError, CacheError, DamagedFileError
 
 FORMAT, VERSION = "adpa-cache", 2

@@ -4,11 +4,10 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import HIDDEN
+from adpa.data.cache.files import HIDDEN
+from adpa.data.cache.locations import Location, is_local
 
 FileKind = Literal[
     "marker", "response set", "scoring", "signals", "pending", "samples", "tokenizer", "unfinished", "damaged",
@@ -65,7 +64,7 @@ def list_files(cache: Location) -> list[CacheFile]:
 
     ``evaluation``, the cache inside of the cache that ``adpa evaluate`` keeps, is one entry.
     """
-    if not isinstance(cache, Path):
+    if not is_local(cache):
         cache.fs.invalidate_cache()  # other processes write, too
     return sorted(_walk(cache, ""), key=lambda file: file.place)
 
@@ -85,13 +84,13 @@ def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
         try:
             found = path.stat()
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not (isinstance(path, Path) and path.is_symlink()):
+            if isinstance(error, FileNotFoundError) and not (is_local(path) and path.is_symlink()):
                 continue  # removed meanwhile; else a link to nothing, or to itself
             yield CacheFile(path, place, "unknown", 0, 0.0)
             continue
         if is_directory:
             yield CacheFile(path, place + "/", find_kind(place + "/"), 0, found.st_mtime)
-        elif isinstance(path, Path) and not stat.S_ISREG(found.st_mode):
+        elif is_local(path) and not stat.S_ISREG(found.st_mode):
             yield CacheFile(path, place, "unknown", 0, found.st_mtime)
         else:
             yield CacheFile(path, place, find_kind(place), found.st_size, found.st_mtime)

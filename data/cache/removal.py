@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from adpa.data.cache.files import find_hidden, hide, remove_file, write_file
 from adpa.data.cache.inventory import CacheFile, find_kind
-from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import find_hidden, hide, is_whole, remove_file, write_file
+from adpa.data.cache.locations import Location, is_local
+from adpa.data.cache.shards import is_whole
 from adpa.data.cache.signals import read_scoring_file
 from adpa.data.cache.tokenizers import CONTENTS, read_contents
 from adpa.errors import CacheError
@@ -31,7 +32,7 @@ def remove_unless(cache: Location, path: Location, needed: Callable[[], bool]) -
 
     ``needed`` is asked when it is hidden. Object stores cannot rename: there it is asked just before the file goes.
     """
-    if not isinstance(path, Path):
+    if not is_local(path):
         if needed():
             return False
         remove_file(path)
@@ -58,7 +59,7 @@ def find_restorable(files: Iterable[CacheFile]) -> list[CacheFile]:
 
     A process was killed when it had hidden them, or before it gave them their names.
     """
-    hidden = (file for file in files if file.kind == "unfinished" and isinstance(file.path, Path))
+    hidden = (file for file in files if file.kind == "unfinished" and is_local(file.path))
     return [file for file in hidden if _is_restorable(file)]
 
 
@@ -120,7 +121,7 @@ def _is_restorable(file: CacheFile) -> bool:
 
 def _hidden_path(file: CacheFile) -> Path:
     """The hidden file, or the folder of a tokenizer that is hidden as a whole."""
-    assert isinstance(file.path, Path), "in object stores nothing is hidden"
+    assert is_local(file.path), "in object stores nothing is hidden"
     parts = file.place.split("/")
     is_folder = len(parts) > 2 and parts[0] == "tokenizers" and parts[1].startswith(".")
     return file.path.parents[len(parts) - 3] if is_folder else file.path
@@ -148,7 +149,7 @@ def _remove(path: Path) -> None:
 def _remove_empty_folders(cache: Location, path: Location) -> None:
     folder = path.parent
     # The folders right below the cache stay, as readers look for them. Object stores have no folders.
-    while isinstance(folder, Path) and folder.parent != cache and folder != cache:
+    while is_local(folder) and folder.parent != cache and folder != cache:
         try:
             folder.rmdir()
         except OSError:  # it is not empty, or another process was first

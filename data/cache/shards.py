@@ -1,94 +1,26 @@
 """Immutable Arrow files that are named by the digest of their bytes.
 
-A shard is written under a temporary name, synced and renamed, so that a reader sees it whole or not at all, and any
-number of processes may add shards to one folder. It is never changed afterwards: its name is its checksum. In an object
-store an object appears when it is whole; it is read through a local copy, which needs no other name.
+Any number of processes may add shards to one folder. A shard never changes: its name is its checksum. A shard in an
+object store is read through a local copy of the same name.
 """
 
 import hashlib
-import os
-import re
-import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
-from upath import UPath
 
-from adpa.data.cache.locations import Location, copies_folder
+from adpa.data.cache.files import find_hidden, list_folder, write_file
+from adpa.data.cache.locations import Location, copies_folder, is_local
 from adpa.errors import CacheError, DamagedFileError
 
 Result = TypeVar("Result")
 
 SMALL_FILE = 1 << 16
 LISTINGS = 100
-HIDDEN = r"\.[^/]+\.[0-9a-f]{32}"  # what this module names what readers must not see
-
-
-def write_file(path: Location, payload: bytes | pa.Buffer) -> None:
-    """Writes a whole file at once: after a crash it is there complete, or it is not there."""
-    if not isinstance(path, Path):
-        path.fs.pipe_file(path.path, bytes(memoryview(payload)))
-        return
-    _make_folder(path.parent)
-    temporary = _hidden(path)
-    try:
-        _write(temporary, memoryview(payload))
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def write_folder(path: Location, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files, unless another process was first.
-
-    A local one is there whole or not at all. In an object store the files appear in the order given: the last one says
-    that the others are there.
-    """
-    if not isinstance(path, Path):
-        for name, payload in files.items():
-            write_file(path / name, payload)
-        return
-    temporary = _hidden(path)
-    try:
-        for name, payload in files.items():
-            write_file(temporary / name, payload)
-        os.rename(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and path.is_dir():  # another process was first
-            return
-        raise
-    _sync(path.parent)
-
-
-def remove_file(path: Location) -> None:
-    """Removes a file; one that another process has removed is as good."""
-    with suppress(FileNotFoundError):
-        path.unlink()
-
-
-def hide(path: Path) -> Path:
-    """Gives a file or folder a name that readers ignore, at once.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    hidden = _hidden(path)
-    os.rename(path, hidden)
-    return hidden
-
-
-def find_hidden(path: Path) -> Path:
-    """The path that a hidden file or folder had, or was to get."""
-    assert re.fullmatch(HIDDEN, path.name)
-    return path.with_name(path.name[1:].rpartition(".")[0])
 
 
 def is_whole(path: Path) -> bool:
@@ -126,18 +58,6 @@ def write_serialized(folder: Location, prefix: str, payload: pa.Buffer) -> Locat
     return path
 
 
-def list_folder(folder: Location) -> list[Location]:
-    """What lies in a folder, in the order of the names; none where there is no folder.
-
-    Hidden files, which are unfinished or another program's, are left out.
-    """
-    try:
-        names = os.listdir(folder) if isinstance(folder, Path) else _list_objects(folder)
-    except FileNotFoundError:
-        return []
-    return [folder / name for name in sorted(names) if name and not name.startswith(".")]
-
-
 def list_shards(folder: Location, prefix: str = "") -> list[Location]:
     """The shards of a folder, all or those of a prefix, in the order of their names; none where there is no folder."""
     beginning = f"{prefix}-" if prefix else ""
@@ -151,8 +71,7 @@ def read_shard(path: Location) -> pa.Table:
         FileNotFoundError: there is none.
         DamagedFileError: they differ, or are no table.
     """
-    if not isinstance(path, Path):
-        path = _copy_here(path)
+    path = _local_file(path)
     payload = map_file(path)
     _check_digest(path, payload)
     # Arrow trusts its offsets: those of a hostile file would end the process later.
@@ -165,7 +84,7 @@ def check_shard(path: Location) -> None:
     Raises:
         DamagedFileError: they are not those that were written.
     """
-    if not isinstance(path, Path):
+    if not is_local(path):
         _check_digest(path, path.read_bytes())
 
 
@@ -176,7 +95,7 @@ def peek_shard(path: Location) -> pa.Table:
         FileNotFoundError: there is none.
         DamagedFileError: it is no table.
     """
-    payload = map_file(path if isinstance(path, Path) else _copy_here(path))
+    payload = map_file(_local_file(path))
     return _open_table(path, payload, whole=False)
 
 
@@ -281,13 +200,10 @@ def _open_table(path: Location, payload: pa.Buffer, whole: bool) -> pa.Table:
     return table
 
 
-def _list_objects(folder: UPath) -> list[str]:
-    folder.fs.invalidate_cache()  # other processes write, too
-    return [name.removeprefix(folder.path).strip("/") for name in folder.fs.ls(folder.path, detail=False)]
-
-
-def _copy_here(path: Location) -> Path:
-    """The local copy of a shard in an object store, downloaded once."""
+def _local_file(path: Location) -> Path:
+    """A local shard itself, or the local copy of one in an object store, downloaded once."""
+    if is_local(path):
+        return path
     copy = copies_folder() / path.name
     if not copy.exists():
         payload = path.read_bytes()
@@ -300,35 +216,6 @@ def _check_digest(path: Location, payload: bytes | pa.Buffer) -> None:
     found, expected = _digest(payload), path.stem.rpartition("-")[2]
     if found != expected:
         raise damaged(path, f"the digest of its bytes is {found}; expected {expected}")
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _write(path: Path, payload: memoryview) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        while payload:
-            payload = payload[os.write(descriptor, payload) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(payload: bytes | pa.Buffer) -> str:

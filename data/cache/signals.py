@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from adpa.data.cache.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.cache.documents import read_document, write_document
+from adpa.data.cache.files import list_folder
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, join_keys, list_folder, open_shards, serialize, write_serialized
+from adpa.data.cache.shards import damaged, join_keys, open_shards, serialize, write_serialized
 from adpa.data.cache.signal_rows import SignalRow, plain_schema, read_plain_row
 from adpa.errors import CacheError
 

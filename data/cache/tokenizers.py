@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from adpa.data.cache.documents import read_document, serialize_document
-from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, write_folder
+from adpa.data.cache.files import write_folder
+from adpa.data.cache.locations import Location, is_local
+from adpa.data.cache.shards import damaged
 from adpa.data.vocabulary import digest_tokenizer, load_tokenizer
 from adpa.errors import ModelError
 
@@ -24,7 +25,7 @@ def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", diges
     ``files.json``, the last of its files, has the digests of the others.
     """
     path = cache / "tokenizers" / digest
-    if (path / CONTENTS).exists() or (isinstance(path, Path) and path.exists()):  # version 1 wrote no digests
+    if (path / CONTENTS).exists() or (is_local(path) and path.exists()):  # version 1 wrote no digests
         return
     with TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)

@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable_file
 from adpa.data.cache.format import check_cache
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
+from adpa.data.cache.files import list_folder
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import CacheFile, FileKind, list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable, is_local
 from adpa.data.cache.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.samples import samples_folder
-from adpa.data.cache.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_replacement
+from adpa.data.cache.shards import join_keys, list_shards, peek_keys, read_shard, write_replacement
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.progress import progress
@@ -227,7 +227,7 @@ class _Garbage:
                 return owner in self._needs.owners(kind)
 
             changed = max(file.changed for file in files)
-            if kind == "tokenizer" and isinstance(self._cache, Path):  # which is there as a whole, or not at all
+            if kind == "tokenizer" and is_local(self._cache):  # which is there as a whole, or not at all
                 self._unless_young(files, reason, changed, needed, self._cache / "tokenizers" / owner)
             else:
                 self._unless_young(files, reason, changed, needed)

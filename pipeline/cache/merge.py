@@ -1,32 +1,20 @@
 """Another cache's files, taken over by hard link where that is possible and by copy elsewhere."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
 from typing_extensions import Doc
 
 from adpa.data.cache import samples, signals
-from adpa.data.cache.directories import check_writable
+from adpa.data.cache.files import link_file, remove_file, write_file
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import CacheFile, list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.responses import read_response_set
-from adpa.data.cache.shards import (
-    check_shard,
-    keys_of,
-    list_again,
-    list_shards,
-    peek_keys,
-    read_shard,
-    remove_file,
-    write_file,
-    write_shard,
-)
+from adpa.data.cache.shards import check_shard, keys_of, list_again, list_shards, peek_keys, read_shard, write_shard
 from adpa.data.cache.signals import read_scoring_file, write_scoring
 from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
@@ -240,7 +228,7 @@ class _Merge:
     def _link_or_copy(self, file: CacheFile, target: Location) -> None:
         if target in self.damaged:
             remove_file(target)
-        if _link(file.path, target):
+        if link_file(file.path, target):
             self.report.linked.add(file.size)
         else:
             write_file(target, pa.py_buffer(file.path.read_bytes()))
@@ -249,17 +237,3 @@ class _Merge:
 
 def _check_rows(path: Location) -> None:
     keys_of(path, read_shard(path))
-
-
-def _link(source: Location, target: Location) -> bool:
-    """Links a file; says whether that is possible here."""
-    if not (isinstance(source, Path) and isinstance(target, Path)):
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except FileExistsError:  # another process was first
-        return True
-    except OSError:  # another file system, or one without links
-        return False
-    return True

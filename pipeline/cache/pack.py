@@ -22,10 +22,10 @@ from typing_extensions import Doc
 
 from adpa.data.cache import samples, signals
 from adpa.data.cache.compact import compact_schema, compact_table
-from adpa.data.cache.directories import check_writable
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.shards import (
     join_keys,
     list_again,
@@ -33,7 +33,6 @@ from adpa.data.cache.shards import (
     peek_keys,
     peek_shard,
     read_shard,
-    remove_file,
     write_replacement,
 )
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings

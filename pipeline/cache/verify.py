@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import MARKER, check_cache, has_files
 from adpa.data.cache.integrity import (
     SignalRules,
@@ -21,7 +20,7 @@ from adpa.data.cache.integrity import (
     signal_problems,
 )
 from adpa.data.cache.inventory import CacheFile, find_kind, list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.ragged import list_row
 from adpa.data.cache.removal import set_aside
 from adpa.data.cache.responses import ResponseSet, read_response_set

@@ -12,14 +12,13 @@ import pytest
 from datasets import load_dataset
 
 from adpa.data.cache import shards
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.shards import (
     list_shards,
     peek_keys,
     read_shard,
     read_shards,
-    remove_file,
     serialize,
-    write_file,
     write_replacement,
     write_shard,
 )
@@ -129,18 +128,6 @@ write_shard(folder, "signals", table)
     )
     assert "OSError: [Errno 27] File too large" in process.communicate()[1]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_file(tmp_path / "scoring.json", b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        write_file(tmp_path / "scoring.json", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_a_shard_opens_with_plain_pyarrow(tmp_path: Path) -> None:

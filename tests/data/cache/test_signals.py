@@ -10,7 +10,8 @@ from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
 from adpa.data.cache.compact import compact_table
 from adpa.data.cache.documents import write_document
-from adpa.data.cache.shards import list_shards, write_file, write_shard
+from adpa.data.cache.files import write_file
+from adpa.data.cache.shards import list_shards, write_shard
 from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.cache.signals import (
     ModelIdentity,

@@ -301,7 +301,7 @@ def test_no_cache_and_one_that_cannot_be_written_are_refused(
 ) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         collect_garbage(tmp_path)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         collect_garbage(cache, yes=True)
     before = {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))}

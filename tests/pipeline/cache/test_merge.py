@@ -72,7 +72,7 @@ def test_without_links_files_are_copied(empty: Path, other: Path, monkeypatch: p
     def refuses(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr("adpa.pipeline.cache.merge.os.link", refuses)
+    monkeypatch.setattr("os.link", refuses)
     report = merge_cache(empty, other)
     assert (report.linked.files, report.copied.files) == (0, len(files(other)) - 1)
     assert {k: v for k, v in files(empty).items() if k.endswith("arrow")} == {
@@ -272,7 +272,7 @@ def test_what_cannot_be_merged_is_refused(
     for same in (empty, tmp_path / "link", empty / ".." / empty.name):
         with pytest.raises(OptionError, match="the same cache as"):
             merge_cache(empty, same)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         merge_cache(empty, other)
 

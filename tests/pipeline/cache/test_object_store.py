@@ -6,11 +6,11 @@ import pyarrow.parquet as pq
 from tests.pipeline.conftest import Filled
 
 from adpa import collect_garbage, export_cache, list_cache, merge_cache, pack_cache, verify_cache
-from adpa.data.cache.directories import find_location
+from adpa.data.cache.files import remove_file, write_file
 from adpa.data.cache.format import prepare_cache
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, find_location
 from adpa.data.cache.responses import read_response_sets
-from adpa.data.cache.shards import list_shards, read_shard, remove_file, write_file, write_shard
+from adpa.data.cache.shards import list_shards, read_shard, write_shard
 from adpa.data.cache.signals import read_scorings, read_signals
 
 

@@ -23,19 +23,12 @@ from typer.testing import CliRunner
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data.cache import shards
 from adpa.data.cache.compact import compact_schema, compact_table
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.samples import SampleRequest, read_samples, write_samples
-from adpa.data.cache.shards import (
-    list_shards,
-    peek_keys,
-    peek_shard,
-    read_shard,
-    remove_file,
-    write_replacement,
-    write_shard,
-)
+from adpa.data.cache.shards import list_shards, peek_keys, peek_shard, read_shard, write_replacement, write_shard
 from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.cache.signals import (
     Scoring,
@@ -376,7 +369,7 @@ def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, mon
     with pytest.raises(CacheError, match="no cache there"):
         pack_cache(tmp_path)
     prepare_cache(tmp_path)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         pack_cache(tmp_path)
 

@@ -13,8 +13,7 @@ from tests.conftest import Models, Row, WriteRows
 from tests.pipeline.conftest import Filled
 
 from adpa import distill, inspect_cache, precompute
-from adpa.data.cache.directories import find_location
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, find_location
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import OptionError
@@ -25,7 +24,7 @@ SCRIPT = """
 import json, os, sys, traceback
 from pathlib import Path
 from adpa import distill, precompute
-from adpa.data.cache.directories import find_location
+from adpa.data.cache.locations import find_location
 
 def run(stage, options):
     options["cache"] = find_location(options["cache"])

@@ -364,7 +364,7 @@ def test_files_that_vanish_again_and_again_are_told(cache: Path, monkeypatch: py
 def test_what_cannot_be_verified_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         verify_cache(tmp_path)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match="cannot be written"):
         verify_cache(cache, repair=True)
     assert verify_cache(cache).faults == []
