@@ -70,8 +70,8 @@ def win_share(mine: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
     return (mine > theirs) + 0.5 * (mine == theirs)
 
 
-def _finite(given: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(given, dtype=np.float64)
+def _finite(raw: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(raw, dtype=np.float64)
     if not values.size:
         raise DataError("no values; expected at least one")
     if not np.isfinite(values).all():

@@ -81,13 +81,13 @@ def measure_fidelity(
         kl_NQ = np.concatenate(lost)
     advantages_lost = None if scoring.reference is None else _advantages_lost(rows, kept)
     cut = [[cut_row(row, top_ks) for row in shard] for shard in shards]
-    found = []
+    results = []
     for place, top_k in enumerate(top_ks):
         tail_N = tail_NQ[:, place]
         narrow = replace(scoring, top_k=top_k)
         kept_rows = [[keep_nucleus(rows_Q[place], scoring.top_p) for rows_Q in shard] for shard in cut]
         size = sum(encoded_bytes(shard, narrow) for shard in kept_rows)
-        found.append(
+        results.append(
             Fidelity(
                 top_k=top_k,
                 captured_mass=float(1 - tail_N.mean()),
@@ -99,7 +99,7 @@ def measure_fidelity(
                 bytes=round(size * tokens / len(tail_N)),
             )
         )
-    return found
+    return results
 
 
 def cut_row(row: SignalRow, top_ks: Sequence[int]) -> list[SignalRow]:

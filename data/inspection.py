@@ -73,9 +73,9 @@ def inspect_responses(
     """Reads some responses of a set, by their row numbers."""
     table = scored.responses.table.take(list(rows))
     special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = scored.signals.locate(table["key"])
+    numbers = scored.signals.locate(table["key"])
     responses = []
-    for place, number in enumerate(found):
+    for place, number in enumerate(numbers):
         signals = scored.signals.row(int(number))
         ids = table["response_ids"][place].values.to_numpy()
         top_ids = signals.topk_ids[:, :ALTERNATIVES]

@@ -167,8 +167,8 @@ def _pick_split(source: str, dataset: Dataset | DatasetDict, split: str | None) 
     if split is None and len(names) == 1:
         split = names[0]
     if split not in dataset:
-        found = "no --split" if split is None else f"--split {split}"
-        raise DataError(f"{source}: found {found}; expected one of {', '.join(names)}", "name it with --split")
+        choice = "no --split" if split is None else f"--split {split}"
+        raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", "name it with --split")
     return dataset[split]
 
 
@@ -200,8 +200,8 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
     return chosen[:length]
 
 
-def _prompt(where: str, given: Any, shared: list[Message]) -> list[Message]:
-    if given is None or given == []:
+def _prompt(where: str, value: Any, shared: list[Message]) -> list[Message]:
+    if value is None or value == []:
         prompt = shared
         if not prompt:
             raise DataError(
@@ -209,8 +209,8 @@ def _prompt(where: str, given: Any, shared: list[Message]) -> list[Message]:
                 "add `prompt`, or make both whole conversations with the same beginning",
             )
     else:
-        prompt = _messages(where, "prompt", given, "user")
-        if shared and isinstance(given, str) and any(message["content"] == given for message in shared):
+        prompt = _messages(where, "prompt", value, "user")
+        if shared and isinstance(value, str) and any(message["content"] == value for message in shared):
             prompt = shared
         elif shared and prompt != shared:
             raise DataError(

@@ -95,8 +95,8 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     marker = "adpa"
     conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": marker}]
     try:
-        _, found, suffix = render(tokenizer, conversation).rpartition(marker)
-        problem = "" if found else "changes the assistant's text"
+        _, content, suffix = render(tokenizer, conversation).rpartition(marker)
+        problem = "" if content else "changes the assistant's text"
     except TemplateError as error:
         problem = f"refuses a question and its answer: {error}"
     if problem:
@@ -123,11 +123,11 @@ def check_same_vocabulary(
     """
     other_vocabulary = other.get_vocab()
     for token, index in sorted(teacher.get_vocab().items(), key=lambda item: item[1]):
-        found = other_vocabulary.get(token)
-        if found != index:
+        other_id = other_vocabulary.get(token)
+        if other_id != index:
             raise ModelError(
                 f"{teacher_name} and {other_name} have different vocabularies: the token {token!r} has the id "
-                f"{index} in the first and {'no id' if found is None else found} in the second",
+                f"{index} in the first and {'no id' if other_id is None else other_id} in the second",
                 "use models that share one tokenizer",
             )
 

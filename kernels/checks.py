@@ -15,10 +15,10 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None
     """OptionError unless the tensor, if there is one, has the expected sizes; None stands for any size."""
     if tensor is None:
         return
-    found = list(tensor.shape)
-    if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise OptionError(f"{name} has shape {found}, expected [{wanted}]")
+    shape = list(tensor.shape)
+    if len(shape) != len(expected) or any(e not in (None, f) for e, f in zip(expected, shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise OptionError(f"{name} has shape {shape}, expected [{sizes}]")
 
 
 def check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> None:

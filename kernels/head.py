@@ -147,7 +147,7 @@ def distill_head(
         rows_M, targets = select_targets(
             len(weight), labels, topk_ids, teacher_logprobs, tail_logprob, advantages, weights_N3, rows
         )
-    wanted = tuple(
+    needs_gradient = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     with torch.autocast(hidden.device.type, enabled=False):
@@ -161,7 +161,7 @@ def distill_head(
             softcap,
             logit_scale,
             chunk_rows or module.CHUNK_ROWS,
-            wanted,
+            needs_gradient,
         )
     return loss, HeadLosses(*losses_N3.unbind(dim=1))
 
@@ -181,7 +181,7 @@ class _Head(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
         chunk_rows: int,
-        wanted: tuple[bool, bool, bool],
+        needs_gradient: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
         losses_N3, gradients = losses_and_gradients(
             hidden_Nd,
@@ -192,7 +192,7 @@ class _Head(torch.autograd.Function):
             softcap=softcap,
             logit_scale=logit_scale,
             chunk_rows=chunk_rows,
-            wanted=wanted,
+            needs_gradient=needs_gradient,
         )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses_N3)

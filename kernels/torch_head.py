@@ -18,7 +18,7 @@ CHUNK_ROWS = 256
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss in the shapes and dtypes of hidden, weight and bias; None where not wanted."""
+    """Gradients of the loss in the shapes and dtypes of hidden, weight and bias; None where not needs_gradient."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -35,27 +35,27 @@ def losses_and_gradients(
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int,
-    wanted: tuple[bool, bool, bool],
+    needs_gradient: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `wanted`.
+    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `needs_gradient`.
 
     Matrix products run in the dtype of `hidden_Nd`; all else, sums over chunks too, in that of the targets.
     """
     dtype = targets.weights.dtype
-    wants_hidden, wants_weight, wants_bias = wanted
+    needs_hidden, needs_weight, needs_bias = needs_gradient
     losses_N3 = hidden_Nd.new_zeros(len(hidden_Nd), 3, dtype=dtype)
-    dhidden_Nd = torch.zeros_like(hidden_Nd) if wants_hidden else None
-    dweight_Vd = torch.zeros_like(weight_Vd, dtype=dtype) if wants_weight else None
-    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if wants_bias else None
+    dhidden_Nd = torch.zeros_like(hidden_Nd) if needs_hidden else None
+    dweight_Vd = torch.zeros_like(weight_Vd, dtype=dtype) if needs_weight else None
+    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if needs_bias else None
 
     for rows_C, *chunk in zip(*(column.split(chunk_rows) for column in (rows_M, *targets)), strict=True):
         hidden_Cd = hidden_Nd[rows_C]
         logits_CV = (hidden_Cd @ weight_Vd.T).to(dtype)
         if bias_V is not None:
             logits_CV += bias_V
-        slope_CV = scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(wanted))
-        losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(wanted))
-        if any(wanted):
+        slope_CV = scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(needs_gradient))
+        losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(needs_gradient))
+        if any(needs_gradient):
             gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
             if dbias_V is not None:
                 dbias_V += gradient_CV.sum(dim=0)

@@ -33,18 +33,18 @@ def losses_and_gradients(
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int,
-    wanted: tuple[bool, bool, bool],
+    needs_gradient: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `wanted`.
+    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `needs_gradient`.
 
     The rows are cut into chunks of one size, of at most `chunk_rows`.
     """
     dtype = targets.weights.dtype
-    wants_hidden, wants_weight, wants_bias = wanted
+    needs_hidden, needs_weight, needs_bias = needs_gradient
     losses_N3 = hidden_Nd.new_zeros(len(hidden_Nd), 3, dtype=dtype)
-    dhidden_Nd = torch.zeros_like(hidden_Nd) if wants_hidden else None
-    dweight_Vd = torch.empty_like(weight_Vd, dtype=dtype) if wants_weight else None
-    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if wants_bias else None
+    dhidden_Nd = torch.zeros_like(hidden_Nd) if needs_hidden else None
+    dweight_Vd = torch.empty_like(weight_Vd, dtype=dtype) if needs_weight else None
+    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if needs_bias else None
 
     chunks = max(1, math.ceil(len(rows_M) / chunk_rows))
     stride = math.ceil(len(weight_Vd) / loss_rows.ROW_ALIGNMENT) * loss_rows.ROW_ALIGNMENT
@@ -62,7 +62,7 @@ def losses_and_gradients(
                 losses_C3,
                 softcap=softcap,
                 logit_scale=logit_scale,
-                with_gradient=any(wanted),
+                with_gradient=any(needs_gradient),
             )
         losses_N3[rows_C] = losses_C3
         gradient_CV = logits_CV

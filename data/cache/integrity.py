@@ -70,8 +70,8 @@ def signal_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np
     if row.token_advantages is not None and row.topk_advantages is not None:
         shapes += [(row.token_advantages, (length,)), (row.topk_advantages, (length, rules.top_k))]
     if any(column.shape != shape for column, shape in shapes):
-        found = ", ".join(str(column.shape) for column, _ in shapes)
-        yield f"its columns do not have one length, or not K = {rules.top_k} ids: {found}"
+        shown = ", ".join(str(column.shape) for column, _ in shapes)
+        yield f"its columns do not have one length, or not K = {rules.top_k} ids: {shown}"
         return
     if response_ids is not None and len(response_ids) != length:
         yield f"not as long as the response: {length} tokens; the response has {len(response_ids)}"

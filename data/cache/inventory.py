@@ -82,18 +82,18 @@ def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
             yield from _walk(path, place + "/")
             continue
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not (is_local(path) and path.is_symlink()):
                 continue  # removed meanwhile; else a link to nothing, or to itself
             yield CacheFile(path, place, "unknown", 0, 0.0)
             continue
         if is_directory:
-            yield CacheFile(path, place + "/", find_kind(place + "/"), 0, found.st_mtime)
-        elif is_local(path) and not stat.S_ISREG(found.st_mode):
-            yield CacheFile(path, place, "unknown", 0, found.st_mtime)
+            yield CacheFile(path, place + "/", find_kind(place + "/"), 0, status.st_mtime)
+        elif is_local(path) and not stat.S_ISREG(status.st_mode):
+            yield CacheFile(path, place, "unknown", 0, status.st_mtime)
         else:
-            yield CacheFile(path, place, find_kind(place), found.st_size, found.st_mtime)
+            yield CacheFile(path, place, find_kind(place), status.st_size, status.st_mtime)
 
 
 def find_kind(place: str) -> FileKind:

@@ -105,8 +105,8 @@ def keys_of(path: Location, table: pa.Table) -> pa.ChunkedArray:
     Raises:
         DamagedFileError: its table has no such column.
     """
-    found = table.schema.get_all_field_indices("key")
-    if len(found) != 1 or table.schema.field(found[0]).type != pa.binary(16) or table["key"].null_count:
+    places = table.schema.get_all_field_indices("key")
+    if len(places) != 1 or table.schema.field(places[0]).type != pa.binary(16) or table["key"].null_count:
         raise damaged(path, "it has no column of keys")
     return table["key"]
 
@@ -176,10 +176,10 @@ def join_keys(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
 
 def map_file(path: Path) -> pa.Buffer:
     """A file's bytes: mapped into memory, or read where that is cheaper (a process may map some 65,000 files)."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # to read a pipe is to wait for ever
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # to read a pipe is to wait for ever
         raise damaged(path, "no regular file")
-    if found.st_size < SMALL_FILE:
+    if status.st_size < SMALL_FILE:
         return pa.py_buffer(path.read_bytes())
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
@@ -213,9 +213,9 @@ def _local_file(path: Location) -> Path:
 
 
 def _check_digest(path: Location, payload: bytes | pa.Buffer) -> None:
-    found, expected = _digest(payload), path.stem.rpartition("-")[2]
-    if found != expected:
-        raise damaged(path, f"the digest of its bytes is {found}; expected {expected}")
+    digest, expected = _digest(payload), path.stem.rpartition("-")[2]
+    if digest != expected:
+        raise damaged(path, f"the digest of its bytes is {digest}; expected {expected}")
 
 
 def _digest(payload: bytes | pa.Buffer) -> str:

@@ -105,8 +105,8 @@ class SignalTable:
 
     def locate(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """The row number of each key, −1 where there is none; int64 [len(keys)]."""
-        found = pc.index_in(keys, value_set=self._keys)
-        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+        numbers = pc.index_in(keys, value_set=self._keys)
+        return pc.fill_null(numbers, -1).to_numpy().astype(np.int64)
 
     def keys(self) -> set[bytes]:
         """The keys of all rows."""
@@ -176,15 +176,15 @@ def read_scoring_file(path: Location) -> Scoring:
             reference=ModelIdentity(**reference) if reference else None,
             **described,
         )
-        found = scoring.id
+        scoring_id = scoring.id
         possible = 1 <= scoring.top_k <= TOP_K_LIMIT
         typed = all(
             type(getattr(scoring, field.name)) is TYPES[field.name] for field in fields(Scoring) if field.name in TYPES
         )
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise damaged(path, str(error)) from error
-    if found != path.parent.name:
-        raise damaged(path, f"describes {found}")
+    if scoring_id != path.parent.name:
+        raise damaged(path, f"describes {scoring_id}")
     if not typed or not 0 < scoring.top_p <= 1:
         raise damaged(path, "a field of it has a value of another kind")
     if not possible:

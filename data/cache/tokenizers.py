@@ -80,8 +80,8 @@ def read_contents(path: Location) -> dict[str, bytes]:
 
 
 def _read_all(folder: Location) -> dict[str, bytes]:
-    found: list[Location] = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path)[len(str(folder)) + 1 :]: path.read_bytes() for path in sorted(found, key=str)}
+    files: list[Location] = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path)[len(str(folder)) + 1 :]: path.read_bytes() for path in sorted(files, key=str)}
 
 
 def _digest_bytes(content: bytes) -> str:

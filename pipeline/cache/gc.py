@@ -109,25 +109,25 @@ def collect_garbage(
     else:
         files = as_restored(files, restorable)
     needs.look()
-    found = _Garbage(cache, needs, files, young)
+    search = _Garbage(cache, needs, files, young)
     for scoring in read_scorings(cache):
-        found.of_scoring(scoring)
-    found.of_owners("samples", "no response set was made of them")
-    found.of_owners("tokenizer", "no response set names it")
-    found.others()
-    garbage = [part for candidate in found.candidates for part in candidate.garbage]
+        search.of_scoring(scoring)
+    search.of_owners("samples", "no response set was made of them")
+    search.of_owners("tokenizer", "no response set names it")
+    search.others()
+    garbage = [part for candidate in search.candidates for part in candidate.garbage]
     if yes:
         garbage = []
-        with progress("removing: files", len(found.candidates)) as advance:
-            for candidate in found.candidates:
+        with progress("removing: files", len(search.candidates)) as advance:
+            for candidate in search.candidates:
                 garbage += candidate.remove()
                 advance(1)
     return GarbageReport(
         cache=str(cache),
         garbage=garbage,
-        bytes=sum(found.bytes for found in garbage),
-        young=sorted(found.young),
-        repeated=sorted(found.repeated),
+        bytes=sum(part.bytes for part in garbage),
+        young=sorted(search.young),
+        repeated=sorted(search.repeated),
         done=yes,
     )
 
@@ -145,18 +145,18 @@ class _Needs:
         """Reads the sets if any has appeared; gives how many were ever seen."""
         names = {path.name for path in list_shards(self._cache / "responses")}
         if not names <= self._names:
-            self.sets |= {found.id: found for found in read_response_sets(self._cache)}
+            self.sets |= {responses.id: responses for responses in read_response_sets(self._cache)}
             self._names |= names
         return len(self.sets)
 
     def keys(self, vocabulary: str) -> pa.ChunkedArray:
         """The keys of the sets of a vocabulary."""
-        tables = [found.table for found in self.sets.values() if found.info.vocabulary == vocabulary]
+        tables = [responses.table for responses in self.sets.values() if responses.info.vocabulary == vocabulary]
         return join_keys(table["key"] for table in tables)
 
     def owners(self, kind: FileKind) -> set[str]:
         """The ids of the samples, or of the tokenizers, that sets were made of or with."""
-        infos = [found.info for found in self.sets.values()]
+        infos = [responses.info for responses in self.sets.values()]
         if kind == "tokenizer":
             return {info.tokenizer for info in infos}
         return {samples_folder(self._cache, info.sampling).name for info in infos if info.sampling is not None}
@@ -191,18 +191,18 @@ class _Garbage:
         own = self._scorings[scoring.id]
         signals, pending = (_read_keys(own, kind) for kind in ("signals", "pending"))
 
-        def wanted(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+        def needed(keys: pa.ChunkedArray) -> pa.ChunkedArray:
             return pc.is_in(keys, value_set=self._needs.keys(scoring.vocabulary))
 
         done = join_keys(signals.values())
-        done = done.filter(wanted(done))
+        done = done.filter(needed(done))
 
-        def awaited(keys: pa.ChunkedArray) -> pa.ChunkedArray:
-            return pc.and_not(wanted(keys), pc.is_in(keys, value_set=done))
+        def still_pending(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pc.and_not(needed(keys), pc.is_in(keys, value_set=done))
 
         stays = [
-            *self._rows(signals, wanted, "no response set needs it", _repeated(signals.values())),
-            *self._rows(pending, awaited, "done, or no response set needs it", _repeated([])),
+            *self._rows(signals, needed, "no response set needs it", _repeated(signals.values())),
+            *self._rows(pending, still_pending, "done, or no response set needs it", _repeated([])),
         ]
         if own and not any(stays):  # one that appeared after the files were listed has none here
             left = [file for file in own if file.kind == "scoring"]
@@ -243,7 +243,7 @@ class _Garbage:
     def _rows(
         self,
         files: dict[CacheFile, pa.ChunkedArray],
-        wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        keep: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         reason: str,
         repeated: pa.Array,
     ) -> list[bool]:
@@ -251,7 +251,7 @@ class _Garbage:
 
         A file that keeps one of the ``repeated`` keys stays as it is: which row readers see is told by its name.
         """
-        masks, start = wanted(join_keys(files.values())), 0
+        masks, start = keep(join_keys(files.values())), 0
         stays = []
         for file, keys in files.items():
             mask, start = masks.slice(start, len(keys)), start + len(keys)
@@ -263,7 +263,7 @@ class _Garbage:
             elif gone or not kept:
                 freed = file.size * gone // len(keys) if kept else file.size
                 garbage = Garbage(file.place, file.kind, reason, gone, kept, freed)
-                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted, repeated)
+                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), keep, repeated)
                 self.candidates.append(_Candidate([garbage], remove))
         return stays
 
@@ -273,7 +273,7 @@ class _Garbage:
         garbage: Garbage,
         mask: pa.ChunkedArray,
         sets: int,
-        wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        keep: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         repeated: pa.Array,
     ) -> list[Garbage]:
         """Removes the rows of a file that so many sets do not want, unless new ones do."""
@@ -282,7 +282,7 @@ class _Garbage:
             return []
         now = self._needs.look()
         if now != sets:
-            mask = wanted(keys)
+            mask = keep(keys)
         kept, size = _count(mask), file.size
         if kept == len(keys) > 0 or _has_any(keys.filter(mask), repeated):
             return []
@@ -292,10 +292,10 @@ class _Garbage:
             except FileNotFoundError:
                 return []
             size -= write_replacement(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
-        unwanted = keys.filter(pc.invert(mask))
+        dropped = keys.filter(pc.invert(mask))
 
         def needed() -> bool:
-            return self._needs.look() != now and _count(wanted(unwanted)) > 0
+            return self._needs.look() != now and _count(keep(dropped)) > 0
 
         if not remove_unless(self._cache, file.path, needed):
             return []
@@ -335,7 +335,7 @@ class _Garbage:
 
 def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
     """A set that was set aside must be there again: it cannot be told what it needs."""
-    present = {found.shard_prefix() for found in needs.sets.values()}
+    present = {responses.shard_prefix() for responses in needs.sets.values()}
     for path in list_folder(cache / "damaged" / "responses"):
         if path.stem.rpartition("-")[0] not in present:
             raise CacheError(
@@ -363,8 +363,8 @@ def _repeated(columns: Iterable[pa.ChunkedArray]) -> pa.Array:
     return counted.field("values").filter(pc.greater(counted.field("counts"), 1))
 
 
-def _has_any(keys: pa.ChunkedArray, wanted: pa.Array) -> bool:
-    return _count(pc.is_in(keys, value_set=wanted)) > 0
+def _has_any(keys: pa.ChunkedArray, others: pa.Array) -> bool:
+    return _count(pc.is_in(keys, value_set=others)) > 0
 
 
 def _count(mask: pa.ChunkedArray) -> int:

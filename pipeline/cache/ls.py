@@ -156,9 +156,9 @@ def _list_cache(cache: Location) -> CacheListing:
     files = list_files(cache)
     peek = _Peek([])
     sets = {
-        file.path.stem.rpartition("-")[0]: (file, found)
+        file.path.stem.rpartition("-")[0]: (file, responses)
         for file in files
-        if file.kind == "response set" and (found := peek.response_set(file)) is not None
+        if file.kind == "response set" and (responses := peek.response_set(file)) is not None
     }
     signals = {
         scoring: [
@@ -170,16 +170,16 @@ def _list_cache(cache: Location) -> CacheListing:
     }
     return CacheListing(
         cache=str(cache),
-        sets=[_list_set(name, file, found, signals) for name, (file, found) in sets.items()],
+        sets=[_list_set(name, file, responses, signals) for name, (file, responses) in sets.items()],
         scorings=[
-            _list_scoring(scoring, shards, [found for _, found in sets.values()], files, peek)
+            _list_scoring(scoring, shards, [responses for _, responses in sets.values()], files, peek)
             for scoring, shards in signals.items()
         ],
-        samples=_list_samples(cache, files, {name: found for name, (_, found) in sets.items()}, peek),
+        samples=_list_samples(cache, files, {name: responses for name, (_, responses) in sets.items()}, peek),
         tokenizers=[
             ListedTokenizer(
                 digest,
-                [name for name, (_, found) in sets.items() if found.info.tokenizer == digest],
+                [name for name, (_, responses) in sets.items() if responses.info.tokenizer == digest],
                 sum(file.size for file in files if file.kind == "tokenizer" and file.owner == digest),
             )
             for digest in sorted({file.owner for file in files if file.kind == "tokenizer"})
@@ -223,20 +223,20 @@ class _Peek:
 def _list_set(
     name: str,
     file: CacheFile,
-    found: ResponseSet,
+    responses: ResponseSet,
     signals: dict[Scoring, list[tuple[CacheFile, pa.ChunkedArray]]],
 ) -> ListedSet:
     return ListedSet(
         name=name,
-        rows=len(found),
-        tokens=_sum(pc.list_value_length(found.table["response_ids"])),
-        prompt_tokens=_sum(pc.list_value_length(found.table["prompt_ids"])),
+        rows=len(responses),
+        tokens=_sum(pc.list_value_length(responses.table["response_ids"])),
+        prompt_tokens=_sum(pc.list_value_length(responses.table["prompt_ids"])),
         bytes=file.size,
-        info=found.info,
+        info=responses.info,
         scored={
-            scoring.id: _sum(pc.is_in(found.table["key"], value_set=join_keys([keys for _, keys in shards])))
+            scoring.id: _sum(pc.is_in(responses.table["key"], value_set=join_keys([keys for _, keys in shards])))
             for scoring, shards in signals.items()
-            if scoring.vocabulary == found.info.vocabulary
+            if scoring.vocabulary == responses.info.vocabulary
         },
     )
 
@@ -248,7 +248,7 @@ def _list_scoring(
     files: Sequence[CacheFile],
     peek: _Peek,
 ) -> ListedScoring:
-    needing = [found.table for found in sets if found.info.vocabulary == scoring.vocabulary]
+    needing = [responses.table for responses in sets if responses.info.vocabulary == scoring.vocabulary]
     needed = join_keys([table["key"] for table in needing])
     lengths = pa.chunked_array(
         [chunk for table in needing for chunk in pc.list_value_length(table["response_ids"]).chunks], pa.int32()
@@ -285,9 +285,9 @@ def _list_samples(
     cache: Location, files: Sequence[CacheFile], sets: dict[str, ResponseSet], peek: _Peek
 ) -> list[ListedSamples]:
     makers: dict[str, list[str]] = {}
-    for name, found in sets.items():
-        if found.info.sampling is not None:
-            makers.setdefault(samples_folder(cache, found.info.sampling).name, []).append(name)
+    for name, responses in sets.items():
+        if responses.info.sampling is not None:
+            makers.setdefault(samples_folder(cache, responses.info.sampling).name, []).append(name)
     listed = []
     for owner in sorted({file.owner for file in files if file.kind == "samples"}):
         own = [file for file in files if file.kind == "samples" and file.owner == owner]

@@ -97,7 +97,7 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
         folder = cache / "samples" / owner
         list_again(folder, partial(_check_columns, folder, samples.SHARD_PREFIX, samples.check_samples))
         packed.append(pack_folder(folder, samples.SHARD_PREFIX, samples.SCHEMA, _without_metadata))
-    changed = [found for found in packed if found is not None]
+    changed = [folder for folder in packed if folder is not None]
     return PackReport(str(cache), changed, len(packed) - len(changed))
 
 

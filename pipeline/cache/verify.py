@@ -86,10 +86,10 @@ class VerifyReport:
             return ""
         places = {fault.place for fault in self.faults}
         faults = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        found = f"{self.cache}: {faults} in {', '.join(sorted(places))}"
+        summary = f"{self.cache}: {faults} in {', '.join(sorted(places))}"
         if self.set_aside:
-            return f"{found}; set aside under damaged/: run the same adpa precompute again to fill the gap"
-        return f"{found}; --repair sets damaged files aside"
+            return f"{summary}; set aside under damaged/: run the same adpa precompute again to fill the gap"
+        return f"{summary}; --repair sets damaged files aside"
 
 
 def verify_cache(
@@ -199,27 +199,27 @@ class _Check:
         for file in self._of("response set"):
             try:
                 check_shard(file.path)
-                found = read_response_set(file.path)
+                responses = read_response_set(file.path)
             except DamagedFileError as error:
                 self._note(file.place, error)
                 self._done(file)
                 continue
             self._done(file)
-            self.rows += len(found)
-            info = found.info
+            self.rows += len(responses)
+            info = responses.info
             vocabulary = self._vocabularies.get(info.tokenizer)
             below = None if vocabulary is None else vocabulary.size
             if below is not None and info.sampling is not None:
                 below = int(below * PADDED_VOCABULARY)
-            problems = list(response_set_problems(found, below))
+            problems = list(response_set_problems(responses, below))
             if vocabulary is not None and vocabulary.vocabulary != info.vocabulary:
                 problems.append("its vocabulary is not its tokenizer's")
             self.faults += [Fault(file.place, problem) for problem in problems]
             missing = f"tokenizers/{info.tokenizer}"
             if vocabulary is None and missing not in {fault.place for fault in self.faults}:
-                self.faults.append(Fault(missing, f"not there, though {found.shard_prefix()} names it"))
+                self.faults.append(Fault(missing, f"not there, though {responses.shard_prefix()} names it"))
             if not problems:
-                self._sets.append(found)
+                self._sets.append(responses)
 
     def _scorings(self) -> None:
         for file in self._of("scoring"):
@@ -231,7 +231,7 @@ class _Check:
             self._described[file.owner] = scoring
             self._done(file)
         responses = _Responses(self._sets)
-        sizes = {found.vocabulary: found.size for found in self._vocabularies.values()}
+        sizes = {vocabulary.vocabulary: vocabulary.size for vocabulary in self._vocabularies.values()}
         shards = [*self._of("signals"), *self._of("pending")]
         for owner in sorted({file.owner for file in shards}):
             own = [file for file in shards if file.owner == owner]
@@ -332,7 +332,7 @@ class _Responses:
     """The responses of sound sets, by their keys."""
 
     def __init__(self, sets: Sequence[ResponseSet]) -> None:
-        tables = [found.table.select(["key", "response_ids"]).replace_schema_metadata() for found in sets]
+        tables = [responses.table.select(["key", "response_ids"]).replace_schema_metadata() for responses in sets]
         self._table = pa.concat_tables(tables) if tables else None
 
     def of(self, keys: pa.ChunkedArray) -> Iterator[NDArray[np.int32] | None]:

@@ -49,7 +49,7 @@ def leave_out_padding_mask(model: PreTrainedModel) -> None:
     model.train(training)
 
 
-def same_hidden_states(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
+def same_hidden_states(model: PreTrainedModel, actual: Tensor, expected: Tensor) -> bool:
     """Whether a model's hidden states are the same up to the order of sums, which costs some of the last digits.
 
     Layers in 4 bits have a dtype of their own for products, which may have fewer digits than the hidden states.
@@ -57,7 +57,7 @@ def same_hidden_states(model: PreTrainedModel, found: Tensor, expected: Tensor) 
     quantization = getattr(model.config, "quantization_config", None)
     dtype = getattr(quantization, "bnb_4bit_compute_dtype", expected.dtype)
     digits = max(torch.finfo(dtype).eps, torch.finfo(expected.dtype).eps)
-    return bool(((found - expected).abs() <= digits ** (2 / 3) * expected.abs().amax()).all())
+    return bool(((actual - expected).abs() <= digits ** (2 / 3) * expected.abs().amax()).all())
 
 
 def _mask(*, attention_mask: Tensor | None, **options: Any) -> Tensor | None:

@@ -86,8 +86,8 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 
 def _largest(config: PretrainedConfig, name: str, otherwise: int) -> int:
     """A size of the model; some configurations have one for each layer, some leave it open."""
-    found: Any = getattr(config, name, None)
-    return max(found) if isinstance(found, list) else found or otherwise
+    size: Any = getattr(config, name, None)
+    return max(size) if isinstance(size, list) else size or otherwise
 
 
 def _fitting(room: int, bytes_per_token: float, most: int) -> int:

@@ -163,9 +163,9 @@ class Checkpoint:
         return model, list(information["unexpected_keys"])
 
     def _refuse_keys(self, problem: str, keys: Iterable[object]) -> None:
-        if found := sorted(map(str, keys)):
+        if names := sorted(map(str, keys)):
             raise ModelError(
-                f"{self.name}: its weights have {len(found)} {problem.replace('_', ' ')}, the first {found[0]}",
+                f"{self.name}: its weights have {len(names)} {problem.replace('_', ' ')}, the first {names[0]}",
                 "save the checkpoint again as a causal language model",
             )
 
@@ -247,8 +247,8 @@ def open_checkpoint(name: str) -> Checkpoint:
         try:
             for weights in WEIGHT_PATTERNS:  # the second only where the first is not there
                 patterns = [*HUB_PATTERNS, weights]
-                found = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
-                directory = Path(found)
+                path = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
+                directory = Path(path)
                 if _weight_files(directory):
                     break
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -293,8 +293,8 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _digest_file(path: Path) -> str:
-    found = path.stat()
-    return _digest_bytes(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = path.stat()
+    return _digest_bytes(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @cache

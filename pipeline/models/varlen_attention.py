@@ -71,10 +71,10 @@ def compare_varlen(
     for window in (CAUSAL, (3, 0)):
         arguments = (starts_q, starts_k, max(queries), max(keys))
         options = {"scale": 1.5 * width**-0.5, "window_size": window, "enable_gqa": heads != groups}
-        found = attend(query, key, value, *arguments, **options).double()
+        actual = attend(query, key, value, *arguments, **options).double()
         expected = varlen_reference(query.double(), key.double(), value.double(), *arguments, **options)
         tolerance = torch.finfo(dtype).eps ** (2 / 3) * expected.abs().amax()
-        if not ((found - expected).abs() <= tolerance).all():
+        if not ((actual - expected).abs() <= tolerance).all():
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
             raise ModelError(f"torch {torch.__version__}: varlen_attn is wrong on {name}", "leave out --packing")
 

@@ -18,10 +18,10 @@ def show_listing(listing: CacheListing) -> RenderableType:
     parts: list[RenderableType] = []
     if listing.sets:
         table = _table("response set", "rows", "tokens", "prompt tokens", "bytes")
-        for found in listing.sets:
-            numbers = (found.rows, found.tokens, found.prompt_tokens, found.bytes)
-            table.add_row(found.name, *(f"{number:,}" for number in numbers))
-        parts += [table, *(_line(found.name, _about_set(found)) for found in listing.sets), ""]
+        for listed in listing.sets:
+            numbers = (listed.rows, listed.tokens, listed.prompt_tokens, listed.bytes)
+            table.add_row(listed.name, *(f"{number:,}" for number in numbers))
+        parts += [table, *(_line(listed.name, _about_set(listed)) for listed in listing.sets), ""]
     if listing.scorings:
         table = _table("scoring", "rows", "tokens", "bytes", "bytes/token", "files", "pending")
         for scored in listing.scorings:
@@ -93,8 +93,8 @@ def show_packing(report: PackReport) -> RenderableType:
     return Group(*parts) if parts else _line("nothing to pack", "")
 
 
-def _about_set(found: ListedSet) -> str:
-    info, parts = found.info, []
+def _about_set(listed: ListedSet) -> str:
+    info, parts = listed.info, []
     if info.sampling is not None:
         how = info.sampling
         parts.append(
@@ -108,7 +108,7 @@ def _about_set(found: ListedSet) -> str:
         "dropped": info.dropped,
     }
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
-    scored = [f"{rows:,} of {found.rows:,} by {scoring}" for scoring, rows in found.scored.items() if rows]
+    scored = [f"{rows:,} of {listed.rows:,} by {scoring}" for scoring, rows in listed.scored.items() if rows]
     parts.append("scored: " + ", ".join(scored) if scored else "not scored")
     return "; ".join(parts)
 

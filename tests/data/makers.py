@@ -120,9 +120,9 @@ def assert_same_row(read: SignalRow, expected: SignalRow) -> None:
     for field in fields(SignalRow):
         if field.name == "key":
             continue
-        found, wanted = getattr(read, field.name), getattr(expected, field.name)
-        if wanted is None:
-            assert found is None
+        actual, original = getattr(read, field.name), getattr(expected, field.name)
+        if original is None:
+            assert actual is None
         else:
-            assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-            assert found.tobytes() == wanted.tobytes()
+            assert (actual.dtype, actual.shape) == (original.dtype, original.shape)
+            assert actual.tobytes() == original.tobytes()

@@ -196,9 +196,9 @@ def test_torch_compile_keeps_them_in_one_graph(term: str, dynamic: bool, compile
         return (weight_N * loss_of(term, problem, 2 * logits)).sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
-    found, expected = (run(logits_NV, upstream_of(term, problem)) for run in (compiled, step))
-    assert torch.equal(found, expected)
-    assert torch.equal(*(torch.autograd.grad(total, logits_NV)[0] for total in (found, expected)))
+    actual, expected = (run(logits_NV, upstream_of(term, problem)) for run in (compiled, step))
+    assert torch.equal(actual, expected)
+    assert torch.equal(*(torch.autograd.grad(total, logits_NV)[0] for total in (actual, expected)))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ FROZEN = Path(__file__).parent / "frozen" / "2"
 CHOSEN: dict[ResponseName, Need] = {"chosen": Need(signals=True, advantages=False)}
 ALL = {name: Need(signals=True, advantages=True) for name in RESPONSE_NAMES}
 COMPLETE = "3021168e2423d2f3"  # the scoring that has all three response sets
-NEEDS = {found.id: ALL if found.id == COMPLETE else CHOSEN for found in read_scorings(FROZEN)}
+NEEDS = {one.id: ALL if one.id == COMPLETE else CHOSEN for one in read_scorings(FROZEN)}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampling_of(cache: Path) -> Sampling:
-    (sampling,) = (found.info.sampling for found in read_response_sets(cache) if found.info.sampling)
+    (sampling,) = (one.info.sampling for one in read_response_sets(cache) if one.info.sampling)
     return sampling
 
 
@@ -102,7 +102,7 @@ def test_a_thousand_flipped_bits_are_each_found_by(
     judges: Judges, cache: Path, flips: Callable[[random.Random], str]
 ) -> None:
     generator = random.Random(0)
-    found: Counter[str] = Counter()
+    detected: Counter[str] = Counter()
     for _ in range(FLIPS):
         name = flips(generator)
         folder = name.partition("/")[0]
@@ -110,10 +110,10 @@ def test_a_thousand_flipped_bits_are_each_found_by(
             if folder in folders:
                 with pytest.raises(CacheError):
                     judge(cache)
-        found[folder] += 1
-    print(dict(found))
-    assert found.keys() == FOLDERS
-    assert sum(found.values()) == FLIPS
+        detected[folder] += 1
+    print(dict(detected))
+    assert detected.keys() == FOLDERS
+    assert sum(detected.values()) == FLIPS
 
 
 def test_without_a_flip_nobody_complains(cache: Path) -> None:

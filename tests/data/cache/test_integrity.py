@@ -102,8 +102,8 @@ def test_the_whole_row_has_no_fault() -> None:
 
 @pytest.mark.parametrize("problem", FAULTY)
 def test_what_is_wrong_is_told(problem: str) -> None:
-    found = list(signal_problems(FAULTY[problem], RULES, RESPONSE))
-    assert any(problem in text for text in found), found
+    actual = list(signal_problems(FAULTY[problem], RULES, RESPONSE))
+    assert any(problem in text for text in actual), actual
 
 
 def test_log_probabilities_that_rise_are_told() -> None:
@@ -123,8 +123,8 @@ def test_a_row_of_another_response_is_told() -> None:
 
 
 def test_advantages_without_a_reference_are_told() -> None:
-    (found,) = signal_problems(WHOLE, replace(RULES, with_reference=False), RESPONSE)
-    assert found.startswith("advantages are there")
+    (actual,) = signal_problems(WHOLE, replace(RULES, with_reference=False), RESPONSE)
+    assert actual.startswith("advantages are there")
 
 
 def test_only_ragged_rows_have_padding_and_only_at_the_end() -> None:
@@ -141,8 +141,8 @@ def test_fewer_ids_than_k_with_less_mass_than_top_p_are_told() -> None:
     row = padded([5, 7, -1, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
     mass = np.exp(-0.5) + np.exp(-1.5)
     assert list(signal_problems(row, replace(RULES, top_p=mass + 1e-4), None)) == [], "within rounding"
-    (found,) = signal_problems(row, replace(RULES, top_p=mass + 2e-3), None)
-    assert found == "fewer ids than K have less mass than 0.831661: 0.829661 at token 0"
+    (actual,) = signal_problems(row, replace(RULES, top_p=mass + 2e-3), None)
+    assert actual == "fewer ids than K have less mass than 0.831661: 0.829661 at token 0"
     row = padded([5, 7, 8, 9, 10, 11], [-0.5, -1.5, -9, -9, -9, -9])
     assert list(signal_problems(row, replace(RULES, top_p=0.9), None)) == [], "K ids may have less"
 
@@ -179,8 +179,8 @@ def test_a_mass_beyond_what_rounding_does_is_told_of_lossy_rows(sign: int, round
     for share in (0.9, 1.1):
         tails = rounded.tail_logprob.copy()
         tails[2] = np.log(tail + sign * share * tolerance)
-        found = list(signal_problems(replace(rounded, tail_logprob=tails), LOSSY, RESPONSE))
-        assert [text.partition(":")[0] for text in found] == (["mass + tail is not 1"] if share > 1 else [])
+        actual = list(signal_problems(replace(rounded, tail_logprob=tails), LOSSY, RESPONSE))
+        assert [text.partition(":")[0] for text in actual] == (["mass + tail is not 1"] if share > 1 else [])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -191,9 +191,9 @@ def test_a_token_off_by_more_than_rounding_is_told_of_lossy_rows(sign: int, roun
     for share in (0.9, 1.1):
         own = rounded.token_logprobs.copy()
         own[2] = listed + sign * share * tolerance
-        found = list(signal_problems(replace(rounded, token_logprobs=own), LOSSY, RESPONSE))
-        assert len(found) == (share > 1)
-        assert all("other log-probabilities" in text for text in found)
+        actual = list(signal_problems(replace(rounded, token_logprobs=own), LOSSY, RESPONSE))
+        assert len(actual) == (share > 1)
+        assert all("other log-probabilities" in text for text in actual)
 
 
 def test_an_id_of_probability_0_is_no_fault() -> None:

@@ -69,7 +69,7 @@ def test_what_another_process_writes_and_removes_is_seen(cache: Location, bucket
     assert list_shards(cache, "signals") == []
     other = UPath(f"{bucket}/team/cache", skip_instance_cache=True)
     path = write_shard(other, "signals", TABLE)
-    assert [found.name for found in list_shards(cache, "signals")] == [path.name]
+    assert [one.name for one in list_shards(cache, "signals")] == [path.name]
     remove_file(path)
     remove_file(path)
     assert list(read_shards(cache, "signals")) == []
@@ -104,7 +104,7 @@ def test_everything_of_a_cache_comes_back(cache: Location, tokenizer: PreTrained
         written = objects(cache)
     assert check_cache(cache) == 2
     assert digest_tokenizer(read_tokenizer(cache, digest)).tokenizer == digest
-    assert [found.id for found in read_response_sets(cache)] == [responses.id]
+    assert [one.id for one in read_response_sets(cache)] == [responses.id]
     assert [ids.tolist() for ids in read_samples(cache, SAMPLING).values()] == [[5], [6, 7]]
     assert missing_requests(cache, SAMPLING, requests) == requests[2:]
     assert list(read_scorings(cache)) == [SCORING]
@@ -165,4 +165,4 @@ def test_a_server_that_is_not_there_is_one_line(bucket: str, monkeypatch: pytest
 def test_a_sampled_set_is_told_from_the_chosen_ones(cache: Location) -> None:
     for info in (INFO, replace(INFO, name="sampled", sampling=SAMPLING)):
         write_response_set(cache, make_response_set(info, response_rows(0, "ab")))
-    assert {found.info.name for found in read_response_sets(cache)} == {"chosen", "sampled"}
+    assert {one.info.name for one in read_response_sets(cache)} == {"chosen", "sampled"}

@@ -63,11 +63,11 @@ def test_rows_of_several_shards_are_found_by_key(tmp_path: Path) -> None:
     assert len(list_shards(SCORING.folder(tmp_path), "signals")) == 3
     table = read_signals(tmp_path, SCORING)
     missing = KEYS[7]
-    asked = [KEYS[3], missing, KEYS[0], KEYS[6], KEYS[3], missing]
-    numbers = table.locate(as_keys(asked))
+    requested = [KEYS[3], missing, KEYS[0], KEYS[6], KEYS[3], missing]
+    numbers = table.locate(as_keys(requested))
     assert numbers.dtype == np.int64
     assert (numbers < 0).tolist() == [False, True, False, False, False, True]
-    for key, number in zip(asked, numbers, strict=True):
+    for key, number in zip(requested, numbers, strict=True):
         if key != missing:
             assert_same_row(table.row(int(number)), rows[key])
     assert table.keys() == set(KEYS[:7])
@@ -143,9 +143,7 @@ def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
     without = replace(SCORING, reference=None)
     for scoring in (SCORING, without):
         write_scoring(tmp_path, scoring)
-    assert sorted(read_scorings(tmp_path), key=lambda found: found.id) == sorted(
-        [SCORING, without], key=lambda found: found.id
-    )
+    assert sorted(read_scorings(tmp_path), key=lambda one: one.id) == sorted([SCORING, without], key=lambda one: one.id)
     assert read_scoring(tmp_path, without.id) == without
 
 

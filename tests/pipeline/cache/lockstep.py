@@ -147,7 +147,7 @@ class Run(threading.Thread):
     def __init__(self, work: Job | Chore | Pack, cache: Path, reference: str | None) -> None:
         super().__init__(daemon=True)
         self.work, self.cache, self.reference = work, cache, reference
-        self.asked: list[tuple[str, bytes]] = []
+        self.requested: list[tuple[str, bytes]] = []
         self.report: PrecomputeReport | None = None
         self.error: BaseException | None = None
         self.killed = self.over = False
@@ -219,10 +219,10 @@ def stop(before: str, path: object = "") -> None:
         run.stop(before)
 
 
-def note_asked(role: str, keys: Iterable[bytes]) -> None:
+def note_requested(model: str, keys: Iterable[bytes]) -> None:
     run = Run.by_thread.get(threading.get_ident())
     if run is not None:
-        run.asked += [(role, key) for key in keys]
+        run.requested += [(model, key) for key in keys]
 
 
 class Write:
@@ -296,7 +296,7 @@ class Oracle:
 
     def _ask(self, keys: Iterable[bytes]) -> None:
         stop("answer")
-        note_asked(self._name, keys)
+        note_requested(self._name, keys)
 
     def _judge(self, sequence: TokenSequence, top_k: int) -> SignalRow:
         logprobs_TV = self._logprobs(sequence)

@@ -119,7 +119,7 @@ def test_a_set_that_comes_back_at_any_step_keeps_its_rows(cache: Path, dropped: 
         assert not list(at_step.rglob(".*")), steps
         if not came:
             break
-        assert dropped.id in {found.id for found in read_response_sets(at_step)}
+        assert dropped.id in {one.id for one in read_response_sets(at_step)}
         steps += 1
     assert steps > 20
 
@@ -169,7 +169,7 @@ def test_a_gc_killed_at_any_step_loses_nothing_and_the_next_one_and_a_run_mend_i
         before = {row.key for row in rows_of(at_step)}
         collect_garbage(at_step, yes=True)
         after = {row.key for row in rows_of(at_step)}
-        needed = {key for found in read_response_sets(at_step) for key in found.table["key"].to_pylist()}
+        needed = {key for one in read_response_sets(at_step) for key in one.table["key"].to_pylist()}
         assert before & needed <= after, steps
         for responses in read_response_sets(at_step):
             run(at_step, responses)
@@ -241,8 +241,8 @@ def test_after_a_repair_gc_waits_until_the_set_is_there_again(cache: Path) -> No
             "taken for garbage; run the same adpa precompute first, or remove this file"
         )
     assert run(cache, a_set(0, 4)) == 0, "no row was lost"
-    (found,) = collect_garbage(cache, yes=True).garbage
-    assert found.kind == "damaged"
+    (removed,) = collect_garbage(cache, yes=True).garbage
+    assert removed.kind == "damaged"
     check_whole(cache)
 
 
@@ -279,8 +279,8 @@ def test_listing_reads_keys_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     fill(cache)
     monkeypatch.setattr(cache_gc, "read_shard", lambda _: pytest.fail("rows were read"))
     report = collect_garbage(cache)
-    assert any(found.kept for found in report.garbage)
-    assert all(0 <= found.bytes <= (cache / found.place).stat().st_size for found in report.garbage)
+    assert any(one.kept for one in report.garbage)
+    assert all(0 <= one.bytes <= (cache / one.place).stat().st_size for one in report.garbage)
 
 
 def test_samples_are_there_until_a_set_is_made_of_them(cache: Path) -> None:

@@ -67,14 +67,14 @@ def read_waiting(cache: Path) -> set[bytes]:
 
 
 def read_sets(cache: Path) -> dict[str, ResponseSet]:
-    return {found.id: found for found in read_response_sets(cache)}
+    return {one.id: one for one in read_response_sets(cache)}
 
 
-def check_same_sets(found: dict[str, ResponseSet], expected: dict[str, ResponseSet]) -> None:
-    assert found.keys() == expected.keys()
+def check_same_sets(actual: dict[str, ResponseSet], expected: dict[str, ResponseSet]) -> None:
+    assert actual.keys() == expected.keys()
     for name, responses in expected.items():
-        assert found[name].info == responses.info
-        assert found[name].table.equals(responses.table, check_metadata=True)
+        assert actual[name].info == responses.info
+        assert actual[name].table.equals(responses.table, check_metadata=True)
 
 
 @remember
@@ -170,10 +170,10 @@ def test_any_interleaving_of_runs_ends_in_the_rows_of_one_run(
         rerun = Run(whole, cache, reference)
         rerun.go_on()
         missing = expected_rows.keys() - rows.keys()
-        asked = [key for role, key in rerun.asked if role == "teacher"]
-        assert sorted(asked) == sorted(missing - waiting)
-        asked = [key for role, key in rerun.asked if role == "reference"]
-        assert sorted(asked) == (sorted(missing) if reference else [])
+        requested = [key for model, key in rerun.requested if model == "teacher"]
+        assert sorted(requested) == sorted(missing - waiting)
+        requested = [key for model, key in rerun.requested if model == "reference"]
+        assert sorted(requested) == (sorted(missing) if reference else [])
 
         assert read_rows(cache) == expected_rows
         check_same_sets(read_sets(cache), sets | expected_sets)

@@ -221,7 +221,7 @@ def test_a_pack_at_any_moment_is_no_fault(
 def rows(cache: Path) -> tuple[set[str], set[bytes], set[bytes]]:
     """Sets, keys of signals, keys of samples."""
     return (
-        {found.shard_prefix() for found in read_response_sets(cache)},
+        {one.shard_prefix() for one in read_response_sets(cache)},
         read_signals(cache, SCORING).keys(),
         set(read_samples(cache, SAMPLING)),
     )

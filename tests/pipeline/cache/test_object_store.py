@@ -48,7 +48,7 @@ def test_every_command_works_on_an_object_store(filled: Filled, bucket: str, tmp
     report_of_gc = collect_garbage(cache, yes=True)
     assert {garbage.kind for garbage in report_of_gc.garbage} == {"signals", "damaged"}
     assert [place.partition("/")[0] for place in report_of_gc.young] == ["samples"]
-    needed = {key for found in read_response_sets(cache) for key in found.table["key"].to_pylist()}
+    needed = {key for one in read_response_sets(cache) for key in one.table["key"].to_pylist()}
     assert read_signals(cache, scoring).keys() == needed
 
     (path,) = list_shards(scoring.folder(cache), "signals")

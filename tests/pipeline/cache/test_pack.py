@@ -90,9 +90,9 @@ def test_a_real_cache_is_packed_and_says_the_same(filled: Filled, tmp_path: Path
     cache = Path(shutil.copytree(filled.cache, tmp_path / "cache"))
     (scoring,) = read_scorings(cache)
     before, listing = seen(read_signals(cache, scoring)), list_cache(cache)
-    (sampling,) = (found.info.sampling for found in read_response_sets(cache) if found.info.sampling)
+    (sampling,) = (one.info.sampling for one in read_response_sets(cache) if one.info.sampling)
     samples = {key: ids.tolist() for key, ids in read_samples(cache, sampling).items()}
-    (packed,) = (found for found in pack_cache(cache).packed if found.folder == f"scorings/{scoring.id}")
+    (packed,) = (one for one in pack_cache(cache).packed if one.folder == f"scorings/{scoring.id}")
     assert (packed.files_before, packed.files, packed.repeated) == (listing.scorings[0].shards, 1, 0)
     assert packed.bytes < packed.bytes_before
     assert same(seen(read_signals(cache, scoring)), before)
@@ -194,7 +194,7 @@ def test_plain_files_of_version_1_are_written_in_the_newest_encoding(tmp_path: P
     (path,) = folder.glob("signals-*")
     assert (packed.files_before, packed.files) == (2, 1)
     assert peek_shard(path).schema.equals(SCHEMA, check_metadata=True)
-    assert same(seen(read_signals(tmp_path, SCORING)), {found.key: found for found in rows})
+    assert same(seen(read_signals(tmp_path, SCORING)), {one.key: one for one in rows})
 
 
 def test_samples_are_packed_and_the_first_of_two_stays(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_signals_of_other_responses_are_found(cache: Path) -> None:
 
 def rewrite_set(cache: Path, change: Callable[[pa.Table], pa.Table]) -> str:
     """Writes the chosen responses changed, with right digests of file and id; gives their place."""
-    chosen = next(found for found in read_response_sets(cache) if found.info.name == "chosen")
+    chosen = next(one for one in read_response_sets(cache) if one.info.name == "chosen")
     for path in (cache / "responses").glob("chosen-*"):
         path.unlink()
     changed = replace(chosen, table=change(chosen.table))
@@ -215,9 +215,9 @@ def test_what_is_missing_is_told(cache: Path) -> None:
     (scoring,) = read_scorings(cache)
     ((cache / "scorings" / scoring.id) / "scoring.json").unlink()
     report = verify_cache(cache)
-    found = {fault.place: fault.problem for fault in report.faults}
-    assert found.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
-    assert all(problem.startswith("not there") for problem in found.values())
+    actual = {fault.place: fault.problem for fault in report.faults}
+    assert actual.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
+    assert all(problem.startswith("not there") for problem in actual.values())
 
 
 def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path, vocabulary: int) -> None:
