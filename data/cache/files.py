@@ -20,7 +20,7 @@ HIDDEN = r"\.[^/]+\.[0-9a-f]{32}"  # the names of files that readers must not se
 
 
 def write_file(path: Location, payload: bytes | pa.Buffer) -> None:
-    """Writes a whole file at once: after a crash it is there complete, or it is not there."""
+    """Writes a file: after a crash it is complete, or it does not exist."""
     if not is_local(path):
         path.fs.pipe_file(path.path, bytes(memoryview(payload)))
         return
@@ -38,8 +38,8 @@ def write_file(path: Location, payload: bytes | pa.Buffer) -> None:
 def write_folder(path: Location, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files, unless another process was first.
 
-    A local one is there whole or not at all. In an object store the files appear in the order given: the last one says
-    that the others are there.
+    A local folder is complete, or does not exist. In an object store the files appear in the order of the mapping: when
+    the last one exists, all do.
     """
     if not is_local(path):
         for name, payload in files.items():
@@ -59,16 +59,16 @@ def write_folder(path: Location, files: Mapping[str, bytes]) -> None:
 
 
 def remove_file(path: Location) -> None:
-    """Removes a file; one that another process has removed is as good."""
+    """Removes a file; it is no error if another process has removed it."""
     with suppress(FileNotFoundError):
         path.unlink()
 
 
 def hide(path: Path) -> Path:
-    """Gives a file or folder a name that readers ignore, at once.
+    """Renames a file or folder to a name that readers ignore.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     hidden = _hidden(path)
     os.rename(path, hidden)
@@ -76,15 +76,15 @@ def hide(path: Path) -> Path:
 
 
 def find_hidden(path: Path) -> Path:
-    """The path that a hidden file or folder had, or was to get."""
+    """The visible path of a hidden file or folder."""
     assert re.fullmatch(HIDDEN, path.name)
     return path.with_name(path.name[1:].rpartition(".")[0])
 
 
 def list_folder(folder: Location) -> list[Location]:
-    """What lies in a folder, in the order of the names; none where there is no folder.
+    """The entries of a folder, sorted by name; none if it does not exist.
 
-    Hidden files, which are unfinished or another program's, are left out.
+    Hidden files are left out: they are unfinished, or belong to another program.
     """
     try:
         names = os.listdir(folder) if is_local(folder) else _list_objects(folder)
@@ -108,7 +108,7 @@ def link_file(source: Location, target: Location) -> bool:
 
 
 def _list_objects(folder: UPath) -> list[str]:
-    folder.fs.invalidate_cache()  # other processes write, too
+    folder.fs.invalidate_cache()  # other processes write to it
     return [name.removeprefix(folder.path).strip("/") for name in folder.fs.ls(folder.path, detail=False)]
 
 

@@ -1,6 +1,6 @@
 """The format of a cache: which program and which version wrote it.
 
-``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file, and is told by its other files. A reader
+From version 2 on, ``CACHE/cache.json`` holds both. Version 1 had no such file; its other files identify it. A reader
 reads every version up to its own.
 """
 
@@ -18,11 +18,11 @@ RESPONSE_SET = r"[a-z]+-[0-9a-f]{16}-[0-9a-f]{32}\.arrow"
 
 
 def check_cache(cache: Location) -> int:
-    """The version of a cache that is to be read.
+    """The version of an existing cache.
 
     Raises:
-        CacheError: there is none, it is of a newer format or names another program, or it cannot be read.
-        DamagedFileError: its marker is damaged, or of another program.
+        CacheError: the cache does not exist, has a newer format, names another program, or cannot be read.
+        DamagedFileError: its marker is damaged, or belongs to another program.
     """
     version = find_version(cache)
     if version is None:
@@ -31,11 +31,11 @@ def check_cache(cache: Location) -> int:
 
 
 def prepare_cache(cache: Location) -> None:
-    """Makes a cache one of this version, before anything else is written to it.
+    """Marks a cache as one of this version, before anything else is written to it.
 
     Raises:
-        CacheError: it is of a newer format or names another program, or it cannot be read or written.
-        DamagedFileError: its marker is damaged, or of another program.
+        CacheError: it has a newer format, names another program, or cannot be read or written.
+        DamagedFileError: its marker is damaged, or belongs to another program.
     """
     if find_version(cache) == VERSION:
         return
@@ -48,11 +48,11 @@ def prepare_cache(cache: Location) -> None:
 
 
 def find_version(cache: Location) -> int | None:
-    """The version of the format of a cache; none where there is no cache yet.
+    """The version of the format of a cache; none if the cache does not exist yet.
 
     Raises:
-        CacheError: it is of a newer format or names another program, or it cannot be read.
-        DamagedFileError: its marker is damaged, or of another program.
+        CacheError: it has a newer format, names another program, or cannot be read.
+        DamagedFileError: its marker is damaged, or belongs to another program.
     """
     marker = cache / MARKER
     try:
@@ -60,7 +60,7 @@ def find_version(cache: Location) -> int | None:
             fields, proved = read_document(marker)
         except FileNotFoundError:
             return 1 if has_files(cache) else None
-    except DamagedFileError as error:  # nothing in it is proved, not even that it is a marker
+    except DamagedFileError as error:  # so it may not even be a marker
         problem = str(error.args[0]).replace(": damaged: ", ": damaged, or of another program: ", 1)
         raise DamagedFileError(problem, "name another directory, or restore this file") from error
     except AdpaError:
@@ -83,7 +83,7 @@ def find_version(cache: Location) -> int | None:
 
 
 def has_files(cache: Location) -> bool:
-    """Whether a directory has a file that only a cache has; a folder of some name is anybody's."""
+    """Whether a directory has a file that only a cache has. Folder names alone prove nothing."""
     if any(re.fullmatch(RESPONSE_SET, path.name) for path in list_folder(cache / "responses")):
         return True
     return any((folder / "scoring.json").exists() for folder in list_folder(cache / "scorings"))

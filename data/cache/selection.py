@@ -1,4 +1,4 @@
-"""Which response sets and which scoring of a cache a run reads."""
+"""Selects the response sets and the scoring of a cache that a run reads."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from adpa.errors import CacheError
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs of a response set beside its tokens: signals, and advantages among them."""
+    """Whether a run needs the signals of a response set, and advantages among them, beside its tokens."""
 
     signals: bool
     advantages: bool
@@ -22,7 +22,7 @@ class Need:
 
 @dataclass(frozen=True)
 class TrainingPart:
-    """A response set in training, with the signals of its rows if a term needs them."""
+    """A response set in training, and its signals if a term needs them."""
 
     responses: ResponseSet
     signals: SignalTable | None
@@ -30,7 +30,7 @@ class TrainingPart:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a run reads: response sets by name, and the scoring that has all the rows it needs of them."""
+    """The response sets that a run reads, by name, and the scoring that has every row that it needs."""
 
     sets: dict[ResponseName, ResponseSet]
     scoring: Scoring | None
@@ -65,13 +65,13 @@ def select(
 
     Args:
         cache: the cache's directory.
-        needs: what is needed of each response set.
+        needs: the needs of the run, by response set.
         student: digest of the student's weights; sampled responses must be its own.
         scoring: the beginning of a scoring's id, to choose among several.
         response_sets: beginnings of ids of response sets, to choose among several.
 
     Raises:
-        CacheError: nothing fits, or more than one combination does.
+        CacheError: no combination fits, or several do.
         DamagedFileError: a file of the cache is damaged.
     """
     check_cache(cache)
@@ -106,11 +106,11 @@ def select_scored(
 
     Args:
         cache: the cache's directory.
-        scoring: the beginning of a scoring's id, to see no other.
-        response_set: the beginning of a response set's id, with or without its name before it, to see no other.
+        scoring: the beginning of a scoring's id; others are ignored.
+        response_set: the beginning of a response set's id, or of its name and id; others are ignored.
 
     Returns:
-        The scored sets, and a line about each set that no scoring has whole.
+        The scored sets, and a line about each set that no scoring covers whole.
 
     Raises:
         CacheError: there is none.
@@ -156,7 +156,7 @@ def select_one_scored(
 
 
 def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
-    """What to raise where only one will do."""
+    """The error where exactly one combination is needed."""
     return CacheError(
         f"{len(scored)} combinations of responses and scoring fit: {'; '.join(one.describe() for one in scored)}",
         "choose with --response-set ID and --scoring ID",
@@ -172,7 +172,7 @@ def _read_scorings(cache: Location, beginning: str | None) -> list[Scoring]:
 
 
 def _narrow(present: list[ResponseSet], beginnings: Sequence[str]) -> list[ResponseSet]:
-    """Leaves of each named kind only the sets whose ids begin as the user asked."""
+    """Keeps the sets that the user named by the beginnings of their ids; of a kind without one, all."""
     for beginning in beginnings:
         matching = [one for one in present if one.id.startswith(beginning)]
         if not matching:
@@ -186,7 +186,7 @@ def _narrow(present: list[ResponseSet], beginnings: Sequence[str]) -> list[Respo
 def _complete_groups(
     usable: Sequence[ResponseSet], names: Sequence[ResponseName]
 ) -> list[dict[ResponseName, ResponseSet]]:
-    """Every way to take one set of each name, all made from the same examples in the same way."""
+    """Every combination of one set of each name, all made from the same examples in the same way."""
     by_origin: dict[tuple[object, ...], dict[ResponseName, list[ResponseSet]]] = defaultdict(lambda: defaultdict(list))
     for responses in usable:
         info = responses.info
@@ -221,7 +221,7 @@ def _missing_sets(
 def _lacks(
     group: Mapping[ResponseName, ResponseSet], scoring: Scoring, table: SignalTable, needs: Mapping[ResponseName, Need]
 ) -> str:
-    """What a scoring lacks, as the end of a sentence; empty if nothing."""
+    """The reason why a scoring does not fit, as the end of a sentence; empty if it fits."""
     for name, need in needs.items():
         if not need.signals:
             continue

@@ -1,4 +1,4 @@
-"""Immutable Arrow files that are named by the digest of their bytes.
+"""Immutable Arrow files, each named by the digest of its bytes.
 
 Any number of processes may add shards to one folder. A shard never changes: its name is its checksum. A shard in an
 object store is read through a local copy of the same name.
@@ -24,12 +24,12 @@ LISTINGS = 100
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the bytes of a hidden shard are those that its name without the hiding says."""
+    """Whether the bytes of a hidden shard have the digest in its visible name."""
     return _digest(map_file(path)) == find_hidden(path).stem.rpartition("-")[2]
 
 
 def serialize(table: pa.Table, metadata: Mapping[str, str] | None = None) -> pa.Buffer:
-    """A table as the bytes of an Arrow IPC file of one record batch, which may have metadata of its own."""
+    """The bytes of an Arrow IPC file with the table as one record batch, which carries ``metadata``."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         for batch in table.combine_chunks().to_batches():
@@ -43,57 +43,57 @@ def write_shard(folder: Location, prefix: str, table: pa.Table) -> Location:
 
 
 def write_replacement(folder: Location, prefix: str, table: pa.Table) -> Location:
-    """Writes a shard as ``write_shard`` does, of rows that other shards have, which are to go.
+    """Writes a shard whose rows come from other shards that will be removed.
 
-    Its bytes, and so its name, are nobody else's: who has listed the folder before, and removes what was there, cannot
-    remove this one.
+    Its bytes, and so its name, are unique. So a process that listed the folder earlier, and removes the files of its
+    listing, cannot remove this shard.
     """
     return write_serialized(folder, prefix, serialize(table, {"replacement": uuid.uuid4().hex}))
 
 
 def write_serialized(folder: Location, prefix: str, payload: pa.Buffer) -> Location:
-    """Writes what ``serialize`` gave, as ``write_shard`` does."""
+    """Writes the bytes from ``serialize`` as ``write_shard`` does."""
     path = folder / f"{prefix}-{_digest(payload)}.arrow"
     write_file(path, payload)
     return path
 
 
 def list_shards(folder: Location, prefix: str = "") -> list[Location]:
-    """The shards of a folder, all or those of a prefix, in the order of their names; none where there is no folder."""
+    """The shards of a folder, all or those with a prefix, sorted by name; none if the folder does not exist."""
     beginning = f"{prefix}-" if prefix else ""
     return [path for path in list_folder(folder) if path.name.startswith(beginning) and path.name.endswith(".arrow")]
 
 
 def read_shard(path: Location) -> pa.Table:
-    """Memory-maps a shard and checks its bytes against its name, and their form.
+    """Memory-maps a shard, and checks its digest and its Arrow structure.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedFileError: they differ, or are no table.
+        FileNotFoundError: it does not exist.
+        DamagedFileError: the digest differs from the name, or the bytes are not a table.
     """
     path = _local_file(path)
     payload = map_file(path)
     _check_digest(path, payload)
-    # Arrow trusts its offsets: those of a hostile file would end the process later.
+    # Arrow trusts the offsets in a file: hostile ones would crash the process later.
     return _open_table(path, payload, whole=True)
 
 
 def check_shard(path: Location) -> None:
-    """Checks the bytes of a shard in an object store, of which ``read_shard`` may have a copy from better days.
+    """Checks the bytes of a shard in an object store itself: ``read_shard`` may read an older local copy.
 
     Raises:
-        DamagedFileError: they are not those that were written.
+        DamagedFileError: the digest differs from the name.
     """
     if not is_local(path):
         _check_digest(path, path.read_bytes())
 
 
 def peek_shard(path: Location) -> pa.Table:
-    """Opens a shard without reading all of its bytes: for counting its rows and looking at their keys.
+    """Opens a shard without reading all of its bytes, to count its rows or read their keys.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedFileError: it is no table.
+        FileNotFoundError: it does not exist.
+        DamagedFileError: it is not a table.
     """
     payload = map_file(_local_file(path))
     return _open_table(path, payload, whole=False)
@@ -115,20 +115,20 @@ def peek_keys(path: Location) -> pa.ChunkedArray:
     """The keys of a shard's rows, read as ``peek_shard`` does.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedFileError: it is no table, or has no keys.
+        FileNotFoundError: it does not exist.
+        DamagedFileError: it is not a table, or has no keys.
     """
     return keys_of(path, peek_shard(path))
 
 
 def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, pa.Table]]:
-    """Reads every shard of a folder, while other processes add some, and replace some by others with the same rows.
+    """Reads every shard of a folder, while other processes add shards and replace some by others with the same rows.
 
-    A folder is listed until that brings nothing new. A listed file that has vanished is not missed: what replaced it
-    was there before it went, and the next listing has it.
+    It lists the folder until a listing has nothing new. A listed file may vanish: its replacement was written before,
+    so that the next listing has it.
 
     Raises:
-        CacheError: a file is listed again and again, but is not there: its link leads nowhere.
+        CacheError: a file is in every listing but does not exist: it is a broken link.
         DamagedFileError: a file is damaged.
     """
     read: set[str] = set()
@@ -149,15 +149,15 @@ def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, 
 
 
 def list_again(folder: Location, work: Callable[[], Result]) -> Result:
-    """What ``work`` gives, which lists a folder and reads what is there; begun again when a listed file has vanished.
+    """Calls ``work``, which lists a folder and reads its files, until no listed file has vanished; returns its result.
 
     Raises:
-        CacheError: that happens again and again.
+        CacheError: a file vanishes every time.
     """
     for _ in range(LISTINGS):
         try:
             return work()
-        except FileNotFoundError as error:  # what replaced it was there before it went
+        except FileNotFoundError as error:  # its replacement was written before it was removed
             vanished = error
     raise CacheError(
         f"{folder}: a listed file is not there: {vanished}", "remove the link, or restore what it leads to"
@@ -175,9 +175,9 @@ def join_keys(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """A file's bytes: mapped into memory, or read where that is cheaper (a process may map some 65,000 files)."""
+    """A file's bytes: mapped into memory, or read if it is small (a process may map some 65,000 files)."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # to read a pipe is to wait for ever
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         raise damaged(path, "no regular file")
     if status.st_size < SMALL_FILE:
         return pa.py_buffer(path.read_bytes())
@@ -186,12 +186,12 @@ def map_file(path: Path) -> pa.Buffer:
 
 
 def damaged(path: Location, problem: str) -> DamagedFileError:
-    """The error of a file that is not what was written, and can be made again."""
+    """The error for a file that differs from what was written, and that precompute can make again."""
     return DamagedFileError(f"{path}: damaged: {problem}", "delete it and run the same adpa precompute again")
 
 
 def _open_table(path: Location, payload: pa.Buffer, whole: bool) -> pa.Table:
-    """The table of a shard, of which the form of everything is checked, or only that of its description."""
+    """The table of a shard; with ``whole`` its data is validated, otherwise only its description."""
     try:
         table = pa.ipc.open_file(payload).read_all()
         table.validate(full=whole)

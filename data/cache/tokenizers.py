@@ -1,4 +1,4 @@
-"""The tokenizers of a cache: one folder each, named by its digest, and read only as it was written."""
+"""The tokenizers of a cache: one folder each, named by the digest of the tokenizer."""
 
 import hashlib
 import re
@@ -20,9 +20,9 @@ CONTENTS = "files.json"
 
 
 def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", digest: str) -> None:
-    """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``.
+    """Writes a tokenizer with its chat template into a cache, under ``TokenizerDigests.tokenizer``.
 
-    ``files.json``, the last of its files, has the digests of the others.
+    ``files.json``, which is written last, has the digests of the other files.
     """
     path = cache / "tokenizers" / digest
     if (path / CONTENTS).exists() or (is_local(path) and path.exists()):  # version 1 wrote no digests
@@ -38,10 +38,10 @@ def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
     """Reads a tokenizer from a cache.
 
     Raises:
-        DamagedFileError: it is not there, or not the one that was written.
+        DamagedFileError: it is missing, or differs from what was written.
     """
     path = cache / "tokenizers" / digest
-    if not re.fullmatch("[0-9a-f]+", digest):  # it was read from a file, and must not lead out of the cache
+    if not re.fullmatch("[0-9a-f]+", digest):  # it comes from a file, and must not lead out of the cache
         raise damaged(path, "no digest of a tokenizer")
     try:
         files = read_contents(path)
@@ -56,11 +56,11 @@ def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
 
 
 def read_contents(path: Location) -> dict[str, bytes]:
-    """The files of a tokenizer that were written, each the same as it was then; all there are where nobody noted it.
+    """The files of a tokenizer, checked against ``files.json``; in version 1, which lacks it, all files unchecked.
 
     Raises:
-        FileNotFoundError: one is not there.
-        DamagedFileError: one is not what was written.
+        FileNotFoundError: a file is missing.
+        DamagedFileError: a file differs from what was written.
     """
     try:
         contents, proved = read_document(path / CONTENTS)

@@ -124,7 +124,7 @@ def test_a_row_of_another_response_is_told() -> None:
 
 def test_advantages_without_a_reference_are_told() -> None:
     (actual,) = signal_problems(WHOLE, replace(RULES, with_reference=False), RESPONSE)
-    assert actual.startswith("advantages are there")
+    assert actual.startswith("advantages without a reference")
 
 
 def test_only_ragged_rows_have_padding_and_only_at_the_end() -> None:
