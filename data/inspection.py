@@ -1,4 +1,4 @@
-"""A response token by token, with what a scoring says of each."""
+"""Responses token by token, each token with the numbers of a scoring."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class InspectedToken:
         special: whether it is a special token.
         logprob: the teacher's log-probability.
         advantage: teacher minus reference; none without a reference.
-        alternatives: what the teacher finds most probable here, by falling probability.
+        alternatives: the teacher's most probable tokens here, by falling probability.
     """
 
     id: int
@@ -54,13 +54,13 @@ class InspectedToken:
 
     @property
     def value(self) -> float:
-        """What gives the token its colour: the advantage; the log-probability without a reference."""
+        """The value that colours the token: the advantage; without a reference, the log-probability."""
         return self.logprob if self.advantage is None else self.advantage
 
 
 @dataclass(frozen=True)
 class InspectedResponse:
-    """A response and the prompt that it answers, as text."""
+    """A response token by token, and its prompt as text."""
 
     example_id: str
     prompt: str

@@ -1,8 +1,8 @@
-"""Preference pairs from files, directories and the Hub; one form inside.
+"""Reads preference pairs from files, directories and the Hub into one form.
 
-A row has ``prompt`` (chat messages or a string), ``chosen`` and ``rejected`` (chat messages or a string). Without
-``prompt``, ``chosen`` and ``rejected`` are whole conversations and the messages they share are the prompt. A string
-is one message: the user's for a prompt, the assistant's for a response.
+A row has ``prompt``, ``chosen`` and ``rejected``, each chat messages or a string. Without ``prompt``, ``chosen`` and
+``rejected`` are whole conversations, and the messages that both begin with are the prompt. A string is one message: the
+user's for a prompt, the assistant's for a response.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt with the response people preferred and the one they did not.
+    """A prompt, the preferred response and the other one.
 
     Attributes:
-        where: the place the pair was read from, for messages: a file and its line, or a row number.
-        example_id: digest of the pair's own content; the same pair has the same id in any file.
+        where: the source of the pair, for messages: a file and its line, or a row number.
+        example_id: digest of the pair's content; the same pair has the same id in any file.
         prompt: the messages before the response; the last is not the assistant's.
         chosen: the preferred response's text.
         rejected: the other response's text.
@@ -48,7 +48,7 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Mapp
     """Yields (where, row) for every row of a JSONL, JSON or Parquet file, a ``datasets`` directory, or a Hub dataset.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it has no rows.
+        DataError: the source does not exist, cannot be read, or has no rows.
     """
     path = Path(source)
     if path.is_file():

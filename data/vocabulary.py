@@ -1,4 +1,4 @@
-"""Tokenizers: rendering by their chat template, digests, the end of a turn, whether two vocabularies agree."""
+"""Rules of tokenizers: rendering by the chat template, the end of a turn, digests, equal vocabularies."""
 
 import datetime
 import hashlib
@@ -15,12 +15,12 @@ from adpa.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_DATE = datetime.date(2024, 7, 26)  # what Llama's templates fall back to
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # the date that Llama's templates use by default
 
 
 @dataclass(frozen=True)
 class TokenizerDigests:
-    """What identifies a tokenizer: its ids, its template, and all of it together."""
+    """Digests of a tokenizer: of all of it, of its vocabulary, and of its chat template."""
 
     tokenizer: str
     vocabulary: str
@@ -39,12 +39,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a checkpoint directory.
 
     Raises:
-        ModelError: there is none.
+        ModelError: it has none, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # brings torch, which most of what reads a cache does without
+    from transformers import AutoTokenizer  # imports torch, which most readers of a cache do not need
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # nor ask whether to
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # and do not ask the user
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
         raise ModelError(
             f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})",
@@ -53,22 +53,22 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerDigests:
-    """Digests of what a tokenizer does to text, independent of where it was loaded from."""
+    """The digests of a tokenizer's behaviour; they do not depend on the directory that it was loaded from."""
     vocabulary = _digest(sorted(tokenizer.get_vocab().items()))
     chat_template = _digest([tokenizer.chat_template, sorted(map(repr, tokenizer.special_tokens_map.items()))])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else type(tokenizer).__name__
     if isinstance(rules, dict):
-        rules |= {"truncation": None, "padding": None}  # left behind by whoever called the tokenizer last
+        rules |= {"truncation": None, "padding": None}  # earlier calls of the tokenizer may have set these
     return TokenizerDigests(_digest([rules, vocabulary, chat_template]), vocabulary, chat_template)
 
 
 def render(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    """A conversation as text, by the tokenizer's chat template; with the beginning of the assistant's turn if asked.
+    """A conversation as text, by the chat template; ``add_generation_prompt`` appends the start of an assistant's turn.
 
-    A template that writes the date (Llama 3.1 and later) gets ``TEMPLATE_DATE``: the same conversation has to give the
+    A template that writes the date (Llama 3.1 and later) gets ``TEMPLATE_DATE``: the same conversation must give the
     same tokens on any day.
     """
     text = tokenizer.apply_chat_template(
@@ -85,7 +85,8 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     """Finds the token with which the chat template ends an assistant's turn.
 
     Raises:
-        ModelError: there is no chat template, it cannot render an answer, or it ends the turn with no special token.
+        ModelError: the tokenizer has no chat template, or it cannot render an answer, or it ends the turn without a
+            special token.
     """
     if not tokenizer.chat_template:
         raise ModelError(
@@ -116,10 +117,10 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
 def check_same_vocabulary(
     teacher: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", teacher_name: str, other_name: str
 ) -> None:
-    """Checks that every token of the teacher's has the same id in another tokenizer; it may have more.
+    """Checks that every token of the teacher has the same id in another tokenizer, which may have more tokens.
 
     Raises:
-        ModelError: naming the first token that differs.
+        ModelError: a token differs; it names the first one.
     """
     other_vocabulary = other.get_vocab()
     for token, index in sorted(teacher.get_vocab().items(), key=lambda item: item[1]):

@@ -79,7 +79,7 @@ def as_restored(files: Iterable[CacheFile], restorable: Iterable[CacheFile]) -> 
 
 
 def restore(file: CacheFile, abandoned: bool) -> None:
-    """Restores a file from ``find_restorable``; unless it is ``abandoned``, leaves it to its writer and makes a copy."""
+    """Restores a file from ``find_restorable``: an abandoned one by its name, another by a copy, as it has a writer."""
     hidden = _hidden_path(file)
     path = find_hidden(hidden)
     if abandoned or hidden.is_dir():

@@ -1,4 +1,4 @@
-"""What the commands on a whole cache found, in a terminal."""
+"""Shows the reports of the ``adpa cache`` commands in a terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -14,7 +14,7 @@ from adpa.pipeline.cache.verify import VerifyReport
 
 
 def show_listing(listing: CacheListing) -> RenderableType:
-    """Sets and scorings with who made them, then everything else that takes space."""
+    """Response sets and scorings with their origin, then everything else that takes space."""
     parts: list[RenderableType] = []
     if listing.sets:
         table = _table("response set", "rows", "tokens", "prompt tokens", "bytes")
@@ -49,7 +49,7 @@ def show_listing(listing: CacheListing) -> RenderableType:
 
 
 def show_verification(report: VerifyReport) -> RenderableType:
-    """Every fault, then what was checked, and what was not."""
+    """Every fault, then the files that were checked and those that were not."""
     parts: list[RenderableType] = []
     for fault in report.faults:
         rows = f" ({fault.rows:,} rows)" if fault.rows is not None and fault.rows > 1 else ""
@@ -66,7 +66,7 @@ def show_verification(report: VerifyReport) -> RenderableType:
 
 
 def show_garbage(report: GarbageReport) -> RenderableType:
-    """What goes and why, and what stays for now."""
+    """The garbage with reasons, and the files that stay for now."""
     parts = []
     for garbage in report.garbage:
         rows = "" if garbage.rows is None else f"{garbage.rows:,} of {garbage.rows + garbage.kept:,} rows, "

@@ -1,4 +1,4 @@
-"""What ``precompute`` did, in a terminal."""
+"""Shows the report of ``precompute`` in a terminal."""
 
 from rich.console import Group, RenderableType
 
@@ -8,13 +8,13 @@ from adpa.pipeline.terminal.report import show_report
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
-    """Its counts, then what a probe measured, or what the counts do not say."""
+    """The counts, then the results of a probe, or a remark."""
     table = show_report("precompute", report, leave_out="probe")
     below: list[RenderableType] = []
     if report.probe is not None:
         below = ["", show_probe(report.probe, report.sampled)]
     elif report.dry_run:
-        below = ["", "Bytes: at most, without encoding; --probe 64 predicts them."]
+        below = ["", "Bytes: at most these, before encoding; --probe 64 predicts them."]
     elif report.awaited:
         below = [
             "",

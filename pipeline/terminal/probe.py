@@ -1,4 +1,4 @@
-"""What a probe measured, in a terminal."""
+"""Shows the results of a probe in a terminal."""
 
 from rich.console import Group, RenderableType
 from rich.style import Style
@@ -9,7 +9,7 @@ from adpa.pipeline.scoring.probe import ProbeReport
 
 
 def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
-    """A line for each K, the run's own in bold, then what the numbers are of; ``unsampled`` responses are not there."""
+    """A line for each K, the run's own in bold, then notes on the numbers; ``unsampled``: responses not sampled yet."""
     table = Table("K", box=None, padding=(0, 1, 0, 0))
     losses = ["KL lost", "95%"] if report.kl_against else []
     losses += ["A lost"] if report.reference_hours is not None else []
@@ -26,7 +26,7 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
 
     lines = [
         f"Probed: {report.responses:,} of {report.data_responses:,} responses, {report.tokens:,} tokens, with "
-        f"K = {report.top_k:,}; {report.tail:.2g} of the teacher's probability lies beyond and is seen as one outcome."
+        f"K = {report.top_k:,}; {report.tail:.2g} of the teacher's probability lies beyond and counts as one outcome."
     ]
     if report.stand_ins:
         lines.append(
