@@ -1,4 +1,4 @@
-"""Checkpoints: from what a user types to a directory, an identity and a loaded model."""
+"""Checkpoints: turns the name that a user types into a directory, an identity and a loaded model."""
 
 import gc
 import hashlib
@@ -38,7 +38,7 @@ HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory and what a user called it."""
+    """A model directory and the name that the user typed."""
 
     name: str
     revision: str | None
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Name, revision and the digest of configuration and weights; reads every byte of them once in a process."""
+        """Name, revision, and the digest of configuration and weights; reads all of their bytes, once per process."""
         files = [self.directory / "config.json", *_weight_files(self.directory)]
         with ThreadPoolExecutor(max_workers=8) as pool:
             digests = pool.map(_digest_file, files)
@@ -61,18 +61,18 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The configuration of the language model in it."""
+        """The configuration of the language model in the checkpoint."""
         return self._read_config()[1]
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether the language model is a part of something larger."""
+        """Whether the language model is part of a larger model."""
         whole, text = self._read_config()
         return whole is not text
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights on disk are quantized; not every one has to be."""
+        """Whether weights on disk are quantized: all of them, or some."""
         return getattr(self._read_config()[0], "quantization_config", None) is not None
 
     @cached_property
@@ -85,12 +85,12 @@ class Checkpoint:
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
     def load(self, dtype: str, device: torch.device, **options: Any) -> PreTrainedModel:
-        """Loads the model, with further options of ``from_pretrained``.
+        """Loads the model; ``options`` are further options of ``from_pretrained``.
 
         Raises:
-            ModelError: transformers cannot load it, or its weights are not all those that the configuration asks for.
+            ModelError: transformers cannot load it, or its weights do not match the configuration.
         """
-        # cuDNN's attention makes a plan for each new shape, and ours change with every batch.
+        # cuDNN's attention makes a plan for each new shape, and our shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
         model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
@@ -98,9 +98,9 @@ class Checkpoint:
         return model
 
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
-        """Loads the head alone: the model without its layers, so that only their weights stay on disk.
+        """Loads the head alone: it loads the model without its layers, whose weights stay on disk.
 
-        It is checked in float32 and has the numbers that it has in the whole model loaded in this dtype.
+        The head is checked in float32. Its numbers are those of the whole model loaded in ``dtype``.
 
         Raises:
             HeadError: the head is not one that adpa knows, or its weights are quantized.
@@ -111,18 +111,18 @@ class Checkpoint:
             raise HeadError(f"{self.name}: it is more than a language model")
         config.num_hidden_layers = 0
         if getattr(config, "layer_types", None) is not None:
-            with suppress(AttributeError):  # in some configurations it follows from the number of layers
+            with suppress(AttributeError):  # some configurations derive it from the number of layers
                 config.layer_types = []
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it would list all weights of the layers as unexpected
+        transformers.logging.set_verbosity_error()  # it would list the weights of all layers as unexpected
         try:
             model, unexpected = self._load("float32", config=config)
             model.eval()
             check_head(model)
             head = read_head(model)
-            # Scales of quantized weights lie beside them; transformers would read the weights as if there were none.
+            # Quantized weights have their scales beside them; transformers would ignore the scales here.
             modules = {
                 name.rpartition(".")[0]
                 for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -140,7 +140,7 @@ class Checkpoint:
         return head.to(device, getattr(torch, dtype))
 
     def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
-        """The configuration of the whole, and that of the language model in it, which may be the same object."""
+        """The configurations of the whole model and of its language model, which may be the same object."""
         try:
             config = AutoConfig.from_pretrained(self.directory)
             return config, config.get_text_config(decoder=True)
@@ -148,7 +148,7 @@ class Checkpoint:
             raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
 
     def _load(self, dtype: str, **options: Any) -> tuple[PreTrainedModel, Sequence[str]]:
-        """The model, and which weights on disk it has no place for."""
+        """The model, and the names of the weights on disk that it has no parameter for."""
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.directory, dtype=getattr(torch, dtype), output_loading_info=True, **options
@@ -157,7 +157,7 @@ class Checkpoint:
             raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
         model: PreTrainedModel
         model, information = loaded
-        # transformers fills what is missing with random numbers and only warns.
+        # transformers fills missing weights with random numbers and only warns.
         for problem in ("missing_keys", "mismatched_keys"):
             self._refuse_keys(problem, information[problem])
         return model, list(information["unexpected_keys"])
@@ -170,7 +170,7 @@ class Checkpoint:
             )
 
     def weight_bytes(self, dtype: str) -> int:
-        """About how many bytes the weights take in a dtype; as they are on disk if they are quantized there."""
+        """About how many bytes the weights take in a dtype; for quantized weights, their size on disk."""
         # A directory may hold the same weights in both formats.
         files = [list(self.directory.glob(pattern)) for pattern in WEIGHT_PATTERNS]
         size = sum(path.stat().st_size for path in next(filter(None, files)))
@@ -179,10 +179,10 @@ class Checkpoint:
         return size * getattr(torch, dtype).itemsize // getattr(torch, self.dtype_name("auto")).itemsize
 
     def check_memory(self, dtype: str, room: int, advice: str) -> None:
-        """Checks that the weights take at most so many bytes in a dtype, by their size on disk.
+        """Checks, by the size on disk, that the weights fit into ``room`` bytes in a dtype.
 
         Raises:
-            ModelError: they take more; with what to do about it.
+            ModelError: they do not; ``advice`` is its fix.
         """
         needed = self.weight_bytes(dtype)
         if needed > room:
@@ -193,10 +193,10 @@ class Checkpoint:
             )
 
     def check_here(self) -> None:
-        """Checks that the checkpoint is where it was opened, perhaps on another machine.
+        """Checks that this machine has the directory of the checkpoint, which another machine may have opened.
 
         Raises:
-            ModelError: it is not.
+            ModelError: it has not.
         """
         if not self.directory.is_dir():
             raise ModelError(
@@ -224,7 +224,7 @@ class Checkpoint:
         """
         limit = getattr(self.config, "max_position_embeddings", None)
         if (getattr(self.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-            # Beyond it, LongRoPE changes the frequencies of all positions, by the longest sequence of a batch.
+            # With a longer sequence in the batch, LongRoPE changes the frequencies of all positions.
             limit = self.config.rope_parameters.get("original_max_position_embeddings", limit)
         longer = [length for length in lengths if limit is not None and length > limit]
         if longer:
@@ -239,13 +239,13 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Finds a checkpoint: a local directory, or ``org/name`` or ``org/name@revision`` on the Hub.
 
     Raises:
-        ModelError: there is no such checkpoint, or it has no configuration or weights.
+        ModelError: the checkpoint does not exist, or has no configuration or no weights.
     """
     directory, revision = Path(name), None
     if not directory.is_dir():
         hub_name, _, revision_name = name.partition("@")
         try:
-            for weights in WEIGHT_PATTERNS:  # the second only where the first is not there
+            for weights in WEIGHT_PATTERNS:  # the second only if the first has no file
                 patterns = [*HUB_PATTERNS, weights]
                 path = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
                 directory = Path(path)
@@ -265,7 +265,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to compute on; ``auto`` is a GPU where there is one."""
+    """The device to compute on; ``auto`` is a GPU if the machine has one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -282,7 +282,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Gives back what a model took. Models of transformers are in cycles of references, which keep them for a while."""
+    """Frees the memory of a deleted model. Models of transformers are in reference cycles, which delay this."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -299,7 +299,7 @@ def _digest_file(path: Path) -> str:
 
 @cache
 def _digest_bytes(path: Path, *state: int) -> str:
-    """The digest of a file in this state, remembered: evaluation asks the same large models several times."""
+    """The digest of a file in this state. It is cached: evaluation needs the same large models several times."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
