@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Targets(NamedTuple):
-    """What M rows are trained on, cleaned so that a term whose weight is 0 is 0 and never NaN.
+    """The targets of M rows, cleaned: a term whose weight is 0 is 0, and never NaN.
 
-    labels [M] and ids [M, K] are int64, and 0 where they do not count; counts [M, K] tells which ids are in
-    S. The teacher's logprobs [M, J] are −inf and the advantages [M, J] 0 wherever nothing is to be learned;
-    the tail's advantage is 0. weights [M, 3] are those of NLL, KL and advantage.
+    labels [M] and ids [M, K] are int64, and 0 where they do not count; counts [M, K] is true for the ids in S. For an
+    outcome that does not count, the teacher's logprobs [M, J] are −inf and the advantages [M, J] are 0. The tail's
+    advantage is 0. weights [M, 3] are those of NLL, KL and advantage.
     """
 
     labels: Tensor
@@ -36,13 +36,13 @@ def select_targets(
     weights_N3: Tensor,
     rows_M: Tensor | None = None,
 ) -> tuple[Tensor, Targets]:
-    """The rows that count, by default those with a nonzero weight, and their targets in the weights' dtype."""
+    """The rows that count (default: those with a nonzero weight), and their targets in the dtype of the weights."""
     dtype = weights_N3.dtype
     has_label_N = (labels_N >= 0) & (labels_N < vocabulary)
     weights_N3 = weights_N3.clone()
     weights_N3[:, 0].masked_fill_(~has_label_N, 0)
     if rows_M is None:
-        rows_M = (weights_N3 != 0).any(dim=1).nonzero().squeeze(1)  # the host waits for their number
+        rows_M = (weights_N3 != 0).any(dim=1).nonzero().squeeze(1)  # the host waits for the number of rows
     weights_M3 = weights_N3[rows_M]
     _, has_kl_M1, has_advantage_M1 = (weights_M3 != 0).split(1, dim=1)
 
@@ -72,7 +72,7 @@ def select_targets(
 
 
 def _repeats(ids_MK: Tensor) -> Tensor:
-    """True where an id stands in its row for the second time or later."""
+    """True for the second and later occurrences of an id in its row."""
     sorted_MK, order_MK = ids_MK.sort(dim=1, stable=True)
     same_MK = sorted_MK[:, 1:] == sorted_MK[:, :-1]
     return torch.zeros_like(ids_MK, dtype=torch.bool).scatter_(1, order_MK[:, 1:], same_MK)

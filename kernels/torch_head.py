@@ -18,7 +18,7 @@ CHUNK_ROWS = 256
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss in the shapes and dtypes of hidden, weight and bias; None where not needs_gradient."""
+    """Gradients of the loss in the shapes and dtypes of hidden, weight and bias; None for those not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -37,9 +37,10 @@ def losses_and_gradients(
     chunk_rows: int,
     needs_gradient: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `needs_gradient`.
+    """The losses [N, 3] of every row, and the gradients of their weighted sum.
 
-    Matrix products run in the dtype of `hidden_Nd`; all else, sums over chunks too, in that of the targets.
+    `needs_gradient` says whether hidden, weight and bias need theirs. Matrix products run in the dtype of `hidden_Nd`;
+    everything else, sums over chunks too, in that of the targets.
     """
     dtype = targets.weights.dtype
     needs_hidden, needs_weight, needs_bias = needs_gradient
@@ -74,7 +75,7 @@ def losses_and_gradients(
 
 
 def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor) -> None:
-    """Add a product of possibly shorter numbers; without a second [V, d] where they are not."""
+    """Add a product, whose factors may have a shorter dtype; without a second [V, d] if the dtypes agree."""
     if sum_Vd.dtype == right_Cd.dtype:
         sum_Vd.addmm_(left_VC, right_Cd)
     else:
@@ -84,7 +85,7 @@ def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor) -> None:
 def scale_and_cap_(
     products_CV: Tensor, logit_scale: float, softcap: float | None, *, with_slope: bool
 ) -> Tensor | float | None:
-    """Turn products into logits; the derivative of the logits by the products, None where it is 1."""
+    """Turn products into logits; return the derivative of the logits by the products, or None if it is 1."""
     if not softcap:
         if logit_scale == 1:
             return None
@@ -97,7 +98,7 @@ def scale_and_cap_(
 
 
 def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> Tensor:
-    """The losses [C, 3] of a chunk; its logits become the gradient of the weighted losses, or else scratch.
+    """The losses [C, 3] of a chunk; its logits become the gradient of the weighted losses, or scratch data.
 
     Every number is taken relative to the largest logit of its row, so that logits of ±1e4 lose no digits.
     """
@@ -105,7 +106,7 @@ def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> T
     ids_CK, counts_CK = targets.ids, targets.counts
     label_C1 = logits_CV.gather(1, labels_C1)
     top_CK = logits_CV.gather(1, ids_CK).masked_fill_(~counts_CK, -torch.inf)
-    # Adding, not writing: ids that do not count all point at column 0, and add nothing there.
+    # Add, do not write: ids that do not count all point at column 0, and add 0 there.
     logits_CV.scatter_add_(1, ids_CK, torch.zeros_like(top_CK).masked_fill_(counts_CK, -torch.inf))
 
     peak_C1 = logits_CV.amax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a cache keeps and no response set needs: found, listed with its bytes, and removed when asked to."""
+"""Finds the files and rows of a cache that no response set needs; lists them, or removes them."""
 
 import time
 import uuid
@@ -31,15 +31,15 @@ DAY = 24 * 60 * 60
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file that no response set needs, or not all of it.
+    """A file that no response set needs, or that has rows that none needs.
 
     Attributes:
         place: the file's place in the cache.
-        kind: what it is.
+        kind: its kind.
         reason: why it can go.
-        rows: rows that go; none for what has no rows.
+        rows: rows that go; none for a file without rows.
         kept: rows that stay, in a new file.
-        bytes: what this frees; before it is removed, what it would free if all rows were of one size.
+        bytes: bytes that this frees; before the removal, an estimate that takes all rows to be of one size.
     """
 
     place: str
@@ -52,16 +52,16 @@ class Garbage:
 
 @dataclass(frozen=True)
 class GarbageReport:
-    """What ``collect_garbage`` found.
+    """The result of ``collect_garbage``.
 
     Attributes:
         cache: the cache.
-        garbage: what goes.
-        bytes: what this frees.
-        young: places of files that look like garbage, and stay because a run may be at work with them.
-        repeated: places of files with rows that go, and stay because other files have rows of theirs, too: without them
-            readers might see another one of two rows. ``adpa cache pack`` drops the one that is not seen.
-        done: whether it was removed.
+        garbage: the garbage.
+        bytes: bytes that its removal frees.
+        young: places of files that look like garbage, but stay because a run may still use them.
+        repeated: places of files with garbage rows that stay because another file has some of their other rows, too.
+            Without them readers could see the other copy of such a row. ``adpa cache pack`` drops the unused copy.
+        done: whether the garbage was removed.
     """
 
     cache: str
@@ -78,18 +78,18 @@ def collect_garbage(
 ) -> GarbageReport:
     """List what no response set needs; --yes removes it.
 
-    To drop a response set, remove its file in CACHE/responses and run this. Rows of signals that no set needs go (a
-    file that has others too is written anew without them), scorings without rows, tokenizers that no set names,
-    samples of which no set was made, rows that waited for the reference and need not, temporary files of killed runs,
-    and what was set aside in CACHE/damaged. What a run at work may be about to need stays for a day: temporary files,
-    samples, tokenizers, and scorings without rows. With --yes a day is told by the clock of the file system, else by
-    this machine's. A file with rows that another file has, too, stays as it is: adpa cache pack drops them first. Other
-    commands may run beside it on a file system; in an object store, which cannot rename, adpa
-    precompute and adpa cache merge must not.
+    To drop a response set, remove its file in CACHE/responses and run this. Garbage is: signal rows that no set needs
+    (a file with other rows is rewritten without them), scorings without rows, tokenizers that no set names, samples
+    of which no set was made, pending rows that need no reference any more, temporary files of killed runs, and the
+    files in CACHE/damaged. Temporary files, samples, tokenizers and scorings without rows stay for a day, because a
+    run may still need them. With --yes the clock of the file system measures the day, else that of this machine. A
+    file stays as it is while another file repeats some of its rows: run adpa cache pack first. In a file system, other
+    commands may run at the same time. An object store cannot rename: adpa precompute and adpa cache merge must not run
+    there at the same time.
 
     Raises:
-        CacheError: there is no cache, or a response set was set aside and is not there again.
-        DamagedFileError: a file is damaged, so that it cannot be told what is needed.
+        CacheError: the cache does not exist, or a response set was set aside and not made again.
+        DamagedFileError: a file is damaged, so that needs are unknown.
         OptionError: the cache cannot be written, with ``yes``.
     """
     check_cache(cache)
@@ -133,7 +133,7 @@ def collect_garbage(
 
 
 class _Needs:
-    """What response sets need; a set that was seen once counts, whatever becomes of its file."""
+    """The needs of the response sets; a set counts once it was seen, even if its file vanishes."""
 
     def __init__(self, cache: Location) -> None:
         self.sets: dict[str, ResponseSet] = {}
@@ -142,7 +142,7 @@ class _Needs:
         self.look()
 
     def look(self) -> int:
-        """Reads the sets if any has appeared; gives how many were ever seen."""
+        """Reads the sets if a new one has appeared; returns the number of sets ever seen."""
         names = {path.name for path in list_shards(self._cache / "responses")}
         if not names <= self._names:
             self.sets |= {responses.id: responses for responses in read_response_sets(self._cache)}
@@ -164,14 +164,14 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What can go, as far as one knows, and what removes it and says what has gone."""
+    """Probable garbage, and the function that removes it and returns what it removed."""
 
     garbage: list[Garbage]
     remove: Callable[[], list[Garbage]]
 
 
 class _Garbage:
-    """Notes what can go: whole files, and files with rows that stay."""
+    """Collects garbage: whole files, and files with rows that stay."""
 
     def __init__(self, cache: Location, needs: _Needs, files: Sequence[CacheFile], young: float) -> None:
         self.candidates: list[_Candidate] = []
@@ -187,7 +187,7 @@ class _Garbage:
         self._young = young
 
     def of_scoring(self, scoring: Scoring) -> None:
-        """Rows that no set of the scoring's vocabulary has; rows in waiting that are done, too; then the scoring."""
+        """Rows that no set of the scoring's vocabulary has, pending rows that are done, a scoring without rows."""
         own = self._scorings[scoring.id]
         signals, pending = (_read_keys(own, kind) for kind in ("signals", "pending"))
 
@@ -204,7 +204,7 @@ class _Garbage:
             *self._rows(signals, needed, "no response set needs it", _repeated(signals.values())),
             *self._rows(pending, still_pending, "done, or no response set needs it", _repeated([])),
         ]
-        if own and not any(stays):  # one that appeared after the files were listed has none here
+        if own and not any(stays):  # a scoring that appeared after the listing has no files here
             left = [file for file in own if file.kind == "scoring"]
             folder = scoring.folder(self._cache)
 
@@ -214,7 +214,7 @@ class _Garbage:
             self._unless_young(left, "it has no rows", max(file.changed for file in own), has_rows)
 
     def of_owners(self, kind: FileKind, reason: str) -> None:
-        """Folders of files of a kind, but for those that are needed."""
+        """Folders of a kind of files, except those that are needed."""
         owners = self._needs.owners(kind)
         folders: dict[str, list[CacheFile]] = defaultdict(list)
         for file in self._files:
@@ -227,7 +227,7 @@ class _Garbage:
                 return owner in self._needs.owners(kind)
 
             changed = max(file.changed for file in files)
-            if kind == "tokenizer" and is_local(self._cache):  # which is there as a whole, or not at all
+            if kind == "tokenizer" and is_local(self._cache):  # a local one goes as a whole
                 self._unless_young(files, reason, changed, needed, self._cache / "tokenizers" / owner)
             else:
                 self._unless_young(files, reason, changed, needed)
@@ -247,9 +247,9 @@ class _Garbage:
         reason: str,
         repeated: pa.Array,
     ) -> list[bool]:
-        """Notes the rows of some files that are not wanted; says of each file whether any stay.
+        """Notes the rows of some files that ``keep`` does not keep; returns for each file whether it keeps any.
 
-        A file that keeps one of the ``repeated`` keys stays as it is: which row readers see is told by its name.
+        A file that keeps one of the ``repeated`` keys stays as it is: file names decide which copy of a row is read.
         """
         masks, start = keep(join_keys(files.values())), 0
         stays = []
@@ -276,7 +276,7 @@ class _Garbage:
         keep: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         repeated: pa.Array,
     ) -> list[Garbage]:
-        """Removes the rows of a file that so many sets do not want, unless new ones do."""
+        """Removes the rows of a file that the first ``sets`` sets do not need, unless newer sets need them."""
         keys = _peek(file)
         if keys is None:
             return []
@@ -288,7 +288,7 @@ class _Garbage:
             return []
         if kept:
             try:
-                rest = read_shard(file.path).filter(mask)  # its digest is checked, so that no damage gets a new one
+                rest = read_shard(file.path).filter(mask)  # this checks the digest: damage must not get a new one
             except FileNotFoundError:
                 return []
             size -= write_replacement(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
@@ -320,7 +320,7 @@ class _Garbage:
     def _whole(
         self, files: Sequence[CacheFile], reason: str, needed: Callable[[], bool] | None, path: Location
     ) -> None:
-        """Notes a file, or the files of a folder; ``needed`` says whether it is, once it is to go."""
+        """Notes a file, or the files of a folder; calls ``needed`` again when it removes them."""
         garbage = [Garbage(file.place, file.kind, reason, None, 0, file.size) for file in files]
 
         def remove() -> list[Garbage]:
@@ -334,7 +334,7 @@ class _Garbage:
 
 
 def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
-    """A set that was set aside must be there again: it cannot be told what it needs."""
+    """Checks that every set that was set aside exists again: otherwise its needs are unknown."""
     present = {responses.shard_prefix() for responses in needs.sets.values()}
     for path in list_folder(cache / "damaged" / "responses"):
         if path.stem.rpartition("-")[0] not in present:
@@ -345,7 +345,7 @@ def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
 
 
 def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa.ChunkedArray]:
-    """A copy of the keys of each shard of a kind, which holds no file open."""
+    """The keys of each shard of a kind, copied, so that no file stays open."""
     columns = ((file, _peek(file)) for file in files if file.kind == kind)
     return {file: keys.take(np.arange(len(keys))) for file, keys in columns if keys is not None}
 
@@ -353,7 +353,7 @@ def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa
 def _peek(file: CacheFile) -> pa.ChunkedArray | None:
     try:
         return peek_keys(file.path)
-    except FileNotFoundError:  # a run that ended just now has removed it
+    except FileNotFoundError:  # a run that has just ended removed it
         return None
 
 
@@ -372,7 +372,7 @@ def _count(mask: pa.ChunkedArray) -> int:
 
 
 def _now(cache: Location) -> float:
-    """The time by the clock of the file system, which may be another machine's."""
+    """The time by the clock of the file system, which may be on another machine."""
     path = cache / f".clock.{uuid.uuid4().hex}"
     path.write_bytes(b"")
     try:

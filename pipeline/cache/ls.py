@@ -1,6 +1,6 @@
-"""What a cache holds: response sets, scorings, samples, tokenizers, and what killed runs left behind.
+"""Lists a cache: response sets, scorings, samples, tokenizers, and the remains of killed runs.
 
-It is told from file sizes, Arrow metadata and the column ``key``; no signal is decoded and no digest computed.
+It reads file sizes, Arrow metadata and the column ``key``. It decodes no signal and computes no digest.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ class ListedSet:
         name: its name and id.
         rows: its responses.
         tokens: their tokens, without the prompts'.
-        prompt_tokens: the tokens of the prompts, each counted as often as it is answered.
+        prompt_tokens: the tokens of the prompts; a prompt counts once for each of its responses.
         bytes: size of its file.
         info: how it was made.
-        scored: how many of its responses each scoring of its vocabulary has, by the scoring's id.
+        scored: the number of its responses in each scoring of its vocabulary, by the id of the scoring.
     """
 
     name: str
@@ -52,17 +52,17 @@ class ListedScoring:
 
     Attributes:
         id: its id.
-        scoring: who judged, and how.
-        rows: token sequences that it has signals of.
-        repeated: rows that say again what another one says (two runs scored the same); ``adpa cache pack`` drops them.
+        scoring: its models and settings.
+        rows: token sequences with signals.
+        repeated: rows with the key of another row (two runs scored the same); ``adpa cache pack`` drops them.
         unneeded: rows that no response set needs; ``adpa cache gc`` removes them.
         tokens: response tokens of the rows that a set needs.
         shards: files of signals.
         bytes: their size.
-        bytes_per_token: what a response token takes, in the files whose rows are all needed; none without such files.
+        bytes_per_token: bytes per response token, in the files whose rows are all needed; none without such files.
         pending: rows that wait for the reference.
         pending_bytes: size of their files.
-        rounding: what a lossy scoring's rounding changes; none of an exact one.
+        rounding: the rounding errors of a lossy scoring; none for an exact one.
     """
 
     id: str
@@ -81,7 +81,7 @@ class ListedScoring:
 
 @dataclass(frozen=True)
 class ListedSamples:
-    """What was sampled in one way: the sets that were made of it, its rows, files and their size."""
+    """The samples of one choice of settings: the sets made of them, the rows, and the files with their size."""
 
     id: str
     sets: list[str]
@@ -101,7 +101,7 @@ class ListedTokenizer:
 
 @dataclass(frozen=True)
 class ListedFiles:
-    """Files of a kind: how many, and their size."""
+    """The number of files of a kind, and their size."""
 
     files: int
     bytes: int
@@ -109,18 +109,18 @@ class ListedFiles:
 
 @dataclass(frozen=True)
 class CacheListing:
-    """What ``list_cache`` found.
+    """The result of ``list_cache``.
 
     Attributes:
         cache: the cache.
         sets: the response sets.
         scorings: the scorings.
-        samples: what was sampled.
+        samples: the samples.
         tokenizers: the tokenizers.
-        undescribed: signals that nobody reads, as the description of their scoring is not there.
-        unfinished: temporary files, of runs that write now or were killed.
-        damaged: what ``adpa cache verify --repair`` set aside.
-        unknown: places of files that are none of a cache's.
+        undescribed: signals that cannot be read, because the description of their scoring is missing.
+        unfinished: temporary files of running or killed processes.
+        damaged: files that ``adpa cache verify --repair`` set aside.
+        unknown: places of files that do not belong to a cache.
         unreadable: a line about each file that could not be read.
         total: all files.
     """
@@ -141,11 +141,11 @@ class CacheListing:
 def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
     """List what a cache holds, and who made it.
 
-    That is response sets and scorings, their rows, tokens and bytes, and everything else that takes room. It looks at
-    sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
+    The list has the response sets and scorings with their rows, tokens and bytes, and everything else that takes
+    space. It reads sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
 
     Raises:
-        CacheError: there is no cache.
+        CacheError: the cache does not exist.
         DamagedFileError: the description of a scoring is damaged.
     """
     check_cache(cache)
@@ -201,7 +201,7 @@ def _list_cache(cache: Location) -> CacheListing:
 
 @dataclass
 class _Peek:
-    """Opens files; those that cannot be read are noted, and ``None``."""
+    """Opens files; notes those that cannot be read, and returns ``None`` for them."""
 
     unreadable: list[str]
 
