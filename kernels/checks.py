@@ -12,7 +12,7 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 def check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:
-    """Raises OptionError if a tensor has other sizes than expected. A size of None is any size; a missing tensor passes."""
+    """Raises OptionError if a tensor has other sizes than expected; None is any size. A missing tensor passes."""
     if tensor is None:
         return
     shape = list(tensor.shape)

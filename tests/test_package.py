@@ -35,10 +35,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 OWN_MODULE_ONLY = ("vllm", "ray", "peft", "bitsandbytes", "trl")
 MODEL_PACKAGES = ("torch", "transformers")  # no room of files imports them
+MOST_LINES, MOST_STATEMENTS = 400, 80  # of a file; of a function, in lines
 
 
 def modules() -> list[Path]:
     return [file for room in LINKS for file in sorted((ROOT / room).rglob("*.py"))] + [ROOT / "cli.py"]
+
+
+def product() -> list[Path]:
+    """The modules, and the files beside them that are held to the same lengths."""
+    others = [file for folder in ("benchmarks", "src/adpa") for file in (ROOT / folder).rglob("*.py")]
+    return modules() + sorted(file for file in others if file.resolve() not in modules())
 
 
 def room_of(file: Path) -> str:
@@ -87,6 +94,33 @@ def test_a_wheel_has_every_room_and_every_file_in_it() -> None:
         patterns = ["*.py", *setuptools["package-data"].get(f"adpa.{room}", [])]
         files = [file for file in (ROOT / room.replace(".", "/")).iterdir() if file.is_file()]
         assert [file for file in files if not any(map(file.match, patterns))] == []
+
+
+def long_functions(source: str) -> dict[str, int]:
+    """The functions with more lines of statements than allowed; signatures, docstrings and Triton kernels are free."""
+    long = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+            statements = node.body[ast.get_docstring(node) is not None :]
+            lines = (node.end_lineno or 0) - statements[0].lineno + 1 if statements else 0
+            if lines > MOST_STATEMENTS:
+                long[node.name] = lines
+    return long
+
+
+@pytest.mark.parametrize("file", product(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_are_short(file: Path) -> None:
+    source = file.read_text()
+    assert source.count("\n") <= MOST_LINES
+    assert long_functions(source) == {}
+
+
+def test_a_long_function_is_seen() -> None:
+    body = "    x = 0\n" * MOST_STATEMENTS
+    allowed = f'def f(\n    a,\n    b,\n):\n    """One.\n\n    Two.\n    """\n{body}'
+    assert long_functions(allowed) == {}
+    assert long_functions(f"{allowed}    x = 0\n") == {"f": MOST_STATEMENTS + 1}
+    assert long_functions(f"@triton.jit\n{allowed}    x = 0\n") == {}
 
 
 @pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(ROOT)))
