@@ -94,7 +94,7 @@ def signal_rows(responses: ResponseSet, seed: int, reference: bool = True) -> li
 
 
 def teacher_row(key: bytes, length: int, seed: int, top_k: int = 50, vocabulary: int = 49152) -> SignalRow:
-    """A row as a teacher and a reference give it: distinct ids, falling probabilities that leave a tail; float32."""
+    """A row of a teacher and a reference: distinct ids, falling probabilities that leave a tail; float32."""
     random = np.random.default_rng(seed)
     logits = random.gumbel(size=(length, vocabulary)) * random.uniform(0.4, 2, (length, 1))
     logprobs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))

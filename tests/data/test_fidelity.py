@@ -1,4 +1,4 @@
-"""What a K keeps, against sums over the whole vocabulary in float64, and the laws of what it loses."""
+"""What a K keeps equals float64 sums over the whole vocabulary; and laws of what it loses."""
 
 from dataclasses import replace
 from hashlib import blake2b
@@ -27,7 +27,7 @@ def random_logprobs(seed: int, tokens: int, spread: float = 2.0) -> NDArray[np.f
 
 
 def make_row(teacher_TV: NDArray[np.float64], reference_TV: NDArray[np.float64] | None, top_k: int) -> SignalRow:
-    """What scoring gives of two models' log-probabilities, float32 as it does."""
+    """The float32 row that scoring makes of two models' log-probabilities."""
     ids = np.argsort(-teacher_TV, axis=1, kind="stable")[:, :top_k]
     logprobs = np.take_along_axis(teacher_TV, ids, axis=1)
     rest = np.exp(teacher_TV)

@@ -48,7 +48,7 @@ def prompt_and_whole_conversations(prompt: list[Row]) -> Row:
 
 
 def prompt_string_and_whole_conversations(prompt: list[Row]) -> Row:
-    """As in HuggingFaceH4/ultrafeedback_binarized, where `messages` is there too."""
+    """As in HuggingFaceH4/ultrafeedback_binarized, which has `messages` too."""
     first_question = next(message["content"] for message in prompt if message["role"] == "user")
     return {"prompt_id": "f0e3", "prompt": first_question, "messages": [*prompt, CHOSEN]} | implicit(prompt)
 

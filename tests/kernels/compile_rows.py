@@ -1,4 +1,4 @@
-"""Compiles the row kernel for GPUs that need not be there, and prints what each configuration takes, as JSON lines.
+"""Compiles the row kernel for GPUs that this machine need not have, and prints its needs as JSON lines.
 
     python tests/kernels/compile_rows.py ARCHITECTURE [all]
 
@@ -82,7 +82,7 @@ def compile_for(architecture: int, configuration: Configuration) -> Any:
 
 
 def order(kernel: Any) -> str:
-    """Loads (l), stores (s) and barriers (|) in the order of the program; what repeats stands once."""
+    """Loads (l), stores (s) and barriers (|) in the order of the program; repetitions count once."""
     letters = {"ld.global": "l", "st.global": "s", "bar.sync": "|"}
     accesses = (letters[name] for name in re.findall("|".join(map(re.escape, letters)), kernel.asm["ptx"]))
     return "".join(letter for letter, _ in itertools.groupby(accesses))

@@ -1,4 +1,4 @@
-"""What the head holds, computes and refuses.
+"""The memory and the operations of the head, and the arguments that it refuses.
 
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
 """

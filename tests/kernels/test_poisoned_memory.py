@@ -1,4 +1,4 @@
-"""Numbers never seen before, in memory that holds NaN: what a kernel reads was written, what it owes it writes.
+"""Random numbers in memory that holds NaN: a kernel reads only written memory, and writes its whole result.
 
 On a GPU the caching allocator hands out memory that was filled with NaN, and the shapes are large. On a CPU torch
 itself fills what it hands out, and Triton interprets.

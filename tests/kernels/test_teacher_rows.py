@@ -1,6 +1,6 @@
 """The teacher's rows are those of float64, from either backend, for every row of logits a model can make.
 
-Shapes: C rows, V vocabulary, K top tokens, J tokens asked for.
+Shapes: C rows, V vocabulary, K top tokens, J requested tokens.
 """
 
 import math
@@ -45,7 +45,7 @@ def random_rows(C: int = 5, V: int = 300, K: int = 7, *, scale: float = 3.0, see
 
 
 def run(rows: Rows, backend: Backend) -> TeacherRows:
-    """On the device that a backend needs; given back on the CPU."""
+    """On the device that a backend needs; returned on the CPU."""
     actual = teacher_rows(on_device(rows.logits, backend), rows.labels, rows.top_k, backend=backend)
     return TeacherRows(*(column.cpu() for column in actual))
 

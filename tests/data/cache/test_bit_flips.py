@@ -1,4 +1,4 @@
-"""A bit that flips anywhere in a cache is found before a wrong number is used."""
+"""A flipped bit anywhere in a cache is detected before a wrong number is used."""
 
 import random
 import shutil
@@ -56,7 +56,7 @@ def read_as_verify_does(cache: Path) -> None:
         raise CacheError(report.failure)
 
 
-# Each judge has to find every flip in the folders named beside it.
+# Each judge must detect every flip in the folders beside it.
 Judges = list[tuple[Callable[[Path], None], set[str]]]
 READERS: Judges = [
     (read_as_distill_does, {"cache.json", "responses", "scorings", "tokenizers"}),
@@ -67,7 +67,7 @@ FOLDERS = {"cache.json", "responses", "samples", "scorings", "tokenizers"}
 
 @pytest.fixture
 def flips(cache: Path) -> Iterator[Callable[[random.Random], str]]:
-    """Flips a random bit of a random file, after mending the one before; gives the file's path in the cache."""
+    """Flips a random bit of a random file, after repairing the last one; returns the path of the file in the cache."""
     files = sorted(path for path in cache.rglob("*") if path.is_file())
     whole = {path: path.read_bytes() for path in files}
     flipped: list[Path] = []
@@ -94,7 +94,7 @@ def flips(cache: Path) -> Iterator[Callable[[random.Random], str]]:
 @pytest.mark.parametrize(
     "judges",
     [
-        pytest.param(READERS, id="whoever reads the file"),
+        pytest.param(READERS, id="every reader of the file"),
         pytest.param([(read_as_verify_does, FOLDERS)], id="adpa cache verify", marks=pytest.mark.slow),
     ],
 )

@@ -1,4 +1,4 @@
-"""What verify finds wrong with a row; and that it finds nothing wrong with rows that float16 rounded."""
+"""verify reports every problem of a row, and none for rows that float16 rounded."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
 def make_row(
     seed: int = 0, scale: float = 3.0, top_k: int = K, dtype: type = np.float16
 ) -> tuple[SignalRow, NDArray[np.int32]]:
-    """A row as a teacher gives it, computed in float64 and rounded as it is stored; and its response."""
+    """A row of a teacher, computed in float64 and rounded as in the cache; and its response."""
     generator = np.random.default_rng(seed)
     logits_TV = generator.normal(scale=scale, size=(LENGTH, VOCABULARY))
     logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
@@ -67,7 +67,7 @@ def changed(column: str, place: Any, value: float) -> SignalRow:
 
 
 def padded(ids: list[int], logprobs: list[float]) -> SignalRow:
-    """A row whose first position has these ids, and padding after them."""
+    """A row whose first position has these ids, then padding."""
     row, _ = make_row()
     ids_TK, logprobs_TK, tail_T = row.topk_ids.copy(), row.topk_logprobs.copy(), row.tail_logprob.copy()
     ids_TK[0], logprobs_TK[0] = ids, logprobs
@@ -166,7 +166,7 @@ def rounded() -> SignalRow:
 
 
 def lossy_error(mass: float) -> float:
-    """By how much the grid may move a log-probability."""
+    """The largest error of a log-probability on the grid."""
     return min(0.5, 2**-12 / mass) / 2
 
 

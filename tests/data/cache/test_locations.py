@@ -1,4 +1,4 @@
-"""What cannot be written is refused before the work, by option and place, and nothing is made on the way."""
+"""A place that cannot be written is refused by option and path, before the work, and nothing is created."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Caches in an object store: moto's server, reached over HTTP as any S3 is."""
+"""Caches in an object store: moto's server, which speaks S3 over HTTP."""
 
 from dataclasses import replace
 
@@ -94,7 +94,7 @@ def test_everything_of_a_cache_comes_back(cache: Location, tokenizer: PreTrained
     responses = make_response_set(INFO, response_rows(0, "abc"))
     requests = [SampleRequest(token_ids(number), 0) for number in range(3)]
     digest = digest_tokenizer(tokenizer).tokenizer
-    for _ in range(2):  # the second time, what is there is left as it is
+    for _ in range(2):  # the second time changes nothing
         prepare_cache(cache)
         write_tokenizer(cache, tokenizer, digest)
         write_response_set(cache, responses)

@@ -1,4 +1,4 @@
-"""Samples are found by prompt and index, for the settings they were sampled with."""
+"""Samples are read by prompt and index, for the settings that they were sampled with."""
 
 from dataclasses import replace
 from pathlib import Path

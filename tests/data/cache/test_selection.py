@@ -37,7 +37,7 @@ def add_set(
 
 
 def add_signals(cache: Path, scoring: Scoring, *sets: ResponseSet, rows: int | None = None) -> None:
-    """Adds to a cache what a scoring says of the first ``rows`` of some sets."""
+    """Adds the signals of a scoring for the first ``rows`` of some sets to a cache."""
     write_scoring(cache, scoring)
     for responses in sets:
         write_signals(cache, scoring, signal_rows(responses, 0, reference=scoring.reference is not None)[:rows])

@@ -156,7 +156,7 @@ Listing = Callable[[Path, str], list[Path]]
 
 
 def interfere(monkeypatch: pytest.MonkeyPatch, change: Callable[[Listing, Path, str], list[Path]]) -> None:
-    """Has another process change the folder while it is listed for the first time."""
+    """Lets another process change the folder while it is listed for the first time."""
     listing: Listing = shards.list_shards  # type: ignore[assignment]
 
     def list_first(folder: Path, prefix: str = "") -> list[Path]:
@@ -167,7 +167,7 @@ def interfere(monkeypatch: pytest.MonkeyPatch, change: Callable[[Listing, Path, 
 
 
 def pack(folder: Path) -> None:
-    """One shard of the rows of all, then the others go."""
+    """Writes one shard with the rows of all, then removes the others."""
     small = list_shards(folder, "signals")
     write_shard(folder, "signals", pa.concat_tables([read_shard(path) for path in small]))
     for path in small:

@@ -42,7 +42,7 @@ def test_rows_come_back_from_the_cache_bit_for_bit(reference: bool, tmp_path: Pa
 
 
 def test_extreme_numbers_come_back(tmp_path: Path) -> None:
-    """A tail of nothing is −inf; a half's range is what log-probabilities and advantages must live in."""
+    """An empty tail is −inf; log-probabilities and advantages must fit into the range of float16."""
     row = SignalRow(
         key=KEYS[0],
         token_logprobs=np.array([-0.0, -1e30], np.float32),
@@ -298,7 +298,7 @@ def test_an_encoding_that_nobody_knows_yet_is_a_newer_format(tmp_path: Path) -> 
     ids=str,
 )
 def test_a_description_with_a_value_of_another_kind_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    """Its id is its folder's, its checksum is right, and yet nobody wrote it so."""
+    """Its id is that of its folder and its checksum is right, but adpa never writes it."""
     write_scoring(tmp_path, replace(SCORING, **change))
     with pytest.raises(DamagedFileError, match=r"scoring\.json: damaged: "):
         list(read_scorings(tmp_path))

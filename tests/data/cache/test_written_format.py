@@ -1,4 +1,4 @@
-"""docs/format.md says enough: a reader written from it alone, number by number, reads what adpa reads."""
+"""docs/format.md is complete: a reader written from it alone reads every number that adpa reads."""
 
 import json
 import math

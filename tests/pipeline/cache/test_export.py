@@ -1,4 +1,4 @@
-"""Exported rows say what the cache says, in plain columns; an output is whole or not there."""
+"""Exported rows have the numbers of the cache in plain columns; an output is whole or does not exist."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Garbage: what no set needs goes, what one needs stays, and what a run may be at work with stays for a day."""
+"""Garbage: files that no set needs go, needed files stay, and files that a run may be using stay for a day."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def signals_of(cache: Path, scoring: Scoring) -> dict[bytes, SignalRow]:
-    """What readers see: the first row of each key."""
+    """The rows that readers use: the first of each key."""
     table = read_signals(cache, scoring)
     return {row.key: row for row in map(table.row, reversed(range(len(table))))}
 
@@ -63,7 +63,7 @@ def equal(left: SignalRow, right: SignalRow) -> bool:
 
 
 def exact(report: GarbageReport) -> list[Garbage]:
-    """What goes, without the bytes of parts of files, which are estimated before they go."""
+    """The garbage, without the bytes of parts of files, which are estimates."""
     return [replace(one, bytes=0) if one.kept else one for one in report.garbage]
 
 
@@ -329,10 +329,10 @@ def test_a_file_without_keys_stops_it(tmp_path: Path) -> None:
 
 
 def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path) -> None:
-    """A file that loses a row gets another name, which may come after that of the other file."""
+    """A file that loses a row gets another name, which may sort after that of the other file."""
     responses = a_set(0, rows=2)
     needed, other = responses.table["key"].to_pylist()
-    for version in range(8):  # so many names that some come after, some before
+    for version in range(8):  # enough names that some sort before and some after
         folder = tmp_path / str(version)
         write_response_set(folder, responses)
         write_scoring(folder, SCORING)

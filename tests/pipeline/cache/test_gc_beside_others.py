@@ -1,4 +1,4 @@
-"""gc beside runs that write: whatever it stands before when they come, or when it is killed, no set loses a row."""
+"""gc at the same time as runs that write, or killed at any step: no set loses a row."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def a_set(first: int, last: int) -> ResponseSet:
 
 
 def run(cache: Path, responses: ResponseSet) -> int:
-    """What ``precompute`` does with a set, in its order; gives how many rows it scored."""
+    """The steps of ``precompute`` on a set, in its order; returns the number of rows that it scored."""
     prepare_cache(cache)
     write_response_set(cache, responses)
     write_tokenizer(cache, TOKENIZER, DIGEST)
@@ -95,7 +95,7 @@ def rows_of(cache: Path) -> list[Any]:
 
 
 def before_step(cache: Path, step: int, do: Callable[[], object]) -> bool:
-    """Removes garbage, and does something before, in or after a call that changes files; says whether it came to it."""
+    """Removes garbage, and acts before, in or after the nth call that changes files; returns whether that call came."""
     reached = iter(range(10**9))
     done = []
 
@@ -142,7 +142,7 @@ def test_a_set_that_comes_when_all_sets_are_gone_keeps_its_tokenizer_and_scoring
 
 
 def kill_at(cache: Path, step: int, back: bool) -> bool:
-    """Kills a gc before one step, where a set may just have come back; says whether there was such a step."""
+    """Kills a gc before one step, where a set may just have come back; returns whether that step came."""
     process = os.fork()
     if process == 0:
         try:

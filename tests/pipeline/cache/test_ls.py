@@ -1,4 +1,4 @@
-"""The listing of a cache: what is there, who made it, what it takes; without reading it whole."""
+"""The listing of a cache: its content, origin and size, without reading it whole."""
 
 import json
 import shutil
@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read_is_told_and_the_rest_is_listed(cache: Path) 
 
 
 def test_the_numbers_need_no_signal_to_be_read(cache: Path) -> None:
-    """Whatever the columns beside the key say: only verify reads them."""
+    """Damage in columns other than the key goes unnoticed: only verify reads them."""
     (scoring,) = read_scorings(cache)
     before = list_cache(cache)
     for path in (cache / "scorings" / scoring.id).glob("signals-*"):

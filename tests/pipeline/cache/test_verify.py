@@ -1,4 +1,4 @@
-"""A cache that is whole, and everything that can be wrong with it: each fault found, named, and mended."""
+"""An undamaged cache, and every fault that a cache can have: detected, named, and repaired."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def arrow_files(cache: Path) -> list[Path]:
 
 
 def resume(cache: Path, filled: Filled) -> tuple[int, int]:
-    """Runs the fixture's two commands again; gives the rows that each scored."""
+    """Runs the fixture's two commands again; returns the rows that each scored."""
     common: dict[str, Any] = {
         "teacher": str(filled.models.teacher),
         "reference": str(filled.models.reference),
@@ -124,7 +124,7 @@ def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
 
 
 def rewrite_signals(cache: Path, change: Callable[..., Any]) -> str:
-    """Writes a scoring's rows changed, with a right digest; gives the shard's place."""
+    """Writes changed rows of a scoring with the right digest; returns the place of the shard."""
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
     rows = [signals.row(number) for number in range(len(signals))]
@@ -158,7 +158,7 @@ def test_signals_of_other_responses_are_found(cache: Path) -> None:
 
 
 def rewrite_set(cache: Path, change: Callable[[pa.Table], pa.Table]) -> str:
-    """Writes the chosen responses changed, with right digests of file and id; gives their place."""
+    """Writes changed chosen responses with the right digests of file and id; returns their place."""
     chosen = next(one for one in read_response_sets(cache) if one.info.name == "chosen")
     for path in (cache / "responses").glob("chosen-*"):
         path.unlink()
@@ -329,7 +329,7 @@ def test_findings_have_a_line_between_them(cache: Path) -> None:
 def test_a_pack_at_any_moment_is_no_fault_and_every_row_is_checked(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It packs before one call of reading a shard; what was there vanishes for all that follow."""
+    """It packs before one call that reads a shard; the old files are missing for all later calls."""
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
     for path in (cache / "scorings" / scoring.id).glob("signals-*"):

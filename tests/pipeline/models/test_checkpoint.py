@@ -1,4 +1,4 @@
-"""Checkpoints are found, identified by their weights, and refused with what is wrong; their heads load alone."""
+"""Checkpoints are opened, identified by their weights, or refused with a reason; their heads load alone."""
 
 import os
 import shutil

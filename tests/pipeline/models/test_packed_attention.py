@@ -1,4 +1,4 @@
-"""A packed row gives what its sequences give alone: attention against its definition, models against themselves.
+"""A packed row has the results of its sequences alone: attention against its definition, models against themselves.
 
 Both ways: piece by piece, and at once, where the reference stands in for torch's function, which only a GPU has.
 """
@@ -63,7 +63,7 @@ RESPONSES = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1
 def make_mask(
     length: int, sees: Any = causal_mask_function, window: int | None = None, plain: bool = True, own: str = "sdpa"
 ) -> Mask:
-    """As transformers asks for it."""
+    """The mask as transformers calls for it."""
     return packed_mask(
         own=own,
         batch_size=1,
@@ -318,7 +318,7 @@ def test_the_host_reads_nothing_from_the_device(
     model = build(MODELS[name])
     allow_packing(model)
     torch.nn.Module.to(model, "meta", torch.bfloat16)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # not even this can be asked there
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # there even this call fails
     if checkpointing:
         model.train().gradient_checkpointing_enable()
     for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):

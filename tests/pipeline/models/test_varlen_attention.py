@@ -1,4 +1,4 @@
-"""Variable-length attention: the reference against its definition, torch's function where a GPU has it."""
+"""Variable-length attention: the reference against its definition, torch's function on a GPU."""
 
 import inspect
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_the_reference_is_sdpa_of_each_sequence(
 
 
 def test_the_last_query_sees_the_last_key() -> None:
-    """So that a response sees the whole of a prompt that stands elsewhere in the row."""
+    """So that a response sees the whole prompt, which is elsewhere in the row."""
     value = torch.eye(5, dtype=torch.float64)[:, None]
     zeros = torch.zeros(5, 1, 5, dtype=torch.float64)
     arguments: Any = (zeros[:2], zeros, value, starts([2]), starts([5]), 2, 5)
@@ -157,7 +157,7 @@ def test_a_torch_for_another_makers_gpus_has_none(
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """What a good kernel gives: exact sums, rounded."""
+    """The result of a good kernel: exact sums, rounded."""
     return varlen_reference(query.double(), key.double(), value.double(), *arguments, **options).to(query.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A probe's report as people read it: every number once, and only what was measured."""
+"""The report of a probe in a terminal: every number once, and only measured ones."""
 
 from dataclasses import replace
 
