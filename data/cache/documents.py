@@ -43,14 +43,14 @@ def read_document(path: Location) -> tuple[dict[str, Any], bool]:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"no JSON: {error}") from error
+        raise damaged(path, f"not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise damaged(path, "no JSON object")
+        raise damaged(path, "not a JSON object")
     if "checksum" not in fields:
         return fields, False
     del fields["checksum"]
     if serialize_document(fields) != content:
-        raise damaged(path, "its bytes are not those that its checksum was made of")
+        raise damaged(path, "its bytes do not match its checksum")
     return fields, True
 
 

@@ -114,7 +114,7 @@ def error_problems(table: pa.Table) -> Iterator[str]:
     errors = [table[field.name].to_numpy() for field in ERRORS]
     faulty = np.flatnonzero([not (np.isfinite(row).all() and min(row) >= 0) for row in zip(*errors, strict=True)])
     if len(faulty):
-        yield f"{_rows(faulty.tolist())}: errors of rounding that are missing, or no numbers"
+        yield f"{_rows(faulty.tolist())}: rounding errors that are missing, or not numbers"
 
 
 def sample_problems(response_ids: NDArray[np.int32]) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if not (
         (logprobs_TK <= FLOAT32_ERROR).all() and (tail_T <= FLOAT32_ERROR).all() and (token_T <= FLOAT32_ERROR).all()
     ):
-        yield "log-probabilities above 0, or no numbers"
+        yield "log-probabilities above 0, or not numbers"
         return
     if not np.isfinite(token_T).all():
         yield "a token of the response with the probability 0"
@@ -175,7 +175,7 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if row.token_advantages is not None and row.topk_advantages is not None:
         possible_TK = np.isfinite(logprobs_TK) & (row.topk_ids != PADDING)
         if not (np.isfinite(row.token_advantages).all() and np.isfinite(row.topk_advantages[possible_TK]).all()):
-            yield "advantages that are no numbers"
+            yield "advantages that are not numbers"
 
 
 def _in_range(ids: NDArray[np.int32], below: int | None) -> bool:

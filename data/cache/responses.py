@@ -21,7 +21,7 @@ from adpa.data.sequences import TokenIds, TokenSequence, sequence_key
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
 
-STRANGER = "its content does not give the id in its name"
+STRANGER = "its content does not match the id in its name"
 SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),

@@ -145,7 +145,7 @@ def open_shards(folder: Location, prefix: str = "") -> Iterator[tuple[Location, 
             yield path, table
     vanished = [path for path in list_shards(folder, prefix) if path.name not in read and not path.exists()]
     if vanished:
-        raise CacheError(f"{vanished[0]}: listed, but not there", "remove the link, or restore what it leads to")
+        raise CacheError(f"{vanished[0]}: listed, but missing", "remove the link, or restore what it leads to")
 
 
 def list_again(folder: Location, work: Callable[[], Result]) -> Result:
@@ -160,7 +160,7 @@ def list_again(folder: Location, work: Callable[[], Result]) -> Result:
         except FileNotFoundError as error:  # its replacement was written before it was removed
             vanished = error
     raise CacheError(
-        f"{folder}: a listed file is not there: {vanished}", "remove the link, or restore what it leads to"
+        f"{folder}: a listed file is missing: {vanished}", "remove the link, or restore what it leads to"
     ) from vanished
 
 
@@ -178,7 +178,7 @@ def map_file(path: Path) -> pa.Buffer:
     """A file's bytes: mapped into memory, or read if it is small (a process may map some 65,000 files)."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-        raise damaged(path, "no regular file")
+        raise damaged(path, "not a regular file")
     if status.st_size < SMALL_FILE:
         return pa.py_buffer(path.read_bytes())
     with pa.memory_map(str(path)) as file:
@@ -196,7 +196,7 @@ def _open_table(path: Location, payload: pa.Buffer, whole: bool) -> pa.Table:
         table = pa.ipc.open_file(payload).read_all()
         table.validate(full=whole)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"no Arrow table: {' '.join(str(error).split())}") from error
+        raise damaged(path, f"not an Arrow table: {' '.join(str(error).split())}") from error
     return table
 
 

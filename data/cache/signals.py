@@ -186,9 +186,9 @@ def read_scoring_file(path: Location) -> Scoring:
     if scoring_id != path.parent.name:
         raise damaged(path, f"describes {scoring_id}")
     if not typed or not 0 < scoring.top_p <= 1:
-        raise damaged(path, "a field of it has a value of another kind")
+        raise damaged(path, "a field has a value of the wrong type")
     if not possible:
-        raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, for no vocabulary is larger")
+        raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, as no vocabulary is larger")
     return scoring
 
 

@@ -42,7 +42,7 @@ def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
     """
     path = cache / "tokenizers" / digest
     if not re.fullmatch("[0-9a-f]+", digest):  # it comes from a file, and must not lead out of the cache
-        raise damaged(path, "no digest of a tokenizer")
+        raise damaged(path, "not the digest of a tokenizer")
     try:
         files = read_contents(path)
         with TemporaryDirectory() as temporary:

@@ -217,7 +217,7 @@ class _Check:
             self.faults += [Fault(file.place, problem) for problem in problems]
             missing = f"tokenizers/{info.tokenizer}"
             if vocabulary is None and missing not in {fault.place for fault in self.faults}:
-                self.faults.append(Fault(missing, f"not there, though {responses.shard_prefix()} names it"))
+                self.faults.append(Fault(missing, f"missing, though {responses.shard_prefix()} names it"))
             if not problems:
                 self._sets.append(responses)
 
@@ -237,7 +237,7 @@ class _Check:
             own = [file for file in shards if file.owner == owner]
             if owner not in self._described:
                 self._described[owner] = None
-                problem = f"not there, so that nobody reads the {len(own)} files beside it"
+                problem = f"missing, so that nobody can read the {len(own)} files beside it"
                 self.faults.append(Fault(f"scorings/{owner}/scoring.json", problem))
             for file in own:
                 self._signals(file, self._described[owner], sizes, responses)

@@ -84,15 +84,15 @@ FAULTY = {
     "the vocabulary lacks: -2 to": changed("topk_ids", (1, 2), -2),
     "padding where an id must be": changed("topk_ids", (1, -1), -1),
     "the same id twice": changed("topk_ids", (1, 0), int(WHOLE.topk_ids[1, 1])),
-    "above 0, or no numbers": changed("topk_logprobs", (1, 0), 0.01),
-    "or no numbers": changed("topk_logprobs", (3, 4), np.nan),
+    "above 0, or not numbers": changed("topk_logprobs", (1, 0), 0.01),
+    "or not numbers": changed("topk_logprobs", (3, 4), np.nan),
     "log-probabilities above 0": changed("tail_logprob", 2, 0.01),
     "probabilities above 0": changed("token_logprobs", 2, np.nan),
     "with the probability 0": changed("token_logprobs", 2, -np.inf),
     "mass + tail is not 1": changed("tail_logprob", 2, float(WHOLE.tail_logprob[2]) + 0.01),
     "have other log-probabilities": changed("token_logprobs", 1, float(WHOLE.token_logprobs[1]) - 0.05),
-    "advantages that are no numbers": changed("topk_advantages", (0, 0), np.inf),
-    "that are no numbers": changed("token_advantages", 0, np.nan),
+    "advantages that are not numbers": changed("topk_advantages", (0, 0), np.inf),
+    "that are not numbers": changed("token_advantages", 0, np.nan),
 }
 
 

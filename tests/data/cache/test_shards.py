@@ -239,7 +239,7 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
     (tmp_path / "signals-0.arrow").symlink_to("nowhere")
     with pytest.raises(CacheError) as caught:
         rows_of(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'signals-0.arrow'}: listed, but not there; ")
+    assert str(caught.value).startswith(f"{tmp_path / 'signals-0.arrow'}: listed, but missing; ")
 
 
 def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(

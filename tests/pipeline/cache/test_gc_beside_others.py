@@ -271,7 +271,7 @@ def test_a_loop_of_links_and_a_pipe_are_unknown_and_stop_nothing(cache: Path) ->
     (cache / "responses").joinpath("chosen-aa-bb.arrow").unlink(missing_ok=True)
     os.mkfifo(cache / "responses" / "chosen-aa-bb.arrow")
     assert "responses/chosen-aa-bb.arrow" in verify_cache(cache).unknown
-    with pytest.raises(DamagedFileError, match="no regular file"):
+    with pytest.raises(DamagedFileError, match="not a regular file"):
         collect_garbage(cache)
 
 

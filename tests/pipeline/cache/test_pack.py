@@ -336,7 +336,7 @@ def test_a_link_to_nothing_is_told_and_no_loop(tmp_path: Path) -> None:
     (tmp_path / "responses").mkdir()
     link = tmp_path / "scorings" / SCORING.id / "signals-0.arrow"
     link.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CacheError, match=r"a listed file is not there: .*signals-0\.arrow"):
+    with pytest.raises(CacheError, match=r"a listed file is missing: .*signals-0\.arrow"):
         pack_cache(tmp_path)
 
 

@@ -101,7 +101,7 @@ def test_one_bit_anywhere_in_any_file_is_found(filled: Filled, tmp_path: Path) -
 def test_a_marker_that_may_be_of_another_program_is_told_as_such(cache: Path) -> None:
     (cache / "cache.json").write_text("[]")
     (fault,) = verify_cache(cache).faults
-    assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: no JSON object")
+    assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: not a JSON object")
 
 
 def test_a_marker_in_a_directory_that_is_no_cache_is_left_where_it_is(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_set_under_another_id_is_found(cache: Path) -> None:
     path = next((cache / "responses").glob("chosen-*"))
     moved = path.rename(path.with_name(path.name.replace("chosen-", "chosen-f")))
     (fault,) = verify_cache(cache).faults
-    assert (fault.place, fault.problem) == (f"responses/{moved.name}", "its content does not give the id in its name")
+    assert (fault.place, fault.problem) == (f"responses/{moved.name}", "its content does not match the id in its name")
 
 
 def test_samples_without_a_token_are_found(cache: Path) -> None:
@@ -217,7 +217,7 @@ def test_what_is_missing_is_told(cache: Path) -> None:
     report = verify_cache(cache)
     actual = {fault.place: fault.problem for fault in report.faults}
     assert actual.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
-    assert all(problem.startswith("not there") for problem in actual.values())
+    assert all(problem.startswith("missing") for problem in actual.values())
 
 
 def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path, vocabulary: int) -> None:
@@ -357,7 +357,7 @@ def test_files_that_vanish_again_and_again_are_told(cache: Path, monkeypatch: py
         raise FileNotFoundError(2, "No such file or directory", str(path))
 
     monkeypatch.setattr(cache_verify, "read_shard", vanished)
-    with pytest.raises(CacheError, match="a listed file is not there"):
+    with pytest.raises(CacheError, match="a listed file is missing"):
         verify_cache(cache)
 
 
@@ -401,4 +401,4 @@ def test_lossy_rows_without_their_errors_are_found(value: float | None, cache: P
     path = write_shard(lossy.folder(cache), "signals", table.set_column(place, "kl_error", values))
     (fault,) = verify_cache(cache).faults
     assert fault.place == Path(str(path)).relative_to(cache).as_posix()
-    assert fault.problem == "row 1: errors of rounding that are missing, or no numbers"
+    assert fault.problem == "row 1: rounding errors that are missing, or not numbers"
