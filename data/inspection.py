@@ -33,7 +33,7 @@ class InspectedToken:
 
     Attributes:
         id: its id.
-        text: what it adds to the text; see ``texts_in_place``.
+        text: the text that it adds; see ``texts_in_place``.
         special: whether it is a special token.
         logprob: the teacher's log-probability.
         advantage: teacher minus reference; none without a reference.

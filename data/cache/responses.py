@@ -158,7 +158,7 @@ def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
     """Reads every response set of a cache, each once.
 
     Raises:
-        DamagedFileError: a file's bytes or its content do not give the digests in its name.
+        DamagedFileError: the digests of a file's bytes or content differ from those in its name.
     """
     read: set[str] = set()
     for path, table in open_shards(cache / "responses"):
@@ -172,7 +172,7 @@ def read_response_set(path: Location) -> ResponseSet:
     """Reads the response set of a file.
 
     Raises:
-        DamagedFileError: the file's bytes or its content do not give the digests in its name.
+        DamagedFileError: the digests of the file's bytes or content differ from those in its name.
     """
     return _checked(path, read_shard(path))
 

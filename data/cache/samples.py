@@ -38,7 +38,7 @@ def read_samples(cache: Location, sampling: Sampling) -> dict[bytes, TokenIds]:
     """The responses that a cache already has for these settings: int32 [T] by the request's key.
 
     Raises:
-        DamagedFileError: a file's bytes or columns are not those that were written.
+        DamagedFileError: a file differs from what was written.
     """
     samples: dict[bytes, TokenIds] = {}
     for path, table in open_shards(samples_folder(cache, sampling), SHARD_PREFIX):

@@ -203,7 +203,7 @@ def _complete_groups(
 def _missing_sets(
     present: Sequence[ResponseSet], usable: Sequence[ResponseSet], names: Sequence[ResponseName], student: str
 ) -> tuple[str, str]:
-    """Why there is no complete group, and what to do."""
+    """The reason why no group is complete, and what to do."""
     for name in names:
         if not any(one.info.name == name for one in usable):
             others = "; ".join(one.describe() for one in present if one.info.name == name)

@@ -137,7 +137,7 @@ def read_scorings(cache: Location) -> Iterator[Scoring]:
 
     Raises:
         CacheError: a description is of a newer format.
-        DamagedFileError: a description is not what was written, or does not give the id of its folder.
+        DamagedFileError: a description differs from what was written, or from the id of its folder.
     """
     for folder in list_folder(cache / "scorings"):
         try:
@@ -152,7 +152,7 @@ def read_scoring(cache: Location, scoring_id: str) -> Scoring:
     Raises:
         FileNotFoundError: it is not in the cache.
         CacheError: it is of a newer format.
-        DamagedFileError: it is not what was written, or does not give the id of its folder.
+        DamagedFileError: it differs from what was written, or from the id of its folder.
     """
     return read_scoring_file(cache / "scorings" / scoring_id / "scoring.json")
 
@@ -163,7 +163,7 @@ def read_scoring_file(path: Location) -> Scoring:
     Raises:
         FileNotFoundError: there is none.
         CacheError: it is of a newer format.
-        DamagedFileError: it is not what was written, or does not give the id of its folder.
+        DamagedFileError: it differs from what was written, or from the id of its folder.
     """
     described, proved = read_document(path)
     unknown = sorted(described.keys() - {field.name for field in fields(Scoring)})
@@ -209,7 +209,7 @@ def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
 
     Raises:
         CacheError: a shard is of a newer format.
-        DamagedFileError: a shard's bytes are not those that were written, or its columns not those of the scoring.
+        DamagedFileError: a shard differs from what was written, or its columns are not those of the scoring.
     """
     shards = open_shards(scoring.folder(cache), SHARD_PREFIX)
     return SignalTable(check_signals(path, table, scoring) for path, table in shards)

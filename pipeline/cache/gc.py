@@ -164,7 +164,7 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Probable garbage, and the function that removes it and returns what it removed."""
+    """Probable garbage, and the function that removes it and returns the removed part."""
 
     garbage: list[Garbage]
     remove: Callable[[], list[Garbage]]

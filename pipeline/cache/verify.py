@@ -175,7 +175,7 @@ class _Check:
             for file in self._of("marker"):
                 self._done(file)
         self.faults += [
-            Fault(place, "no file, nor a link to one: remove it, or restore what it leads to")
+            Fault(place, "not a file or a link to one: remove it, or restore what it leads to")
             for file in files
             if file.kind == "unknown" and find_kind(place := file.place.removesuffix("/")) in ROWS
         ]

@@ -28,7 +28,7 @@ FLOAT32_PRODUCTS = {
 
 @dataclass(frozen=True)
 class LmHead:
-    """logits = softcap · tanh(z / softcap), or z where there is no softcap, with z = scale · (hidden · weightᵀ + bias).
+    """logits = softcap · tanh(z / softcap), or z without a softcap, with z = scale · (hidden · weightᵀ + bias).
 
     Attributes:
         weight: [V, d].

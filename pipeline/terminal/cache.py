@@ -120,7 +120,7 @@ def _about_scoring(scored: ListedScoring) -> str:
             f"rounding changes the KL of a token by {errors.kl:.1e} nats in the mean, {errors.largest_kl:.1e} at most, "
             f"its advantages by {errors.advantage:.1e}"
         )
-    parts += [f"{scored.repeated:,} rows stand twice; adpa cache pack drops them"] if scored.repeated else []
+    parts += [f"{scored.repeated:,} repeated rows; adpa cache pack drops them"] if scored.repeated else []
     parts += [f"{scored.unneeded:,} rows that no set needs; adpa cache gc removes them"] if scored.unneeded else []
     parts += [f"{scored.pending:,} rows wait for the reference"] if scored.pending else []
     return "; ".join(parts)

@@ -18,7 +18,7 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     elif report.awaited:
         below = [
             "",
-            f"No sampled set yet: {report.awaited:,} of its responses are for other parts to sample. The last part to "
-            "be done makes it; any part that is run again does, too.",
+            f"No sampled set yet: other parts have to sample {report.awaited:,} of its responses. The last part to "
+            "finish makes the set; so does any part that runs again.",
         ]
     return Group(table, *below)

@@ -49,7 +49,7 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
 
 def _losses(report: ProbeReport) -> str:
     if report.kl_against is None:
-        return "What of KL and advantages is lost is not known without a student and without a reference."
+        return "Without a student and without a reference, the lost KL and advantages are unknown."
     text = "KL lost: nats a token that the student's KL over K + 1 outcomes does not see"
     if report.kl_against == "reference":
         text += (

@@ -108,7 +108,7 @@ def test_what_is_partly_scored_unneeded_or_said_twice_is_told(cache: Path) -> No
     assert scored[other.id].rows == 1
     assert sum(one.scored[other.id] for one in listing.sets) >= 1
     text = " ".join(as_text(listing).split())
-    assert "1 rows stand twice; adpa cache pack drops them" in text
+    assert "1 repeated rows; adpa cache pack drops them" in text
     assert "1 rows that no set needs; adpa cache gc removes them" in text
 
 

@@ -383,7 +383,7 @@ def test_what_readers_refuse_as_no_file_is_a_fault(kind: str, cache: Path) -> No
     report = verify_cache(cache)
     assert [fault.place for fault in report.faults] == places_of_rows[::-1]
     assert {fault.problem for fault in report.faults} == {
-        "no file, nor a link to one: remove it, or restore what it leads to"
+        "not a file or a link to one: remove it, or restore what it leads to"
     }
     assert "link" in report.unknown
     assert places(verify_cache(cache, repair=True)) == set(places_of_rows), "there is nothing to set aside"
