@@ -203,7 +203,7 @@ def _loss_rows_kernel(
         share = nll_weight + kl_weight * (tl.sum(p, axis=0) + tail_p) + advantage_weight * expected
         gradient = q * (share - advantage_weight * advantages) - kl_weight * p
         gradient = _to_products(gradient - tl.where(ids == label, nll_weight, 0.0), top, SCALE, SOFTCAP)
-        # The mass is at least the 1 of its own peak, or 0 where the tail is empty.
+        # The mass is at least 1, from its own peak; it is 0 if the tail is empty.
         tail_gradient = (tail_q * share - kl_weight * tail_p) / tl.maximum(mass, 1.0)
         label_gradient = tl.exp(label_logit - peak) * tail_gradient - nll_weight
         label_gradient = _to_products(label_gradient, label_logit, SCALE, SOFTCAP)

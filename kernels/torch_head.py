@@ -134,7 +134,7 @@ def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> T
     dkl_CJ = kl_weight_C1 * (p_sum_C1 * q_CJ - p_CJ)
     dadvantage_CJ = advantage_weight_C1 * q_CJ * (expected_C1 - targets.advantages)
     gradient_CJ = dnll_CJ + dkl_CJ + dadvantage_CJ
-    # The tail's mass is at least the 1 of its own peak, or 0 where the tail is empty.
+    # The tail's mass is at least 1, from its own peak; it is 0 if the tail is empty.
     tail_CV.mul_(gradient_CJ[:, -1:] / mass_C1.clamp(min=1))
     tail_CV.scatter_add_(1, ids_CK, gradient_CJ[:, :-1])
     tail_CV.scatter_add_(1, labels_C1, -nll_weight_C1)

@@ -82,7 +82,7 @@ def losses_and_gradients(
 
 
 def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor, *, keep: bool) -> None:
-    """Add a product to the sum, or with `keep` false write it there, without rounding it to shorter numbers.
+    """Add a product to the sum, or overwrite the sum if `keep` is false, without rounding to a shorter dtype.
 
     On a CPU no matrix product adds bfloat16 or float16 into float32: there the factors are cast first.
     """

@@ -120,7 +120,7 @@ def check_encoding(path: Location, schema: pa.Schema) -> None:
 
 
 def is_compact(schema: pa.Schema) -> bool:
-    """Whether a table of signals is compact; a plain one otherwise."""
+    """Whether a table of signals is compact, not plain."""
     return "tokens" in schema.names
 
 

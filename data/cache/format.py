@@ -41,7 +41,7 @@ def prepare_cache(cache: Location) -> None:
         return
     try:
         write_document(cache / MARKER, {"format": FORMAT, "version": VERSION})
-    except Exception as error:  # clients of object stores have errors of their own
+    except Exception as error:  # clients of object stores raise their own errors
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
             raise  # a full disk is not the user's mistake
         raise _unusable(cache, "written", error) from error
@@ -65,7 +65,7 @@ def find_version(cache: Location) -> int | None:
         raise DamagedFileError(problem, "name another directory, or restore this file") from error
     except AdpaError:
         raise
-    except Exception as error:  # clients of object stores have errors of their own
+    except Exception as error:  # clients of object stores raise their own errors
         raise _unusable(cache, "read", error) from error
     if fields.get("format") != FORMAT:
         raise CacheError(

@@ -65,7 +65,7 @@ def list_files(cache: Location) -> list[CacheFile]:
     ``evaluation``, the cache of ``adpa evaluate`` inside the cache, is one entry.
     """
     if not is_local(cache):
-        cache.fs.invalidate_cache()  # other processes write, too
+        cache.fs.invalidate_cache()  # other processes write to it
     return sorted(_walk(cache, ""), key=lambda file: file.place)
 
 
@@ -85,7 +85,7 @@ def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
             status = path.stat()
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not (is_local(path) and path.is_symlink()):
-                continue  # removed meanwhile; else a link to nothing, or to itself
+                continue  # removed meanwhile; otherwise it is a broken link, or one to itself
             yield CacheFile(path, place, "unknown", 0, 0.0)
             continue
         if is_directory:

@@ -29,7 +29,7 @@ def list_column(rows: Sequence[NDArray[Any]], type: pa.ListType) -> pa.ListArray
 
 
 def list_row(column: pa.ChunkedArray, index: int) -> NDArray[Any]:
-    """One row of such a column: [T] or [T, K], a read-only view of the column's memory."""
+    """One row of a list column: [T] or [T, K], a read-only view of the column's memory."""
     values = column[index].values
     if not pa.types.is_fixed_size_list(values.type):
         return values.to_numpy(zero_copy_only=True)

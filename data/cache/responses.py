@@ -112,7 +112,7 @@ class ResponseSet:
         ]
 
     def describe(self) -> str:
-        """One line for people who must choose among sets."""
+        """One line for a user who has to choose among sets."""
         sampling = self.info.sampling
         text = f"{self.info.name}-{self.id}: {len(self)} responses"
         if sampling is not None:

@@ -78,6 +78,6 @@ def write_samples(
 def samples_folder(cache: Location, sampling: Sampling) -> Location:
     """The folder of the samples of these settings; their number does not matter."""
     settings = asdict(sampling)
-    del settings["samples_per_prompt"]  # asking for more keeps those that are there
+    del settings["samples_per_prompt"]  # a larger number reuses the existing samples
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
     return cache / "samples" / digest.hexdigest()

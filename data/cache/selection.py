@@ -50,7 +50,7 @@ class ScoredSet:
     signals: SignalTable
 
     def describe(self) -> str:
-        """One line for people who must choose."""
+        """One line for a user who has to choose among scored sets."""
         return f"{self.responses.describe()} with scoring {self.scoring.describe()}"
 
 

@@ -78,7 +78,7 @@ class Scoring:
         return cache / "scorings" / self.id
 
     def describe(self) -> str:
-        """One line for people who must choose among scorings."""
+        """One line for a user who has to choose among scorings."""
         reference = f", reference {self.reference.name}" if self.reference else ", no reference"
         nucleus = f", P = {self.top_p:g}" if self.top_p < 1 else ""
         lossy = ", lossy" if self.lossy else ""

@@ -24,7 +24,7 @@ from adpa.progress import progress
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What ``export_cache`` wrote.
+    """The result of ``export_cache``.
 
     Attributes:
         output: the file or directory.

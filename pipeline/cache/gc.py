@@ -155,7 +155,7 @@ class _Needs:
         return join_keys(table["key"] for table in tables)
 
     def owners(self, kind: FileKind) -> set[str]:
-        """The ids of the samples, or of the tokenizers, that sets were made of or with."""
+        """The ids of the samples or tokenizers that the sets name."""
         infos = [responses.info for responses in self.sets.values()]
         if kind == "tokenizer":
             return {info.tokenizer for info in infos}

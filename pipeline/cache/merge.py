@@ -36,7 +36,7 @@ class Taken:
 
 @dataclass
 class MergeReport:
-    """What ``merge_cache`` did.
+    """The result of ``merge_cache``.
 
     Attributes:
         cache: the cache that was added to.
@@ -61,7 +61,7 @@ class MergeReport:
 
     @property
     def failure(self) -> str:
-        """One line on what is damaged; empty if nothing is."""
+        """One line on the damaged files; empty without any."""
         parts = []
         if self.refused:
             parts.append(f"{self.other}: files that are damaged were not taken: {'; '.join(self.refused)}")
