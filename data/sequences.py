@@ -2,11 +2,15 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 TokenIds = NDArray[np.int32]
+
+# How a batch places its sequences: padded side by side, end to end, or end to end with equal prompts once.
+Packing = Literal["none", "sequences", "prompts"]
 
 
 @dataclass(frozen=True)

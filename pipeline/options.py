@@ -1,12 +1,12 @@
-"""Options that precompute and evaluate share: one type and one help text for both."""
+"""Options that commands share: one type, one help text and one group for all. Imports no model library."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
-from adpa.pipeline.models.checkpoint import DtypeName
-from adpa.pipeline.scoring.engine import EngineName
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+EngineName = Literal["auto", "hf", "vllm"]
 
 
 class Group(StrEnum):

@@ -48,7 +48,12 @@ def write_replacement(folder: Location, prefix: str, table: pa.Table) -> Locatio
     Its bytes, and so its name, are unique. So a process that listed the folder earlier, and removes the files of its
     listing, cannot remove this shard.
     """
-    return write_serialized(folder, prefix, serialize(table, {"replacement": uuid.uuid4().hex}))
+    return write_serialized(folder, prefix, serialize_replacement(table))
+
+
+def serialize_replacement(table: pa.Table) -> pa.Buffer:
+    """The bytes of a shard that ``write_replacement`` writes."""
+    return serialize(table, {"replacement": uuid.uuid4().hex})
 
 
 def write_serialized(folder: Location, prefix: str, payload: pa.Buffer) -> Location:

@@ -21,7 +21,14 @@ from adpa.data.cache.locations import Location, check_writable, is_local
 from adpa.data.cache.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.samples import samples_folder
-from adpa.data.cache.shards import join_keys, list_shards, peek_keys, read_shard, write_replacement
+from adpa.data.cache.shards import (
+    join_keys,
+    list_shards,
+    peek_keys,
+    read_shard,
+    serialize_replacement,
+    write_serialized,
+)
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError
 from adpa.progress import progress
@@ -291,7 +298,9 @@ class _Garbage:
                 rest = read_shard(file.path).filter(mask)  # this checks the digest: damage must not get a new one
             except FileNotFoundError:
                 return []
-            size -= write_replacement(file.path.parent, file.path.name.partition("-")[0], rest).stat().st_size
+            replacement = serialize_replacement(rest)
+            write_serialized(file.path.parent, file.path.name.partition("-")[0], replacement)
+            size -= replacement.size  # not of the file: a pack at the same time may have removed it
         dropped = keys.filter(pc.invert(mask))
 
         def needed() -> bool:

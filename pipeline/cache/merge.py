@@ -14,7 +14,16 @@ from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import CacheFile, list_files
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.responses import read_response_set
-from adpa.data.cache.shards import check_shard, keys_of, list_again, list_shards, peek_keys, read_shard, write_shard
+from adpa.data.cache.shards import (
+    check_shard,
+    keys_of,
+    list_again,
+    list_shards,
+    peek_keys,
+    read_shard,
+    serialize,
+    write_serialized,
+)
 from adpa.data.cache.signals import read_scoring_file, write_scoring
 from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
@@ -190,8 +199,9 @@ class _Merge:
             self._link_or_copy(file, target)
         else:
             new = table.filter(pa.array([key not in present for key in keys]))
-            path = write_shard(folder, file.path.name.partition("-")[0], new)
-            self.report.copied.add(path.stat().st_size)
+            payload = serialize(new)
+            write_serialized(folder, file.path.name.partition("-")[0], payload)
+            self.report.copied.add(payload.size)
         present.update(keys)
 
     def _read_keys(self, file: CacheFile) -> None:

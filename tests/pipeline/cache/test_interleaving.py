@@ -212,8 +212,13 @@ LEFT_TO_ANOTHER = [
 ]
 
 
+# A gc writes a file again without a row; before it goes on, a pack takes that file.
+TAKEN_AT_ONCE = [Turn(2, "open", 1, killed=False), Turn(2, "open", 1, killed=False)]
+
+
 @settings(max_examples=60, deadline=None)
 @example([[(4, 2)], [(0, 1), (4, 3)]], [LARGE, Chore("gc"), LARGE], LEFT_TO_ANOTHER)
+@example([[(0, 0)], [(1, 0), (4, 0)]], [LARGE, LARGE, Chore("gc")], TAKEN_AT_ONCE)
 @given(
     parts=st.lists(st.lists(VERSIONS, min_size=1, max_size=3), min_size=2, max_size=5),
     works=st.lists(st.one_of(PACKS, PACKS, PACKS, st.just(Chore("gc"))), min_size=2, max_size=5),
