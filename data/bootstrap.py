@@ -1,8 +1,8 @@
-"""How sure a mean is: percentile intervals of the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap).
+"""Bootstrap intervals of a mean, by percentiles (Efron and Tibshirani, An Introduction to the Bootstrap).
 
-Two models are compared prompt by prompt: pass the differences, or the ``win_share``, of the same prompts.
+To compare two models prompt by prompt, pass their differences or their ``win_share`` on the same prompts.
 
-Shapes: S groups, such as the seeds of a training; P prompts of each; R resamples.
+Shapes: S groups, such as training seeds; P prompts per group; R resamples.
 """
 
 from dataclasses import dataclass
@@ -25,20 +25,19 @@ class Interval:
 
 
 def bootstrap_interval(values_SP: ArrayLike, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of all values, and where it lies with a probability of ``level``.
+    """The mean of all values, and the interval that contains it with the probability ``level``.
 
-    Groups are resampled with replacement, and within each of them its prompts; with one group, the prompts alone.
-    Few groups, or few prompts of a single group, give an interval that is too narrow. The same arguments give the
-    same interval.
+    It resamples groups with replacement, and in each group its prompts; with one group, the prompts alone. With few
+    groups, or few prompts in a single group, the interval is too narrow. The same arguments give the same interval.
 
     Args:
-        values_SP: [S, P], finite; computed with in float64.
-        resamples: how often the mean is drawn anew.
+        values_SP: [S, P], finite; computed in float64.
+        resamples: the number of resamples.
         level: the probability.
-        seed: of the resampling.
+        seed: the seed of the resampling.
 
     Raises:
-        DataError: there is no value, they are not [S, P], or one is not finite.
+        DataError: the array is empty, is not [S, P], or has a value that is not finite.
     """
     assert resamples > 0
     assert 0 < level < 1
@@ -59,10 +58,10 @@ def bootstrap_interval(values_SP: ArrayLike, resamples: int = 2000, level: float
 
 
 def win_share(mine: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
-    """1 where ``mine`` is above ``theirs``, 0.5 where they are equal, 0 elsewhere; float64, of their common shape.
+    """1 where ``mine`` is greater than ``theirs``, 0.5 where they are equal, 0 elsewhere; float64, of the same shape.
 
     Raises:
-        DataError: there is no value, the shapes differ, or a value is not finite.
+        DataError: the arrays are empty, their shapes differ, or a value is not finite.
     """
     mine, theirs = _finite(mine), _finite(theirs)
     if mine.shape != theirs.shape:
@@ -70,8 +69,8 @@ def win_share(mine: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
     return (mine > theirs) + 0.5 * (mine == theirs)
 
 
-def _finite(given: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(given, dtype=np.float64)
+def _finite(raw: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(raw, dtype=np.float64)
     if not values.size:
         raise DataError("no values; expected at least one")
     if not np.isfinite(values).all():

@@ -1,7 +1,8 @@
-"""From preference pairs to token sequences, by the teacher's tokenizer and chat template.
+"""Turns preference pairs into token sequences, by the teacher's tokenizer and chat template.
 
-A prompt's tokens are the rendered conversation up to where the assistant speaks; a response's tokens are what the
-rendered whole adds, up to and including the end-of-turn token. The first must be a prefix of the second.
+The tokens of a prompt are the rendered conversation up to the assistant's text. The tokens of a response are those that
+the rendered conversation with the response adds, up to and including the end-of-turn token. The prompt's tokens must be
+a prefix of the tokens of the whole.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ class EncodedPair:
 
 @dataclass
 class EncodingCounts:
-    """Prompts cut to the limit, and pairs left out."""
+    """The numbers of prompts that were cut to the limit, and of pairs that were left out."""
 
     truncated_prompts: int = 0
     dropped: int = 0
@@ -46,10 +47,10 @@ class Encoder:
     Attributes:
         tokenizer: the teacher's, with its chat template.
         turn_end: ``find_turn_end(tokenizer)``.
-        max_prompt_length: tokens of a prompt that are kept, from its end.
-        max_length: tokens of prompt and response together; a response is cut to what the prompt leaves.
+        max_prompt_length: most tokens of a prompt; the last ones are kept.
+        max_length: most tokens of prompt and response together; the response is cut to the rest.
         drop_invalid: leave out a pair that cannot be used, and count it, instead of raising.
-        counts: added to while encoding.
+        counts: the counts so far.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -68,10 +69,10 @@ class Encoder:
             )
 
     def encode(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[EncodedPair]:
-        """Yields every (where, row) as token ids; a pair met again has its occurrence appended to its example id.
+        """Yields every (where, row) as token ids. A repeated pair gets its occurrence appended to its example id.
 
         Raises:
-            DataError: a row is malformed, or the template does not keep the prompt as a prefix of the whole.
+            DataError: a row is malformed, or the rendered prompt is not a prefix of the whole.
         """
         seen: dict[str, int] = {}
         pairs = self._parse(rows)
@@ -92,7 +93,7 @@ class Encoder:
                 self.counts.dropped += 1
 
     def _render(self, pair: PreferencePair) -> list[str]:
-        """The conversation up to the response, with the chosen and with the rejected one."""
+        """The conversation three times: up to the response, with the chosen one, with the rejected one."""
         chosen: Message = {"role": "assistant", "content": pair.chosen}
         rejected: Message = {"role": "assistant", "content": pair.rejected}
         try:

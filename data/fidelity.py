@@ -1,17 +1,17 @@
-"""What a K keeps of the teacher's signals and what it loses, measured on rows of a much larger K.
+"""Measures how much of the teacher's signals a value of K keeps and loses, on rows of a much larger K.
 
-A scoring with K keeps K + 1 outcomes of each token: the teacher's top K and the rest. Against the M + 1 outcomes of a
-larger M, what a loss over the K + 1 no longer sees is
+A scoring with K keeps K + 1 outcomes of each token: the teacher's top K and the rest. Rows of a larger M have M + 1
+outcomes. A loss over the K + 1 outcomes does not see:
 
     KL lost         Σ_{k beyond K} p_k·log(p_k/q_k) − P·log(P/Q), where P and Q are the sums of p and q beyond K: the KL
                     over M + 1 outcomes minus the KL over K + 1. It is P times the KL within the rest, hence never
                     negative (the log-sum inequality).
     advantage lost  Σ_{k beyond K} p_k·|A_k| over Σ_k p_k·|A_k|.
 
-"Beyond K" are the ids from K to M and, in the KL, what lies beyond M as one outcome; with ``top_p`` each token has a K
-of its own, as ``keep_nucleus`` cuts it. p is the teacher, q the student.
-Where there is no student the reference stands in, and log(p_k/q_k) = A_k. It is usually closer to the teacher than a
-student is; what is lost then is too small, and only the values of K can be compared.
+"Beyond K" are the ids from K to M and, in the KL, the rest beyond M as one outcome. With ``top_p`` each token has its
+own K, where ``keep_nucleus`` cuts it. p is the teacher, q the student.
+Without a student the reference stands in, and log(p_k/q_k) = A_k. The reference is usually closer to the teacher than a
+student is. The losses are then too small, and only good for comparing values of K.
 
 Shapes: T response tokens, M ids of the rows, Q values of K.
 """
@@ -26,23 +26,23 @@ from numpy.typing import NDArray
 from adpa.data.cache.signal_rows import PADDING, SignalRow, keep_nucleus
 from adpa.data.cache.signals import Scoring, encoded_bytes
 
-SMALLEST_TAIL = 1e-7  # 1 − Σq of float32 log-probabilities has no digits below
+SMALLEST_TAIL = 1e-7  # below it, 1 − Σq of float32 log-probabilities has no correct digits
 SMALLEST = np.finfo(np.float64).tiny
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a K keeps, over all tokens of some rows.
+    """The part of the signals that a value of K keeps, over all tokens of some rows.
 
     Attributes:
         top_k: K.
         captured_mass: the teacher's probability of its top K, mean.
         captured_mass_5: its 5 % quantile: all but one in twenty tokens have at least this.
         tail: the teacher's probability of everything else, mean.
-        kl_lost: nats a token, mean; none without student and reference.
+        kl_lost: nats per token, mean; none without student and reference.
         kl_lost_95: its 95 % quantile.
         advantage_lost: share of Σ p·|A| that lies beyond K; none without a reference.
-        bytes: what rows of so many tokens as was asked for take in the cache.
+        bytes: predicted size in the cache, for the requested number of tokens.
     """
 
     top_k: int
@@ -62,14 +62,14 @@ def measure_fidelity(
     tokens: int,
     student_ratios: Mapping[bytes, NDArray[Any]] | None = None,
 ) -> list[Fidelity]:
-    """What each K would keep of some rows.
+    """Measures what each K would keep of some rows.
 
     Args:
-        shards: rows of a large K, grouped as they would be written.
-        scoring: who judged them.
+        shards: rows of a large K, grouped into the shards to write.
+        scoring: the scoring of the rows.
         top_ks: the values of K, none above that of the rows.
         tokens: the number of tokens to predict bytes for.
-        student_ratios: for each row's key, teacher minus student at its ids, [T, M]; the reference's without.
+        student_ratios: for each row's key, teacher minus student at its ids, [T, M]; default: the reference's.
     """
     rows = [row for shard in shards for row in shard]
     kept = [_kept(row, top_ks, scoring.top_p) for row in rows]
@@ -81,13 +81,13 @@ def measure_fidelity(
         kl_NQ = np.concatenate(lost)
     advantages_lost = None if scoring.reference is None else _advantages_lost(rows, kept)
     cut = [[cut_row(row, top_ks) for row in shard] for shard in shards]
-    found = []
+    results = []
     for place, top_k in enumerate(top_ks):
         tail_N = tail_NQ[:, place]
         narrow = replace(scoring, top_k=top_k)
         kept_rows = [[keep_nucleus(rows_Q[place], scoring.top_p) for rows_Q in shard] for shard in cut]
         size = sum(encoded_bytes(shard, narrow) for shard in kept_rows)
-        found.append(
+        results.append(
             Fidelity(
                 top_k=top_k,
                 captured_mass=float(1 - tail_N.mean()),
@@ -99,11 +99,11 @@ def measure_fidelity(
                 bytes=round(size * tokens / len(tail_N)),
             )
         )
-    return found
+    return results
 
 
 def cut_row(row: SignalRow, top_ks: Sequence[int]) -> list[SignalRow]:
-    """The rows that scorings with smaller values of K give."""
+    """The row as scorings with smaller values of K would have it."""
     with np.errstate(divide="ignore"):
         tails_TQ = np.log(_sums_beyond(_outcomes(row), _kept(row, top_ks))).astype(np.float32)
     return [
@@ -156,7 +156,7 @@ def _kept(row: SignalRow, top_ks: Sequence[int], top_p: float = 1.0) -> NDArray[
 
 
 def _sums_beyond(values: NDArray[np.float64], kept_TQ: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The sum of all columns from K on, for each K of each token; smallest probabilities first."""
+    """The sum of all columns from K on, for each K of each token; it adds the smallest probabilities first."""
     return np.take_along_axis(np.cumsum(values[:, ::-1], axis=1)[:, ::-1], kept_TQ, axis=1)
 
 

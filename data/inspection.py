@@ -1,4 +1,4 @@
-"""A response token by token, with what a scoring says of each."""
+"""Responses token by token, each token with the numbers of a scoring."""
 
 import math
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ class InspectedToken:
 
     Attributes:
         id: its id.
-        text: what it adds to the text; see ``texts_in_place``.
+        text: the text that it adds; see ``texts_in_place``.
         special: whether it is a special token.
         logprob: the teacher's log-probability.
         advantage: teacher minus reference; none without a reference.
-        alternatives: what the teacher finds most probable here, by falling probability.
+        alternatives: the teacher's most probable tokens here, by falling probability.
     """
 
     id: int
@@ -54,13 +54,13 @@ class InspectedToken:
 
     @property
     def value(self) -> float:
-        """What gives the token its colour: the advantage; the log-probability without a reference."""
+        """The value that colours the token: the advantage; without a reference, the log-probability."""
         return self.logprob if self.advantage is None else self.advantage
 
 
 @dataclass(frozen=True)
 class InspectedResponse:
-    """A response and the prompt that it answers, as text."""
+    """A response token by token, and its prompt as text."""
 
     example_id: str
     prompt: str
@@ -73,9 +73,9 @@ def inspect_responses(
     """Reads some responses of a set, by their row numbers."""
     table = scored.responses.table.take(list(rows))
     special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = scored.signals.locate(table["key"])
+    numbers = scored.signals.locate(table["key"])
     responses = []
-    for place, number in enumerate(found):
+    for place, number in enumerate(numbers):
         signals = scored.signals.row(int(number))
         ids = table["response_ids"][place].values.to_numpy()
         top_ids = signals.topk_ids[:, :ALTERNATIVES]

@@ -1,4 +1,4 @@
-"""Tokens as people read them: the text that each adds, with nothing invisible in it."""
+"""The text of each token, with every invisible character made visible."""
 
 import unicodedata
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 def texts_in_place(
     tokenizer: "PreTrainedTokenizerBase", token_ids: NDArray[Any], alternatives: NDArray[Any]
 ) -> list[list[str]]:
-    """The text of each token of a sequence, then of each alternative if it stood in that place.
+    """The text of each token of a sequence, then of each alternative in its place.
 
-    A tokenizer may write a token differently after another (a leading space), and may spread the bytes of one
-    character over several tokens. So a text is what the token adds to the text before it: the token that completes a
-    character has all of it, those before have ``INCOMPLETE``. A token that adds nothing has its id, as ⟨id⟩.
+    The text of a token may depend on the token before it (a leading space), and the bytes of one character may be
+    spread over several tokens. So the text of a token is the text that it adds to the tokens before it. The token that
+    completes a character has the whole character; the tokens before it have ``INCOMPLETE``. A token that adds nothing
+    has its id, as ⟨id⟩.
 
     Args:
         tokenizer: the tokenizer.
@@ -30,7 +31,7 @@ def texts_in_place(
     """
     ids = token_ids.tolist()
     texts = []
-    context = shown = 0  # ids[context:shown] is enough to decode by; what lies after it waits for its last bytes
+    context = shown = 0  # ids[context:shown] is context enough to decode; later ids lack bytes of a character
     for place, others in enumerate(alternatives.tolist()):
         candidates = [ids[place], *others]
         before, *whole = tokenizer.batch_decode(
@@ -50,7 +51,7 @@ def texts_in_place(
 
 
 def visible(text: str, newline: str = "↵") -> str:
-    """Text in which every character can be seen and none can steer a terminal or the direction of the writing."""
+    """The text with every character visible: none can control a terminal or the writing direction."""
     return "".join(_visible_character(character, newline) for character in text)
 
 

@@ -1,8 +1,8 @@
-"""Preference pairs from files, directories and the Hub; one form inside.
+"""Reads preference pairs from files, directories and the Hub into one form.
 
-A row has ``prompt`` (chat messages or a string), ``chosen`` and ``rejected`` (chat messages or a string). Without
-``prompt``, ``chosen`` and ``rejected`` are whole conversations and the messages they share are the prompt. A string
-is one message: the user's for a prompt, the assistant's for a response.
+A row has ``prompt``, ``chosen`` and ``rejected``, each chat messages or a string. Without ``prompt``, ``chosen`` and
+``rejected`` are whole conversations, and the messages that both begin with are the prompt. A string is one message: the
+user's for a prompt, the assistant's for a response.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt with the response people preferred and the one they did not.
+    """A prompt, the preferred response and the other one.
 
     Attributes:
-        where: the place the pair was read from, for messages: a file and its line, or a row number.
-        example_id: digest of the pair's own content; the same pair has the same id in any file.
+        where: the source of the pair, for messages: a file and its line, or a row number.
+        example_id: digest of the pair's content; the same pair has the same id in any file.
         prompt: the messages before the response; the last is not the assistant's.
         chosen: the preferred response's text.
         rejected: the other response's text.
@@ -48,7 +48,7 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Mapp
     """Yields (where, row) for every row of a JSONL, JSON or Parquet file, a ``datasets`` directory, or a Hub dataset.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it has no rows.
+        DataError: the source does not exist, cannot be read, or has no rows.
     """
     path = Path(source)
     if path.is_file():
@@ -167,8 +167,8 @@ def _pick_split(source: str, dataset: Dataset | DatasetDict, split: str | None) 
     if split is None and len(names) == 1:
         split = names[0]
     if split not in dataset:
-        found = "no --split" if split is None else f"--split {split}"
-        raise DataError(f"{source}: found {found}; expected one of {', '.join(names)}", "name it with --split")
+        choice = "no --split" if split is None else f"--split {split}"
+        raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", "name it with --split")
     return dataset[split]
 
 
@@ -200,8 +200,8 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
     return chosen[:length]
 
 
-def _prompt(where: str, given: Any, shared: list[Message]) -> list[Message]:
-    if given is None or given == []:
+def _prompt(where: str, value: Any, shared: list[Message]) -> list[Message]:
+    if value is None or value == []:
         prompt = shared
         if not prompt:
             raise DataError(
@@ -209,8 +209,8 @@ def _prompt(where: str, given: Any, shared: list[Message]) -> list[Message]:
                 "add `prompt`, or make both whole conversations with the same beginning",
             )
     else:
-        prompt = _messages(where, "prompt", given, "user")
-        if shared and isinstance(given, str) and any(message["content"] == given for message in shared):
+        prompt = _messages(where, "prompt", value, "user")
+        if shared and isinstance(value, str) and any(message["content"] == value for message in shared):
             prompt = shared
         elif shared and prompt != shared:
             raise DataError(

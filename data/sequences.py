@@ -1,4 +1,4 @@
-"""Token sequences: a prompt and a response to it, and the key under which their signals are kept."""
+"""Token sequences: a prompt and a response, and the key under which a cache stores their signals."""
 
 import hashlib
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class TokenSequence:
 
 
 def sequence_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
-    """The 16-byte digest that a sequence's signals are kept under: of its ids and of where the response starts."""
+    """The key of a sequence's signals: a 16-byte digest of its ids and of the place where the response starts."""
     digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=16)
     digest.update(prompt_ids.astype("<i4").tobytes())
     digest.update(response_ids.astype("<i4").tobytes())

@@ -1,32 +1,26 @@
-"""Tokenizers: rendering by their chat template, digests, the end of a turn, whether two vocabularies agree."""
+"""Rules of tokenizers: rendering by the chat template, the end of a turn, digests, equal vocabularies."""
 
 import datetime
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from adpa.data.cache.documents import read_document, serialize_document
-from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, write_folder
 from adpa.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_DATE = datetime.date(2024, 7, 26)  # what Llama's templates fall back to
-CONTENTS = "files.json"
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # the date that Llama's templates use by default
 
 
 @dataclass(frozen=True)
 class TokenizerDigests:
-    """What identifies a tokenizer: its ids, its template, and all of it together."""
+    """Digests of a tokenizer: of all of it, of its vocabulary, and of its chat template."""
 
     tokenizer: str
     vocabulary: str
@@ -45,12 +39,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a checkpoint directory.
 
     Raises:
-        ModelError: there is none.
+        ModelError: it has none, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # brings torch, which most of what reads a cache does without
+    from transformers import AutoTokenizer  # imports torch, which most readers of a cache do not need
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # nor ask whether to
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # and do not ask the user
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
         raise ModelError(
             f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})",
@@ -59,22 +53,22 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerDigests:
-    """Digests of what a tokenizer does to text, independent of where it was loaded from."""
+    """The digests of a tokenizer's behaviour; they do not depend on the directory that it was loaded from."""
     vocabulary = _digest(sorted(tokenizer.get_vocab().items()))
     chat_template = _digest([tokenizer.chat_template, sorted(map(repr, tokenizer.special_tokens_map.items()))])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else type(tokenizer).__name__
     if isinstance(rules, dict):
-        rules |= {"truncation": None, "padding": None}  # left behind by whoever called the tokenizer last
+        rules |= {"truncation": None, "padding": None}  # earlier calls of the tokenizer may have set these
     return TokenizerDigests(_digest([rules, vocabulary, chat_template]), vocabulary, chat_template)
 
 
 def render(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    """A conversation as text, by the tokenizer's chat template; with the beginning of the assistant's turn if asked.
+    """A conversation as text, by the chat template; ``add_generation_prompt`` appends the start of an assistant's turn.
 
-    A template that writes the date (Llama 3.1 and later) gets ``TEMPLATE_DATE``: the same conversation has to give the
+    A template that writes the date (Llama 3.1 and later) gets ``TEMPLATE_DATE``: the same conversation must give the
     same tokens on any day.
     """
     text = tokenizer.apply_chat_template(
@@ -91,7 +85,8 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     """Finds the token with which the chat template ends an assistant's turn.
 
     Raises:
-        ModelError: there is no chat template, it cannot render an answer, or it ends the turn with no special token.
+        ModelError: the tokenizer has no chat template, or it cannot render an answer, or it ends the turn without a
+            special token.
     """
     if not tokenizer.chat_template:
         raise ModelError(
@@ -101,8 +96,8 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     marker = "adpa"
     conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": marker}]
     try:
-        _, found, suffix = render(tokenizer, conversation).rpartition(marker)
-        problem = "" if found else "changes the assistant's text"
+        _, content, suffix = render(tokenizer, conversation).rpartition(marker)
+        problem = "" if content else "changes the assistant's text"
     except TemplateError as error:
         problem = f"refuses a question and its answer: {error}"
     if problem:
@@ -122,89 +117,20 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
 def check_same_vocabulary(
     teacher: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", teacher_name: str, other_name: str
 ) -> None:
-    """Checks that every token of the teacher's has the same id in another tokenizer; it may have more.
+    """Checks that every token of the teacher has the same id in another tokenizer, which may have more tokens.
 
     Raises:
-        ModelError: naming the first token that differs.
+        ModelError: a token differs; it names the first one.
     """
     other_vocabulary = other.get_vocab()
     for token, index in sorted(teacher.get_vocab().items(), key=lambda item: item[1]):
-        found = other_vocabulary.get(token)
-        if found != index:
+        other_id = other_vocabulary.get(token)
+        if other_id != index:
             raise ModelError(
                 f"{teacher_name} and {other_name} have different vocabularies: the token {token!r} has the id "
-                f"{index} in the first and {'no id' if found is None else found} in the second",
+                f"{index} in the first and {'no id' if other_id is None else other_id} in the second",
                 "use models that share one tokenizer",
             )
-
-
-def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", digest: str) -> None:
-    """Keeps a tokenizer, with its chat template, in a cache under ``TokenizerDigests.tokenizer``.
-
-    ``files.json``, the last of its files, has the digests of the others.
-    """
-    path = cache / "tokenizers" / digest
-    if (path / CONTENTS).exists() or (isinstance(path, Path) and path.exists()):  # version 1 wrote no digests
-        return
-    with TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
-        files = _read_all(Path(temporary))
-    contents = {name: _digest_bytes(content) for name, content in files.items()}
-    write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
-
-
-def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
-    """Reads a tokenizer from a cache.
-
-    Raises:
-        DamagedFileError: it is not there, or not the one that was written.
-    """
-    path = cache / "tokenizers" / digest
-    if not re.fullmatch("[0-9a-f]+", digest):  # it was read from a file, and must not lead out of the cache
-        raise damaged(path, "no digest of a tokenizer")
-    try:
-        files = read_contents(path)
-        with TemporaryDirectory() as temporary:
-            write_folder(Path(temporary) / digest, files)
-            tokenizer = load_tokenizer(Path(temporary) / digest)
-    except (FileNotFoundError, ModelError) as error:
-        raise damaged(path, "not the tokenizer that was written") from error
-    if digest_tokenizer(tokenizer).tokenizer != digest:
-        raise damaged(path, "not the tokenizer that was written")
-    return tokenizer
-
-
-def read_contents(path: Location) -> dict[str, bytes]:
-    """The files of a tokenizer that were written, each the same as it was then; all there are where nobody noted it.
-
-    Raises:
-        FileNotFoundError: one is not there.
-        DamagedFileError: one is not what was written.
-    """
-    try:
-        contents, proved = read_document(path / CONTENTS)
-    except FileNotFoundError:  # version 1
-        return _read_all(path)
-    files = contents.get("files")
-    if not proved or not isinstance(files, dict):
-        raise damaged(path, f"{CONTENTS} has no digests of files, or no checksum")
-    read = {}
-    for name, digest in files.items():
-        if re.search(r"[\\\0]", name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise damaged(path, f"{CONTENTS} has the name {name!r}, which may lead out of the folder")
-        read[name] = (path / name).read_bytes()
-        if _digest_bytes(read[name]) != digest:
-            raise damaged(path, f"{name} is not what was written")
-    return read
-
-
-def _read_all(folder: Location) -> dict[str, bytes]:
-    found: list[Location] = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path)[len(str(folder)) + 1 :]: path.read_bytes() for path in sorted(found, key=str)}
-
-
-def _digest_bytes(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _digest(value: object) -> str:

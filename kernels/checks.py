@@ -1,4 +1,4 @@
-"""What the public functions of this folder ask of their arguments before they compute."""
+"""Checks of the arguments of this folder's public functions."""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -12,35 +12,35 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 def check_shape(name: str, tensor: Tensor | None, *expected: int | None) -> None:
-    """OptionError unless the tensor, if there is one, has the expected sizes; None stands for any size."""
+    """Raises OptionError if a tensor has other sizes than expected; None is any size. A missing tensor passes."""
     if tensor is None:
         return
-    found = list(tensor.shape)
-    if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise OptionError(f"{name} has shape {found}, expected [{wanted}]")
+    shape = list(tensor.shape)
+    if len(shape) != len(expected) or any(e not in (None, f) for e, f in zip(expected, shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise OptionError(f"{name} has shape {shape}, expected [{sizes}]")
 
 
 def check_dtype(name: str, tensor: Tensor | None, *expected: torch.dtype) -> None:
-    """OptionError unless the tensor, if there is one, has one of the expected dtypes."""
+    """Raises OptionError if a tensor has none of the expected dtypes. A missing tensor passes."""
     if tensor is not None and tensor.dtype not in expected:
         raise OptionError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, expected))}")
 
 
 def check_device(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
-    """OptionError unless the tensor, if there is one, is where the other one is."""
+    """Raises OptionError if a tensor is on another device than `other`. A missing tensor passes."""
     if tensor is not None and tensor.device != other.device:
         raise OptionError(f"{name} is on {tensor.device}, expected {other.device} as {other_name}")
 
 
 def check_ids(name: str, ids: Tensor, *expected: int | None) -> None:
-    """OptionError unless these are integers of the expected sizes."""
+    """Raises OptionError unless the ids are integers of the expected sizes."""
     check_shape(name, ids, *expected)
     check_dtype(name, ids, torch.int32, torch.int64)
 
 
 def check_logits(logits: Tensor, *expected: torch.dtype) -> None:
-    """OptionError unless this is a matrix of one of the dtypes, with a column."""
+    """Raises OptionError unless the logits are a matrix of one of the dtypes, with at least one column."""
     check_shape("logits", logits, None, None)
     check_dtype("logits", logits, *expected)
     if logits.shape[1] == 0:
@@ -48,16 +48,16 @@ def check_logits(logits: Tensor, *expected: torch.dtype) -> None:
 
 
 def takes_triton(backend: str, name: str, tensor: Tensor, ids: tuple[str, Tensor] | None = None) -> bool:
-    """Whether Triton is to compute on this tensor: "auto" takes it on CUDA, where it can.
+    """Whether to compute with Triton: "auto" uses Triton on CUDA if it can.
 
     Args:
-        backend: as the user gave it.
-        name: of the argument `tensor`, on whose device the computation runs.
-        tensor: that argument.
-        ids: for the row kernel, name and value of the [N, K] ids, of which it takes a limited number a row.
+        backend: the user's choice.
+        name: the name of the argument `tensor`.
+        tensor: the tensor on whose device the computation runs.
+        ids: for the row kernel, name and value of the [N, K] ids; it limits K.
 
     Raises:
-        OptionError: no such backend, or it is to be Triton, which cannot run on this tensor or on this machine.
+        OptionError: the backend is unknown, or it is "triton" and cannot run with these arguments or on this machine.
     """
     if backend not in ("auto", "torch", "triton"):
         raise OptionError(f"backend is {backend!r}", "use 'auto', 'torch' or 'triton'")

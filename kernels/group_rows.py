@@ -1,7 +1,7 @@
-"""The pass of `adpa.kernels.teacher_rows` over the logits: one program turns one tile of a row into its groups' sums.
+"""The Triton pass of `adpa.kernels.teacher_rows` over the logits: one program sums up the groups of a tile of a row.
 
-The logits are read once and nothing is written but two numbers for each group, so a chunk costs the time to read it.
-Programs share nothing: no loop, no barrier, no atomics.
+It reads the logits once and writes two numbers for each group. So a chunk takes the time that reading it takes.
+Programs are independent: no loop, no barrier, no atomics.
 
 Shapes: C rows of a chunk, V vocabulary, W tokens of a group, G groups, T groups of a tile.
 """
@@ -18,7 +18,7 @@ NUM_WARPS = 4
 
 
 def group_rows(logits_CV: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Of each group of neighbours its largest logit, and the log of its mass relative to that, [C, G] float32."""
+    """For each group of neighbours: its largest logit, and the log of its mass relative to that; [C, G] float32."""
     C, V = logits_CV.shape
     if logits_CV.stride(1) != 1:
         logits_CV = logits_CV.contiguous()

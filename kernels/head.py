@@ -1,4 +1,4 @@
-"""One loss head for every objective: the student's losses and their gradients without the [N, V] logits.
+"""The loss head of every objective: the student's losses and their gradients, without the [N, V] logits in memory.
 
 Source of the losses: Gao, Wan, Guo, Quan, Wang, "Advantage-Guided Distillation for Preference Alignment in
 Small Language Models", ICLR 2025 (arXiv 2502.17927). `adpa.kernels.reference` defines them in a few lines of
@@ -13,11 +13,11 @@ P = Σ_S p_k + p_T (float16 leaves it near 1, not at 1) and Ā = Σ_S q_k A_k. T
     KL         Σ_S p_k(log p_k − log q_k) + p_T(log p_T − log q_T)    P·q_j − p_j        P·q_j − p_T·q_j/q_T
     advantage  −Σ_S q_k A_k                                           q_j(Ā − A_j)       q_j·Ā
 
-Let T be one more outcome with A_T = 0. A gradient by its logit has the form of the middle column, and a token
-outside S receives of it the share q_j/q_T: beside the label's −1, a row's gradient is K+1 numbers and one
-multiple of the softmax over the tail. So a chunk of logits is turned into its gradient in place: take out the
-K logits and leave −inf, exponentiate, sum (that gives log q_T with all its digits, where 1 − Σ_S q_k has none
-left at q_T ~ 1e-7), multiply by one number a row, put the K numbers back.
+Let T, the tail, be one more outcome with A_T = 0. Its gradient has the form of the middle column, and a token
+outside S gets the share q_j/q_T of it. So the gradient of a row is K + 1 numbers, one multiple of the softmax over
+the tail, and the label's −1. A chunk of logits becomes its gradient in place: replace the K logits by −inf,
+exponentiate, sum, multiply by one number per row, write the K gradients. The sum gives log q_T with all its digits,
+where 1 − Σ_S q_k has none left at q_T ~ 1e-7.
 
 The loss is linear in the upstream gradient, so all gradients are computed in the forward pass.
 
@@ -34,11 +34,11 @@ from torch.autograd.function import once_differentiable
 from adpa.errors import OptionError
 from adpa.kernels import torch_head
 from adpa.kernels.checks import Backend, check_device, check_dtype, check_ids, check_shape, takes_triton
-from adpa.kernels.torch_head import Targets, select_targets
+from adpa.kernels.targets import Targets, select_targets
 
 
 class HeadLosses(NamedTuple):
-    """The terms of each row, [N] each, before their weights and detached; 0 where a term's weight is 0."""
+    """The terms of each row, [N] each, unweighted and detached; 0 where the weight of a term is 0."""
 
     nll: Tensor
     kl: Tensor
@@ -65,18 +65,18 @@ def distill_head(
 ) -> tuple[Tensor, HeadLosses]:
     """Σ_n nll_weight·NLL + kl_weight·KL + advantage_weight·advantage, differentiable.
 
-    The logits are `logit_scale * (hidden @ weight.T + bias)`, and with a softcap
-    `softcap * tanh(logits / softcap)` of these. All but hidden, weight and bias are constants.
+    The logits are `logit_scale * (hidden @ weight.T + bias)`; with a softcap they become
+    `softcap * tanh(logits / softcap)`. All arguments but hidden, weight and bias are constants.
 
     What counts:
         - A row whose weights are all 0 is left out before the matrix product: nothing in it, NaN included,
-          reaches the result. Where one weight is 0, no input of that term does.
+          reaches the result. If one weight is 0, the inputs of that term do not reach the result.
         - A label outside [0, V), such as −100, makes the row's NLL weight 0.
-        - A negative id is padding: neither it nor its probability is there. An id ≥ V, or one that stood in
-          the row before, is not in S either, but its probability is added to the tail's.
-        - The probabilities are taken as they are, never renormalised; 0·log 0 = 0.
-        - If S is the whole vocabulary, no outcome is left for the tail, and its term is left out.
-        - An advantage that is not finite counts as 0: nothing can be learned from a token one model excludes.
+        - A negative id is padding: the id and its probability are ignored. An id ≥ V, or a repeated id of the
+          row, is not in S either, but its probability is added to the tail's.
+        - The probabilities are used as they are, never renormalised; 0·log 0 = 0.
+        - If S is the whole vocabulary, the tail has no outcome, and its term is left out.
+        - An advantage that is not finite counts as 0: one of the models excludes the token.
 
     Args:
         hidden: [N, d] float32, bfloat16, float16 or float64. Matrix products run in this dtype, also under
@@ -91,20 +91,20 @@ def distill_head(
         bias: [V] or None.
         softcap: bound of the logits (Gemma); None or 0 = none.
         logit_scale: factor of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
-        backend: "torch" runs anywhere, "triton" on CUDA; "auto" takes Triton on CUDA, unless K > 1,024,
+        backend: "torch" runs anywhere, "triton" on CUDA; "auto" uses Triton on CUDA, unless K > 1,024,
             and torch elsewhere.
-        chunk_rows: rows whose logits are held at a time; None for 4,096 in Triton and 256 in torch. Triton holds
-            `chunk_rows · V` numbers of the dtype of hidden; torch that many in float32, half as much again for
+        chunk_rows: rows whose logits are in memory at once; default: 4,096 in Triton and 256 in torch. Triton holds
+            `chunk_rows · V` numbers of the dtype of hidden. torch holds that many in float32, half as much again for
             bfloat16 and float16, and twice as much for a softcap.
-        rows: [M] int64, the rows that count, each once; all others are left out. None for the rows that have a weight
-            that is not 0: then the host waits for a GPU to learn how many they are, once in a call.
+        rows: [M] int64, the rows that count, each once; all others are left out. Default: the rows with a nonzero
+            weight; then the host waits for a GPU once per call, to learn their number.
 
     Returns:
         The loss, a float32 scalar (float64 for float64), and the losses of each row in the same dtype.
 
     Raises:
-        OptionError: shapes, dtypes or devices that do not fit together, or a backend that cannot run here or not
-            with these.
+        OptionError: shapes, dtypes or devices do not fit together, or the backend cannot run here or with these
+            arguments.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise OptionError(f"chunk_rows is {chunk_rows}, a chunk has at least 1 row")
@@ -147,7 +147,7 @@ def distill_head(
         rows_M, targets = select_targets(
             len(weight), labels, topk_ids, teacher_logprobs, tail_logprob, advantages, weights_N3, rows
         )
-    wanted = tuple(
+    needs_gradient = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     with torch.autocast(hidden.device.type, enabled=False):
@@ -161,7 +161,7 @@ def distill_head(
             softcap,
             logit_scale,
             chunk_rows or module.CHUNK_ROWS,
-            wanted,
+            needs_gradient,
         )
     return loss, HeadLosses(*losses_N3.unbind(dim=1))
 
@@ -181,7 +181,7 @@ class _Head(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
         chunk_rows: int,
-        wanted: tuple[bool, bool, bool],
+        needs_gradient: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
         losses_N3, gradients = losses_and_gradients(
             hidden_Nd,
@@ -192,7 +192,7 @@ class _Head(torch.autograd.Function):
             softcap=softcap,
             logit_scale=logit_scale,
             chunk_rows=chunk_rows,
-            wanted=wanted,
+            needs_gradient=needs_gradient,
         )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses_N3)
@@ -202,7 +202,7 @@ class _Head(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        # A plain `loss.backward()` needs no copy; on a GPU the host would have to wait for the look.
+        # A plain `loss.backward()` needs no copy. On a GPU, the host would have to wait to check for it.
         if upstream.is_cuda or upstream != 1:
             gradients = [None if gradient is None else gradient * upstream for gradient in gradients]
         return (None, *gradients, None, None, None, None, None, None)

@@ -1,22 +1,22 @@
 """The row kernel of the loss head: one program turns one row of logits into its three losses and its gradient.
 
-`adpa.kernels.head` has the derivation. Outside S every gradient is one multiple of the softmax over the tail, so
+`adpa.kernels.head` has the derivation. Outside S every gradient is the same multiple of the softmax over the tail. So
 a program works in place and passes over its row twice:
 
     1. read the K logits of S and the label's; write −inf in their K places
     2. stream the row once: the tail's largest logit m and its mass Σ exp(z_j − m), the sum running in float32
        under a running maximum
     3. from these and the K logits: log q_k, log q_T, the losses, and the K + 1 gradients of the outcomes
-    4. stream the row again, last tile first, for the L2 cache still holds its end: write
+    4. stream the row again, last tile first, because the L2 cache still holds its end: write
        exp(z_j − m) · gradient_T / mass, which is 0 in the places of S
     5. write the K gradients into their places, and the label's if it is not in S
 
-The row is what moves: 2·V numbers are read and V written, a few K beside them. A tile is a matrix of lanes, each a
-vector of 16 bytes that one thread loads at once, and every lane has its own running maximum and mass: until the
-row ends no thread waits for another. Nothing is added up by atomics, so two runs agree bit for bit.
+Memory traffic is mostly the row: 2·V numbers are read and V written, and a few K beside them. A tile is a matrix of
+lanes, each a vector of 16 bytes that one thread loads at once. Every lane has its own running maximum and mass, so that
+no thread waits for another before the row ends. The kernel uses no atomics, so two runs agree bit for bit.
 
-For the sake of these loads rows start and end at multiples of 16 elements; what lies behind V is −inf while the row
-is read, and 0 in the gradient.
+These loads need rows that start and end at multiples of 16 elements. The padding after V is −inf while the row is read,
+and 0 in the gradient.
 
 Shapes: C rows of a chunk, V vocabulary, K teacher ids, 3 terms: NLL, KL, advantage.
 """
@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adpa.kernels.torch_head import Targets
+from adpa.kernels.targets import Targets
 
 ROW_ALIGNMENT = 16  # elements
 MAX_TOP_K = 1024
@@ -48,11 +48,10 @@ def loss_rows_(
     logit_scale: float,
     with_gradient: bool,
 ) -> None:
-    """Fill `losses_C3`, and turn products into the gradient of the weighted losses by them (or else scratch).
+    """Fill `losses_C3`, and overwrite the products with the gradient of the weighted losses (or with scratch data).
 
     Args:
-        products_CV: hidden · weightᵀ, each row with memory up to a multiple of `ROW_ALIGNMENT` elements, and with a
-            stride that is such a multiple.
+        products_CV: hidden · weightᵀ. The stride is a multiple of `ROW_ALIGNMENT`, and so is the memory of each row.
         losses_C3: contiguous, in the dtype of the targets: float64 for float64 products, else float32.
     """
     C, V = products_CV.shape
@@ -76,9 +75,9 @@ def loss_rows_(
 def launch_options(dtype: torch.dtype, top_k: int, softcap: float) -> dict[str, Any]:
     """The block sizes, and the number of warps and registers, for logits of a dtype and K teacher ids.
 
-    Two programs of 32 warps fill a multiprocessor: while one does what is not streaming, the other streams, and
-    few rows are under way at a time, so that the L2 cache holds much of them. A softcap or float64 computes more
-    than fits into the 32 registers that this leaves a thread.
+    Two programs of 32 warps fill a multiprocessor: one streams while the other computes. Few rows are in progress at
+    once, so that the L2 cache holds much of them. This leaves 32 registers per thread, which are too few for a softcap
+    or float64.
     """
     vector = 16 // dtype.itemsize
     tile_bytes, occupancy = TILE_BYTES, {"num_warps": 32}
@@ -102,7 +101,7 @@ def _load_logits(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The logits of some columns, −inf where the product is −inf or masked."""
+    """The logits of some columns; −inf where the product is −inf or masked."""
     product = tl.load(products_ptr + columns, mask=mask, other=-float("inf")).to(dtype)
     logit = product
     if bias_ptr is not None:
@@ -118,7 +117,7 @@ def _load_logits(
 
 @triton.jit
 def _to_products(gradient, logit, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """The gradient by the products from that by the logits; 0 where the logit is −inf."""
+    """Turn the gradient by the logits into that by the products; 0 where the logit is −inf."""
     if SOFTCAP != 0.0:
         tanh = logit * (1 / SOFTCAP)
         gradient = tl.where(logit == -float("inf"), 0.0, gradient * (1 - tanh * tanh))
@@ -204,7 +203,7 @@ def _loss_rows_kernel(
         share = nll_weight + kl_weight * (tl.sum(p, axis=0) + tail_p) + advantage_weight * expected
         gradient = q * (share - advantage_weight * advantages) - kl_weight * p
         gradient = _to_products(gradient - tl.where(ids == label, nll_weight, 0.0), top, SCALE, SOFTCAP)
-        # The mass is at least the 1 of its own peak, or 0 where the tail is empty.
+        # The mass is at least 1, from its own peak; it is 0 if the tail is empty.
         tail_gradient = (tail_q * share - kl_weight * tail_p) / tl.maximum(mass, 1.0)
         label_gradient = tl.exp(label_logit - peak) * tail_gradient - nll_weight
         label_gradient = _to_products(label_gradient, label_logit, SCALE, SOFTCAP)

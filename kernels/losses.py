@@ -1,12 +1,12 @@
-"""The terms of the loss head one at a time, of logits that are there already.
+"""The KL and advantage terms of the loss head as functions of existing logits.
 
-Where logits exist for another reason, or are changed before they are trained on, `distill_head` does not fit. These
-losses are its KL and advantage terms, computed by the same code: `adpa.kernels.head` holds the derivation and, under
-"What counts", the rules for ids, probabilities and advantages that are not as they should be.
+They are for programs that have logits anyway, or change them before the loss, so that `distill_head` does not fit. The
+code is the same: `adpa.kernels.head` has the derivation and, under "What counts", the rules for irregular ids,
+probabilities and advantages.
 
-The gradient of Σ_n u_n·loss_n is that of the head's loss with the row weights u. So the forward pass keeps nothing but
-its arguments, and the backward pass reads the logits again, with the upstream gradient as weights: beside the logits
-and their gradient, in their dtype, there is one chunk of rows, and a row whose upstream gradient is 0 costs nothing.
+The gradient of Σ_n u_n·loss_n is that of the head's loss with the row weights u. So the forward pass saves only its
+arguments, and the backward pass reads the logits again, with the upstream gradient as weights. Memory holds the logits,
+their gradient in the same dtype, and one chunk of rows. A row whose upstream gradient is 0 costs nothing.
 
 Both passes are custom operators: `torch.compile` keeps them whole, without a graph break.
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from adpa.kernels.checks import Backend, check_device, check_ids, check_logits, check_shape, takes_triton
-from adpa.kernels.torch_head import CHUNK_ROWS, Targets, loss_rows_, select_targets
+from adpa.kernels.targets import Targets, select_targets
+from adpa.kernels.torch_head import CHUNK_ROWS, loss_rows_
 
-KL, ADVANTAGE = 1, 2  # places of the terms
+KL, ADVANTAGE = 1, 2  # the columns of the terms
 
 
 def topk_kl(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, backend: Backend = "auto") -> Tensor:
@@ -33,14 +34,14 @@ def topk_kl(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, backend
         ids: [N, K] int32 or int64, the teacher's S; K may be 0, or exceed V through padding.
         logprobs: [N, K] log p_k, natural logarithm; −inf allowed.
         tail: [N] log p_T; −inf for an empty tail.
-        backend: "torch" runs anywhere, "triton" on CUDA; "auto" takes Triton on CUDA, unless K > 1,024, and
+        backend: "torch" runs anywhere, "triton" on CUDA; "auto" uses Triton on CUDA, unless K > 1,024, and
             torch elsewhere.
 
     Returns:
         [N] float32 (float64 for float64).
 
     Raises:
-        OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
+        OptionError: shapes or dtypes do not fit together, or the backend is not available.
     """
     _check(logits, ids, logprobs=logprobs)
     check_shape("tail", tail, len(logits))
@@ -62,7 +63,7 @@ def advantage_loss(logits: Tensor, ids: Tensor, advantages: Tensor, backend: Bac
         [N] float32 (float64 for float64).
 
     Raises:
-        OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
+        OptionError: shapes or dtypes do not fit together, or the backend is not available.
     """
     _check(logits, ids, advantages=advantages)
     logprobs, tail = torch.zeros_like(advantages), advantages.new_zeros(len(advantages))
@@ -122,7 +123,7 @@ def _run(
     weight_N: Tensor,
     gradient_NV: Tensor | None = None,
 ) -> Tensor:
-    """One term of each row whose weight is not 0, [N]; fills `gradient_NV` with that of the weighted sum."""
+    """One term of each row whose weight is not 0, [N]; fills `gradient_NV` with the gradient of the weighted sum."""
     with_triton = takes_triton(backend, "logits", logits_NV, ("ids", ids_NK))
     turn_rows = _turn_rows_in_triton if with_triton else _turn_rows_in_torch
     no_labels_N = ids_NK.new_full((len(ids_NK),), -100)
@@ -141,7 +142,7 @@ def _run(
 
 
 def _turn_rows_in_torch(logits_CV: Tensor, targets: Targets, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """The losses [C, 3] of logits that may be overwritten, and the gradient of the weighted losses, or else scratch."""
+    """The losses [C, 3] of logits that may be overwritten, and the gradient of the weighted losses (or scratch)."""
     logits_CV = logits_CV.to(targets.weights.dtype)
     return loss_rows_(logits_CV, targets, with_gradient=with_gradient), logits_CV
 
@@ -163,12 +164,12 @@ def _turn_rows_in_triton(logits_CV: Tensor, targets: Targets, with_gradient: boo
 
 
 def _dtype(logits: Tensor) -> torch.dtype:
-    """That of the losses, in which sums over rows run."""
+    """The dtype of the losses and of sums over rows."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _check(logits: Tensor, ids: Tensor, **values: Tensor) -> None:
-    """OptionError unless the logits, the ids and their values fit together."""
+    """Raises OptionError unless the logits, the ids and their values fit together."""
     check_logits(logits, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     check_ids("ids", ids, len(logits), None)
     for name, tensor in values.items():

@@ -1,4 +1,4 @@
-"""What `adpa.kernels.head` computes, written to be read: dense, float64, differentiated by autograd.
+"""The definition of `adpa.kernels.head`, written to be read: dense, float64, differentiated by autograd.
 
 Source: Gao, Wan, Guo, Quan, Wang, "Advantage-Guided Distillation for Preference Alignment in Small Language
 Models", ICLR 2025 (arXiv 2502.17927). One row is one position t of a response, with state s_t. The teacher
@@ -59,7 +59,7 @@ def distill_head(
     ids_MK = ids_MK.where(in_s_MK, 0)
     logq_MK = logq_MV.gather(1, ids_MK)
     in_s_MV = torch.zeros_like(logq_MV).scatter_add(1, ids_MK, in_s_MK.double()).bool()
-    # What is −inf already is masked too, for autograd's derivative of a log-sum-exp of nothing but −inf is NaN.
+    # Mask the −inf entries too: autograd's derivative of a log-sum-exp over −inf alone is NaN.
     logq_tail_M = logq_MV.masked_fill(in_s_MV | logq_MV.isneginf(), -torch.inf).logsumexp(dim=1)
 
     p_MK = teacher_logprobs[rows_M].double().exp()

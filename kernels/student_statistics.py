@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from adpa.kernels.torch_head import CHUNK_ROWS, scale_and_cap_, select_targets
+from adpa.kernels.targets import select_targets
+from adpa.kernels.torch_head import CHUNK_ROWS, scale_and_cap_
 
 # A token is unlikely if the teacher's probability of it is less than this: at temperature 1 the teacher samples it at
 # fewer than one in a hundred positions. --plausibility, of the loss, is another bound.

@@ -1,24 +1,24 @@
-"""What scoring keeps of a teacher's logits: exact log-probabilities of a few tokens, from one pass over each row.
+"""Turns a teacher's logits into signals: exact log-probabilities of a few tokens, from one pass over each row.
 
 A row of logits z [V] is cut into groups of 64 neighbours. The pass (`kernels/group_rows.py` in Triton, a few lines
-of torch here) keeps of each group its largest logit m and log Σ exp(z_j − m). All that follows works on these V/64
-pairs and on the 64·K logits of K groups.
+of torch here) keeps two numbers of each group: its largest logit m and log Σ exp(z_j − m). Everything else works on
+these V/64 pairs and on the 64·K logits of K groups.
 
-    top K   The K tokens of the largest logits lie in the K groups of the largest m. For if a token's group is not
-            among them, each of these K groups has a token that goes before it: one with a larger logit, or with
-            the same logit and a smaller id, since groups are ranked by (m, then position), and a group's position
-            orders its ids. So the K best groups are selected, their logits read again, 2 % of the row, and of these
-            the K best. Both selections rank by (value, then position): among equal logits, the smaller id goes first.
-    tail    Every token that is not in the top K is in a group that was not read again, or was read again and left:
-            the log of the probability of the rest is the log-sum-exp over these two kinds. Nothing is subtracted,
-            where 1 − Σ_S p_k has no digits left at p_T ~ 1e-7.
+    top K   The K tokens with the largest logits lie in the K groups with the largest m. Proof: if the group of a token
+            is not among them, each of these K groups has a token that ranks before it, with a larger logit, or with
+            the same logit and a smaller id. (Groups are ranked by m, then by position, which orders their ids.) So the
+            K best groups are selected, their logits are read again (2 % of the row), and the K best of these are
+            selected. Both selections rank by value, then by position: among equal logits, the smaller id is first.
+    tail    A token outside the top K is in a group that was not read again, or was read again and not selected. The
+            log of the tail's probability is the log-sum-exp over these two kinds. Nothing is subtracted: 1 − Σ_S p_k
+            has no digits left at p_T ~ 1e-7.
     total   The log-sum-exp over the tail and the top K.
 
 All logits are taken relative to the row's largest, so that logits of ±1e4 lose no digits. Sums run in float32.
 
-Rows do not know of each other. They are taken in blocks, so that what they need beside the logits is bounded.
+Rows are independent. They are computed in blocks, which bounds the memory beside the logits.
 
-Shapes: C rows of a chunk or of a block of it, V vocabulary, K top tokens, J tokens asked for, W = 64 tokens of a group,
+Shapes: C rows of a chunk or of a block of it, V vocabulary, K top tokens, J requested tokens, W = 64 tokens of a group,
 G groups, S groups that are read again, I = 64·S logits in them.
 """
 
@@ -40,7 +40,7 @@ class TeacherRows(NamedTuple):
 
     Attributes:
         own_logprobs: [C] log-probability of the position's own token.
-        topk_ids: [C, K] int32, by falling logit; among equal logits, the smaller id goes first.
+        topk_ids: [C, K] int32, by falling logit; among equal logits, the smaller id is first.
         topk_logprobs: [C, K] their log-probabilities.
         tail_logprob: [C] log of the probability of all other tokens; −inf if there are none.
     """
@@ -54,18 +54,18 @@ class TeacherRows(NamedTuple):
 def teacher_rows(logits: Tensor, labels: Tensor, top_k: int, backend: Backend = "auto") -> TeacherRows:
     """The label's log-probability, the top K, and the rest's mass of each row of logits.
 
-    A logit of −inf is a token of probability 0. A row with NaN or +inf, or of nothing but −inf, has no
-    probabilities: its numbers are NaN, and its ids mean nothing. A label outside [0, V) has NaN.
+    A logit of −inf is a token of probability 0. A row with NaN or +inf, or with −inf alone, has no probabilities: its
+    numbers are NaN, and its ids mean nothing. A label outside [0, V) has NaN.
 
     Args:
         logits: [C, V] float32, bfloat16 or float16; not changed.
         labels: [C] int32 or int64, on any device.
-        top_k: K, from 1 to V. Whatever it is, the call takes at most `BLOCK_BYTES` beside the logits and the result.
-        backend: what reads the logits: "torch" runs anywhere; "triton" runs on CUDA; "auto" takes Triton on CUDA and
+        top_k: K, from 1 to V. For any K, the call takes at most `BLOCK_BYTES` beside the logits and the result.
+        backend: reads the logits: "torch" runs anywhere; "triton" runs on CUDA; "auto" uses Triton on CUDA and
             torch elsewhere.
 
     Raises:
-        OptionError: shapes, dtypes or a K that do not fit together, or a backend that is not there.
+        OptionError: shapes, dtypes or K do not fit together, or the backend is not available.
     """
     with_triton = takes_triton(backend, "logits", logits)
     check_logits(logits, *DTYPES)
@@ -83,7 +83,7 @@ def teacher_rows(logits: Tensor, labels: Tensor, top_k: int, backend: Backend = 
 
 
 def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tensor:
-    """The log-probabilities [C, J] of some tokens of each row, float32; NaN where `teacher_rows` says so.
+    """The log-probabilities [C, J] of some tokens of each row, float32; NaN in the cases of `teacher_rows`.
 
     Args:
         logits: [C, V] float32, bfloat16 or float16; not changed.
@@ -91,7 +91,7 @@ def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tenso
         backend: as in `teacher_rows`.
 
     Raises:
-        OptionError: shapes or dtypes that do not fit together, or a backend that is not there.
+        OptionError: shapes or dtypes do not fit together, or the backend is not available.
     """
     with_triton = takes_triton(backend, "logits", logits)
     check_logits(logits, *DTYPES)
@@ -108,7 +108,7 @@ def logprobs_at(logits: Tensor, ids: Tensor, backend: Backend = "auto") -> Tenso
 
 
 def _block_rows(logits_CV: Tensor, read: int, with_triton: bool) -> int:
-    """Rows that take `BLOCK_BYTES` beside their logits, of which so many are read again; at least one."""
+    """The number of rows that take `BLOCK_BYTES` beside their logits, if `read` of each are read again; at least 1."""
     width = -(-logits_CV.shape[1] // GROUP) * GROUP
     bytes_of_row = (1 if with_triton else 11) * width + 40 * min(read, width)
     return max(1, BLOCK_BYTES // bytes_of_row)
@@ -117,12 +117,12 @@ def _block_rows(logits_CV: Tensor, read: int, with_triton: bool) -> int:
 def _teacher_rows(logits_CV: Tensor, labels_C: Tensor, top_k: int, with_triton: bool) -> TeacherRows:
     peaks_CG, logmass_CG = _groups(logits_CV, with_triton)
     peak_C1 = peaks_CG.amax(dim=1, keepdim=True)
-    # In the order of their ids, so that the position of a logit orders its id.
+    # Sorted, so that the positions of the logits are in the order of their ids.
     read_CS = _largest(peaks_CG, min(top_k, peaks_CG.shape[1])).sort(dim=1).values
     columns_CI = (read_CS[:, :, None] * GROUP + torch.arange(GROUP, device=logits_CV.device)).flatten(1)
     logits_CI = _logits_at(logits_CV, columns_CI, -torch.inf)
     places_CK = _largest(logits_CI, top_k)
-    ids_CK = columns_CI.gather(1, places_CK).clamp_(max=logits_CV.shape[1] - 1)  # NaN may go behind the padding
+    ids_CK = columns_CI.gather(1, places_CK).clamp_(max=logits_CV.shape[1] - 1)  # NaN may select padding
 
     logits_CI -= peak_C1
     top_CK = logits_CI.gather(1, places_CK)
@@ -148,9 +148,9 @@ def _logprobs_at(logits_CV: Tensor, ids_CJ: Tensor, with_triton: bool) -> Tensor
 
 
 def _groups(logits_CV: Tensor, with_triton: bool) -> tuple[Tensor, Tensor]:
-    """Of every group its largest logit, and the log of its mass relative to that, [C, G] float32.
+    """For each group: its largest logit, and the log of its mass relative to that; [C, G] float32.
 
-    The one pass over the row. Of a group of nothing but −inf both are −inf; NaN and +inf make the mass NaN.
+    This is the one pass over the row. In a group of −inf alone both are −inf; NaN and +inf make the mass NaN.
     """
     if with_triton:
         from adpa.kernels.group_rows import group_rows
@@ -166,12 +166,12 @@ def _groups(logits_CV: Tensor, with_triton: bool) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values_CI: Tensor, count: int) -> Tensor:
-    """Positions of the largest float32 values of each row, int64 [C, count]: falling, equal ones by their position.
+    """Positions of the largest float32 values of each row, int64 [C, count], by falling value, then by position.
 
-    Value and position together are one integer, and a row has none twice: nothing is left to the choice of `topk`.
+    Value and position form one integer, unique in its row: so the result does not depend on how `topk` treats ties.
     """
-    bits_CI = (values_CI + 0.0).view(torch.int32)  # the sum makes −0 into 0, which it equals
-    keys_CI = torch.where(bits_CI < 0, bits_CI ^ 0x7FFFFFFF, bits_CI).long()  # ordered as the values are
+    bits_CI = (values_CI + 0.0).view(torch.int32)  # the sum turns −0 into 0
+    keys_CI = torch.where(bits_CI < 0, bits_CI ^ 0x7FFFFFFF, bits_CI).long()  # in the order of the values
     del bits_CI
     last = values_CI.shape[1] - 1
     keys_CI <<= 32
@@ -180,6 +180,6 @@ def _largest(values_CI: Tensor, count: int) -> Tensor:
 
 
 def _logits_at(logits_CV: Tensor, ids_CJ: Tensor, missing: float) -> Tensor:
-    """The logits of some columns, [C, J] float32; `missing` where there is no such column."""
+    """The logits of some columns, [C, J] float32; `missing` for a column that does not exist."""
     outside_CJ = (ids_CJ < 0) | (ids_CJ >= logits_CV.shape[1])
     return logits_CV.gather(1, ids_CJ.long().masked_fill(outside_CJ, 0)).float().masked_fill_(outside_CJ, missing)

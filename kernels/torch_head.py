@@ -12,83 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adpa.kernels.targets import Targets
+
 CHUNK_ROWS = 256
 
 
-class Targets(NamedTuple):
-    """What M rows are trained on, cleaned so that a term whose weight is 0 is 0 and never NaN.
-
-    labels [M] and ids [M, K] are int64, and 0 where they do not count; counts [M, K] tells which ids are in
-    S. The teacher's logprobs [M, J] are −inf and the advantages [M, J] 0 wherever nothing is to be learned;
-    the tail's advantage is 0. weights [M, 3] are those of NLL, KL and advantage.
-    """
-
-    labels: Tensor
-    ids: Tensor
-    counts: Tensor
-    logprobs: Tensor
-    advantages: Tensor
-    weights: Tensor
-
-
 class Gradients(NamedTuple):
-    """Gradients of the loss in the shapes and dtypes of hidden, weight and bias; None where not wanted."""
+    """Gradients of the loss in the shapes and dtypes of hidden, weight and bias; None for those not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-
-
-def select_targets(
-    vocabulary: int,
-    labels_N: Tensor,
-    topk_ids_NK: Tensor,
-    teacher_logprobs_NK: Tensor,
-    tail_logprob_N: Tensor,
-    advantages_NK: Tensor,
-    weights_N3: Tensor,
-    rows_M: Tensor | None = None,
-) -> tuple[Tensor, Targets]:
-    """The rows that count, by default those with a nonzero weight, and their targets in the weights' dtype."""
-    dtype = weights_N3.dtype
-    has_label_N = (labels_N >= 0) & (labels_N < vocabulary)
-    weights_N3 = weights_N3.clone()
-    weights_N3[:, 0].masked_fill_(~has_label_N, 0)
-    if rows_M is None:
-        rows_M = (weights_N3 != 0).any(dim=1).nonzero().squeeze(1)  # the host waits for their number
-    weights_M3 = weights_N3[rows_M]
-    _, has_kl_M1, has_advantage_M1 = (weights_M3 != 0).split(1, dim=1)
-
-    ids_MK = topk_ids_NK[rows_M].long()
-    is_id_MK = ids_MK >= 0
-    counts_MK = is_id_MK & (ids_MK < vocabulary) & ~_repeats(ids_MK)
-    has_tail_M1 = counts_MK.sum(dim=1, keepdim=True) < vocabulary
-
-    logprobs_MK = teacher_logprobs_NK[rows_M].to(dtype)
-    moved_MK = logprobs_MK.masked_fill(~is_id_MK | counts_MK, -torch.inf)
-    tail_M1 = tail_logprob_N[rows_M, None].to(dtype)
-    tail_M1 = torch.cat([tail_M1, moved_MK], dim=1).logsumexp(dim=1, keepdim=True)
-    logprobs_MJ = torch.cat([logprobs_MK, tail_M1], dim=1)
-    outcome_MJ = torch.cat([counts_MK, has_tail_M1], dim=1)
-
-    advantages_MK = advantages_NK[rows_M].to(dtype)
-    learnable_MK = counts_MK & has_advantage_M1 & advantages_MK.isfinite()
-    advantages_MK = advantages_MK.masked_fill(~learnable_MK, 0)
-    return rows_M, Targets(
-        labels=labels_N[rows_M].long().masked_fill(~has_label_N[rows_M], 0),
-        ids=ids_MK.masked_fill(~counts_MK, 0),
-        counts=counts_MK,
-        logprobs=logprobs_MJ.masked_fill(~(outcome_MJ & has_kl_M1), -torch.inf),
-        advantages=torch.nn.functional.pad(advantages_MK, (0, 1)),
-        weights=weights_M3,
-    )
-
-
-def _repeats(ids_MK: Tensor) -> Tensor:
-    """True where an id stands in its row for the second time or later."""
-    sorted_MK, order_MK = ids_MK.sort(dim=1, stable=True)
-    same_MK = sorted_MK[:, 1:] == sorted_MK[:, :-1]
-    return torch.zeros_like(ids_MK, dtype=torch.bool).scatter_(1, order_MK[:, 1:], same_MK)
 
 
 def losses_and_gradients(
@@ -101,27 +35,28 @@ def losses_and_gradients(
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int,
-    wanted: tuple[bool, bool, bool],
+    needs_gradient: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `wanted`.
+    """The losses [N, 3] of every row, and the gradients of their weighted sum.
 
-    Matrix products run in the dtype of `hidden_Nd`; all else, sums over chunks too, in that of the targets.
+    `needs_gradient` says whether hidden, weight and bias need theirs. Matrix products run in the dtype of `hidden_Nd`;
+    everything else, sums over chunks too, in that of the targets.
     """
     dtype = targets.weights.dtype
-    wants_hidden, wants_weight, wants_bias = wanted
+    needs_hidden, needs_weight, needs_bias = needs_gradient
     losses_N3 = hidden_Nd.new_zeros(len(hidden_Nd), 3, dtype=dtype)
-    dhidden_Nd = torch.zeros_like(hidden_Nd) if wants_hidden else None
-    dweight_Vd = torch.zeros_like(weight_Vd, dtype=dtype) if wants_weight else None
-    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if wants_bias else None
+    dhidden_Nd = torch.zeros_like(hidden_Nd) if needs_hidden else None
+    dweight_Vd = torch.zeros_like(weight_Vd, dtype=dtype) if needs_weight else None
+    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if needs_bias else None
 
     for rows_C, *chunk in zip(*(column.split(chunk_rows) for column in (rows_M, *targets)), strict=True):
         hidden_Cd = hidden_Nd[rows_C]
         logits_CV = (hidden_Cd @ weight_Vd.T).to(dtype)
         if bias_V is not None:
             logits_CV += bias_V
-        slope_CV = scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(wanted))
-        losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(wanted))
-        if any(wanted):
+        slope_CV = scale_and_cap_(logits_CV, logit_scale, softcap, with_slope=any(needs_gradient))
+        losses_N3[rows_C] = loss_rows_(logits_CV, Targets(*chunk), with_gradient=any(needs_gradient))
+        if any(needs_gradient):
             gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
             if dbias_V is not None:
                 dbias_V += gradient_CV.sum(dim=0)
@@ -140,7 +75,7 @@ def losses_and_gradients(
 
 
 def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor) -> None:
-    """Add a product of possibly shorter numbers; without a second [V, d] where they are not."""
+    """Add a product, whose factors may have a shorter dtype; without a second [V, d] if the dtypes agree."""
     if sum_Vd.dtype == right_Cd.dtype:
         sum_Vd.addmm_(left_VC, right_Cd)
     else:
@@ -150,7 +85,7 @@ def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor) -> None:
 def scale_and_cap_(
     products_CV: Tensor, logit_scale: float, softcap: float | None, *, with_slope: bool
 ) -> Tensor | float | None:
-    """Turn products into logits; the derivative of the logits by the products, None where it is 1."""
+    """Turn products into logits; return the derivative of the logits by the products, or None if it is 1."""
     if not softcap:
         if logit_scale == 1:
             return None
@@ -163,7 +98,7 @@ def scale_and_cap_(
 
 
 def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> Tensor:
-    """The losses [C, 3] of a chunk; its logits become the gradient of the weighted losses, or else scratch.
+    """The losses [C, 3] of a chunk; its logits become the gradient of the weighted losses, or scratch data.
 
     Every number is taken relative to the largest logit of its row, so that logits of ±1e4 lose no digits.
     """
@@ -171,7 +106,7 @@ def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> T
     ids_CK, counts_CK = targets.ids, targets.counts
     label_C1 = logits_CV.gather(1, labels_C1)
     top_CK = logits_CV.gather(1, ids_CK).masked_fill_(~counts_CK, -torch.inf)
-    # Adding, not writing: ids that do not count all point at column 0, and add nothing there.
+    # Add, do not write: ids that do not count all point at column 0, and add 0 there.
     logits_CV.scatter_add_(1, ids_CK, torch.zeros_like(top_CK).masked_fill_(counts_CK, -torch.inf))
 
     peak_C1 = logits_CV.amax(dim=1, keepdim=True)
@@ -199,7 +134,7 @@ def loss_rows_(logits_CV: Tensor, targets: Targets, *, with_gradient: bool) -> T
     dkl_CJ = kl_weight_C1 * (p_sum_C1 * q_CJ - p_CJ)
     dadvantage_CJ = advantage_weight_C1 * q_CJ * (expected_C1 - targets.advantages)
     gradient_CJ = dnll_CJ + dkl_CJ + dadvantage_CJ
-    # The tail's mass is at least the 1 of its own peak, or 0 where the tail is empty.
+    # The tail's mass is at least 1, from its own peak; it is 0 if the tail is empty.
     tail_CV.mul_(gradient_CJ[:, -1:] / mass_C1.clamp(min=1))
     tail_CV.scatter_add_(1, ids_CK, gradient_CJ[:, :-1])
     tail_CV.scatter_add_(1, labels_C1, -nll_weight_C1)

@@ -1,11 +1,11 @@
 """The loss head on CUDA: matrix products by cuBLAS, and between them one Triton program a row.
 
-The twin of `adpa.kernels.torch_head`, with the same numbers. A chunk's logits lie in one buffer, in the dtype of
-hidden, that all chunks share: the product hidden · weightᵀ is written into it, `loss_rows_` turns it into its own
-gradient, and two products read that. The weight's gradient adds up in float32 inside the matrix product, whatever
-the dtype of its factors, and is cast once.
+It computes the same numbers as `adpa.kernels.torch_head`. All chunks share one buffer for logits, in the dtype of
+hidden: the product hidden · weightᵀ is written into it, `loss_rows_` turns it into its own gradient in place, and two
+products read the gradient. The gradient of the weight is summed in float32 inside the matrix product, for any dtype of
+its factors, and cast once.
 
-Importing this module imports triton, which exists for Linux alone: `adpa.kernels.head` does it when it is needed.
+This module imports triton, which exists for Linux alone. So `adpa.kernels.head` imports it only when it is needed.
 
 Shapes: N rows; M rows that have a nonzero weight; C rows of a chunk; d hidden size; V vocabulary; 3 terms.
 """
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from adpa.kernels import loss_rows
-from adpa.kernels.torch_head import Gradients, Targets
+from adpa.kernels.targets import Targets
+from adpa.kernels.torch_head import Gradients
 
-# Whatever d is: what a chunk costs beside its logits is the traffic of weight and of its gradient.
+# For any d: beside its logits, a chunk costs the memory traffic of the weight and of its gradient.
 CHUNK_ROWS = 4096
 
 
@@ -32,18 +33,19 @@ def losses_and_gradients(
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int,
-    wanted: tuple[bool, bool, bool],
+    needs_gradient: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """The losses [N, 3] of every row, and of the gradients of their weighted sum those that are `wanted`.
+    """The losses [N, 3] of every row, and the gradients of their weighted sum.
 
-    The rows are cut into chunks of one size, of at most `chunk_rows`.
+    `needs_gradient` says whether hidden, weight and bias need theirs. The rows are cut into equal chunks of at most
+    `chunk_rows` rows.
     """
     dtype = targets.weights.dtype
-    wants_hidden, wants_weight, wants_bias = wanted
+    needs_hidden, needs_weight, needs_bias = needs_gradient
     losses_N3 = hidden_Nd.new_zeros(len(hidden_Nd), 3, dtype=dtype)
-    dhidden_Nd = torch.zeros_like(hidden_Nd) if wants_hidden else None
-    dweight_Vd = torch.empty_like(weight_Vd, dtype=dtype) if wants_weight else None
-    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if wants_bias else None
+    dhidden_Nd = torch.zeros_like(hidden_Nd) if needs_hidden else None
+    dweight_Vd = torch.empty_like(weight_Vd, dtype=dtype) if needs_weight else None
+    dbias_V = hidden_Nd.new_zeros(len(weight_Vd), dtype=dtype) if needs_bias else None
 
     chunks = max(1, math.ceil(len(rows_M) / chunk_rows))
     stride = math.ceil(len(weight_Vd) / loss_rows.ROW_ALIGNMENT) * loss_rows.ROW_ALIGNMENT
@@ -61,7 +63,7 @@ def losses_and_gradients(
                 losses_C3,
                 softcap=softcap,
                 logit_scale=logit_scale,
-                with_gradient=any(wanted),
+                with_gradient=any(needs_gradient),
             )
         losses_N3[rows_C] = losses_C3
         gradient_CV = logits_CV
@@ -71,7 +73,7 @@ def losses_and_gradients(
             dhidden_Nd[rows_C] = gradient_CV @ weight_Vd
         if dweight_Vd is not None:
             _add_product_(dweight_Vd, gradient_CV.T, hidden_Cd, keep=number > 0)
-    del buffer_CV, logits_CV, gradient_CV  # before the weight's gradient is there twice
+    del buffer_CV, logits_CV, gradient_CV  # before the cast copies the weight's gradient
     return losses_N3, Gradients(
         hidden=dhidden_Nd,
         weight=None if dweight_Vd is None else dweight_Vd.to(weight_Vd.dtype),
@@ -80,9 +82,9 @@ def losses_and_gradients(
 
 
 def _add_product_(sum_Vd: Tensor, left_VC: Tensor, right_Cd: Tensor, *, keep: bool) -> None:
-    """Add a product to the sum, or with `keep` false write it there, without rounding it to shorter numbers.
+    """Add a product to the sum, or overwrite the sum if `keep` is false, without rounding to a shorter dtype.
 
-    On a CPU no matrix product adds bfloat16 or float16 into float32: there its factors are lengthened first.
+    On a CPU no matrix product adds bfloat16 or float16 into float32: there the factors are cast first.
     """
     if sum_Vd.dtype == right_Cd.dtype:
         sum_Vd.addmm_(left_VC, right_Cd, beta=float(keep))

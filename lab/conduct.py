@@ -15,8 +15,8 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
-from adpa.data.cache.shards import write_file
+from adpa.data.cache.files import write_file
+from adpa.data.cache.locations import check_writable
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
 from adpa.lab.evaluate import mean

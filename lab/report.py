@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from adpa.data.bootstrap import Interval, bootstrap_interval, win_share
-from adpa.data.cache.shards import write_file
+from adpa.data.cache.files import write_file
 from adpa.lab.methods import Method
 from adpa.lab.runs import STUDENT, TEACHER, Result
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import logging as transformers_logging
 
-from adpa.data.cache.shards import write_file
+from adpa.data.cache.files import write_file
 from adpa.lab.checkpoints import Laboratory, Plan, build_laboratory
 from adpa.lab.evaluate import Evaluation, evaluate
 from adpa.lab.methods import Method, file_name, train

@@ -7,14 +7,13 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable_file
-from adpa.data.cache.locations import Location
+from adpa.data.cache.files import write_file
+from adpa.data.cache.locations import Location, check_writable_file
 from adpa.data.cache.responses import ResponseSet
 from adpa.data.cache.selection import ScoredSet, select_scored, several_fit
-from adpa.data.cache.shards import write_file
+from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.summary import SignalSummary, summarize
-from adpa.data.vocabulary import read_tokenizer
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress

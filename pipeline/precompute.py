@@ -8,9 +8,8 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import find_version, prepare_cache
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.responses import (
     RESPONSE_NAMES,
     ResponseName,
@@ -23,10 +22,11 @@ from adpa.data.cache.responses import (
 from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.cache.signal_rows import plain_bytes
 from adpa.data.cache.signals import Scoring
+from adpa.data.cache.tokenizers import write_tokenizer
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.preferences import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.data.vocabulary import digest_tokenizer, find_turn_end, write_tokenizer
+from adpa.data.vocabulary import digest_tokenizer, find_turn_end
 from adpa.errors import CacheError, DataError, OptionError
 from adpa.pipeline.models.checkpoint import resolve_device
 from adpa.pipeline.options import (

@@ -79,7 +79,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.Temp
 
 
 def swap_two_tokens(directory: Path) -> str:
-    """Makes the tokenizer of a checkpoint another one: two tokens change places. Returns the first that differs."""
+    """Changes the tokenizer of a checkpoint: two tokens swap their ids. Returns the first that differs."""
     path = directory / "tokenizer.json"
     description = json.loads(path.read_text())
     vocabulary = description["model"]["vocab"]
@@ -151,7 +151,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """The URL of a new bucket of a real server, reached as the environment says."""
+    """The URL of a new bucket on a real server; the environment has its address."""
     import s3fs
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
@@ -166,6 +166,6 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s
 
 
 def heed_signals() -> None:
-    """In a process that a test starts: what runs in the background has them ignored, and so have its children."""
+    """Restores the default signal handling in a process that a test starts: background jobs ignore these signals."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -1,9 +1,10 @@
 """The compact encoding of signal rows, format version 2: the same values in about half the bytes.
 
-A row is encoded by itself, so that reading one touches no other. Each of its arrays becomes one binary value: the
-array's bytes are sorted by significance (all lowest bytes, then all second ones, and so on) and each of these planes is
-a zstd frame. Arrays [T, K] are stored by rank, the T most probable ids first; of log-probabilities, which fall along
-the ranks, each is stored as the difference of its bits from those of the rank before. ``docs/format.md`` specifies it.
+Each row is encoded by itself, so that reading one row touches no other. Each of its arrays becomes one binary value:
+the bytes of the array are sorted by significance (all lowest bytes, then all second bytes, and so on), and each of
+these planes is a zstd frame. Arrays [T, K] are stored by rank: first the most probable id of every token.
+Log-probabilities fall along the ranks; each is stored as the difference between its bits and those of the rank before.
+``docs/format.md`` specifies the encoding.
 
 Shapes: T response tokens, K ids, E entries that are not padding.
 """
@@ -61,10 +62,10 @@ def compact_table(rows: Sequence[SignalRow], top_k: int, lossy: bool, measured: 
     """Encodes signal rows.
 
     Args:
-        rows: the rows; top-K log-probabilities and advantages are taken to float16 unless ``lossy``.
+        rows: the rows; top-K log-probabilities and advantages become float16 unless ``lossy``.
         top_k: K.
-        lossy: round as ``rounding.py`` says, and note each row's errors beside it.
-        measured: measure these errors; else 0 stands for them, as only the table's size is asked for.
+        lossy: round as ``rounding.py`` says, and store the errors of each row beside it.
+        measured: measure these errors; if false, write 0 for them: enough if only the size of the table matters.
     """
     schema = compact_schema(top_k, lossy)
     encoded = [_encode(row, top_k, lossy) for row in rows]
@@ -78,7 +79,7 @@ def compact_table(rows: Sequence[SignalRow], top_k: int, lossy: bool, measured: 
 
 @dataclass(frozen=True)
 class RoundingErrors:
-    """What the lossy form changes, in nats a token; see ``kl_errors`` and ``advantage_errors`` of ``rounding.py``.
+    """The errors of the lossy form, in nats per token; see ``kl_errors`` and ``advantage_errors`` of ``rounding.py``.
 
     Attributes:
         kl: |ΔKL|, mean over the tokens.
@@ -92,7 +93,7 @@ class RoundingErrors:
 
 
 def rounding_errors(tables: Sequence[pa.Table]) -> RoundingErrors | None:
-    """The errors that lossy tables have noted beside their rows; none of tables without tokens."""
+    """The errors that lossy tables have beside their rows; none if the tables have no tokens."""
     columns = ("tokens", "kl_error", "largest_kl_error", "advantage_error")
     rows = pa.concat_tables([table.select(columns) for table in tables]) if tables else None
     if rows is None or not pc.sum(rows["tokens"]).as_py():
@@ -104,10 +105,10 @@ def rounding_errors(tables: Sequence[pa.Table]) -> RoundingErrors | None:
 
 
 def check_encoding(path: Location, schema: pa.Schema) -> None:
-    """Checks that the encoding of a compact table is one that this program knows.
+    """Checks that this program knows the encoding of a compact table.
 
     Raises:
-        CacheError: it is not.
+        CacheError: it does not.
     """
     try:
         encoding = json.loads(schema.metadata[b"adpa"])["encoding"]
@@ -119,7 +120,7 @@ def check_encoding(path: Location, schema: pa.Schema) -> None:
 
 
 def is_compact(schema: pa.Schema) -> bool:
-    """Whether a table of signals is compact; a plain one otherwise."""
+    """Whether a table of signals is compact, not plain."""
     return "tokens" in schema.names
 
 
@@ -170,7 +171,7 @@ def _encode(row: SignalRow, top_k: int, lossy: bool) -> dict[str, Any]:
 
 
 def _measure(row: SignalRow, encoded: dict[str, Any], top_k: int) -> dict[str, float]:
-    """What rounding has changed in a row; 0 where it has no tokens."""
+    """The rounding errors of a row; 0 if it has no tokens."""
     tokens = len(row.topk_ids)
     arrays = {field.name: encoded.get(field.name) for field in ARRAYS}
     rounded = _decode(row.key, tokens, arrays, top_k, lossy=True)

@@ -1,14 +1,15 @@
 """The format of a cache: which program and which version wrote it.
 
-``CACHE/cache.json`` says so, from version 2 on; version 1 had no such file, and is told by its other files. A reader
+From version 2 on, ``CACHE/cache.json`` holds both. Version 1 had no such file; its other files identify it. A reader
 reads every version up to its own.
 """
 
 import re
 
 from adpa.data.cache.documents import read_document, write_document
+from adpa.data.cache.files import list_folder
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, list_folder
+from adpa.data.cache.shards import damaged
 from adpa.errors import AdpaError, CacheError, DamagedFileError
 
 FORMAT, VERSION = "adpa-cache", 2
@@ -17,11 +18,11 @@ RESPONSE_SET = r"[a-z]+-[0-9a-f]{16}-[0-9a-f]{32}\.arrow"
 
 
 def check_cache(cache: Location) -> int:
-    """The version of a cache that is to be read.
+    """The version of an existing cache.
 
     Raises:
-        CacheError: there is none, it is of a newer format or names another program, or it cannot be read.
-        DamagedFileError: its marker is damaged, or of another program.
+        CacheError: the cache does not exist, has a newer format, names another program, or cannot be read.
+        DamagedFileError: its marker is damaged, or belongs to another program.
     """
     version = find_version(cache)
     if version is None:
@@ -30,28 +31,28 @@ def check_cache(cache: Location) -> int:
 
 
 def prepare_cache(cache: Location) -> None:
-    """Makes a cache one of this version, before anything else is written to it.
+    """Marks a cache as one of this version, before anything else is written to it.
 
     Raises:
-        CacheError: it is of a newer format or names another program, or it cannot be read or written.
-        DamagedFileError: its marker is damaged, or of another program.
+        CacheError: it has a newer format, names another program, or cannot be read or written.
+        DamagedFileError: its marker is damaged, or belongs to another program.
     """
     if find_version(cache) == VERSION:
         return
     try:
         write_document(cache / MARKER, {"format": FORMAT, "version": VERSION})
-    except Exception as error:  # clients of object stores have errors of their own
+    except Exception as error:  # clients of object stores raise their own errors
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
             raise  # a full disk is not the user's mistake
         raise _unusable(cache, "written", error) from error
 
 
 def find_version(cache: Location) -> int | None:
-    """The version of the format of a cache; none where there is no cache yet.
+    """The version of the format of a cache; none if the cache does not exist yet.
 
     Raises:
-        CacheError: it is of a newer format or names another program, or it cannot be read.
-        DamagedFileError: its marker is damaged, or of another program.
+        CacheError: it has a newer format, names another program, or cannot be read.
+        DamagedFileError: its marker is damaged, or belongs to another program.
     """
     marker = cache / MARKER
     try:
@@ -59,12 +60,12 @@ def find_version(cache: Location) -> int | None:
             fields, proved = read_document(marker)
         except FileNotFoundError:
             return 1 if has_files(cache) else None
-    except DamagedFileError as error:  # nothing in it is proved, not even that it is a marker
+    except DamagedFileError as error:  # so it may not even be a marker
         problem = str(error.args[0]).replace(": damaged: ", ": damaged, or of another program: ", 1)
         raise DamagedFileError(problem, "name another directory, or restore this file") from error
     except AdpaError:
         raise
-    except Exception as error:  # clients of object stores have errors of their own
+    except Exception as error:  # clients of object stores raise their own errors
         raise _unusable(cache, "read", error) from error
     if fields.get("format") != FORMAT:
         raise CacheError(
@@ -82,7 +83,7 @@ def find_version(cache: Location) -> int | None:
 
 
 def has_files(cache: Location) -> bool:
-    """Whether a directory has a file that only a cache has; a folder of some name is anybody's."""
+    """Whether a directory has a file that only a cache has. Folder names alone prove nothing."""
     if any(re.fullmatch(RESPONSE_SET, path.name) for path in list_folder(cache / "responses")):
         return True
     return any((folder / "scoring.json").exists() for folder in list_folder(cache / "scorings"))

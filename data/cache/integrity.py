@@ -1,12 +1,15 @@
-"""What must be true of the rows of a cache, whoever wrote them; and what is wrong with a row where it is not.
+"""Checks the rows of a cache, and says what is wrong with a row.
 
-Tolerances come from the number formats alone. A log-probability is a float32 difference of a logit and a
-log-sum-exp; for logits of up to 1,024 the steps of float32 are 2^-13, half a step of error each, so ``FLOAT32_ERROR``
-is 2^-13. Stored in float16 it is off by half a unit of the last of 11 binary digits more: by at most |log p| · 2^-11.
-Rounded by the lossy encoding, it is off by half a step of the grid of ``rounding.py``, whatever p was before:
-min(LOGPROB_STEP / p, COARSEST) / 2; the tail and the response's own tokens are in float16 there. An error e of log p is
-one of p · (exp(e) − 1) of the mass. So the mass may be off by the sum of these, computed for each position, and
-by ``FLOAT32_ERROR``.
+The tolerances follow from the number formats alone:
+
+    float32    A log-probability is a float32 difference of a logit and a log-sum-exp. For logits of up to 1,024 the
+               steps of float32 are 2^-13, and each of the two is off by half a step: ``FLOAT32_ERROR`` is 2^-13.
+    float16    It has 11 binary digits. Storing log p adds half a unit of the last digit: at most |log p| · 2^-11.
+    lossy      Rounding adds half a step of the grid of ``rounding.py``: min(LOGPROB_STEP / p, COARSEST) / 2.
+               The tail and the response's own tokens are in float16.
+
+An error e of log p changes the mass by p · (exp(e) − 1). So the mass of a position may be off by the sum of these
+errors and ``FLOAT32_ERROR``.
 
 Shapes: T response tokens, K ids of the teacher's top K.
 """
@@ -32,13 +35,13 @@ FLOAT32_ERROR = 2.0**-13
 
 @dataclass(frozen=True)
 class SignalRules:
-    """What a scoring's rows have to be.
+    """The rules that the rows of a scoring must obey.
 
     Attributes:
         top_k: K.
-        with_reference: whether there are advantages.
-        ids_below: what every id is below; none where the vocabulary's size is not known.
-        top_p: below 1, a position may have fewer than K ids, of so much mass at least, the rest being padding.
+        with_reference: whether rows have advantages.
+        ids_below: every id is less than this; none if the size of the vocabulary is unknown.
+        top_p: if below 1, a position may have fewer than K ids, when their mass is at least this; padding follows them.
         lossy: whether log-probabilities were rounded as ``rounding.py`` says.
     """
 
@@ -50,17 +53,17 @@ class SignalRules:
 
 
 def signal_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np.int32] | None) -> Iterator[str]:
-    """What is wrong with a signal row: the kind of problem, a colon, and the details.
+    """Yields the problems of a signal row, each as its kind, a colon and the details.
 
     Args:
         row: the row.
-        rules: what it has to be.
-        response_ids: int32 [T], the response that it is about; none where no response set has it.
+        rules: the rules that it must obey.
+        response_ids: int32 [T], the response that it belongs to; none if no response set has that.
     """
     length, with_reference = len(row.token_logprobs), rules.with_reference
     advantages = (row.token_advantages, row.topk_advantages)
     if any((column is not None) != with_reference for column in advantages):
-        yield f"advantages {'are missing, though' if with_reference else 'are there, though no'} reference was asked"
+        yield "advantages are missing" if with_reference else "advantages without a reference"
         return
     shapes: list[tuple[NDArray[Any], tuple[int, ...]]] = [
         (row.token_logprobs, (length,)),
@@ -70,8 +73,8 @@ def signal_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np
     if row.token_advantages is not None and row.topk_advantages is not None:
         shapes += [(row.token_advantages, (length,)), (row.topk_advantages, (length, rules.top_k))]
     if any(column.shape != shape for column, shape in shapes):
-        found = ", ".join(str(column.shape) for column, _ in shapes)
-        yield f"its columns do not have one length, or not K = {rules.top_k} ids: {found}"
+        shown = ", ".join(str(column.shape) for column, _ in shapes)
+        yield f"its columns do not have one length, or not K = {rules.top_k} ids: {shown}"
         return
     if response_ids is not None and len(response_ids) != length:
         yield f"not as long as the response: {length} tokens; the response has {len(response_ids)}"
@@ -81,7 +84,7 @@ def signal_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np
 
 
 def response_set_problems(responses: ResponseSet, ids_below: int | None) -> Iterator[str]:
-    """What is wrong with a response set, whose columns are those of a set; ``ids_below`` as in ``SignalRules``."""
+    """Yields the problems of a response set that has the right columns; ``ids_below`` as in ``SignalRules``."""
     table, info = responses.table, responses.info
     rows = [
         (example_id, list_row(table["prompt_ids"], row), list_row(table["response_ids"], row))
@@ -107,15 +110,15 @@ def response_set_problems(responses: ResponseSet, ids_below: int | None) -> Iter
 
 
 def error_problems(table: pa.Table) -> Iterator[str]:
-    """What is wrong with the errors that a lossy table notes beside its rows."""
+    """Yields the problems of the rounding errors that a lossy table has beside its rows."""
     errors = [table[field.name].to_numpy() for field in ERRORS]
     faulty = np.flatnonzero([not (np.isfinite(row).all() and min(row) >= 0) for row in zip(*errors, strict=True)])
     if len(faulty):
-        yield f"{_rows(faulty.tolist())}: errors of rounding that are missing, or no numbers"
+        yield f"{_rows(faulty.tolist())}: rounding errors that are missing, or not numbers"
 
 
 def sample_problems(response_ids: NDArray[np.int32]) -> Iterator[str]:
-    """What is wrong with a sample, int32 [T]."""
+    """Yields the problems of a sample, int32 [T]."""
     if len(response_ids) == 0 or not _in_range(response_ids, None):
         yield "an empty response, or ids below 0"
 
@@ -137,7 +140,7 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if not (
         (logprobs_TK <= FLOAT32_ERROR).all() and (tail_T <= FLOAT32_ERROR).all() and (token_T <= FLOAT32_ERROR).all()
     ):
-        yield "log-probabilities above 0, or no numbers"
+        yield "log-probabilities above 0, or not numbers"
         return
     if not np.isfinite(token_T).all():
         yield "a token of the response with the probability 0"
@@ -172,7 +175,7 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if row.token_advantages is not None and row.topk_advantages is not None:
         possible_TK = np.isfinite(logprobs_TK) & (row.topk_ids != PADDING)
         if not (np.isfinite(row.token_advantages).all() and np.isfinite(row.topk_advantages[possible_TK]).all()):
-            yield "advantages that are no numbers"
+            yield "advantages that are not numbers"
 
 
 def _in_range(ids: NDArray[np.int32], below: int | None) -> bool:

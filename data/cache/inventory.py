@@ -1,14 +1,13 @@
-"""Every file of a cache, and what it is by its place."""
+"""Lists every file of a cache, and tells its kind by its place."""
 
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import HIDDEN
+from adpa.data.cache.files import HIDDEN
+from adpa.data.cache.locations import Location, is_local
 
 FileKind = Literal[
     "marker", "response set", "scoring", "signals", "pending", "samples", "tokenizer", "unfinished", "damaged",
@@ -17,8 +16,8 @@ FileKind = Literal[
 
 NAME = r"[^/.][^/]*"
 
-# The first that fits a place, which is the path below the cache. Readers take whatever has such a name. What is hidden
-# and has no name that adpa gives belongs to somebody else.
+# A place is the path below the cache; the first pattern that matches it decides. Readers read any file with such a
+# name. A hidden file whose name is not one of adpa's belongs to another program.
 PLACES: dict[FileKind, str] = {
     "unfinished": rf"(({NAME}/)*{HIDDEN}|tokenizers/{HIDDEN}(/.*[^/])?)",
     "damaged": rf"damaged(/{NAME})+",
@@ -38,14 +37,14 @@ DEEP_FOLDERS = rf"(tokenizers|damaged)(/{NAME})*|tokenizers/{HIDDEN}(/.+)?"
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A file of a cache; a directory that is none of the cache's, and what is no file, is one unknown entry of no size.
+    """A file of a cache. A foreign directory, or something that is not a file, is one unknown entry of size 0.
 
     Attributes:
-        path: where it is.
-        place: the same below the cache, with slashes; a directory's ends with one.
-        kind: what it is, by its place alone.
+        path: its path.
+        place: its path below the cache, with slashes; the place of a directory ends with one.
+        kind: its kind, by its place alone.
         size: bytes.
-        changed: when it was written, seconds since 1970 by the clock of the file system.
+        changed: when it was written, in seconds since 1970 by the clock of the file system.
     """
 
     path: Location
@@ -56,17 +55,17 @@ class CacheFile:
 
     @property
     def owner(self) -> str:
-        """The scoring's, the samples' or the tokenizer's id, whose folder it lies in."""
+        """The id of the scoring, samples or tokenizer in whose folder it lies."""
         return self.place.split("/")[1]
 
 
 def list_files(cache: Location) -> list[CacheFile]:
-    """Every file of a cache, in the order of their places.
+    """Every file of a cache, sorted by place.
 
-    ``evaluation``, the cache inside of the cache that ``adpa evaluate`` keeps, is one entry.
+    ``evaluation``, the cache of ``adpa evaluate`` inside the cache, is one entry.
     """
-    if not isinstance(cache, Path):
-        cache.fs.invalidate_cache()  # other processes write, too
+    if not is_local(cache):
+        cache.fs.invalidate_cache()  # other processes write to it
     return sorted(_walk(cache, ""), key=lambda file: file.place)
 
 
@@ -78,25 +77,25 @@ def _walk(folder: Location, above: str) -> Iterator[CacheFile]:
     for path in paths:
         place = above + path.name
         is_directory = path.is_dir()
-        # Folders of any depth must not be a loop of links, nor lead out of the cache.
+        # A link to a folder of any depth could be a loop, or lead out of the cache: it is not followed.
         if is_directory and re.fullmatch(FOLDERS if path.is_symlink() else f"{FOLDERS}|{DEEP_FOLDERS}", place):
             yield from _walk(path, place + "/")
             continue
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not (isinstance(path, Path) and path.is_symlink()):
-                continue  # removed meanwhile; else a link to nothing, or to itself
+            if isinstance(error, FileNotFoundError) and not (is_local(path) and path.is_symlink()):
+                continue  # removed meanwhile; otherwise it is a broken link, or one to itself
             yield CacheFile(path, place, "unknown", 0, 0.0)
             continue
         if is_directory:
-            yield CacheFile(path, place + "/", find_kind(place + "/"), 0, found.st_mtime)
-        elif isinstance(path, Path) and not stat.S_ISREG(found.st_mode):
-            yield CacheFile(path, place, "unknown", 0, found.st_mtime)
+            yield CacheFile(path, place + "/", find_kind(place + "/"), 0, status.st_mtime)
+        elif is_local(path) and not stat.S_ISREG(status.st_mode):
+            yield CacheFile(path, place, "unknown", 0, status.st_mtime)
         else:
-            yield CacheFile(path, place, find_kind(place), found.st_size, found.st_mtime)
+            yield CacheFile(path, place, find_kind(place), status.st_size, status.st_mtime)
 
 
 def find_kind(place: str) -> FileKind:
-    """What a file is by its place."""
+    """The kind of the file at a place."""
     return next(kind for kind, pattern in PLACES.items() if re.fullmatch(pattern, place))

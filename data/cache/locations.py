@@ -1,14 +1,65 @@
-"""Where a cache lies: a local directory, or an address of an object store such as ``s3://bucket/folder``."""
+"""Where a cache lies: a local directory, or the URL of an object store such as ``s3://bucket/folder``."""
 
 import os
 from pathlib import Path
 from typing import TypeAlias
 
+from typing_extensions import TypeIs
 from upath import UPath
+
+from adpa.errors import OptionError
 
 Location: TypeAlias = Path | UPath
 
 
+def find_location(text: str) -> Location:
+    """The location that a user named: a path, or the URL of anything that fsspec opens.
+
+    Raises:
+        OptionError: the URL's scheme is unknown, or the package that opens it is not installed.
+    """
+    if "://" not in text:
+        return Path(text)
+    try:
+        location = UPath(text)
+        local = "file" in location.fs.protocol
+    except (ImportError, ValueError) as error:
+        raise OptionError(
+            f"{text}: cannot be opened: {error}", "name a directory, or s3://bucket/folder with pip install 'adpa[s3]'"
+        ) from error
+    return Path(location.path) if local else location
+
+
+def is_local(location: Location) -> TypeIs[Path]:
+    """Whether a location is in the file system: it can rename and link files, and has folders. Object stores cannot."""
+    return isinstance(location, Path)
+
+
 def copies_folder() -> Path:
-    """Where files of object stores are kept for reading: ``$ADPA_HOME/files``; it may be deleted at any time."""
+    """Where local copies of an object store's files lie: ``$ADPA_HOME/files``. Users may delete it at any time."""
     return Path(os.environ.get("ADPA_HOME") or Path.home() / ".cache" / "adpa") / "files"
+
+
+def check_writable(option: str, directory: Location) -> None:
+    """Checks that a directory can be written, or made if it does not exist. An object store reports this when written.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if not is_local(directory):
+        return
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")
+    if not os.access(nearest, os.W_OK):
+        raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")
+
+
+def check_writable_file(option: str, file: Path) -> None:
+    """Checks that a file can be written into an existing directory.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")

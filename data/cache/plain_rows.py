@@ -1,6 +1,6 @@
-"""Responses joined with their signals as plain columns, for programs that know nothing of adpa.
+"""Joins responses with their signals as plain columns, for programs that know nothing of adpa.
 
-Log-probabilities and advantages are float32, which holds what is stored exactly and which everything reads. Positions
+Log-probabilities and advantages are float32: every program reads it, and it holds the stored numbers exactly. Positions
 with fewer than K ids have shorter lists.
 """
 
@@ -64,7 +64,7 @@ def _table(responses: pa.Table, rows: Sequence[SignalRow]) -> pa.Table:
 def _nested_column(
     values: Sequence[NDArray[Any]], written_TK: Sequence[NDArray[np.bool_]], type: pa.ListType
 ) -> pa.ListArray:
-    """A column of lists of lists, of those entries of arrays [T, K] that are written."""
+    """A column of lists of lists: of each array [T, K], the entries that ``written_TK`` marks."""
     flat = [value[written] for value, written in zip(values, written_TK, strict=True)]
     lengths = np.concatenate([written.sum(axis=1) for written in written_TK])
     element = type.value_type.value_type

@@ -1,4 +1,4 @@
-"""Rows of different lengths as Arrow list columns and back, with no Python object per element."""
+"""Turns rows of different lengths into Arrow list columns and back, without a Python object per element."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def list_column(rows: Sequence[NDArray[Any]], type: pa.ListType) -> pa.ListArray:
-    """Makes a list column of arrays [T] or [T, K] with differing T.
+    """Makes a list column of arrays [T] or [T, K] whose T differ.
 
     Args:
         rows: one array for each row.
@@ -29,7 +29,7 @@ def list_column(rows: Sequence[NDArray[Any]], type: pa.ListType) -> pa.ListArray
 
 
 def list_row(column: pa.ChunkedArray, index: int) -> NDArray[Any]:
-    """One row of such a column: [T] or [T, K], a read-only view of the column's memory."""
+    """One row of a list column: [T] or [T, K], a read-only view of the column's memory."""
     values = column[index].values
     if not pa.types.is_fixed_size_list(values.type):
         return values.to_numpy(zero_copy_only=True)

@@ -1,8 +1,8 @@
-"""Taking files out of a cache: for good, unless they are needed again, or into ``CACHE/damaged``.
+"""Removes files from a cache: for good, only if nothing needs them, or by moving them to ``CACHE/damaged``.
 
-A writer puts a file that needs others into the cache before it checks that these are there. So a file without users is
-renamed first, then its users are looked up: either the writer sees it missing, or we see the writer. A process that is
-killed in between leaves renamed files, which the next one restores.
+A writer first writes the file that needs others, then checks that the others exist. So removal renames a file first,
+then looks for files that need it: either the writer sees it missing, or we see the writer's file. A process that is
+killed in between leaves renamed files; the next removal restores them.
 """
 
 import os
@@ -11,27 +11,29 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from adpa.data.cache.files import find_hidden, hide, remove_file, write_file
 from adpa.data.cache.inventory import CacheFile, find_kind
-from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import find_hidden, hide, is_whole, remove_file, write_file
+from adpa.data.cache.locations import Location, is_local
+from adpa.data.cache.shards import is_whole
 from adpa.data.cache.signals import read_scoring_file
-from adpa.data.vocabulary import CONTENTS, read_contents
+from adpa.data.cache.tokenizers import CONTENTS, read_contents
 from adpa.errors import CacheError
 
 
 def remove_files(cache: Location, files: Iterable[CacheFile]) -> None:
-    """Removes files, and the folders of the cache that this leaves empty; what is gone already is as good."""
+    """Removes files, and the folders of the cache that become empty. Missing files are no error."""
     for file in files:
         remove_file(file.path)
         _remove_empty_folders(cache, file.path)
 
 
 def remove_unless(cache: Location, path: Location, needed: Callable[[], bool]) -> bool:
-    """Removes a file, or a folder of a file system with its files, unless it is needed; says whether it did.
+    """Removes a file, or a local folder with its files, unless it is needed; returns whether it removed it.
 
-    ``needed`` is asked when it is hidden. Object stores cannot rename: there it is asked just before the file goes.
+    It calls ``needed`` while the file is hidden. Object stores cannot rename: there it calls ``needed`` just before it
+    removes the file.
     """
-    if not isinstance(path, Path):
+    if not is_local(path):
         if needed():
             return False
         remove_file(path)
@@ -54,16 +56,16 @@ def remove_unless(cache: Location, path: Location, needed: Callable[[], bool]) -
 
 
 def find_restorable(files: Iterable[CacheFile]) -> list[CacheFile]:
-    """The hidden files that are whole, and nobody has written again; of a hidden tokenizer, the list of its files.
+    """The hidden files that are whole and have no visible successor; of a hidden tokenizer, ``files.json`` alone.
 
-    A process was killed when it had hidden them, or before it gave them their names.
+    A killed process left them: it had hidden them, or had not yet given them their names.
     """
-    hidden = (file for file in files if file.kind == "unfinished" and isinstance(file.path, Path))
+    hidden = (file for file in files if file.kind == "unfinished" and is_local(file.path))
     return [file for file in hidden if _is_restorable(file)]
 
 
 def as_restored(files: Iterable[CacheFile], restorable: Iterable[CacheFile]) -> list[CacheFile]:
-    """What a listing of the files would be if what can be restored were."""
+    """The listing as it would be after ``restore`` of every restorable file."""
     folders = {_hidden_path(file) for file in restorable}
 
     def moved(file: CacheFile) -> CacheFile:
@@ -77,7 +79,7 @@ def as_restored(files: Iterable[CacheFile], restorable: Iterable[CacheFile]) -> 
 
 
 def restore(file: CacheFile, abandoned: bool) -> None:
-    """Puts back what ``find_restorable`` gave; a copy of it, where the one that writes it may still be at work."""
+    """Restores a file from ``find_restorable``: an abandoned one by its name, another by a copy, as it has a writer."""
     hidden = _hidden_path(file)
     path = find_hidden(hidden)
     if abandoned or hidden.is_dir():
@@ -87,7 +89,7 @@ def restore(file: CacheFile, abandoned: bool) -> None:
 
 
 def set_aside(cache: Location, files: Iterable[CacheFile]) -> list[str]:
-    """Moves files to the same place below ``CACHE/damaged``; gives these places."""
+    """Moves files to the same places below ``CACHE/damaged``; returns the new places."""
     places = []
     for file in files:
         place = f"damaged/{file.place}"
@@ -113,24 +115,24 @@ def _is_restorable(file: CacheFile) -> bool:
         if kind == "tokenizer" and file.path == hidden / CONTENTS:
             read_contents(hidden)
             return True
-    except (FileNotFoundError, CacheError):  # its process has just ended, or it is half
+    except (FileNotFoundError, CacheError):  # its process has just ended, or it is incomplete
         return False
     return False
 
 
 def _hidden_path(file: CacheFile) -> Path:
-    """The hidden file, or the folder of a tokenizer that is hidden as a whole."""
-    assert isinstance(file.path, Path), "in object stores nothing is hidden"
+    """The hidden file, or the hidden folder of a tokenizer."""
+    assert is_local(file.path), "object stores have no hidden files"
     parts = file.place.split("/")
     is_folder = len(parts) > 2 and parts[0] == "tokenizers" and parts[1].startswith(".")
     return file.path.parents[len(parts) - 3] if is_folder else file.path
 
 
 def _show(hidden: Path, path: Path) -> None:
-    """Gives a hidden file or folder its name back."""
+    """Gives a hidden file or folder its name back; removes a hidden folder that was written again."""
     try:
         os.rename(hidden, path)
-    except FileNotFoundError:  # another process has put it back
+    except FileNotFoundError:  # another process has restored it
         return
     except OSError:
         if not path.is_dir():
@@ -147,8 +149,8 @@ def _remove(path: Path) -> None:
 
 def _remove_empty_folders(cache: Location, path: Location) -> None:
     folder = path.parent
-    # The folders right below the cache stay, as readers look for them. Object stores have no folders.
-    while isinstance(folder, Path) and folder.parent != cache and folder != cache:
+    # The folders right below the cache stay: readers look for them. Object stores have no folders.
+    while is_local(folder) and folder.parent != cache and folder != cache:
         try:
             folder.rmdir()
         except OSError:  # it is not empty, or another process was first

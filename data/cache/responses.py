@@ -1,8 +1,7 @@
-"""Response sets: what was said, by whom, and how it was turned into tokens.
+"""Response sets: prompts and responses as tokens, and how they were made.
 
-A set is one shard, ``CACHE/responses/<name>-<id>-<digest of the file's bytes>.arrow``. Its id is the digest of its
-rows and of how it was made, so that the same responses to the same prompts are the same set, in whatever order the
-data came.
+A set is one shard, ``CACHE/responses/<name>-<id>-<digest of the file's bytes>.arrow``. Its id is the digest of its rows
+and of how it was made. So the same responses to the same prompts are the same set, whatever the order of the data.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from adpa.data.sequences import TokenIds, TokenSequence, sequence_key
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
 
-STRANGER = "its content does not give the id in its name"
+STRANGER = "its content does not match the id in its name"
 SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
@@ -35,7 +34,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses were sampled: ``student`` is the digest of the weights, ``turn_end`` the token that stops."""
+    """How responses were sampled: ``student`` is the digest of the weights, ``turn_end`` the token that ends one."""
 
     student: str
     turn_end: int
@@ -58,13 +57,13 @@ class ResponseSetInfo:
         vocabulary: digest of its vocabulary.
         chat_template: digest of its chat template.
         turn_end: id of the end-of-turn token.
-        max_prompt_length: tokens kept of a prompt.
-        max_length: tokens kept of prompt and response.
+        max_prompt_length: most tokens of a prompt.
+        max_length: most tokens of a prompt and its response.
         truncated_prompts: prompts that were cut.
         truncated_responses: responses that lack their end-of-turn token.
         dropped: pairs of the data that are not in the set.
-        examples: digest of the example ids; equal in the sets of one data set.
-        sampling: for sampled responses, how.
+        examples: digest of the example ids; the sets of one data set have the same.
+        sampling: how responses were sampled; none if they were not.
     """
 
     name: ResponseName
@@ -113,7 +112,7 @@ class ResponseSet:
         ]
 
     def describe(self) -> str:
-        """One line for people who must choose among sets."""
+        """One line for a user who has to choose among sets."""
         sampling = self.info.sampling
         text = f"{self.info.name}-{self.id}: {len(self)} responses"
         if sampling is not None:
@@ -126,7 +125,7 @@ class ResponseSet:
 def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds, TokenIds]]) -> ResponseSet:
     """Makes a set of (example id, prompt ids, response ids), none of them empty; rows of one example keep their order.
 
-    What ``info`` says of the rows, ``truncated_responses`` and ``examples``, is filled in here.
+    This fills in the fields of ``info`` that depend on the rows: ``truncated_responses`` and ``examples``.
     """
     ordered = sorted(rows, key=lambda row: row[0])
     example_ids = [example_id for example_id, _, _ in ordered]
@@ -149,7 +148,7 @@ def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds,
 
 
 def write_response_set(cache: Location, responses: ResponseSet) -> None:
-    """Adds a set to a cache; a set that is already there is left as it is."""
+    """Adds a set to a cache; changes nothing if the cache has it."""
     folder, prefix = cache / "responses", responses.shard_prefix()
     if not list_shards(folder, prefix):
         write_shard(folder, prefix, responses.table)
@@ -159,12 +158,12 @@ def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
     """Reads every response set of a cache, each once.
 
     Raises:
-        DamagedFileError: a file's bytes or its content do not give the digests in its name.
+        DamagedFileError: the digests of a file's bytes or content differ from those in its name.
     """
     read: set[str] = set()
     for path, table in open_shards(cache / "responses"):
         responses = _checked(path, table)
-        if responses.id not in read:  # two writers at once may have written other bytes of one set
+        if responses.id not in read:  # two processes may have written one set as different bytes
             read.add(responses.id)
             yield responses
 
@@ -173,7 +172,7 @@ def read_response_set(path: Location) -> ResponseSet:
     """Reads the response set of a file.
 
     Raises:
-        DamagedFileError: the file's bytes or its content do not give the digests in its name.
+        DamagedFileError: the digests of the file's bytes or content differ from those in its name.
     """
     return _checked(path, read_shard(path))
 
@@ -182,7 +181,7 @@ def peek_response_set(path: Location) -> ResponseSet:
     """Opens the response set of a file without computing its digests, for counting.
 
     Raises:
-        DamagedFileError: it is no response set.
+        DamagedFileError: it is not a response set.
     """
     return _interpret(path, peek_shard(path))
 

@@ -1,9 +1,10 @@
-"""The lossy form of signals: log-probabilities and advantages on grids that are fine where the teacher is sure.
+"""The lossy form of signals: rounds log-probabilities and advantages to grids that are fine where the teacher is sure.
 
-An error ε of log p_k changes KL(p‖q) by about p_k·ε·log(p_k/q_k), so the grid of log-probabilities has steps of
-LOGPROB_STEP / p nats, COARSEST at most: p·ε is the same for every token that matters. Advantages are weighted by the
-student's probabilities, for which the teacher's stand here: their step is ADVANTAGE_STEP / √p, COARSEST at most.
-What is not per id (the response's own tokens, the tail) is kept in float16.
+An error ε of log p_k changes KL(p‖q) by about p_k·ε·log(p_k/q_k). So the steps of the grid of log-probabilities are
+LOGPROB_STEP / p nats, and COARSEST at most: p·ε is then the same for every token that matters. The loss weights
+advantages by the student's probabilities; here the teacher's stand in for them. So the step of an advantage is
+ADVANTAGE_STEP / √p, and COARSEST at most. The numbers that are not per id (the response's own tokens and the tail) are
+float16.
 
 Shapes: T response tokens, K ids. Steps in nats.
 """
@@ -16,7 +17,7 @@ from adpa.data.cache.signal_rows import PADDING, SignalRow
 LOGPROB_STEP = 2.0**-12
 ADVANTAGE_STEP = 2.0**-5
 COARSEST = 0.5
-DEEPEST = 128.0  # in nats; what is less probable is taken for this probable
+DEEPEST = 128.0  # in nats; the grid ends here, and smaller probabilities are rounded up to it
 
 
 def _grid() -> NDArray[np.float64]:
@@ -34,29 +35,29 @@ STEPS = np.append(np.minimum(COARSEST, ADVANTAGE_STEP * np.exp(-GRID / 2)), 0).a
 
 
 def round_logprobs(logprobs: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """The codes of log-probabilities; ``LOGPROBS[code]`` is the nearest one of the grid."""
+    """The codes of log-probabilities; ``LOGPROBS[code]`` is the nearest value of the grid."""
     codes = np.searchsorted(MIDDLES, -logprobs.astype(np.float64))
     return np.where(np.isneginf(logprobs), IMPOSSIBLE, codes).astype(np.uint16)
 
 
 def round_advantages(advantages: NDArray[np.floating], codes: NDArray[np.uint16]) -> NDArray[np.uint32]:
-    """Advantages in steps of ``STEPS[code]``, as 0, −1, 1, −2, … ↦ 0, 1, 2, 3, …; 0 where the teacher says never."""
-    assert np.isfinite(advantages[codes != IMPOSSIBLE]).all(), "an advantage that is no number"
+    """Advantages in steps of ``STEPS[code]``, as 0, −1, 1, −2, … ↦ 0, 1, 2, 3, …; 0 where the teacher's p is 0."""
+    assert np.isfinite(advantages[codes != IMPOSSIBLE]).all(), "an advantage that is not a finite number"
     steps = np.where(codes == IMPOSSIBLE, np.inf, STEPS[codes].astype(np.float64))
     counts = np.rint(np.where(codes == IMPOSSIBLE, 0, advantages) / steps).astype(np.int64)
     return np.where(counts < 0, -2 * counts - 1, 2 * counts).astype(np.uint32)
 
 
 def restore_advantages(numbers: NDArray[np.uint32], codes: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """What ``round_advantages`` rounded to; −inf where the teacher says never."""
+    """The values that ``round_advantages`` rounded to; −inf where the teacher's p is 0."""
     counts = (numbers >> 1).astype(np.int32) ^ -(numbers & 1).astype(np.int32)
     return np.where(codes == IMPOSSIBLE, np.float32(-np.inf), counts.astype(np.float32) * STEPS[codes])
 
 
 def kl_errors(exact: SignalRow, rounded: SignalRow) -> NDArray[np.float64]:
-    """By how much rounding changes KL(p‖q) over the K + 1 outcomes, in nats; float64 [T].
+    """The change of KL(p‖q) over the K + 1 outcomes by rounding, in nats; float64 [T].
 
-    The reference stands for the student q; without one, a student to whom all outcomes are equally probable.
+    q is the reference, in place of a student. Without a reference, q is uniform over the outcomes.
     """
     possible_TK = (exact.topk_ids != PADDING) & np.isfinite(exact.topk_logprobs)
     exact_TK, rounded_TK = (np.where(possible_TK, row.topk_logprobs.astype(np.float64), 0) for row in (exact, rounded))

@@ -1,7 +1,7 @@
-"""Samples: what a student said to prompts, kept batch by batch until they make up a response set.
+"""Samples: a student's responses to prompts, stored batch by batch until they form a response set.
 
-They lie in ``CACHE/samples/<id>/``, where the id is the digest of how they were sampled, in immutable shards of rows
-found by the digest of prompt and index.
+They lie in ``CACHE/samples/<id>/`` in immutable shards. The id is the digest of the sampling settings. The key of a row
+is the digest of the prompt and the index of the sample.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ SCHEMA = pa.schema([("key", pa.binary(16)), ("response_ids", pa.list_(pa.int32()
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One response to sample: to which prompt, and which of the several to that prompt."""
+    """One response to sample: the prompt, and the number of the response among those to this prompt."""
 
     prompt_ids: TokenIds
     index: int
 
     @property
     def key(self) -> bytes:
-        """16 bytes, the same for the same prompt and index."""
+        """16 bytes, equal for equal prompt and index."""
         return sequence_key(self.prompt_ids, np.array([self.index], dtype=np.int32))
 
 
@@ -38,7 +38,7 @@ def read_samples(cache: Location, sampling: Sampling) -> dict[bytes, TokenIds]:
     """The responses that a cache already has for these settings: int32 [T] by the request's key.
 
     Raises:
-        DamagedFileError: a file's bytes or columns are not those that were written.
+        DamagedFileError: a file differs from what was written.
     """
     samples: dict[bytes, TokenIds] = {}
     for path, table in open_shards(samples_folder(cache, sampling), SHARD_PREFIX):
@@ -48,7 +48,7 @@ def read_samples(cache: Location, sampling: Sampling) -> dict[bytes, TokenIds]:
 
 
 def check_samples(path: Location, table: pa.Table) -> pa.Table:
-    """Checks that the columns of a shard are those of samples, and gives its table.
+    """Checks that a shard has the columns of samples, and returns its table.
 
     Raises:
         DamagedFileError: they are not.
@@ -59,7 +59,7 @@ def check_samples(path: Location, table: pa.Table) -> pa.Table:
 
 
 def missing_requests(cache: Location, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
-    """The distinct requests that the cache has no response to."""
+    """The distinct requests that have no response in the cache."""
     present = read_samples(cache, sampling)
     return list({request.key: request for request in requests if request.key not in present}.values())
 
@@ -76,8 +76,8 @@ def write_samples(
 
 
 def samples_folder(cache: Location, sampling: Sampling) -> Location:
-    """Where samples made in one way lie in a cache, whatever their number."""
+    """The folder of the samples of these settings; their number does not matter."""
     settings = asdict(sampling)
-    del settings["samples_per_prompt"]  # asking for more keeps those that are there
+    del settings["samples_per_prompt"]  # a larger number reuses the existing samples
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
     return cache / "samples" / digest.hexdigest()

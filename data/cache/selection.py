@@ -1,4 +1,4 @@
-"""Which response sets and which scoring of a cache a run reads."""
+"""Selects the response sets and the scoring of a cache that a run reads."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from adpa.errors import CacheError
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs of a response set beside its tokens: signals, and advantages among them."""
+    """Whether a run needs the signals of a response set, and advantages among them, beside its tokens."""
 
     signals: bool
     advantages: bool
@@ -22,7 +22,7 @@ class Need:
 
 @dataclass(frozen=True)
 class TrainingPart:
-    """A response set in training, with the signals of its rows if a term needs them."""
+    """A response set in training, and its signals if a term needs them."""
 
     responses: ResponseSet
     signals: SignalTable | None
@@ -30,7 +30,7 @@ class TrainingPart:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a run reads: response sets by name, and the scoring that has all the rows it needs of them."""
+    """The response sets that a run reads, by name, and the scoring that has every row that it needs."""
 
     sets: dict[ResponseName, ResponseSet]
     scoring: Scoring | None
@@ -50,7 +50,7 @@ class ScoredSet:
     signals: SignalTable
 
     def describe(self) -> str:
-        """One line for people who must choose."""
+        """One line for a user who has to choose among scored sets."""
         return f"{self.responses.describe()} with scoring {self.scoring.describe()}"
 
 
@@ -65,18 +65,18 @@ def select(
 
     Args:
         cache: the cache's directory.
-        needs: what is needed of each response set.
+        needs: the needs of the run, by response set.
         student: digest of the student's weights; sampled responses must be its own.
         scoring: the beginning of a scoring's id, to choose among several.
         response_sets: beginnings of ids of response sets, to choose among several.
 
     Raises:
-        CacheError: nothing fits, or more than one combination does.
+        CacheError: no combination fits, or several do.
         DamagedFileError: a file of the cache is damaged.
     """
     check_cache(cache)
-    present = _narrow([found for found in read_response_sets(cache) if found.info.name in needs], response_sets)
-    usable = [found for found in present if found.info.sampling is None or found.info.sampling.student == student]
+    present = _narrow([one for one in read_response_sets(cache) if one.info.name in needs], response_sets)
+    usable = [one for one in present if one.info.sampling is None or one.info.sampling.student == student]
     groups = _complete_groups(usable, list(needs))
     if not groups:
         problem, fix = _missing_sets(present, usable, list(needs), student)
@@ -84,14 +84,14 @@ def select(
     if not any(need.signals for need in needs.values()):
         return _only([Selection(group, None, None) for group in groups])
     scorings = _read_scorings(cache, scoring)
-    tables = {found.id: read_signals(cache, found) for found in scorings}
-    pairs = [(group, found) for group in groups for found in scorings]
-    lacks = [_lacks(group, found, tables[found.id], needs) for group, found in pairs]
+    tables = {entry.id: read_signals(cache, entry) for entry in scorings}
+    pairs = [(group, entry) for group in groups for entry in scorings]
+    lacks = [_lacks(group, entry, tables[entry.id], needs) for group, entry in pairs]
     fitting = [
-        Selection(group, found, tables[found.id]) for (group, found), lack in zip(pairs, lacks, strict=True) if not lack
+        Selection(group, entry, tables[entry.id]) for (group, entry), lack in zip(pairs, lacks, strict=True) if not lack
     ]
     if not fitting:
-        reasons = "; ".join(f"scoring {found.id} {lack}" for (_, found), lack in zip(pairs, lacks, strict=True))
+        reasons = "; ".join(f"scoring {entry.id} {lack}" for (_, entry), lack in zip(pairs, lacks, strict=True))
         raise CacheError(
             f"{cache}: no scoring has the signals that are needed: {reasons}",
             "run adpa precompute with these responses, and with --reference for advantages",
@@ -106,11 +106,11 @@ def select_scored(
 
     Args:
         cache: the cache's directory.
-        scoring: the beginning of a scoring's id, to see no other.
-        response_set: the beginning of a response set's id, with or without its name before it, to see no other.
+        scoring: the beginning of a scoring's id; others are ignored.
+        response_set: the beginning of a response set's id, or of its name and id; others are ignored.
 
     Returns:
-        The scored sets, and a line about each set that no scoring has whole.
+        The scored sets, and a line about each set that no scoring covers whole.
 
     Raises:
         CacheError: there is none.
@@ -118,19 +118,19 @@ def select_scored(
     """
     check_cache(cache)
     present = list(read_response_sets(cache))
-    wanted = response_set or ""
-    matching = [found for found in present if found.id.startswith(wanted) or found.shard_prefix().startswith(wanted)]
+    prefix = response_set or ""
+    matching = [one for one in present if one.id.startswith(prefix) or one.shard_prefix().startswith(prefix)]
     if not matching:
-        listing = "; ".join(found.describe() for found in present) or "no response sets"
-        raise CacheError(f"{cache}: has no response set {wanted}; found {listing}", "check --response-set")
-    tables = [(found, read_signals(cache, found)) for found in _read_scorings(cache, scoring)]
+        listing = "; ".join(one.describe() for one in present) or "no response sets"
+        raise CacheError(f"{cache}: has no response set {prefix}; found {listing}", "check --response-set")
+    tables = [(entry, read_signals(cache, entry)) for entry in _read_scorings(cache, scoring)]
     scored, left_out = [], []
     for responses in matching:
         name = responses.info.name
-        lacks = [_lacks({name: responses}, found, table, {name: Need(True, False)}) for found, table in tables]
+        lacks = [_lacks({name: responses}, entry, table, {name: Need(True, False)}) for entry, table in tables]
         scored += [ScoredSet(responses, *pair) for pair, lack in zip(tables, lacks, strict=True) if not lack]
         if all(lacks):
-            reasons = "; ".join(f"scoring {found.id} {lack}" for (found, _), lack in zip(tables, lacks, strict=True))
+            reasons = "; ".join(f"scoring {entry.id} {lack}" for (entry, _), lack in zip(tables, lacks, strict=True))
             left_out.append(f"{responses.describe()}: {reasons}")
     if not scored:
         raise CacheError(
@@ -156,7 +156,7 @@ def select_one_scored(
 
 
 def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
-    """What to raise where only one will do."""
+    """The error where exactly one combination is needed."""
     return CacheError(
         f"{len(scored)} combinations of responses and scoring fit: {'; '.join(one.describe() for one in scored)}",
         "choose with --response-set ID and --scoring ID",
@@ -164,34 +164,34 @@ def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
 
 
 def _read_scorings(cache: Location, beginning: str | None) -> list[Scoring]:
-    scorings = [found for found in read_scorings(cache) if found.id.startswith(beginning or "")]
+    scorings = [entry for entry in read_scorings(cache) if entry.id.startswith(beginning or "")]
     if not scorings:
-        wanted = "scorings" if beginning is None else f"scoring {beginning}"
-        raise CacheError(f"{cache}: found no {wanted}", "make one with adpa precompute")
+        missing = "scorings" if beginning is None else f"scoring {beginning}"
+        raise CacheError(f"{cache}: found no {missing}", "make one with adpa precompute")
     return scorings
 
 
 def _narrow(present: list[ResponseSet], beginnings: Sequence[str]) -> list[ResponseSet]:
-    """Leaves of each named kind only the sets whose ids begin as the user asked."""
+    """Keeps the sets that the user named by the beginnings of their ids; of a kind without one, all."""
     for beginning in beginnings:
-        matching = [found for found in present if found.id.startswith(beginning)]
+        matching = [one for one in present if one.id.startswith(beginning)]
         if not matching:
-            listing = "; ".join(found.describe() for found in present) or "no response sets"
+            listing = "; ".join(one.describe() for one in present) or "no response sets"
             raise CacheError(f"--response-set {beginning}: the cache has none; found {listing}")
-        names = {found.info.name for found in matching}
-        present = [found for found in present if found.info.name not in names or found in matching]
+        names = {one.info.name for one in matching}
+        present = [one for one in present if one.info.name not in names or one in matching]
     return present
 
 
 def _complete_groups(
     usable: Sequence[ResponseSet], names: Sequence[ResponseName]
 ) -> list[dict[ResponseName, ResponseSet]]:
-    """Every way to take one set of each name, all made from the same examples in the same way."""
+    """Every combination of one set of each name, all made from the same examples in the same way."""
     by_origin: dict[tuple[object, ...], dict[ResponseName, list[ResponseSet]]] = defaultdict(lambda: defaultdict(list))
-    for found in usable:
-        info = found.info
+    for responses in usable:
+        info = responses.info
         origin = (info.examples, info.tokenizer, info.chat_template, info.max_prompt_length, info.max_length)
-        by_origin[origin][info.name].append(found)
+        by_origin[origin][info.name].append(responses)
     return [
         dict(zip(names, combination, strict=True))
         for sets in by_origin.values()
@@ -203,14 +203,14 @@ def _complete_groups(
 def _missing_sets(
     present: Sequence[ResponseSet], usable: Sequence[ResponseSet], names: Sequence[ResponseName], student: str
 ) -> tuple[str, str]:
-    """Why there is no complete group, and what to do."""
+    """The reason why no group is complete, and what to do."""
     for name in names:
-        if not any(found.info.name == name for found in usable):
-            others = "; ".join(found.describe() for found in present if found.info.name == name)
+        if not any(one.info.name == name for one in usable):
+            others = "; ".join(one.describe() for one in present if one.info.name == name)
             whose = f" of this student ({student[:8]})" if name == "sampled" else ""
             problem = f"the cache has no {name} responses{whose}" + (f"; found {others}" if others else "")
             return problem, "run adpa precompute " + ("with --student" if name == "sampled" else f"--responses {name}")
-    listing = "; ".join(found.describe() for found in usable)
+    listing = "; ".join(one.describe() for one in usable)
     return (
         f"the cache has no {' and '.join(names)} responses made from the same data with the same tokenizer and limits; "
         f"found {listing}",
@@ -221,7 +221,7 @@ def _missing_sets(
 def _lacks(
     group: Mapping[ResponseName, ResponseSet], scoring: Scoring, table: SignalTable, needs: Mapping[ResponseName, Need]
 ) -> str:
-    """What a scoring lacks, as the end of a sentence; empty if nothing."""
+    """The reason why a scoring does not fit, as the end of a sentence; empty if it fits."""
     for name, need in needs.items():
         if not need.signals:
             continue
@@ -229,9 +229,9 @@ def _lacks(
             return "has another vocabulary"
         if need.advantages and scoring.reference is None:
             return "has no reference, hence no advantages"
-        found = table.locate(group[name].table["key"]) >= 0
-        if not found.all():
-            return f"has {found.sum()} of {len(found)} {name} responses"
+        present = table.locate(group[name].table["key"]) >= 0
+        if not present.all():
+            return f"has {present.sum()} of {len(present)} {name} responses"
     return ""
 
 
@@ -239,7 +239,7 @@ def _only(fitting: Sequence[Selection]) -> Selection:
     if len(fitting) == 1:
         return fitting[0]
     listing = "; ".join(
-        ", ".join(found.describe() for found in selection.sets.values())
+        ", ".join(responses.describe() for responses in selection.sets.values())
         + (f" with scoring {selection.scoring.describe()}" if selection.scoring else "")
         for selection in fitting
     )

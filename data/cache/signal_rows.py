@@ -1,6 +1,7 @@
-"""A signal row: what a scoring says of one token sequence; and tables with a plain column for each of its arrays.
+"""Signal rows: the numbers of a scoring for one token sequence; and tables with a plain column for each array.
 
-Plain tables are format version 1, and what waits between teacher and reference. ``compact.py`` has version 2.
+Plain tables are format version 1, and hold pending rows (the teacher's, before the reference). ``compact.py`` has
+version 2.
 
 Shapes: T response tokens, K ids of the teacher's top K.
 """
@@ -21,9 +22,9 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class SignalRow:
-    """What a scoring says of one token sequence; log-probabilities are natural logarithms.
+    """The numbers of a scoring for one token sequence; log-probabilities are natural logarithms.
 
-    Where fewer than K ids are kept of a token, the rest is padding: id −1, log-probability −inf, advantage 0.
+    If a token has fewer than K ids, padding follows them: id −1, log-probability −inf, advantage 0.
 
     Attributes:
         key: the sequence's key, 16 bytes.
@@ -45,7 +46,7 @@ class SignalRow:
 
 
 def check_length(row: SignalRow, tokens: int) -> None:
-    """Checks that a row is about a response of so many tokens.
+    """Checks that a row belongs to a response with this number of tokens.
 
     Raises:
         DamagedFileError: it is not.
@@ -63,7 +64,7 @@ def check_length(row: SignalRow, tokens: int) -> None:
 def keep_nucleus(row: SignalRow, top_p: float) -> SignalRow:
     """Keeps of each token the fewest ids whose probabilities sum to at least ``top_p``; the rest joins the tail.
 
-    A token whose K ids have less keeps all of them.
+    A token whose K ids sum to less keeps all of them.
     """
     if top_p == 1:
         return row
@@ -83,7 +84,7 @@ def keep_nucleus(row: SignalRow, top_p: float) -> SignalRow:
 
 
 def plain_schema(top_k: int, logprob_type: pa.DataType | None = None) -> pa.Schema:
-    """The schema of a plain table; ``logprob_type`` is float16 unless told otherwise."""
+    """The schema of a plain table; default of ``logprob_type``: float16."""
     per_token = pa.list_(pa.float32())
     per_id = pa.list_(pa.list_(logprob_type or pa.float16(), top_k))
     return pa.schema(

@@ -1,7 +1,7 @@
-"""Scorings and signal rows: what the teacher, and the reference beside it, think of token sequences.
+"""Scorings and their signal rows: the probabilities of teacher and reference for token sequences.
 
-A scoring is who judged and how; ``CACHE/scorings/<id>/scoring.json`` describes it. Its signal rows lie beside it in
-immutable shards, one row for each token sequence, found by the sequence's key.
+A scoring is a choice of models and settings; ``CACHE/scorings/<id>/scoring.json`` describes it. Its signal rows lie
+beside this file in immutable shards, one row for each token sequence, under the key of the sequence.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from adpa.data.cache.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
 from adpa.data.cache.documents import read_document, write_document
+from adpa.data.cache.files import list_folder
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, join_keys, list_folder, open_shards, serialize, write_serialized
+from adpa.data.cache.shards import damaged, join_keys, open_shards, serialize, write_serialized
 from adpa.data.cache.signal_rows import SignalRow, plain_schema, read_plain_row
 from adpa.errors import CacheError
 
@@ -29,7 +30,7 @@ TOP_K_LIMIT = 1 << 24
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A checkpoint: what people call it, the Hub revision where it has one, and the digest of its weights."""
+    """A checkpoint: its name, its Hub revision if it has one, and the digest of its weights."""
 
     name: str
     revision: str | None
@@ -38,18 +39,18 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Who judged, and how.
+    """The models and the settings that signals come from.
 
-    The id is the digest of everything that can change a number: not of a model's name and revision, which the digest
-    of its weights outranks. A checkpoint may move without losing its signals.
+    The id is the digest of everything that can change a number. It contains the digest of a model's weights, but not
+    its name and revision: a checkpoint may move without losing its signals.
 
     Attributes:
         teacher: the model that gives the probabilities.
-        reference: the model whose log-probabilities are taken off for advantages.
+        reference: the model whose log-probabilities are subtracted for advantages.
         vocabulary: digest of their vocabulary.
         top_k: ids kept for each response token, K.
-        dtype: what the models compute in.
-        engine: what runs them.
+        dtype: the dtype that the models compute in.
+        engine: the program that runs them.
         top_p: keep the fewest ids with this mass, at most K of them.
         lossy: whether log-probabilities and advantages are rounded as ``rounding.py`` says.
     """
@@ -73,11 +74,11 @@ class Scoring:
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def folder(self, cache: Location) -> Location:
-        """Where the scoring lies in a cache."""
+        """The folder of the scoring in a cache."""
         return cache / "scorings" / self.id
 
     def describe(self) -> str:
-        """One line for people who must choose among scorings."""
+        """One line for a user who has to choose among scorings."""
         reference = f", reference {self.reference.name}" if self.reference else ", no reference"
         nucleus = f", P = {self.top_p:g}" if self.top_p < 1 else ""
         lossy = ", lossy" if self.lossy else ""
@@ -92,7 +93,7 @@ DEFAULTS = {field.name: field.default for field in fields(Scoring) if field.defa
 
 
 class SignalTable:
-    """Signal rows of any number of shards, plain and compact, found by key and read one at a time."""
+    """Signal rows of any number of shards, plain and compact; a row is located by key and decoded when it is read."""
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
         self._tables = [table for table in tables if len(table)]
@@ -103,16 +104,16 @@ class SignalTable:
         return len(self._keys)
 
     def locate(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """The row number of each key, −1 where there is none; int64 [len(keys)]."""
-        found = pc.index_in(keys, value_set=self._keys)
-        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+        """The row number of each key, −1 for a missing key; int64 [len(keys)]."""
+        numbers = pc.index_in(keys, value_set=self._keys)
+        return pc.fill_null(numbers, -1).to_numpy().astype(np.int64)
 
     def keys(self) -> set[bytes]:
         """The keys of all rows."""
         return set(self._keys.to_pylist())
 
     def row(self, number: int) -> SignalRow:
-        """The row of a number that ``locate`` gave.
+        """The row with a number from ``locate``.
 
         Raises:
             DamagedFileError: it cannot be decoded.
@@ -125,7 +126,7 @@ class SignalTable:
 
 
 def write_scoring(cache: Location, scoring: Scoring) -> None:
-    """Describes a scoring in a cache; one that is already there is left as it is."""
+    """Writes the description of a scoring into a cache; changes nothing if the cache has it."""
     path = scoring.folder(cache) / "scoring.json"
     if not path.exists():
         write_document(path, _described(scoring))
@@ -136,7 +137,7 @@ def read_scorings(cache: Location) -> Iterator[Scoring]:
 
     Raises:
         CacheError: a description is of a newer format.
-        DamagedFileError: a description is not what was written, or does not give the id of its folder.
+        DamagedFileError: a description differs from what was written, or from the id of its folder.
     """
     for folder in list_folder(cache / "scorings"):
         try:
@@ -146,12 +147,12 @@ def read_scorings(cache: Location) -> Iterator[Scoring]:
 
 
 def read_scoring(cache: Location, scoring_id: str) -> Scoring:
-    """Reads the description of a scoring that is known to be in a cache.
+    """Reads the description of a scoring that should be in a cache.
 
     Raises:
-        FileNotFoundError: it is not.
+        FileNotFoundError: it is not in the cache.
         CacheError: it is of a newer format.
-        DamagedFileError: it is not what was written, or does not give the id of its folder.
+        DamagedFileError: it differs from what was written, or from the id of its folder.
     """
     return read_scoring_file(cache / "scorings" / scoring_id / "scoring.json")
 
@@ -162,7 +163,7 @@ def read_scoring_file(path: Location) -> Scoring:
     Raises:
         FileNotFoundError: there is none.
         CacheError: it is of a newer format.
-        DamagedFileError: it is not what was written, or does not give the id of its folder.
+        DamagedFileError: it differs from what was written, or from the id of its folder.
     """
     described, proved = read_document(path)
     unknown = sorted(described.keys() - {field.name for field in fields(Scoring)})
@@ -175,31 +176,31 @@ def read_scoring_file(path: Location) -> Scoring:
             reference=ModelIdentity(**reference) if reference else None,
             **described,
         )
-        found = scoring.id
+        scoring_id = scoring.id
         possible = 1 <= scoring.top_k <= TOP_K_LIMIT
         typed = all(
             type(getattr(scoring, field.name)) is TYPES[field.name] for field in fields(Scoring) if field.name in TYPES
         )
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise damaged(path, str(error)) from error
-    if found != path.parent.name:
-        raise damaged(path, f"describes {found}")
+    if scoring_id != path.parent.name:
+        raise damaged(path, f"describes {scoring_id}")
     if not typed or not 0 < scoring.top_p <= 1:
-        raise damaged(path, "a field of it has a value of another kind")
+        raise damaged(path, "a field has a value of the wrong type")
     if not possible:
-        raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, for no vocabulary is larger")
+        raise damaged(path, f"its top_k is {scoring.top_k}; expected 1 to {TOP_K_LIMIT}, as no vocabulary is larger")
     return scoring
 
 
 def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
-    """Adds a shard of rows to a scoring, and gives its bytes."""
+    """Adds a shard of rows to a scoring, and returns its size in bytes."""
     payload = serialize(compact_table(rows, scoring.top_k, scoring.lossy))
     write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
     return int(payload.size)
 
 
 def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
-    """Bytes of the file that ``write_signals`` makes of some rows."""
+    """The size in bytes of the file that ``write_signals`` would write."""
     return int(serialize(compact_table(rows, scoring.top_k, scoring.lossy, measured=False)).size)
 
 
@@ -208,14 +209,14 @@ def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
 
     Raises:
         CacheError: a shard is of a newer format.
-        DamagedFileError: a shard's bytes are not those that were written, or its columns not those of the scoring.
+        DamagedFileError: a shard differs from what was written, or its columns are not those of the scoring.
     """
     shards = open_shards(scoring.folder(cache), SHARD_PREFIX)
     return SignalTable(check_signals(path, table, scoring) for path, table in shards)
 
 
 def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table:
-    """Checks that the columns of a shard are those of a scoring's signals, and gives its table.
+    """Checks that a shard has the columns of a scoring's signals, and returns its table.
 
     Raises:
         CacheError: it is of a newer format.
@@ -232,5 +233,5 @@ def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table
 
 
 def _described(scoring: Scoring) -> dict[str, Any]:
-    """The fields of a description; one that came with a later version is left out where it says nothing."""
+    """The fields of a description. A field that a later version added is left out if it has its default."""
     return {name: value for name, value in asdict(scoring).items() if name not in DEFAULTS or value != DEFAULTS[name]}

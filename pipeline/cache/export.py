@@ -1,4 +1,4 @@
-"""A response set joined with a scoring as files that need no adpa: Parquet, or a directory of ``datasets``."""
+"""Exports a response set with its scoring to files that need no adpa: Parquet, or a directory of ``datasets``."""
 
 import re
 import shutil
@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable_file
 from adpa.data.cache.format import check_cache
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
@@ -25,16 +24,16 @@ from adpa.progress import progress
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What ``export_cache`` wrote.
+    """The result of ``export_cache``.
 
     Attributes:
-        output: where it is.
+        output: the file or directory.
         response_set: name and id of the set.
         scoring: id of the scoring.
         rows: responses.
         tokens: their tokens.
-        bytes: what was written.
-        left_out: a line about each response set that no scoring has whole.
+        bytes: bytes written.
+        left_out: a line about each response set that no scoring covers whole.
     """
 
     output: str
@@ -60,10 +59,11 @@ def export_cache(
 
     The file is Parquet, or a directory for datasets.load_from_disk. The columns are example_id, prompt_ids,
     response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs, topk_advantages (lists of lists) and
-    tail_logprob; advantages are null without a reference. Where several response sets or scorings fit, they are listed.
+    tail_logprob. Without a reference, advantages are null. If several response sets or scorings fit, the error lists
+    them.
 
     Raises:
-        AdpaError: something about the arguments or the cache that the caller can put right.
+        AdpaError: something about the arguments or the cache that the caller can fix.
     """
     check_cache(cache)
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one of a URL's two slashes
@@ -107,7 +107,7 @@ def _with_progress(scored: ScoredSet) -> Iterator[pa.Table]:
 
 
 def _write(pieces: Iterator[pa.Table], write: Callable[[pa.Table], None]) -> int:
-    """Writes tables; gives the number of their response tokens."""
+    """Writes tables; returns the number of their response tokens."""
     tokens = 0
     for table in pieces:
         write(table)
@@ -127,7 +127,7 @@ def _save_dataset(rows: Path, directory: Path) -> None:
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, for what becomes the output when it is whole."""
+    """A hidden folder beside the output; its content becomes the output when it is complete."""
     folder = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     folder.mkdir()
     try:

@@ -1,4 +1,4 @@
-"""What a cache keeps and no response set needs: found, listed with its bytes, and removed when asked to."""
+"""Finds the files and rows of a cache that no response set needs; lists them, or removes them."""
 
 import time
 import uuid
@@ -14,16 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
+from adpa.data.cache.files import list_folder
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import CacheFile, FileKind, list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable, is_local
 from adpa.data.cache.removal import as_restored, find_restorable, remove_files, remove_unless, restore
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.samples import samples_folder
 from adpa.data.cache.shards import (
     join_keys,
-    list_folder,
     list_shards,
     peek_keys,
     read_shard,
@@ -39,15 +38,15 @@ DAY = 24 * 60 * 60
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file that no response set needs, or not all of it.
+    """A file that no response set needs, or that has rows that none needs.
 
     Attributes:
         place: the file's place in the cache.
-        kind: what it is.
+        kind: its kind.
         reason: why it can go.
-        rows: rows that go; none for what has no rows.
+        rows: rows that go; none for a file without rows.
         kept: rows that stay, in a new file.
-        bytes: what this frees; before it is removed, what it would free if all rows were of one size.
+        bytes: bytes that this frees; before the removal, an estimate that takes all rows to be of one size.
     """
 
     place: str
@@ -60,16 +59,16 @@ class Garbage:
 
 @dataclass(frozen=True)
 class GarbageReport:
-    """What ``collect_garbage`` found.
+    """The result of ``collect_garbage``.
 
     Attributes:
         cache: the cache.
-        garbage: what goes.
-        bytes: what this frees.
-        young: places of files that look like garbage, and stay because a run may be at work with them.
-        repeated: places of files with rows that go, and stay because other files have rows of theirs, too: without them
-            readers might see another one of two rows. ``adpa cache pack`` drops the one that is not seen.
-        done: whether it was removed.
+        garbage: the garbage.
+        bytes: bytes that its removal frees.
+        young: places of files that look like garbage, but stay because a run may still use them.
+        repeated: places of files with garbage rows that stay because another file has some of their other rows, too.
+            Without them readers could see the other copy of such a row. ``adpa cache pack`` drops the unused copy.
+        done: whether the garbage was removed.
     """
 
     cache: str
@@ -86,18 +85,18 @@ def collect_garbage(
 ) -> GarbageReport:
     """List what no response set needs; --yes removes it.
 
-    To drop a response set, remove its file in CACHE/responses and run this. Rows of signals that no set needs go (a
-    file that has others too is written anew without them), scorings without rows, tokenizers that no set names,
-    samples of which no set was made, rows that waited for the reference and need not, temporary files of killed runs,
-    and what was set aside in CACHE/damaged. What a run at work may be about to need stays for a day: temporary files,
-    samples, tokenizers, and scorings without rows. With --yes a day is told by the clock of the file system, else by
-    this machine's. A file with rows that another file has, too, stays as it is: adpa cache pack drops them first. Other
-    commands may run beside it on a file system; in an object store, which cannot rename, adpa
-    precompute and adpa cache merge must not.
+    To drop a response set, remove its file in CACHE/responses and run this. Garbage is: signal rows that no set needs
+    (a file with other rows is rewritten without them), scorings without rows, tokenizers that no set names, samples
+    of which no set was made, pending rows that need no reference any more, temporary files of killed runs, and the
+    files in CACHE/damaged. Temporary files, samples, tokenizers and scorings without rows stay for a day, because a
+    run may still need them. With --yes the clock of the file system measures the day, else that of this machine. A
+    file stays as it is while another file repeats some of its rows: run adpa cache pack first. In a file system, other
+    commands may run at the same time. An object store cannot rename: adpa precompute and adpa cache merge must not run
+    there at the same time.
 
     Raises:
-        CacheError: there is no cache, or a response set was set aside and is not there again.
-        DamagedFileError: a file is damaged, so that it cannot be told what is needed.
+        CacheError: the cache does not exist, or a response set was set aside and not made again.
+        DamagedFileError: a file is damaged, so that needs are unknown.
         OptionError: the cache cannot be written, with ``yes``.
     """
     check_cache(cache)
@@ -117,31 +116,31 @@ def collect_garbage(
     else:
         files = as_restored(files, restorable)
     needs.look()
-    found = _Garbage(cache, needs, files, young)
+    search = _Garbage(cache, needs, files, young)
     for scoring in read_scorings(cache):
-        found.of_scoring(scoring)
-    found.of_owners("samples", "no response set was made of them")
-    found.of_owners("tokenizer", "no response set names it")
-    found.others()
-    garbage = [part for candidate in found.candidates for part in candidate.garbage]
+        search.of_scoring(scoring)
+    search.of_owners("samples", "no response set was made of them")
+    search.of_owners("tokenizer", "no response set names it")
+    search.others()
+    garbage = [part for candidate in search.candidates for part in candidate.garbage]
     if yes:
         garbage = []
-        with progress("removing: files", len(found.candidates)) as advance:
-            for candidate in found.candidates:
+        with progress("removing: files", len(search.candidates)) as advance:
+            for candidate in search.candidates:
                 garbage += candidate.remove()
                 advance(1)
     return GarbageReport(
         cache=str(cache),
         garbage=garbage,
-        bytes=sum(found.bytes for found in garbage),
-        young=sorted(found.young),
-        repeated=sorted(found.repeated),
+        bytes=sum(part.bytes for part in garbage),
+        young=sorted(search.young),
+        repeated=sorted(search.repeated),
         done=yes,
     )
 
 
 class _Needs:
-    """What response sets need; a set that was seen once counts, whatever becomes of its file."""
+    """The needs of the response sets; a set counts once it was seen, even if its file vanishes."""
 
     def __init__(self, cache: Location) -> None:
         self.sets: dict[str, ResponseSet] = {}
@@ -150,21 +149,21 @@ class _Needs:
         self.look()
 
     def look(self) -> int:
-        """Reads the sets if any has appeared; gives how many were ever seen."""
+        """Reads the sets if a new one has appeared; returns the number of sets ever seen."""
         names = {path.name for path in list_shards(self._cache / "responses")}
         if not names <= self._names:
-            self.sets |= {found.id: found for found in read_response_sets(self._cache)}
+            self.sets |= {responses.id: responses for responses in read_response_sets(self._cache)}
             self._names |= names
         return len(self.sets)
 
     def keys(self, vocabulary: str) -> pa.ChunkedArray:
         """The keys of the sets of a vocabulary."""
-        tables = [found.table for found in self.sets.values() if found.info.vocabulary == vocabulary]
+        tables = [responses.table for responses in self.sets.values() if responses.info.vocabulary == vocabulary]
         return join_keys(table["key"] for table in tables)
 
     def owners(self, kind: FileKind) -> set[str]:
-        """The ids of the samples, or of the tokenizers, that sets were made of or with."""
-        infos = [found.info for found in self.sets.values()]
+        """The ids of the samples or tokenizers that the sets name."""
+        infos = [responses.info for responses in self.sets.values()]
         if kind == "tokenizer":
             return {info.tokenizer for info in infos}
         return {samples_folder(self._cache, info.sampling).name for info in infos if info.sampling is not None}
@@ -172,14 +171,14 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What can go, as far as one knows, and what removes it and says what has gone."""
+    """Probable garbage, and the function that removes it and returns the removed part."""
 
     garbage: list[Garbage]
     remove: Callable[[], list[Garbage]]
 
 
 class _Garbage:
-    """Notes what can go: whole files, and files with rows that stay."""
+    """Collects garbage: whole files, and files with rows that stay."""
 
     def __init__(self, cache: Location, needs: _Needs, files: Sequence[CacheFile], young: float) -> None:
         self.candidates: list[_Candidate] = []
@@ -195,24 +194,24 @@ class _Garbage:
         self._young = young
 
     def of_scoring(self, scoring: Scoring) -> None:
-        """Rows that no set of the scoring's vocabulary has; rows in waiting that are done, too; then the scoring."""
+        """Rows that no set of the scoring's vocabulary has, pending rows that are done, a scoring without rows."""
         own = self._scorings[scoring.id]
         signals, pending = (_read_keys(own, kind) for kind in ("signals", "pending"))
 
-        def wanted(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+        def needed(keys: pa.ChunkedArray) -> pa.ChunkedArray:
             return pc.is_in(keys, value_set=self._needs.keys(scoring.vocabulary))
 
         done = join_keys(signals.values())
-        done = done.filter(wanted(done))
+        done = done.filter(needed(done))
 
-        def awaited(keys: pa.ChunkedArray) -> pa.ChunkedArray:
-            return pc.and_not(wanted(keys), pc.is_in(keys, value_set=done))
+        def still_pending(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pc.and_not(needed(keys), pc.is_in(keys, value_set=done))
 
         stays = [
-            *self._rows(signals, wanted, "no response set needs it", _repeated(signals.values())),
-            *self._rows(pending, awaited, "done, or no response set needs it", _repeated([])),
+            *self._rows(signals, needed, "no response set needs it", _repeated(signals.values())),
+            *self._rows(pending, still_pending, "done, or no response set needs it", _repeated([])),
         ]
-        if own and not any(stays):  # one that appeared after the files were listed has none here
+        if own and not any(stays):  # a scoring that appeared after the listing has no files here
             left = [file for file in own if file.kind == "scoring"]
             folder = scoring.folder(self._cache)
 
@@ -222,7 +221,7 @@ class _Garbage:
             self._unless_young(left, "it has no rows", max(file.changed for file in own), has_rows)
 
     def of_owners(self, kind: FileKind, reason: str) -> None:
-        """Folders of files of a kind, but for those that are needed."""
+        """Folders of a kind of files, except those that are needed."""
         owners = self._needs.owners(kind)
         folders: dict[str, list[CacheFile]] = defaultdict(list)
         for file in self._files:
@@ -235,7 +234,7 @@ class _Garbage:
                 return owner in self._needs.owners(kind)
 
             changed = max(file.changed for file in files)
-            if kind == "tokenizer" and isinstance(self._cache, Path):  # which is there as a whole, or not at all
+            if kind == "tokenizer" and is_local(self._cache):  # a local one goes as a whole
                 self._unless_young(files, reason, changed, needed, self._cache / "tokenizers" / owner)
             else:
                 self._unless_young(files, reason, changed, needed)
@@ -251,15 +250,15 @@ class _Garbage:
     def _rows(
         self,
         files: dict[CacheFile, pa.ChunkedArray],
-        wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        keep: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         reason: str,
         repeated: pa.Array,
     ) -> list[bool]:
-        """Notes the rows of some files that are not wanted; says of each file whether any stay.
+        """Notes the rows of some files that ``keep`` does not keep; returns for each file whether it keeps any.
 
-        A file that keeps one of the ``repeated`` keys stays as it is: which row readers see is told by its name.
+        A file that keeps one of the ``repeated`` keys stays as it is: file names decide which copy of a row is read.
         """
-        masks, start = wanted(join_keys(files.values())), 0
+        masks, start = keep(join_keys(files.values())), 0
         stays = []
         for file, keys in files.items():
             mask, start = masks.slice(start, len(keys)), start + len(keys)
@@ -271,7 +270,7 @@ class _Garbage:
             elif gone or not kept:
                 freed = file.size * gone // len(keys) if kept else file.size
                 garbage = Garbage(file.place, file.kind, reason, gone, kept, freed)
-                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), wanted, repeated)
+                remove = partial(self._remove_rows, file, garbage, mask, len(self._needs.sets), keep, repeated)
                 self.candidates.append(_Candidate([garbage], remove))
         return stays
 
@@ -281,31 +280,31 @@ class _Garbage:
         garbage: Garbage,
         mask: pa.ChunkedArray,
         sets: int,
-        wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+        keep: Callable[[pa.ChunkedArray], pa.ChunkedArray],
         repeated: pa.Array,
     ) -> list[Garbage]:
-        """Removes the rows of a file that so many sets do not want, unless new ones do."""
+        """Removes the rows of a file that the first ``sets`` sets do not need, unless newer sets need them."""
         keys = _peek(file)
         if keys is None:
             return []
         now = self._needs.look()
         if now != sets:
-            mask = wanted(keys)
+            mask = keep(keys)
         kept, size = _count(mask), file.size
         if kept == len(keys) > 0 or _has_any(keys.filter(mask), repeated):
             return []
         if kept:
             try:
-                rest = read_shard(file.path).filter(mask)  # its digest is checked, so that no damage gets a new one
+                rest = read_shard(file.path).filter(mask)  # this checks the digest: damage must not get a new one
             except FileNotFoundError:
                 return []
             replacement = serialize_replacement(rest)
             write_serialized(file.path.parent, file.path.name.partition("-")[0], replacement)
-            size -= replacement.size  # not of the file: a pack beside this run may have taken it by now
-        unwanted = keys.filter(pc.invert(mask))
+            size -= replacement.size  # not of the file: a pack at the same time may have removed it
+        dropped = keys.filter(pc.invert(mask))
 
         def needed() -> bool:
-            return self._needs.look() != now and _count(wanted(unwanted)) > 0
+            return self._needs.look() != now and _count(keep(dropped)) > 0
 
         if not remove_unless(self._cache, file.path, needed):
             return []
@@ -330,7 +329,7 @@ class _Garbage:
     def _whole(
         self, files: Sequence[CacheFile], reason: str, needed: Callable[[], bool] | None, path: Location
     ) -> None:
-        """Notes a file, or the files of a folder; ``needed`` says whether it is, once it is to go."""
+        """Notes a file, or the files of a folder; calls ``needed`` again when it removes them."""
         garbage = [Garbage(file.place, file.kind, reason, None, 0, file.size) for file in files]
 
         def remove() -> list[Garbage]:
@@ -344,8 +343,8 @@ class _Garbage:
 
 
 def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
-    """A set that was set aside must be there again: it cannot be told what it needs."""
-    present = {found.shard_prefix() for found in needs.sets.values()}
+    """Checks that every set that was set aside exists again: otherwise its needs are unknown."""
+    present = {responses.shard_prefix() for responses in needs.sets.values()}
     for path in list_folder(cache / "damaged" / "responses"):
         if path.stem.rpartition("-")[0] not in present:
             raise CacheError(
@@ -355,7 +354,7 @@ def _check_sets_are_whole(cache: Location, needs: _Needs) -> None:
 
 
 def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa.ChunkedArray]:
-    """A copy of the keys of each shard of a kind, which holds no file open."""
+    """The keys of each shard of a kind, copied, so that no file stays open."""
     columns = ((file, _peek(file)) for file in files if file.kind == kind)
     return {file: keys.take(np.arange(len(keys))) for file, keys in columns if keys is not None}
 
@@ -363,7 +362,7 @@ def _read_keys(files: Iterable[CacheFile], kind: FileKind) -> dict[CacheFile, pa
 def _peek(file: CacheFile) -> pa.ChunkedArray | None:
     try:
         return peek_keys(file.path)
-    except FileNotFoundError:  # a run that ended just now has removed it
+    except FileNotFoundError:  # a run that has just ended removed it
         return None
 
 
@@ -373,8 +372,8 @@ def _repeated(columns: Iterable[pa.ChunkedArray]) -> pa.Array:
     return counted.field("values").filter(pc.greater(counted.field("counts"), 1))
 
 
-def _has_any(keys: pa.ChunkedArray, wanted: pa.Array) -> bool:
-    return _count(pc.is_in(keys, value_set=wanted)) > 0
+def _has_any(keys: pa.ChunkedArray, others: pa.Array) -> bool:
+    return _count(pc.is_in(keys, value_set=others)) > 0
 
 
 def _count(mask: pa.ChunkedArray) -> int:
@@ -382,7 +381,7 @@ def _count(mask: pa.ChunkedArray) -> int:
 
 
 def _now(cache: Location) -> float:
-    """The time by the clock of the file system, which may be another machine's."""
+    """The time by the clock of the file system, which may be on another machine."""
     path = cache / f".clock.{uuid.uuid4().hex}"
     path.write_bytes(b"")
     try:

@@ -1,6 +1,6 @@
-"""What a cache holds: response sets, scorings, samples, tokenizers, and what killed runs left behind.
+"""Lists a cache: response sets, scorings, samples, tokenizers, and the remains of killed runs.
 
-It is told from file sizes, Arrow metadata and the column ``key``; no signal is decoded and no digest computed.
+It reads file sizes, Arrow metadata and the column ``key``. It decodes no signal and computes no digest.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ class ListedSet:
         name: its name and id.
         rows: its responses.
         tokens: their tokens, without the prompts'.
-        prompt_tokens: the tokens of the prompts, each counted as often as it is answered.
+        prompt_tokens: the tokens of the prompts; a prompt counts once for each of its responses.
         bytes: size of its file.
         info: how it was made.
-        scored: how many of its responses each scoring of its vocabulary has, by the scoring's id.
+        scored: the number of its responses in each scoring of its vocabulary, by the id of the scoring.
     """
 
     name: str
@@ -52,17 +52,17 @@ class ListedScoring:
 
     Attributes:
         id: its id.
-        scoring: who judged, and how.
-        rows: token sequences that it has signals of.
-        repeated: rows that say again what another one says (two runs scored the same); ``adpa cache pack`` drops them.
+        scoring: its models and settings.
+        rows: token sequences with signals.
+        repeated: rows with the key of another row (two runs scored the same); ``adpa cache pack`` drops them.
         unneeded: rows that no response set needs; ``adpa cache gc`` removes them.
         tokens: response tokens of the rows that a set needs.
         shards: files of signals.
         bytes: their size.
-        bytes_per_token: what a response token takes, in the files whose rows are all needed; none without such files.
+        bytes_per_token: bytes per response token, in the files whose rows are all needed; none without such files.
         pending: rows that wait for the reference.
         pending_bytes: size of their files.
-        rounding: what a lossy scoring's rounding changes; none of an exact one.
+        rounding: the rounding errors of a lossy scoring; none for an exact one.
     """
 
     id: str
@@ -81,7 +81,7 @@ class ListedScoring:
 
 @dataclass(frozen=True)
 class ListedSamples:
-    """What was sampled in one way: the sets that were made of it, its rows, files and their size."""
+    """The samples of one choice of settings: the sets made of them, the rows, and the files with their size."""
 
     id: str
     sets: list[str]
@@ -101,7 +101,7 @@ class ListedTokenizer:
 
 @dataclass(frozen=True)
 class ListedFiles:
-    """Files of a kind: how many, and their size."""
+    """The number of files of a kind, and their size."""
 
     files: int
     bytes: int
@@ -109,18 +109,18 @@ class ListedFiles:
 
 @dataclass(frozen=True)
 class CacheListing:
-    """What ``list_cache`` found.
+    """The result of ``list_cache``.
 
     Attributes:
         cache: the cache.
         sets: the response sets.
         scorings: the scorings.
-        samples: what was sampled.
+        samples: the samples.
         tokenizers: the tokenizers.
-        undescribed: signals that nobody reads, as the description of their scoring is not there.
-        unfinished: temporary files, of runs that write now or were killed.
-        damaged: what ``adpa cache verify --repair`` set aside.
-        unknown: places of files that are none of a cache's.
+        undescribed: signals that cannot be read, because the description of their scoring is missing.
+        unfinished: temporary files of running or killed processes.
+        damaged: files that ``adpa cache verify --repair`` set aside.
+        unknown: places of files that do not belong to a cache.
         unreadable: a line about each file that could not be read.
         total: all files.
     """
@@ -141,11 +141,11 @@ class CacheListing:
 def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
     """List what a cache holds, and who made it.
 
-    That is response sets and scorings, their rows, tokens and bytes, and everything else that takes room. It looks at
-    sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
+    The list has the response sets and scorings with their rows, tokens and bytes, and everything else that takes
+    space. It reads sizes and keys alone, so that it is quick on large caches; ``adpa cache verify`` reads everything.
 
     Raises:
-        CacheError: there is no cache.
+        CacheError: the cache does not exist.
         DamagedFileError: the description of a scoring is damaged.
     """
     check_cache(cache)
@@ -156,9 +156,9 @@ def _list_cache(cache: Location) -> CacheListing:
     files = list_files(cache)
     peek = _Peek([])
     sets = {
-        file.path.stem.rpartition("-")[0]: (file, found)
+        file.path.stem.rpartition("-")[0]: (file, responses)
         for file in files
-        if file.kind == "response set" and (found := peek.response_set(file)) is not None
+        if file.kind == "response set" and (responses := peek.response_set(file)) is not None
     }
     signals = {
         scoring: [
@@ -170,16 +170,16 @@ def _list_cache(cache: Location) -> CacheListing:
     }
     return CacheListing(
         cache=str(cache),
-        sets=[_list_set(name, file, found, signals) for name, (file, found) in sets.items()],
+        sets=[_list_set(name, file, responses, signals) for name, (file, responses) in sets.items()],
         scorings=[
-            _list_scoring(scoring, shards, [found for _, found in sets.values()], files, peek)
+            _list_scoring(scoring, shards, [responses for _, responses in sets.values()], files, peek)
             for scoring, shards in signals.items()
         ],
-        samples=_list_samples(cache, files, {name: found for name, (_, found) in sets.items()}, peek),
+        samples=_list_samples(cache, files, {name: responses for name, (_, responses) in sets.items()}, peek),
         tokenizers=[
             ListedTokenizer(
                 digest,
-                [name for name, (_, found) in sets.items() if found.info.tokenizer == digest],
+                [name for name, (_, responses) in sets.items() if responses.info.tokenizer == digest],
                 sum(file.size for file in files if file.kind == "tokenizer" and file.owner == digest),
             )
             for digest in sorted({file.owner for file in files if file.kind == "tokenizer"})
@@ -201,7 +201,7 @@ def _list_cache(cache: Location) -> CacheListing:
 
 @dataclass
 class _Peek:
-    """Opens files; those that cannot be read are noted, and ``None``."""
+    """Opens files; notes those that cannot be read, and returns ``None`` for them."""
 
     unreadable: list[str]
 
@@ -223,20 +223,20 @@ class _Peek:
 def _list_set(
     name: str,
     file: CacheFile,
-    found: ResponseSet,
+    responses: ResponseSet,
     signals: dict[Scoring, list[tuple[CacheFile, pa.ChunkedArray]]],
 ) -> ListedSet:
     return ListedSet(
         name=name,
-        rows=len(found),
-        tokens=_sum(pc.list_value_length(found.table["response_ids"])),
-        prompt_tokens=_sum(pc.list_value_length(found.table["prompt_ids"])),
+        rows=len(responses),
+        tokens=_sum(pc.list_value_length(responses.table["response_ids"])),
+        prompt_tokens=_sum(pc.list_value_length(responses.table["prompt_ids"])),
         bytes=file.size,
-        info=found.info,
+        info=responses.info,
         scored={
-            scoring.id: _sum(pc.is_in(found.table["key"], value_set=join_keys([keys for _, keys in shards])))
+            scoring.id: _sum(pc.is_in(responses.table["key"], value_set=join_keys([keys for _, keys in shards])))
             for scoring, shards in signals.items()
-            if scoring.vocabulary == found.info.vocabulary
+            if scoring.vocabulary == responses.info.vocabulary
         },
     )
 
@@ -248,7 +248,7 @@ def _list_scoring(
     files: Sequence[CacheFile],
     peek: _Peek,
 ) -> ListedScoring:
-    needing = [found.table for found in sets if found.info.vocabulary == scoring.vocabulary]
+    needing = [responses.table for responses in sets if responses.info.vocabulary == scoring.vocabulary]
     needed = join_keys([table["key"] for table in needing])
     lengths = pa.chunked_array(
         [chunk for table in needing for chunk in pc.list_value_length(table["response_ids"]).chunks], pa.int32()
@@ -285,9 +285,9 @@ def _list_samples(
     cache: Location, files: Sequence[CacheFile], sets: dict[str, ResponseSet], peek: _Peek
 ) -> list[ListedSamples]:
     makers: dict[str, list[str]] = {}
-    for name, found in sets.items():
-        if found.info.sampling is not None:
-            makers.setdefault(samples_folder(cache, found.info.sampling).name, []).append(name)
+    for name, responses in sets.items():
+        if responses.info.sampling is not None:
+            makers.setdefault(samples_folder(cache, responses.info.sampling).name, []).append(name)
     listed = []
     for owner in sorted({file.owner for file in files if file.kind == "samples"}):
         own = [file for file in files if file.kind == "samples" and file.owner == owner]

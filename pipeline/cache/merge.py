@@ -1,20 +1,18 @@
-"""Another cache's files, taken over by hard link where that is possible and by copy elsewhere."""
+"""Adds the files of another cache, by hard link where possible, else by copy."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
 from typing_extensions import Doc
 
 from adpa.data.cache import samples, signals
-from adpa.data.cache.directories import check_writable
+from adpa.data.cache.files import link_file, remove_file, write_file
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import CacheFile, list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.responses import read_response_set
 from adpa.data.cache.shards import (
     check_shard,
@@ -23,20 +21,18 @@ from adpa.data.cache.shards import (
     list_shards,
     peek_keys,
     read_shard,
-    remove_file,
     serialize,
-    write_file,
     write_serialized,
 )
 from adpa.data.cache.signals import read_scoring_file, write_scoring
-from adpa.data.vocabulary import read_tokenizer, write_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
 from adpa.progress import progress
 
 
 @dataclass
 class Taken:
-    """How many files were taken in one way, and their size."""
+    """The number of files that were taken in one way, and their size."""
 
     files: int = 0
     bytes: int = 0
@@ -49,18 +45,18 @@ class Taken:
 
 @dataclass
 class MergeReport:
-    """What ``merge_cache`` did.
+    """The result of ``merge_cache``.
 
     Attributes:
         cache: the cache that was added to.
         other: the cache that was read.
         linked: files that both caches share now.
-        copied: files that were copied, or those of their rows that were not there.
-        present: files that say nothing new: they, or all of their rows, were there already.
-        refused: a line about each damaged file, nothing of which was taken.
-        damaged: a line about each damaged file of the cache itself, which counts as not there: what the other one has
-            of it is taken, in its place where the name is the same.
-        left_out: files that are not taken: rows that wait for a reference, temporary and damaged files, and others.
+        copied: files that were copied, whole or in part: only rows that the cache lacked.
+        present: files with nothing new: the cache already had them, or all of their rows.
+        refused: a line about each damaged file of the other cache; nothing of it was taken.
+        damaged: a line about each damaged file of the cache itself. It counts as missing: the other cache's rows are
+            taken, and replace it if the names are equal.
+        left_out: files that are not taken: pending rows, temporary and damaged files, and others.
     """
 
     cache: str
@@ -74,7 +70,7 @@ class MergeReport:
 
     @property
     def failure(self) -> str:
-        """One line on what is damaged; empty if nothing is."""
+        """One line on the damaged files; empty without any."""
         parts = []
         if self.refused:
             parts.append(f"{self.other}: files that are damaged were not taken: {'; '.join(self.refused)}")
@@ -92,12 +88,12 @@ def merge_cache(
 ) -> MergeReport:
     """Take another cache's sets, signals, samples and tokenizers.
 
-    Files are linked where both caches lie on one file system, and copied elsewhere; of a file with rows that are there
-    already, only the others are copied. The digest of each is checked first. What is there already is left as it is,
-    unless it is damaged. Damaged files, which are never taken, are named, and the exit code is 1.
+    Files are linked if both caches are on one file system, else copied. If the cache has some rows of a file, only the
+    missing rows are copied. The digest of each file is checked first. Existing files stay as they are, unless they are
+    damaged. Damaged files are never taken: they are named, and the exit code is 1.
 
     Raises:
-        CacheError: one of them is no cache.
+        CacheError: one of them is not a cache.
         OptionError: both are the same, or the first cannot be written.
     """
     check_cache(cache)
@@ -116,10 +112,10 @@ def merge_cache(
 
 
 def _take_all(merge: "_Merge") -> list[CacheFile]:
-    """Takes what has not been taken of the files that are there now; gives all of them."""
+    """Takes the files that were not taken yet; returns all files of the listing."""
     files = list_files(merge.other)
     with progress("merging: bytes", sum(file.size for file in files)) as advance:
-        # A set comes first, so that a gc beside this one sees whose the rest is; then a scoring before its rows.
+        # Sets come first, so that a gc at the same time sees that the rest is needed; a scoring comes before its rows.
         for kind in ("response set", "tokenizer", "scoring", "signals", "samples"):
             for file in files:
                 if file.kind == kind:
@@ -142,7 +138,7 @@ class _Merge:
         """Takes a file, unless it is damaged or was taken before.
 
         Raises:
-            FileNotFoundError: it has vanished, or one of the cache's own has.
+            FileNotFoundError: it has vanished, or a file of the cache itself has.
         """
         if file.place in self.taken:
             return
@@ -162,9 +158,9 @@ class _Merge:
         self.taken.add(file.place)
 
     def _tokenizer(self, file: CacheFile) -> None:
-        """Takes the whole tokenizer with its first file; the others count as what became of it."""
+        """Takes the whole tokenizer with its first file; the other files count in the same way."""
         if file.owner not in self.tokenizers:
-            self.tokenizers[file.owner] = Taken()  # of a damaged one, whose files are refused together
+            self.tokenizers[file.owner] = Taken()  # stays if it is damaged: its files are refused together
             folder = self.cache / "tokenizers" / file.owner
             if folder.exists():
                 self._is_whole(folder, lambda: read_tokenizer(self.cache, file.owner))
@@ -184,14 +180,14 @@ class _Merge:
         (self.report.present if present else self.report.copied).add(file.size)
 
     def _rows(self, file: CacheFile) -> None:
-        """Takes a file of signals or samples; if the cache has rows with some of its keys, only the others.
+        """Takes a file of signals or samples; if the cache has some of its keys, only the rows with other keys.
 
-        Which of two rows with one key readers see would be told by the names of their files.
+        Of two rows with one key, file names would decide which one is read.
         """
         target = self.cache / file.place
         folder = target.parent
         if file.kind == "signals" and not (folder / "scoring.json").exists():
-            self.report.left_out.add(file.size)  # its description is damaged, or was never there
+            self.report.left_out.add(file.size)  # its description is damaged, or never existed
             return
         check_shard(file.path)
         table = read_shard(file.path)
@@ -209,7 +205,7 @@ class _Merge:
         present.update(keys)
 
     def _read_keys(self, file: CacheFile) -> None:
-        """Reads which rows the cache has in the folder of a file."""
+        """Reads the keys of the rows that the cache has in the folder of a file."""
         folder = (self.cache / file.place).parent
         if folder not in self.keys:
             prefix = signals.SHARD_PREFIX if file.kind == "signals" else samples.SHARD_PREFIX
@@ -229,7 +225,7 @@ class _Merge:
             self._link_or_copy(file, self.cache / file.place)
 
     def _is_whole(self, path: Location, read: Callable[[], object]) -> bool:
-        """Whether a file of the cache itself is what was written; if not, it is named."""
+        """Whether a file of the cache itself is undamaged; a damaged one goes into the report."""
         try:
             read()
         except DamagedFileError as error:
@@ -242,7 +238,7 @@ class _Merge:
     def _link_or_copy(self, file: CacheFile, target: Location) -> None:
         if target in self.damaged:
             remove_file(target)
-        if _link(file.path, target):
+        if link_file(file.path, target):
             self.report.linked.add(file.size)
         else:
             write_file(target, pa.py_buffer(file.path.read_bytes()))
@@ -251,17 +247,3 @@ class _Merge:
 
 def _check_rows(path: Location) -> None:
     keys_of(path, read_shard(path))
-
-
-def _link(source: Location, target: Location) -> bool:
-    """Links a file; says whether that is possible here."""
-    if not (isinstance(source, Path) and isinstance(target, Path)):
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except FileExistsError:  # another process was first
-        return True
-    except OSError:  # another file system, or one without links
-        return False
-    return True

@@ -1,12 +1,15 @@
-"""Many small files of signals or samples, written again as few large ones; no row is changed.
+"""Rewrites many small files of signals or samples as few large ones; no row changes.
 
-A new file is written and synced before the old ones go, and both say the same, so that a kill at any moment leaves a
-cache that is whole. The old files whose rows a new one has go at once: it takes the room of one new file. Readers see
-the first of the rows with one key, in the order of the files' names; after packing, a key stands once. So files that
-have a key in common go when all of them are written, from the last name to the first: the row that was seen goes last.
-Any number of processes may pack a folder, with ``adpa cache gc`` beside them. Each removes only files that it has
-listed, when it has itself written all of their keys to files with names that never were before. So if
-B deletes A's file, B listed the folder after A; the files of the process that listed it last survive.
+A new file is written and synced before the old files are removed, and has the same rows. So a kill at any moment leaves
+a whole cache. Old files are removed as soon as a new file has their rows, so that packing needs space for one new file.
+
+Of several rows with one key, readers use the first in the order of the file names; after packing, each key exists once.
+So files that share a key are removed last, after all new files are written, from the last name to the first: the row in
+use goes last.
+
+Any number of processes may pack a folder, and ``adpa cache gc`` may run at the same time. Each process removes only
+files of its own listing, after it has written all of their keys to files with new, unique names. So if B deletes A's
+file, B listed the folder after A; the files of the process that listed last survive.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +25,10 @@ from typing_extensions import Doc
 
 from adpa.data.cache import samples, signals
 from adpa.data.cache.compact import compact_schema, compact_table
-from adpa.data.cache.directories import check_writable
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.format import check_cache, prepare_cache
 from adpa.data.cache.inventory import list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.shards import (
     join_keys,
     list_again,
@@ -33,27 +36,26 @@ from adpa.data.cache.shards import (
     peek_keys,
     peek_shard,
     read_shard,
-    remove_file,
     write_replacement,
 )
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings
 from adpa.progress import progress
 
-GOAL = 256 << 20  # bytes of a file; half of that is enough to be left alone
+GOAL = 256 << 20  # bytes of a file; a file of half this size stays as it is
 ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """What became of a folder's files.
+    """The files of a folder before and after packing.
 
     Attributes:
         folder: its place in the cache.
-        files_before: files that there were.
-        files: files that there are.
+        files_before: number of files before.
+        files: number of files now.
         bytes_before: their size before.
         bytes: their size now.
-        repeated: rows that said again what another one says, and went.
+        repeated: rows that were dropped, because another row has the same key.
     """
 
     folder: str
@@ -66,7 +68,7 @@ class PackedFolder:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What ``pack_cache`` did: the folders whose files changed, and how many were packed well before."""
+    """The folders that ``pack_cache`` changed, and the number of folders that needed no packing."""
 
     cache: str
     packed: list[PackedFolder]
@@ -76,12 +78,12 @@ class PackReport:
 def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> PackReport:
     """Write many small files as few large ones; no row changes.
 
-    Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.
-    It takes the room of one new file, about 256 MiB, and of all files with rows that stand twice. Runs may read and
-    write the cache meanwhile.
+    Signals in older versions of the format are rewritten in the newest, and of repeated rows one stays. Packing needs
+    space for one new file, about 256 MiB, and for all files with repeated rows. Runs may read and write the cache at
+    the same time.
 
     Raises:
-        CacheError: there is no cache, or a file of it is a link to nothing.
+        CacheError: the cache does not exist, or a file in it is a broken link.
         DamagedFileError: a file is damaged.
         OptionError: the cache cannot be written.
     """
@@ -98,7 +100,7 @@ def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-s
         folder = cache / "samples" / owner
         list_again(folder, partial(_check_columns, folder, samples.SHARD_PREFIX, samples.check_samples))
         packed.append(pack_folder(folder, samples.SHARD_PREFIX, samples.SCHEMA, _without_metadata))
-    changed = [found for found in packed if found is not None]
+    changed = [folder for folder in packed if folder is not None]
     return PackReport(str(cache), changed, len(packed) - len(changed))
 
 
@@ -109,17 +111,17 @@ def pack_folder(
     encode: Callable[[pa.Table], Iterator[pa.Table]],
     goal: int = GOAL,
 ) -> PackedFolder | None:
-    """Packs the shards of a folder; ``None`` where there is nothing to do.
+    """Packs the shards of a folder; ``None`` if there is nothing to do.
 
     Args:
-        folder: where they lie.
-        prefix: how their names begin.
-        schema: what shards are written with now.
-        encode: gives the rows of a table with another schema as tables with this one.
-        goal: bytes of a new shard, which may be more by what the last of the old ones brings.
+        folder: the folder.
+        prefix: the beginning of the names of the shards.
+        schema: the schema of new shards.
+        encode: converts a table with another schema into tables with this schema.
+        goal: bytes of a new shard; the last old file that goes into it may exceed them.
 
     Raises:
-        CacheError: a file is listed again and again, but is not there.
+        CacheError: a file is in every listing but does not exist.
         DamagedFileError: a file is damaged.
     """
     return list_again(folder, partial(_pack_once, folder, prefix, schema, encode, goal))
@@ -138,7 +140,7 @@ def _pack_once(
     written: list[Location] = []
 
     def rewrite(old: list[Location]) -> Iterator[list[Location]]:
-        """Writes their rows as new files; after each, gives the old ones that it makes needless."""
+        """Writes the rows of old files as new files; after each, yields the old files that are no longer needed."""
         group: list[pa.Table] = []
         needless: list[Location] = []
         size = 0
@@ -162,7 +164,7 @@ def _pack_once(
     with progress(f"packing {folder.name}: bytes", sum(sizes[path] for path in chosen)) as advance:
         late, safe = [], 0
         try:
-            for needless in rewrite(sorted(chosen, key=shared.__contains__)):  # those that have to wait come last
+            for needless in rewrite(sorted(chosen, key=shared.__contains__)):  # files that are removed late come last
                 if shared.isdisjoint(needless):
                     safe = len(written)
                     for path in needless:
@@ -187,7 +189,7 @@ def _pack_once(
 
 
 def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]], set[Location]]:
-    """Which rows of each shard readers see, the first with their key; and the shards with a key that stands twice."""
+    """Masks of the rows that readers use, the first with their key; and the shards with a repeated key."""
     columns = [peek_keys(path) for path in paths]
     if not columns:
         return {}, set()
@@ -203,7 +205,7 @@ def _first_rows(paths: list[Location]) -> tuple[dict[Location, NDArray[np.bool_]
 
 
 def _check_columns(folder: Location, prefix: str, check: Callable[[Location, pa.Table], object]) -> None:
-    """What readers refuse is not packed into what they accept."""
+    """Checks every shard as readers do: packing must not turn a refused file into an accepted one."""
     for path in list_shards(folder, prefix):
         check(path, peek_shard(path))
 
@@ -213,7 +215,7 @@ def _schema(scoring: Scoring) -> pa.Schema:
 
 
 def _encode(scoring: Scoring, table: pa.Table) -> Iterator[pa.Table]:
-    """Signal rows of another encoding, as they are written now."""
+    """Signal rows of another encoding in the current one."""
     read = SignalTable([table])
     for start in range(0, len(read), ROWS_AT_ONCE):
         rows = [read.row(number) for number in range(start, min(start + ROWS_AT_ONCE, len(read)))]

@@ -1,4 +1,4 @@
-"""Everything that a cache says about itself, checked: digests, names, forms, ranges, sums, lengths."""
+"""Checks everything that a cache says about itself: digests, names, formats, ranges, sums, lengths."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data.cache.directories import check_writable
 from adpa.data.cache.format import MARKER, check_cache, has_files
 from adpa.data.cache.integrity import (
     SignalRules,
@@ -21,18 +20,19 @@ from adpa.data.cache.integrity import (
     signal_problems,
 )
 from adpa.data.cache.inventory import CacheFile, find_kind, list_files
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.ragged import list_row
 from adpa.data.cache.removal import set_aside
 from adpa.data.cache.responses import ResponseSet, read_response_set
 from adpa.data.cache.samples import check_samples
 from adpa.data.cache.shards import check_shard, list_again, read_shard
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scoring_file
-from adpa.data.vocabulary import digest_tokenizer, read_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer
+from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import DamagedFileError
 from adpa.progress import progress
 
-# Embedding matrices are padded: their models may give probability to ids that the tokenizer lacks.
+# Embedding matrices may be padded: models may give probability to ids that the tokenizer lacks.
 PADDED_VOCABULARY = 1 + 1 / 16
 ROWS = ("response set", "signals", "pending", "samples")
 UNCHECKED = ("unknown", "unfinished", "damaged", "evaluation")
@@ -40,12 +40,12 @@ UNCHECKED = ("unknown", "unfinished", "damaged", "evaluation")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a file.
+    """A problem of a file.
 
     Attributes:
-        place: the file's place in the cache; a tokenizer's is its folder's.
+        place: the file's place in the cache; for a tokenizer, that of its folder.
         problem: what is wrong.
-        rows: how many of its rows have this problem; none where it is not one of rows.
+        rows: the number of its rows with this problem; none if the problem is not one of rows.
     """
 
     place: str
@@ -55,17 +55,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What ``verify_cache`` found.
+    """The result of ``verify_cache``.
 
     Attributes:
         cache: the cache.
         files: files checked.
         bytes: their size.
         rows: rows decoded, of all kinds.
-        faults: what is wrong; nothing else is.
-        set_aside: where damaged files lie now.
-        unknown: places of files that are none of a cache's; they were not checked.
-        unfinished: temporary files, of runs that write now or were killed; they were not checked.
+        faults: every problem.
+        set_aside: the new places of damaged files.
+        unknown: places of files that do not belong to a cache; they were not checked.
+        unfinished: temporary files of running or killed processes; they were not checked.
         damaged: files that were set aside before.
     """
 
@@ -81,15 +81,15 @@ class VerifyReport:
 
     @property
     def failure(self) -> str:
-        """One line on what is wrong; empty if nothing is."""
+        """One line on the faults; empty without any."""
         if not self.faults:
             return ""
         places = {fault.place for fault in self.faults}
         faults = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        found = f"{self.cache}: {faults} in {', '.join(sorted(places))}"
+        summary = f"{self.cache}: {faults} in {', '.join(sorted(places))}"
         if self.set_aside:
-            return f"{found}; set aside under damaged/: run the same adpa precompute again to fill the gap"
-        return f"{found}; --repair sets damaged files aside"
+            return f"{summary}; set aside under damaged/: run the same adpa precompute again to fill the gap"
+        return f"{summary}; --repair sets damaged files aside"
 
 
 def verify_cache(
@@ -100,14 +100,14 @@ def verify_cache(
 ) -> VerifyReport:
     """Check every digest, every row and every file's name.
 
-    Every row is decoded: ids must be in the vocabulary and distinct, log-probabilities at most 0 and falling, mass and
-    tail 1 together (as far as float16 can tell), lengths those of the responses, keys the digests of their ids, and
-    advantages there if and only if there is a reference. All faults are listed, and any of them is exit code 1. Files
-    that are none of a cache's are told, and are no fault.
+    Every row is decoded. Ids must be distinct and in the vocabulary. Log-probabilities must be at most 0 and fall. Mass
+    and tail must sum to 1, within the precision of float16. Lengths must be those of the responses, and keys the
+    digests of their ids. Advantages must exist exactly if the scoring has a reference. All faults are listed, and any
+    fault makes the exit code 1. Files that do not belong to a cache are listed, but are no fault.
 
     Raises:
-        CacheError: there is no cache.
-        DamagedFileError: all that speaks for a cache is a ``cache.json`` that is damaged, or of another program.
+        CacheError: the cache does not exist.
+        DamagedFileError: nothing but a ``cache.json`` that is damaged, or of another program, suggests a cache.
         OptionError: the cache cannot be written, with ``repair``.
     """
     marker = _check_marker(cache)
@@ -139,14 +139,14 @@ def _check_marker(cache: Location) -> list[Fault]:
     try:
         check_cache(cache)
     except DamagedFileError as error:
-        if not has_files(cache):  # then nothing says that this directory is a cache
+        if not has_files(cache):  # then it may not be a cache at all
             raise
         return [Fault(MARKER, _problem(error).removeprefix(f"{cache / MARKER}: "))]
     return []
 
 
 class _Check:
-    """Checks files in the order in which they explain each other, and notes faults and what was checked."""
+    """Checks files, each after the files that it depends on; collects the faults and the checked files."""
 
     def __init__(self, cache: Location) -> None:
         self.rows = 0
@@ -154,12 +154,12 @@ class _Check:
         self.checked: dict[str, CacheFile] = {}
         self._cache = cache
         self._files: list[CacheFile] = []
-        self._vocabularies: dict[str, _Vocabulary] = {}  # of each whole tokenizer, by the tokenizer's digest
-        self._sets: list[ResponseSet] = []  # those without a fault
-        self._described: dict[str, Scoring | None] = {}  # none of what is damaged
+        self._vocabularies: dict[str, _Vocabulary] = {}  # of each undamaged tokenizer, by its digest
+        self._sets: list[ResponseSet] = []  # the sets without a fault
+        self._described: dict[str, Scoring | None] = {}  # none if the description is damaged
 
     def new(self) -> list[CacheFile]:
-        """Lists the cache and checks what has not been checked; gives the listing.
+        """Lists the cache and checks the files that were not checked yet; returns the listing.
 
         Raises:
             FileNotFoundError: a listed file has vanished.
@@ -175,7 +175,7 @@ class _Check:
             for file in self._of("marker"):
                 self._done(file)
         self.faults += [
-            Fault(place, "no file, nor a link to one: remove it, or restore what it leads to")
+            Fault(place, "not a file or a link to one: remove it, or restore what it leads to")
             for file in files
             if file.kind == "unknown" and find_kind(place := file.place.removesuffix("/")) in ROWS
         ]
@@ -199,27 +199,27 @@ class _Check:
         for file in self._of("response set"):
             try:
                 check_shard(file.path)
-                found = read_response_set(file.path)
+                responses = read_response_set(file.path)
             except DamagedFileError as error:
                 self._note(file.place, error)
                 self._done(file)
                 continue
             self._done(file)
-            self.rows += len(found)
-            info = found.info
+            self.rows += len(responses)
+            info = responses.info
             vocabulary = self._vocabularies.get(info.tokenizer)
             below = None if vocabulary is None else vocabulary.size
             if below is not None and info.sampling is not None:
                 below = int(below * PADDED_VOCABULARY)
-            problems = list(response_set_problems(found, below))
+            problems = list(response_set_problems(responses, below))
             if vocabulary is not None and vocabulary.vocabulary != info.vocabulary:
                 problems.append("its vocabulary is not its tokenizer's")
             self.faults += [Fault(file.place, problem) for problem in problems]
             missing = f"tokenizers/{info.tokenizer}"
             if vocabulary is None and missing not in {fault.place for fault in self.faults}:
-                self.faults.append(Fault(missing, f"not there, though {found.shard_prefix()} names it"))
+                self.faults.append(Fault(missing, f"missing, though {responses.shard_prefix()} names it"))
             if not problems:
-                self._sets.append(found)
+                self._sets.append(responses)
 
     def _scorings(self) -> None:
         for file in self._of("scoring"):
@@ -231,13 +231,13 @@ class _Check:
             self._described[file.owner] = scoring
             self._done(file)
         responses = _Responses(self._sets)
-        sizes = {found.vocabulary: found.size for found in self._vocabularies.values()}
+        sizes = {vocabulary.vocabulary: vocabulary.size for vocabulary in self._vocabularies.values()}
         shards = [*self._of("signals"), *self._of("pending")]
         for owner in sorted({file.owner for file in shards}):
             own = [file for file in shards if file.owner == owner]
             if owner not in self._described:
                 self._described[owner] = None
-                problem = f"not there, so that nobody reads the {len(own)} files beside it"
+                problem = f"missing, so that nobody can read the {len(own)} files beside it"
                 self.faults.append(Fault(f"scorings/{owner}/scoring.json", problem))
             for file in own:
                 self._signals(file, self._described[owner], sizes, responses)
@@ -272,7 +272,7 @@ class _Check:
                     kind = problem.partition(":")[0]
                     first.setdefault(kind, f"row {number}, key {row.key.hex()}: {problem}")
                     counts[kind] = counts.get(kind, 0) + 1
-        except Exception as error:  # whatever a decoder says of a row that it does not understand
+        except Exception as error:  # a decoder may raise anything for a damaged row
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             self.faults.append(Fault(file.place, f"row {number}: cannot be decoded: {reason}"))
         self.faults += [Fault(file.place, problem, counts[kind]) for kind, problem in first.items()]
@@ -329,14 +329,14 @@ class _Vocabulary:
 
 
 class _Responses:
-    """The responses of sound sets, by their keys."""
+    """The responses of the sets without a fault, by key."""
 
     def __init__(self, sets: Sequence[ResponseSet]) -> None:
-        tables = [found.table.select(["key", "response_ids"]).replace_schema_metadata() for found in sets]
+        tables = [responses.table.select(["key", "response_ids"]).replace_schema_metadata() for responses in sets]
         self._table = pa.concat_tables(tables) if tables else None
 
     def of(self, keys: pa.ChunkedArray) -> Iterator[NDArray[np.int32] | None]:
-        """The response of each key: int32 [T], none where no set has it."""
+        """The response of each key: int32 [T]; none if no set has the key."""
         if self._table is None:
             yield from [None] * len(keys)
             return
@@ -356,5 +356,5 @@ def _rules(scoring: Scoring, sizes: dict[str, int]) -> SignalRules:
 
 
 def _folder(file: CacheFile) -> str:
-    """The folder of a tokenizer, which is good or bad as a whole."""
+    """The folder of a tokenizer's file; empty for other files. A tokenizer is damaged as a whole."""
     return f"tokenizers/{file.owner}" if file.kind == "tokenizer" else ""

@@ -1,8 +1,8 @@
 """Causal attention without a padding mask.
 
-Padding is on the right, and a token attends to no later one. So no token attends to padding, with or without a padding
-mask. But the mask costs time: with it there is no flash attention, keys and values of grouped queries are repeated, and
-the host waits to learn whether anything is masked. Before its mask is left out, a model is compared with itself.
+Padding is on the right, and no token attends to a later one. So no token attends to padding, with or without a padding
+mask. But the mask costs time: it rules out flash attention, it repeats the keys and values of grouped queries, and the
+host waits to learn whether anything is masked. A model is compared with itself before its mask is left out.
 """
 
 from typing import Any
@@ -28,10 +28,10 @@ TRIAL = [
 
 @torch.no_grad()
 def leave_out_padding_mask(model: PreTrainedModel) -> None:
-    """Has a decoder compute right-padded sequences without a padding mask.
+    """Makes a decoder compute right-padded sequences without a padding mask.
 
-    Sliding windows and whatever else is in a layer's own mask stay. A model whose attention is not sdpa, or that gives
-    other hidden states without the mask, keeps it.
+    The rest of a layer's own mask stays, sliding windows for example. A model keeps its mask if its attention is not
+    sdpa, or if its hidden states differ without the mask.
     """
     if model.config._attn_implementation != SDPA:
         return
@@ -49,19 +49,19 @@ def leave_out_padding_mask(model: PreTrainedModel) -> None:
     model.train(training)
 
 
-def same_hidden_states(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
-    """Whether a model's hidden states are the same up to the order of sums, which costs some of the last digits.
+def same_hidden_states(model: PreTrainedModel, actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of hidden states agree up to the order of sums, which changes the last digits.
 
-    Layers in 4 bits have a dtype of their own for products, which may have fewer digits than the hidden states.
+    4-bit layers multiply in their own dtype, which may have fewer digits than the hidden states.
     """
     quantization = getattr(model.config, "quantization_config", None)
     dtype = getattr(quantization, "bnb_4bit_compute_dtype", expected.dtype)
     digits = max(torch.finfo(dtype).eps, torch.finfo(expected.dtype).eps)
-    return bool(((found - expected).abs() <= digits ** (2 / 3) * expected.abs().amax()).all())
+    return bool(((actual - expected).abs() <= digits ** (2 / 3) * expected.abs().amax()).all())
 
 
 def _mask(*, attention_mask: Tensor | None, **options: Any) -> Tensor | None:
-    """A mask function of transformers: sdpa's, of sequences without padding."""
+    """A mask function for transformers: sdpa's mask of sequences without padding."""
     mask: Tensor | None = sdpa_mask(attention_mask=None, **options)
     return mask
 

@@ -1,8 +1,8 @@
-"""How many tokens of a batch fit into a GPU's memory when transformers runs a model; all of it is an estimate.
+"""Estimates how many tokens of a batch fit into a GPU's memory when transformers runs a model.
 
-What a batch needs beside the weights grows with its tokens. Half of the memory that the weights leave free is planned
-for it. The other half is for what the estimate does not know (gaps between allocations, what kernels need for
-themselves) and for the loss head's chunks. Batches are also bounded where larger ones gain nothing.
+A batch needs memory beside the weights, in proportion to its tokens. It gets half of the memory that the weights leave
+free. The other half is for unknowns (gaps between allocations, the kernels' own memory) and for the loss head's chunks.
+Batches have an upper limit too, beyond which they gain nothing.
 """
 
 from typing import Any
@@ -12,19 +12,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from adpa.pipeline.models.checkpoint import Checkpoint
 
-FIXED_TOKENS = 8192  # of a batch where no GPU's memory is asked, and the least where it is
-MOST_SCORING_TOKENS = 65_536  # as many keep a GPU busy; a batch becomes a file, and a killed run loses it
-MOST_SAMPLING_TOKENS = 262_144  # a token costs as much for one response as for some hundreds
+FIXED_TOKENS = 8192  # of a batch if no GPU's memory is known; otherwise the minimum
+MOST_SCORING_TOKENS = 65_536  # enough to keep a GPU busy; a killed run loses one batch, which would become one file
+MOST_SAMPLING_TOKENS = 262_144  # a decoding step costs about the same for one response and for hundreds
 PLANNED_SHARE = 0.5
-# Numbers of the model's dtype that a layer holds for each token at a time.
+# The numbers of the model's dtype that a layer holds for each token at once.
 HIDDEN_COPIES = 16  # of its width: residual, norms in float32, queries, keys, values, rotations
 MLP_COPIES = 4  # of the MLP's width: gate, activation, up, product
-# Bytes for each row of the vocabulary while a token is drawn: float64 probabilities, their sums, and sorting them.
+# Bytes for each id of the vocabulary while a token is drawn: float64 probabilities, their sums, and their sorting.
 DRAWING_BYTES = {False: 32, True: 96}  # without top-p, and with it
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that nobody uses."""
+    """Bytes of a GPU's memory that are free."""
     free, _ = torch.cuda.mem_get_info(device)
     return free
 
@@ -34,8 +34,8 @@ def scoring_tokens(checkpoint: Checkpoint, dtype: str, free: int) -> int:
 
     Args:
         checkpoint: the model.
-        dtype: that it is loaded in.
-        free: bytes, before it is loaded.
+        dtype: the dtype to load it in.
+        free: free bytes before it is loaded.
     """
     if not attends_by_sdpa(checkpoint.config):
         return FIXED_TOKENS
@@ -50,8 +50,8 @@ def sampling_tokens(checkpoint: Checkpoint, dtype: str, free: int, max_new_token
 
     Args:
         checkpoint: the model.
-        dtype: that it is loaded in.
-        free: bytes, before it is loaded.
+        dtype: the dtype to load it in.
+        free: free bytes before it is loaded.
         max_new_tokens: of a response.
         top_p: of the sampling.
     """
@@ -59,25 +59,25 @@ def sampling_tokens(checkpoint: Checkpoint, dtype: str, free: int, max_new_token
     if not attends_by_sdpa(config):
         return FIXED_TOKENS
     drawing = DRAWING_BYTES[top_p < 1] * config.vocab_size / max_new_tokens  # once for each response
-    # Prompts are read before anything is drawn, so that one of both is there at a time, beside keys and values.
+    # Prompts are read before the first draw: activations and drawing never need memory at once. Keys and values stay.
     needed = cache_bytes(config, itemsize) + max(activation_bytes(config, itemsize), drawing)
     return _fitting(free - checkpoint.weight_bytes(dtype), needed, MOST_SAMPLING_TOKENS)
 
 
 def attends_by_sdpa(config: PretrainedConfig) -> bool:
-    """Whether transformers computes a model's attention by sdpa. Elsewhere scores of L × L take memory, too."""
+    """Whether transformers computes a model's attention by sdpa. Other attention needs memory for L × L scores, too."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return bool(getattr(model, "_supports_sdpa", False))
 
 
 def activation_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes for each token that a forward pass without gradients needs at a time: those of one layer."""
+    """Bytes for each token in a forward pass without gradients: one layer's, as layers run one after another."""
     mlp = _largest(config, "intermediate_size", 4 * config.hidden_size)
     return itemsize * (HIDDEN_COPIES * config.hidden_size + MLP_COPIES * mlp)
 
 
 def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes for each token of keys and values: of every layer, and of one again with a head for each query's."""
+    """Bytes for each token of keys and values: of every layer, and again of one layer, repeated to all query heads."""
     heads = _largest(config, "num_attention_heads", 1)
     groups = _largest(config, "num_key_value_heads", heads)
     width = max(_largest(config, "head_dim", 0), config.hidden_size // heads)
@@ -85,9 +85,9 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 
 
 def _largest(config: PretrainedConfig, name: str, otherwise: int) -> int:
-    """A size of the model; some configurations have one for each layer, some leave it open."""
-    found: Any = getattr(config, name, None)
-    return max(found) if isinstance(found, list) else found or otherwise
+    """A size of the model: the largest if each layer has its own, ``otherwise`` if the configuration has none."""
+    size: Any = getattr(config, name, None)
+    return max(size) if isinstance(size, list) else size or otherwise
 
 
 def _fitting(room: int, bytes_per_token: float, most: int) -> int:

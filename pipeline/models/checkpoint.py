@@ -1,4 +1,4 @@
-"""Checkpoints: from what a user types to a directory, an identity and a loaded model."""
+"""Checkpoints: turns the name that a user types into a directory, an identity and a loaded model."""
 
 import gc
 import hashlib
@@ -37,7 +37,7 @@ HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory and what a user called it."""
+    """A model directory and the name that the user typed."""
 
     name: str
     revision: str | None
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Name, revision and the digest of configuration and weights; reads every byte of them once in a process."""
+        """Name, revision, and the digest of configuration and weights; reads all of their bytes, once per process."""
         files = [self.directory / "config.json", *_weight_files(self.directory)]
         with ThreadPoolExecutor(max_workers=8) as pool:
             digests = pool.map(_digest_file, files)
@@ -60,18 +60,18 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The configuration of the language model in it."""
+        """The configuration of the language model in the checkpoint."""
         return self._read_config()[1]
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether the language model is a part of something larger."""
+        """Whether the language model is part of a larger model."""
         whole, text = self._read_config()
         return whole is not text
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights on disk are quantized; not every one has to be."""
+        """Whether weights on disk are quantized: all of them, or some."""
         return getattr(self._read_config()[0], "quantization_config", None) is not None
 
     @cached_property
@@ -84,12 +84,12 @@ class Checkpoint:
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
     def load(self, dtype: str, device: torch.device, **options: Any) -> PreTrainedModel:
-        """Loads the model, with further options of ``from_pretrained``.
+        """Loads the model; ``options`` are further options of ``from_pretrained``.
 
         Raises:
-            ModelError: transformers cannot load it, or its weights are not all those that the configuration asks for.
+            ModelError: transformers cannot load it, or its weights do not match the configuration.
         """
-        # cuDNN's attention makes a plan for each new shape, and ours change with every batch.
+        # cuDNN's attention makes a plan for each new shape, and our shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
         model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
@@ -97,9 +97,9 @@ class Checkpoint:
         return model
 
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
-        """Loads the head alone: the model without its layers, so that only their weights stay on disk.
+        """Loads the head alone: it loads the model without its layers, whose weights stay on disk.
 
-        It is checked in float32 and has the numbers that it has in the whole model loaded in this dtype.
+        The head is checked in float32. Its numbers are those of the whole model loaded in ``dtype``.
 
         Raises:
             HeadError: the head is not one that adpa knows, or its weights are quantized.
@@ -110,18 +110,18 @@ class Checkpoint:
             raise HeadError(f"{self.name}: it is more than a language model")
         config.num_hidden_layers = 0
         if getattr(config, "layer_types", None) is not None:
-            with suppress(AttributeError):  # in some configurations it follows from the number of layers
+            with suppress(AttributeError):  # some configurations derive it from the number of layers
                 config.layer_types = []
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it would list all weights of the layers as unexpected
+        transformers.logging.set_verbosity_error()  # it would list the weights of all layers as unexpected
         try:
             model, unexpected = self._load("float32", config=config)
             model.eval()
             check_head(model)
             head = read_head(model)
-            # Scales of quantized weights lie beside them; transformers would read the weights as if there were none.
+            # Quantized weights have their scales beside them; transformers would ignore the scales here.
             modules = {
                 name.rpartition(".")[0]
                 for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -139,7 +139,7 @@ class Checkpoint:
         return head.to(device, getattr(torch, dtype))
 
     def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
-        """The configuration of the whole, and that of the language model in it, which may be the same object."""
+        """The configurations of the whole model and of its language model, which may be the same object."""
         try:
             config = AutoConfig.from_pretrained(self.directory)
             return config, config.get_text_config(decoder=True)
@@ -147,7 +147,7 @@ class Checkpoint:
             raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
 
     def _load(self, dtype: str, **options: Any) -> tuple[PreTrainedModel, Sequence[str]]:
-        """The model, and which weights on disk it has no place for."""
+        """The model, and the names of the weights on disk that it has no parameter for."""
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.directory, dtype=getattr(torch, dtype), output_loading_info=True, **options
@@ -156,20 +156,20 @@ class Checkpoint:
             raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
         model: PreTrainedModel
         model, information = loaded
-        # transformers fills what is missing with random numbers and only warns.
+        # transformers fills missing weights with random numbers and only warns.
         for problem in ("missing_keys", "mismatched_keys"):
             self._refuse_keys(problem, information[problem])
         return model, list(information["unexpected_keys"])
 
     def _refuse_keys(self, problem: str, keys: Iterable[object]) -> None:
-        if found := sorted(map(str, keys)):
+        if names := sorted(map(str, keys)):
             raise ModelError(
-                f"{self.name}: its weights have {len(found)} {problem.replace('_', ' ')}, the first {found[0]}",
+                f"{self.name}: its weights have {len(names)} {problem.replace('_', ' ')}, the first {names[0]}",
                 "save the checkpoint again as a causal language model",
             )
 
     def weight_bytes(self, dtype: str) -> int:
-        """About how many bytes the weights take in a dtype; as they are on disk if they are quantized there."""
+        """About how many bytes the weights take in a dtype; for quantized weights, their size on disk."""
         # A directory may hold the same weights in both formats.
         files = [list(self.directory.glob(pattern)) for pattern in WEIGHT_PATTERNS]
         size = sum(path.stat().st_size for path in next(filter(None, files)))
@@ -178,10 +178,10 @@ class Checkpoint:
         return size * getattr(torch, dtype).itemsize // getattr(torch, self.dtype_name("auto")).itemsize
 
     def check_memory(self, dtype: str, room: int, advice: str) -> None:
-        """Checks that the weights take at most so many bytes in a dtype, by their size on disk.
+        """Checks, by the size on disk, that the weights fit into ``room`` bytes in a dtype.
 
         Raises:
-            ModelError: they take more; with what to do about it.
+            ModelError: they do not; ``advice`` is its fix.
         """
         needed = self.weight_bytes(dtype)
         if needed > room:
@@ -192,10 +192,10 @@ class Checkpoint:
             )
 
     def check_here(self) -> None:
-        """Checks that the checkpoint is where it was opened, perhaps on another machine.
+        """Checks that this machine has the directory of the checkpoint, which another machine may have opened.
 
         Raises:
-            ModelError: it is not.
+            ModelError: it has not.
         """
         if not self.directory.is_dir():
             raise ModelError(
@@ -223,7 +223,7 @@ class Checkpoint:
         """
         limit = getattr(self.config, "max_position_embeddings", None)
         if (getattr(self.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-            # Beyond it, LongRoPE changes the frequencies of all positions, by the longest sequence of a batch.
+            # With a longer sequence in the batch, LongRoPE changes the frequencies of all positions.
             limit = self.config.rope_parameters.get("original_max_position_embeddings", limit)
         longer = [length for length in lengths if limit is not None and length > limit]
         if longer:
@@ -238,16 +238,16 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Finds a checkpoint: a local directory, or ``org/name`` or ``org/name@revision`` on the Hub.
 
     Raises:
-        ModelError: there is no such checkpoint, or it has no configuration or weights.
+        ModelError: the checkpoint does not exist, or has no configuration or no weights.
     """
     directory, revision = Path(name), None
     if not directory.is_dir():
         hub_name, _, revision_name = name.partition("@")
         try:
-            for weights in WEIGHT_PATTERNS:  # the second only where the first is not there
+            for weights in WEIGHT_PATTERNS:  # the second only if the first has no file
                 patterns = [*HUB_PATTERNS, weights]
-                found = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
-                directory = Path(found)
+                path = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
+                directory = Path(path)
                 if _weight_files(directory):
                     break
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -264,7 +264,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to compute on; ``auto`` is a GPU where there is one."""
+    """The device to compute on; ``auto`` is a GPU if the machine has one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -281,7 +281,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Gives back what a model took. Models of transformers are in cycles of references, which keep them for a while."""
+    """Frees the memory of a deleted model. Models of transformers are in reference cycles, which delay this."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -292,13 +292,13 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _digest_file(path: Path) -> str:
-    found = path.stat()
-    return _digest_bytes(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = path.stat()
+    return _digest_bytes(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @cache
 def _digest_bytes(path: Path, *state: int) -> str:
-    """The digest of a file in this state, remembered: evaluation asks the same large models several times."""
+    """The digest of a file in this state. It is cached: evaluation needs the same large models several times."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

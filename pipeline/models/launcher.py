@@ -1,13 +1,13 @@
-"""Which rank this process is: ``torchrun`` and ``accelerate launch`` say so in the environment."""
+"""The rank of this process, from the environment that ``torchrun`` and ``accelerate launch`` set."""
 
 import os
 
 
 def number_of_ranks() -> int:
-    """How many ranks the launcher has started; 1 without one."""
+    """The number of ranks that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def this_rank() -> int:
-    """Which of them this process is; 0 speaks for all."""
+    """The rank of this process; rank 0 reports for all."""
     return int(os.environ.get("RANK", "0"))

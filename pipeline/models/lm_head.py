@@ -1,8 +1,8 @@
-"""A causal language model in two parts: the decoder that gives hidden states, and the head that gives logits.
+"""Splits a causal language model into the decoder, which returns hidden states, and the head, which returns logits.
 
-Everything adpa computes needs the head on some rows only, so the two are run apart. What heads do beside the matrix
-product (bias, softcap, scale) is read from the model, and the parts are compared with the model's own logits before
-they are trusted: a head that does anything else is refused.
+adpa needs the head on some rows only, so it runs the two separately. The bias, softcap and scale of the head are read
+from the model. ``check_head`` compares the two parts with the model's own logits, and refuses a head that does anything
+else.
 
 Shapes: B sequences, L tokens, C rows, d hidden width, V vocabulary rows.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from adpa.errors import HeadError
 
-# Settings of torch.backends.cuda.matmul: no TF32, all sums in float32.
+# Settings of torch.backends.cuda.matmul: no TF32, every sum in float32.
 FLOAT32_PRODUCTS = {
     "fp32_precision": "ieee",
     "allow_fp16_accumulation": False,
@@ -28,13 +28,13 @@ FLOAT32_PRODUCTS = {
 
 @dataclass(frozen=True)
 class LmHead:
-    """logits = softcap · tanh(z / softcap), or z where there is no softcap, with z = scale · (hidden · weightᵀ + bias).
+    """logits = softcap · tanh(z / softcap), or z without a softcap, with z = scale · (hidden · weightᵀ + bias).
 
     Attributes:
         weight: [V, d].
         bias: [V] or None.
         softcap: as in Gemma 2, or None.
-        logit_scale: as in Cohere; Granite's divisor is turned around.
+        logit_scale: as in Cohere; for Granite, 1 / ``logits_scaling``.
     """
 
     weight: Tensor
@@ -47,13 +47,13 @@ class LmHead:
         return self.to(self.weight.device, torch.float32)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LmHead":
-        """The same head on a device, and in a dtype if one is given."""
+        """The same head on a device, and in a dtype; default: its own."""
         dtype = dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(device, dtype)
         return replace(self, weight=self.weight.to(device, dtype), bias=bias)
 
     def is_exact_in(self, dtype: torch.dtype) -> bool:
-        """Whether the dtype has every one of its numbers."""
+        """Whether the dtype represents every number of the head exactly."""
         tensors = (tensor for tensor in (self.weight, self.bias) if tensor is not None)
         return all(bool((tensor.to(dtype) == tensor).all()) for tensor in tensors)
 
@@ -72,8 +72,8 @@ class LmHead:
     def float32_logits(self, hidden_Cd: Tensor) -> Tensor:
         """Hidden states [C, d] in the weight's dtype to logits [C, V] in float32.
 
-        Of numbers of 16 bits the products are exact and the sums float32's, without a copy of the weight; that runs
-        on CUDA only. Elsewhere take the head in float32.
+        For 16-bit weights the products are exact and the sums are float32, without a copy of the weight. This runs on
+        CUDA only: elsewhere, use the head in float32.
         """
         with _float32_products():
             if self.weight.dtype == torch.float32:
@@ -91,7 +91,7 @@ class LmHead:
 
 @contextmanager
 def _float32_products() -> Iterator[None]:
-    """Keeps CUDA to products and sums of float32, whatever else the process has set."""
+    """Makes CUDA multiply and add in float32, whatever the settings of the process; restores them afterwards."""
     matmul = torch.backends.cuda.matmul
     before = {name: getattr(matmul, name) for name in FLOAT32_PRODUCTS}
     for name in before:
@@ -124,10 +124,10 @@ def read_head(model: PreTrainedModel) -> LmHead:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Compares the parts with the whole on a few tokens.
+    """Compares decoder and head with the whole model on a few tokens.
 
     Raises:
-        HeadError: they differ, so that the head does something that adpa does not know.
+        HeadError: they differ: the head does something that adpa does not know.
     """
     refusal = HeadError(
         f"{type(model).__name__}: its head does something that adpa does not support; known are a linear head with "
@@ -142,7 +142,7 @@ def check_head(model: PreTrainedModel) -> None:
     whole = model(input_ids=input_ids, attention_mask=mask).logits.float()
     parts = read_head(model).logits(hidden_states(model, input_ids, mask)).float()
     model.train(training)
-    # The operations are the same, up to Granite's division, which is a product here.
+    # The operations are the same, except that Granite divides where we multiply.
     tolerance = 4 * torch.finfo(model.dtype).eps * whole.abs().amax()
     if whole.isfinite().all() and not (whole.shape == parts.shape and ((whole - parts).abs() <= tolerance).all()):
         raise refusal

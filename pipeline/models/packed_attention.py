@@ -1,12 +1,13 @@
-"""A decoder on packed sequences: whatever acts on each token alone runs on the row as it is, attention does not.
+"""Runs a decoder on packed sequences: only attention has to tell the sequences of a row apart.
 
-Where the layer's mask is plain causal, or a sliding window, and torch has a kernel for it, one call of
-variable-length attention computes all sequences (``varlen_attention``). Everywhere else the layer's own attention
-function (sdpa or eager, of transformers) computes each piece: its queries, the keys and values at the places of its
-whole sequence, and the part of the layer's own mask that lies between them. So a piece gets what its sequence gets
-alone: grouped queries, scaling, softcaps, sinks and sliding windows are the model's, and no mask is larger than the
-longest sequence. A layer that carries something from token to token beside attention (a convolution, a state) would mix
-the sequences; so a model is compared with itself on padded sequences before it is trusted.
+If the layer's mask is causal or a sliding window, and torch has a kernel for it, one call of variable-length attention
+computes all sequences (``varlen_attention``). Otherwise the layer's own attention function (sdpa or eager, from
+transformers) computes each piece: its queries, the keys and values of its whole sequence, and the part of the layer's
+own mask between them. So a piece has the same attention as in its sequence alone: grouped queries, scaling, softcaps,
+sinks and sliding windows are the model's, and no mask is larger than the longest sequence.
+
+A layer that carries other information from token to token (a convolution, a state) would mix the sequences. So a model
+is compared with itself on padded sequences first.
 
 Shapes: T tokens of the row, M tokens of all sequences, L tokens of the longest sequence, S sequences, Q queries and K
 keys of a piece, H heads, G heads of keys, D width of one.
@@ -36,14 +37,15 @@ EAGER = "eager"
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries of the row and what they see.
+    """Some queries of the row, and the keys that they see.
 
     Attributes:
-        queries: the places of the piece.
-        keys: int64 [K], the places of its sequence, where another piece has the first of them; or None: the same.
-        shared: how many another piece has.
+        queries: the places of the piece in the row.
+        keys: int64 [K], the places of its whole sequence if it shares its first keys with another piece; None: as
+            ``queries``.
+        shared: the number of shared keys.
         end: K.
-        causal: bool [Q, K] where another piece has some, for layers without a mask of their own.
+        causal: bool [Q, K], for layers without their own mask; None if it shares no keys.
     """
 
     queries: slice
@@ -55,7 +57,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Row:
-    """Where the sequences are in a row: see ``PackedSequences``."""
+    """The places of the sequences in a row: see ``PackedSequences``."""
 
     query_starts: Tensor
     key_starts: Tensor
@@ -78,13 +80,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Mask:
-    """What a layer sees of a single sequence of L tokens, as the model says.
+    """The model's mask of a layer, for a single sequence of L tokens.
 
     Attributes:
-        dense: [1, 1, L, L] for the model's own attention function, or None where that needs none.
-        sees: transformers' function of the places of queries and keys that says it.
-        window: how many tokens back it may be limited to, or None.
-        plain: whether it depends on the places alone and lets nothing see what comes after it.
+        dense: [1, 1, L, L] for the model's own attention function; None if that needs no mask.
+        sees: transformers' mask function of the places of queries and keys.
+        window: the size of the layer's local window; None without one.
+        plain: whether the mask depends on the places alone and is causal.
     """
 
     dense: Tensor | None
@@ -93,10 +95,10 @@ class Mask:
     plain: bool
 
     def varlen_window(self, sliding_window: int | None) -> tuple[int, int] | None:
-        """What ``varlen_attn`` has to be given for it; None if it is neither causal nor a sliding window.
+        """The ``window_size`` of ``varlen_attn`` for this mask; None if it is neither causal nor a sliding window.
 
         Args:
-            sliding_window: how many tokens the layer says that it sees, the own one included.
+            sliding_window: the number of tokens that the layer sees, its own included, according to the layer.
         """
         if not self.plain:
             return None
@@ -108,9 +110,9 @@ class Mask:
 
     @cached_property
     def slides(self) -> bool:
-        """Whether the window is a sliding one: not a chunk, nor wider or narrower by one.
+        """Whether the window slides: it is not a chunk, and not wider or narrower by one.
 
-        Found out on the host, at the places where these would differ.
+        This is checked on the host, at the places where these would differ.
         """
         assert self.window is not None
         query_Q1 = torch.tensor([self.window - 1, self.window, self.window + 1, 2 * self.window])[:, None]
@@ -135,7 +137,7 @@ def packed_hidden_states(
     output = model.base_model(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=input_ids.new_ones(1, max(lengths.keys)),  # as wide as the masks have to be
+        attention_mask=input_ids.new_ones(1, max(lengths.keys)),  # the width that the masks need
         row=Row(query_starts, key_starts, key_places, lengths),
         use_cache=False,
     )
@@ -144,13 +146,13 @@ def packed_hidden_states(
 
 
 def allow_packing(model: PreTrainedModel) -> None:
-    """Makes a decoder take packed sequences, and those alone, through ``packed_hidden_states``.
+    """Prepares a decoder for packed sequences; from now on it takes only these, through ``packed_hidden_states``.
 
-    On a GPU, variable-length attention is compared with its reference when a layer first needs it there; the model may
-    still be elsewhere now.
+    The model may still be moved to a GPU: variable-length attention is compared with its reference on a device when a
+    layer first uses it there.
 
     Raises:
-        ModelError: it cannot, or it gives other hidden states than on padded sequences.
+        ModelError: the model cannot run them, or its hidden states differ from those of padded sequences.
     """
     own = model.config._attn_implementation
     if own not in (SDPA, EAGER):
@@ -193,21 +195,21 @@ def packed_attention(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: one call for all sequences, or the model's own one, piece by piece.
+    """An attention function for transformers: one call for all sequences, or the model's own function for each piece.
 
     Args:
         module: the layer.
         query: [1, H, T, D].
         key: [1, G, T, D], where G divides H.
         value: like key.
-        attention_mask: what ``packed_mask`` gave, or None of a model that makes no masks.
-        row: where the sequences are.
+        attention_mask: the result of ``packed_mask``; None if the model makes no masks.
+        row: the places of the sequences.
         own: the name of the model's attention function.
-        position_ids: those of the row, which are no piece's.
-        options: for that function.
+        position_ids: of the row; not passed on, as a piece has other positions.
+        options: options of the model's attention function.
 
     Returns:
-        [1, T, H, D], and no weights.
+        [1, T, H, D], and None for the weights.
     """
     window = None
     if own == SDPA and attention_mask is not None and sdpa_is_plain(module, options):
@@ -219,7 +221,7 @@ def packed_attention(
 
 
 def sdpa_is_plain(module: nn.Module, options: dict[str, Any]) -> bool:
-    """Whether a layer's options for transformers' sdpa ask for nothing that ``varlen_attn`` cannot do."""
+    """Whether ``varlen_attn`` supports all of a layer's options for transformers' sdpa."""
     causal = options.get("is_causal")
     return (
         options.get("dropout", 0.0) == 0
@@ -229,13 +231,13 @@ def sdpa_is_plain(module: nn.Module, options: dict[str, Any]) -> bool:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor) -> Varlen | None:
-    """``varlen_attn``, if it is to be trusted with such a layer."""
+    """``varlen_attn`` if it computes such a layer correctly here; else None."""
     (_, heads, _, width), groups = query.shape, key.shape[1]
     return compared_varlen(query.device, _dtype(query), heads, groups, width) if value.shape[3] == width else None
 
 
 def _dtype(query: Tensor) -> torch.dtype:
-    """The dtype that sdpa computes in: autocast casts for it, but not for ``varlen_attn``."""
+    """The dtype that sdpa computes in: autocast casts the inputs of sdpa, but not those of ``varlen_attn``."""
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
@@ -249,9 +251,9 @@ def attend_at_once(
     window: tuple[int, int],
     scale: float | None,
 ) -> Tensor:
-    """All sequences by one call of ``varlen_attn``, [1, T, H, D]."""
+    """Computes all sequences by one call of ``varlen_attn``, [1, T, H, D]."""
     query_THD, key_MGD, value_MGD = (each[0].transpose(0, 1).to(_dtype(query)) for each in (query, key, value))
-    if len(row.key_places) != len(query_THD):  # otherwise the keys are those of the row, in its order
+    if len(row.key_places) != len(query_THD):  # else the keys are already in the order of the row
         key_MGD, value_MGD = (each.index_select(0, row.key_places) for each in (key_MGD, value_MGD))
     output_THD = attend(
         query_THD,
@@ -278,8 +280,8 @@ def attend_by_pieces(
     own: str,
     options: dict[str, Any],
 ) -> Tensor:
-    """Each piece by the model's own attention function, [1, T, H, D]."""
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # as the file has it
+    """Computes each piece by the model's own attention function, [1, T, H, D]."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # from the model's file
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     outputs = []
     for piece in pieces:
@@ -303,9 +305,9 @@ def packed_mask(
     local_size: int | None = None,
     **options: Any,
 ) -> Mask:
-    """A mask function of transformers: what the model's own one says of a single sequence of L tokens.
+    """A mask function for transformers: calls the model's own mask function for a single sequence of L tokens.
 
-    transformers allows no causal skip where anything is laid over a causal mask but a limit to ``local_size``.
+    transformers allows the causal skip only for a causal mask without additions other than ``local_size``.
     """
     dense = ALL_MASK_ATTENTION_FUNCTIONS[own](
         batch_size=1,

@@ -1,4 +1,4 @@
-"""Attention of packed sequences in one call: torch's ``varlen_attn``, its reference, and the comparison of the two.
+"""Attention of packed sequences in one call: torch's ``varlen_attn``, a reference, and their comparison.
 
 Shapes: T queries of all pieces, M keys of all sequences, H heads of queries, G heads of keys (G divides H), D width of
 one, S sequences, Q queries and K keys of one of them.
@@ -16,15 +16,15 @@ from torch.nn.attention.varlen import varlen_attn
 
 from adpa.errors import ModelError
 
-# The arguments of torch.nn.attention.varlen.varlen_attn that are needed, in torch 2.13.
+# The arguments of torch.nn.attention.varlen.varlen_attn that we need; torch 2.13 has them.
 Varlen = Callable[..., Any]
 OPTIONS = {"scale", "window_size", "enable_gqa"}
 CAUSAL = (-1, 0)
-WIDE_BACKWARD = ((8, 0), (9, 0))  # of GPUs whose backward pass takes widths above 192
+WIDE_BACKWARD = ((8, 0), (9, 0))  # the GPUs whose backward pass supports widths above 192
 
 
 def find_varlen(device: torch.device, dtype: torch.dtype, width: int) -> Varlen | None:
-    """torch's ``varlen_attn``, where it computes such numbers on such a device; else None."""
+    """torch's ``varlen_attn`` if it supports the device, dtype and width; else None."""
     if dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > 256:
         return None
     if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
@@ -37,10 +37,10 @@ def find_varlen(device: torch.device, dtype: torch.dtype, width: int) -> Varlen 
 
 @cache
 def compared_varlen(device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int) -> Varlen | None:
-    """What ``find_varlen`` gives, compared with its reference the first time that a device has such a layer.
+    """The result of ``find_varlen``. The first call for a device and such a layer compares it with the reference.
 
     Raises:
-        ModelError: it computes something else.
+        ModelError: it differs from the reference.
     """
     attend = find_varlen(device, dtype, width)
     if attend is not None:
@@ -48,18 +48,17 @@ def compared_varlen(device: torch.device, dtype: torch.dtype, heads: int, groups
     return attend
 
 
-@torch.no_grad()  # so that gradient checkpointing, which may be going on, notices nothing
+@torch.no_grad()  # so that it does not disturb gradient checkpointing
 def compare_varlen(
     attend: Varlen, device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
 ) -> None:
-    """Compares a function with the reference, on sequences of which some have more keys than queries, with a window
-    and without.
+    """Compares a function with the reference, with and without a window; some sequences have more keys than queries.
 
     Raises:
-        ModelError: it computes something else.
+        ModelError: it differs from the reference.
     """
     queries, keys = (1, 3, 130, 2, 5), (1, 3, 130, 200, 9)
-    generator = torch.Generator().manual_seed(0)  # its own: training goes on with the random numbers that it would have
+    generator = torch.Generator().manual_seed(0)  # its own, so that the random numbers of training stay the same
     query, key, value = (
         torch.randn(sum(lengths), count, width, generator=generator).to(device, dtype)
         for lengths, count in ((queries, heads), (keys, groups), (keys, groups))
@@ -71,10 +70,10 @@ def compare_varlen(
     for window in (CAUSAL, (3, 0)):
         arguments = (starts_q, starts_k, max(queries), max(keys))
         options = {"scale": 1.5 * width**-0.5, "window_size": window, "enable_gqa": heads != groups}
-        found = attend(query, key, value, *arguments, **options).double()
+        actual = attend(query, key, value, *arguments, **options).double()
         expected = varlen_reference(query.double(), key.double(), value.double(), *arguments, **options)
         tolerance = torch.finfo(dtype).eps ** (2 / 3) * expected.abs().amax()
-        if not ((found - expected).abs() <= tolerance).all():
+        if not ((actual - expected).abs() <= tolerance).all():
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
             raise ModelError(f"torch {torch.__version__}: varlen_attn is wrong on {name}", "leave out --packing")
 
@@ -92,7 +91,7 @@ def varlen_reference(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What ``torch.nn.attention.varlen.varlen_attn`` computes, by the definition, in the dtype of the arguments.
+    """The definition of ``torch.nn.attention.varlen.varlen_attn``, computed in the dtype of the arguments.
 
     Args:
         query: [T, H, D].
@@ -103,9 +102,9 @@ def varlen_reference(
         max_q: the most queries of a sequence.
         max_k: the most keys of one.
         scale: of the scores; default: 1 / √D.
-        window_size: how many keys before and after its own place a query sees beside it; −1: all. The last query has
+        window_size: the numbers of keys that a query sees before and after its own place; −1: all. The last query has
             the place of the last key.
-        enable_gqa: allows G to be less than H.
+        enable_gqa: allow G < H.
 
     Returns:
         [T, H, D].

@@ -28,8 +28,8 @@ import ray
 import ray.data
 import ray.exceptions
 
+from adpa.data.cache.files import remove_file, write_file
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import remove_file, write_file
 from adpa.errors import CacheError, EngineError, OptionError
 from adpa.pipeline.scoring.jobs import Job, write_batches
 from adpa.progress import progress

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import list_shards, peek_shard, read_shards, remove_file, write_shard
+from adpa.data.cache.shards import list_shards, peek_shard, read_shards, write_shard
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.cache.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
 from adpa.data.sequences import TokenSequence

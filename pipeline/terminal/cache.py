@@ -1,4 +1,4 @@
-"""What the commands on a whole cache found, in a terminal."""
+"""Shows the reports of the ``adpa cache`` commands in a terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -14,14 +14,14 @@ from adpa.pipeline.cache.verify import VerifyReport
 
 
 def show_listing(listing: CacheListing) -> RenderableType:
-    """Sets and scorings with who made them, then everything else that takes space."""
+    """Response sets and scorings with their origin, then everything else that takes space."""
     parts: list[RenderableType] = []
     if listing.sets:
         table = _table("response set", "rows", "tokens", "prompt tokens", "bytes")
-        for found in listing.sets:
-            numbers = (found.rows, found.tokens, found.prompt_tokens, found.bytes)
-            table.add_row(found.name, *(f"{number:,}" for number in numbers))
-        parts += [table, *(_line(found.name, _about_set(found)) for found in listing.sets), ""]
+        for listed in listing.sets:
+            numbers = (listed.rows, listed.tokens, listed.prompt_tokens, listed.bytes)
+            table.add_row(listed.name, *(f"{number:,}" for number in numbers))
+        parts += [table, *(_line(listed.name, _about_set(listed)) for listed in listing.sets), ""]
     if listing.scorings:
         table = _table("scoring", "rows", "tokens", "bytes", "bytes/token", "files", "pending")
         for scored in listing.scorings:
@@ -49,7 +49,7 @@ def show_listing(listing: CacheListing) -> RenderableType:
 
 
 def show_verification(report: VerifyReport) -> RenderableType:
-    """Every fault, then what was checked, and what was not."""
+    """Every fault, then the files that were checked and those that were not."""
     parts: list[RenderableType] = []
     for fault in report.faults:
         rows = f" ({fault.rows:,} rows)" if fault.rows is not None and fault.rows > 1 else ""
@@ -66,7 +66,7 @@ def show_verification(report: VerifyReport) -> RenderableType:
 
 
 def show_garbage(report: GarbageReport) -> RenderableType:
-    """What goes and why, and what stays for now."""
+    """The garbage with reasons, and the files that stay for now."""
     parts = []
     for garbage in report.garbage:
         rows = "" if garbage.rows is None else f"{garbage.rows:,} of {garbage.rows + garbage.kept:,} rows, "
@@ -93,8 +93,8 @@ def show_packing(report: PackReport) -> RenderableType:
     return Group(*parts) if parts else _line("nothing to pack", "")
 
 
-def _about_set(found: ListedSet) -> str:
-    info, parts = found.info, []
+def _about_set(listed: ListedSet) -> str:
+    info, parts = listed.info, []
     if info.sampling is not None:
         how = info.sampling
         parts.append(
@@ -108,7 +108,7 @@ def _about_set(found: ListedSet) -> str:
         "dropped": info.dropped,
     }
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
-    scored = [f"{rows:,} of {found.rows:,} by {scoring}" for scoring, rows in found.scored.items() if rows]
+    scored = [f"{rows:,} of {listed.rows:,} by {scoring}" for scoring, rows in listed.scored.items() if rows]
     parts.append("scored: " + ", ".join(scored) if scored else "not scored")
     return "; ".join(parts)
 
@@ -120,7 +120,7 @@ def _about_scoring(scored: ListedScoring) -> str:
             f"rounding changes the KL of a token by {errors.kl:.1e} nats in the mean, {errors.largest_kl:.1e} at most, "
             f"its advantages by {errors.advantage:.1e}"
         )
-    parts += [f"{scored.repeated:,} rows stand twice; adpa cache pack drops them"] if scored.repeated else []
+    parts += [f"{scored.repeated:,} repeated rows; adpa cache pack drops them"] if scored.repeated else []
     parts += [f"{scored.unneeded:,} rows that no set needs; adpa cache gc removes them"] if scored.unneeded else []
     parts += [f"{scored.pending:,} rows wait for the reference"] if scored.pending else []
     return "; ".join(parts)

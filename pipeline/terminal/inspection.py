@@ -1,4 +1,4 @@
-"""What ``inspect_cache`` found, in a terminal."""
+"""Shows the report of ``inspect_cache`` in a terminal."""
 
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
@@ -11,7 +11,7 @@ from adpa.data.pieces import visible
 from adpa.data.summary import PLAUSIBLE, QUANTILES, SignalSummary
 from adpa.pipeline.inspect import InspectReport
 
-# Backgrounds that white text can be read on, in light and in dark terminals.
+# Backgrounds on which white text is readable, in light and in dark terminals.
 RED, GREY, GREEN = (190, 30, 45), (105, 105, 105), (0, 125, 60)
 STRONGEST = 5  # tokens of a response that are shown with the teacher's alternatives
 
@@ -32,7 +32,7 @@ def show_inspection(report: InspectReport) -> RenderableType:
 
 
 def colour(value: float, scale: float) -> Style:
-    """White on red below zero, on green above, on grey at it; full from ``scale`` on."""
+    """White text on red below zero, on green above, on grey at zero; the full colour from ``scale`` on."""
     strength = min(abs(value) / scale, 1.0)
     mixed = (round(grey + strength * (end - grey)) for grey, end in zip(GREY, GREEN if value > 0 else RED, strict=True))
     return Style(color="#ffffff", bgcolor="#{:02x}{:02x}{:02x}".format(*mixed))
@@ -55,7 +55,7 @@ def _show_summary(summary: SignalSummary) -> RenderableType:
                 line += f", mean {group.mean_positive:.3f}, largest {group.largest:.3f}"
             lines.append(line)
     if summary.token_advantage is None:
-        lines.append("no reference, hence no advantages: tokens have the colour of their log-probability")
+        lines.append("no reference, hence no advantages: log-probabilities colour the tokens")
     title = Text(f"{summary.response_set}, scoring {summary.scoring}\n", Style(bold=True))
     return Group(title, table, "", *map(Text, lines))
 
@@ -78,7 +78,7 @@ def _show_response(response: InspectedResponse, summary: SignalSummary) -> list[
 
 
 def _strongest_tokens(response: InspectedResponse, scale: float) -> Table:
-    """The tokens with the largest values, each above its probability and advantage, beside the teacher's choices."""
+    """The tokens with the largest values and the teacher's choices, each above its probability and advantage."""
     strongest = sorted(range(len(response.tokens)), key=lambda place: -abs(response.tokens[place].value))[:STRONGEST]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("at", justify="right")

@@ -1,4 +1,4 @@
-"""What ``inspect_cache`` found, as an HTML page that needs nothing beside itself and runs nothing."""
+"""Renders the report of ``inspect_cache`` as one HTML page, without scripts or other files."""
 
 from collections.abc import Sequence
 
@@ -91,7 +91,7 @@ the largest is {{ "%.3f" % group.largest }}{% endif %}.</p>
 
 
 def render_page(summary: SignalSummary, responses: Sequence[InspectedResponse]) -> str:
-    """The page: the summary, then each response under its prompt, with the teacher's choices at every token."""
+    """The page: the summary, then each response below its prompt, with the teacher's choices at every token."""
 
     def background(value: float) -> str:
         opacity = STRONGEST * min(abs(value) / summary.colour_scale, 1.0)

@@ -1,4 +1,4 @@
-"""What ``precompute`` did, in a terminal."""
+"""Shows the report of ``precompute`` in a terminal."""
 
 from rich.console import Group, RenderableType
 
@@ -8,17 +8,17 @@ from adpa.pipeline.terminal.report import show_report
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
-    """Its counts, then what a probe measured, or what the counts do not say."""
+    """The counts, then the results of a probe, or a remark."""
     table = show_report("precompute", report, leave_out="probe")
     below: list[RenderableType] = []
     if report.probe is not None:
         below = ["", show_probe(report.probe, report.sampled)]
     elif report.dry_run:
-        below = ["", "Bytes: at most, without encoding; --probe 64 predicts them."]
+        below = ["", "Bytes: at most these, before encoding; --probe 64 predicts them."]
     elif report.awaited:
         below = [
             "",
-            f"No sampled set yet: {report.awaited:,} of its responses are for other parts to sample. The last part to "
-            "be done makes it; any part that is run again does, too.",
+            f"No sampled set yet: other parts have to sample {report.awaited:,} of its responses. The last part to "
+            "finish makes the set; so does any part that runs again.",
         ]
     return Group(table, *below)

@@ -1,4 +1,4 @@
-"""What a probe measured, in a terminal."""
+"""Shows the results of a probe in a terminal."""
 
 from rich.console import Group, RenderableType
 from rich.style import Style
@@ -9,7 +9,7 @@ from adpa.pipeline.scoring.probe import ProbeReport
 
 
 def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
-    """A line for each K, the run's own in bold, then what the numbers are of; ``unsampled`` responses are not there."""
+    """A line for each K, the run's own in bold, then notes on the numbers; ``unsampled``: responses not sampled yet."""
     table = Table("K", box=None, padding=(0, 1, 0, 0))
     losses = ["KL lost", "95%"] if report.kl_against else []
     losses += ["A lost"] if report.reference_hours is not None else []
@@ -26,7 +26,7 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
 
     lines = [
         f"Probed: {report.responses:,} of {report.data_responses:,} responses, {report.tokens:,} tokens, with "
-        f"K = {report.top_k:,}; {report.tail:.2g} of the teacher's probability lies beyond and is seen as one outcome."
+        f"K = {report.top_k:,}; {report.tail:.2g} of the teacher's probability lies beyond and counts as one outcome."
     ]
     if report.stand_ins:
         lines.append(
@@ -49,7 +49,7 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
 
 def _losses(report: ProbeReport) -> str:
     if report.kl_against is None:
-        return "What of KL and advantages is lost is not known without a student and without a reference."
+        return "Without a student and without a reference, the lost KL and advantages are unknown."
     text = "KL lost: nats a token that the student's KL over K + 1 outcomes does not see"
     if report.kl_against == "reference":
         text += (
@@ -64,7 +64,7 @@ def _losses(report: ProbeReport) -> str:
 def _hours(report: ProbeReport) -> str:
     hours = {"teacher": report.teacher_hours, "reference": report.reference_hours or 0.0}
     whole, missing = f"{sum(hours.values()):.3g}", f"{report.missing_hours:.3g}"
-    parts = [f"{role} {share:.3g}" for role, share in hours.items() if report.reference_hours is not None]
+    parts = [f"{model} {share:.3g}" for model, share in hours.items() if report.reference_hours is not None]
     if missing != whole:
         parts.append(f"{missing} for what the cache lacks")
     return f"{whole} ({', '.join(parts)})" if parts else whole

@@ -1,4 +1,4 @@
-"""A report in a terminal: a table of its fields."""
+"""Shows a report in a terminal as a table of its fields."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def show_report(title: str, report: Any, leave_out: str = "") -> Table:
-    """A line for each field of a dataclass, but one; those of a mapping or a list below each other."""
+    """A row for each field of a dataclass except ``leave_out``; a mapping or list takes one line per entry."""
     table = Table(title=f"adpa {title}", show_header=False)
     for name, value in dataclasses.asdict(report).items():
         if name != leave_out:

@@ -19,8 +19,9 @@ from adpa.data.batches import TrainingExamples, collate
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.cache.selection import Need, Selection, select
+from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.sequences import Packing
-from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
+from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint

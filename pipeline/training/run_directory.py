@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from adpa.data.cache.directories import check_writable
-from adpa.data.cache.shards import write_file
+from adpa.data.cache.files import write_file
+from adpa.data.cache.locations import check_writable
 from adpa.errors import OptionError
 
 RECORD = "adpa.json"

@@ -16,7 +16,7 @@ import typer.core
 from rich.console import Console, RenderableType
 from upath import UPath
 
-from adpa.data.cache.directories import check_writable_file, find_location
+from adpa.data.cache.locations import check_writable_file, find_location
 from adpa.errors import AdpaError, OptionError
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.terminal.report import show_report

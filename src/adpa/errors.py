@@ -1,16 +1,16 @@
-"""What adpa raises when something is wrong with what it was given.
+"""The errors that adpa raises for mistakes in its input.
 
-Every message says where and what was found, what was expected, and what to do about it. The classes
-pickle (their arguments are the two strings), so that they cross process boundaries.
+Every message says what is wrong and where, what was expected, and what to do. The classes pickle (their arguments are
+the two strings), so that they cross process boundaries.
 """
 
 
 class AdpaError(ValueError):
-    """Something the user can put right.
+    """An error that the user can fix.
 
     Args:
-        problem: where it is, what was found and what was expected.
-        fix: what to do about it.
+        problem: what is wrong and where, and what was expected.
+        fix: what to do.
     """
 
     exit_code = 2
@@ -31,7 +31,7 @@ class DataError(AdpaError):
 
 
 class ModelError(AdpaError):
-    """A checkpoint or tokenizer that cannot be used, alone or with the others."""
+    """A checkpoint or tokenizer that cannot be used, alone or with the other models."""
 
 
 class HeadError(ModelError):
@@ -39,22 +39,22 @@ class HeadError(ModelError):
 
 
 class CacheError(AdpaError):
-    """A cache that does not hold what is asked of it."""
+    """A cache that lacks what a command needs, or that cannot be used."""
 
 
 class DamagedFileError(CacheError):
-    """A cache file whose bytes are not those that were written."""
+    """A cache file that differs from what was written."""
 
     exit_code = 1
 
 
 class EngineError(AdpaError):
-    """An inference engine that does not start, or fails in the middle; what it answered before is kept."""
+    """An inference engine that does not start, or fails during a run. Its earlier answers are kept."""
 
     exit_code = 1
 
 
 class RankError(AdpaError):
-    """A failure of one rank that ends a run of several."""
+    """A failure of one rank, which ends a run of several ranks."""
 
     exit_code = 1

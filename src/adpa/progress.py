@@ -24,7 +24,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar and gives the function that advances it by so many units (the description names them)."""
+    """Shows a bar, and yields the function that advances it by a number of units; the description names the unit."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

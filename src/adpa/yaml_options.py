@@ -1,4 +1,4 @@
-"""Options in YAML, as people write them: ``on`` is a name, ``1e-3`` a number, and nothing is said twice."""
+"""Reads options from YAML files: ``on`` is a name, ``1e-3`` is a number, and a repeated name is an error."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 def read_options(option: str, path: Path) -> Any:
-    """Reads the YAML file that an option names; the names in its mappings are text, as they are written.
+    """Reads the YAML file that an option names. The names in its mappings stay text: ``on`` is not a truth value.
 
     Raises:
-        OptionError: the file cannot be read, is no YAML, or has a name twice in one mapping.
+        OptionError: the file cannot be read, is not YAML, or has a name twice in one mapping.
     """
     try:
         return yaml.load(path.read_text(), _Loader)
@@ -23,7 +23,7 @@ def read_options(option: str, path: Path) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """A value as YAML has it, but text that is a number, such as 1e-3, is that number."""
+    """The number that a text spells, such as 1e-3, which YAML reads as text; any other value unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

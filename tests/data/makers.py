@@ -94,7 +94,7 @@ def signal_rows(responses: ResponseSet, seed: int, reference: bool = True) -> li
 
 
 def teacher_row(key: bytes, length: int, seed: int, top_k: int = 50, vocabulary: int = 49152) -> SignalRow:
-    """A row as a teacher and a reference give it: distinct ids, falling probabilities that leave a tail; float32."""
+    """A row of a teacher and a reference: distinct ids, falling probabilities that leave a tail; float32."""
     random = np.random.default_rng(seed)
     logits = random.gumbel(size=(length, vocabulary)) * random.uniform(0.4, 2, (length, 1))
     logprobs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
@@ -120,9 +120,9 @@ def assert_same_row(read: SignalRow, expected: SignalRow) -> None:
     for field in fields(SignalRow):
         if field.name == "key":
             continue
-        found, wanted = getattr(read, field.name), getattr(expected, field.name)
-        if wanted is None:
-            assert found is None
+        actual, original = getattr(read, field.name), getattr(expected, field.name)
+        if original is None:
+            assert actual is None
         else:
-            assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-            assert found.tobytes() == wanted.tobytes()
+            assert (actual.dtype, actual.shape) == (original.dtype, original.shape)
+            assert actual.tobytes() == original.tobytes()

@@ -1,4 +1,4 @@
-"""Chat templates in the styles that models come with, on SmolLM2's tokenizer."""
+"""Chat templates in the styles of common models, on SmolLM2's tokenizer."""
 
 from copy import deepcopy
 from dataclasses import dataclass

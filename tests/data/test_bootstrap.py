@@ -54,7 +54,7 @@ def test_one_group_has_the_width_of_the_normal_approximation() -> None:
 
 
 def test_what_differs_between_groups_widens_the_interval() -> None:
-    """Many prompts say nothing of another seed: the width is that of the means of the groups."""
+    """Many prompts tell nothing about another seed: the width is that of the means of the groups."""
     effects = draw(8, 1)
     interval = bootstrap_interval(effects + 0.1 * draw(8, 500, seed=1), resamples=20_000)
     half = 1.96 * effects.std() / np.sqrt(8)

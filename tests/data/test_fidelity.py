@@ -1,4 +1,4 @@
-"""What a K keeps, against sums over the whole vocabulary in float64, and the laws of what it loses."""
+"""What a K keeps equals float64 sums over the whole vocabulary; and laws of what it loses."""
 
 from dataclasses import replace
 from hashlib import blake2b
@@ -27,7 +27,7 @@ def random_logprobs(seed: int, tokens: int, spread: float = 2.0) -> NDArray[np.f
 
 
 def make_row(teacher_TV: NDArray[np.float64], reference_TV: NDArray[np.float64] | None, top_k: int) -> SignalRow:
-    """What scoring gives of two models' log-probabilities, float32 as it does."""
+    """The float32 row that scoring makes of two models' log-probabilities."""
     ids = np.argsort(-teacher_TV, axis=1, kind="stable")[:, :top_k]
     logprobs = np.take_along_axis(teacher_TV, ids, axis=1)
     rest = np.exp(teacher_TV)
@@ -44,11 +44,11 @@ def make_row(teacher_TV: NDArray[np.float64], reference_TV: NDArray[np.float64] 
     if reference_TV is None:
         return row
     possible = np.isfinite(logprobs)
-    given = np.where(possible, np.take_along_axis(reference_TV, ids, axis=1), 0)
+    reference_logprobs = np.where(possible, np.take_along_axis(reference_TV, ids, axis=1), 0)
     return replace(
         row,
         token_advantages=(teacher_TV[:, 0] - reference_TV[:, 0]).astype(np.float32),
-        topk_advantages=np.where(possible, logprobs - given, -np.inf).astype(np.float32),
+        topk_advantages=np.where(possible, logprobs - reference_logprobs, -np.inf).astype(np.float32),
     )
 
 
@@ -66,21 +66,21 @@ def kl_of_outcomes(teacher_V: NDArray[np.float64], reference_V: NDArray[np.float
 def test_every_number_is_that_of_the_whole_vocabulary(large: int) -> None:
     teacher, reference = random_logprobs(0, tokens=40)
     rows = [make_row(teacher[part], reference[part], large) for part in (slice(0, 13), slice(13, 14), slice(14, 40))]
-    for top_k, found in zip(TOP_KS, measure_fidelity([rows[:2], rows[2:]], SCORING, TOP_KS, 40), strict=True):
+    for top_k, actual in zip(TOP_KS, measure_fidelity([rows[:2], rows[2:]], SCORING, TOP_KS, 40), strict=True):
         descending = -np.sort(-np.exp(teacher), axis=1)
         mass = descending[:, :top_k].sum(axis=1)
-        assert found.top_k == top_k
-        assert found.captured_mass == pytest.approx(mass.mean(), abs=1e-6)
-        assert found.captured_mass_5 == pytest.approx(np.quantile(mass, 0.05, method="inverted_cdf"), abs=1e-6)
-        assert found.tail == pytest.approx(1 - mass.mean(), abs=1e-6)
+        assert actual.top_k == top_k
+        assert actual.captured_mass == pytest.approx(mass.mean(), abs=1e-6)
+        assert actual.captured_mass_5 == pytest.approx(np.quantile(mass, 0.05, method="inverted_cdf"), abs=1e-6)
+        assert actual.tail == pytest.approx(1 - mass.mean(), abs=1e-6)
         lost = [
             kl_of_outcomes(p, q, large) - kl_of_outcomes(p, q, top_k) for p, q in zip(teacher, reference, strict=True)
         ]
-        assert found.kl_lost == pytest.approx(np.mean(lost), abs=1e-5)
-        assert found.kl_lost_95 == pytest.approx(np.quantile(lost, 0.95, method="inverted_cdf"), abs=1e-5)
+        assert actual.kl_lost == pytest.approx(np.mean(lost), abs=1e-5)
+        assert actual.kl_lost_95 == pytest.approx(np.quantile(lost, 0.95, method="inverted_cdf"), abs=1e-5)
         weights = np.exp(teacher) * np.abs(teacher - reference)
         weights = np.take_along_axis(weights, np.argsort(-teacher, axis=1, kind="stable"), axis=1)[:, :large]
-        assert found.advantage_lost == pytest.approx(weights[:, top_k:].sum() / weights.sum(), abs=1e-6)
+        assert actual.advantage_lost == pytest.approx(weights[:, top_k:].sum() / weights.sum(), abs=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -99,13 +99,13 @@ def test_a_larger_k_never_loses_more_and_nothing_lost_is_negative(
     with np.errstate(invalid="ignore"):
         teacher -= np.log(np.exp(teacher).sum(axis=1, keepdims=True))
     top_ks = sorted({1, 1 + large // 4, 1 + large // 2, large})
-    found = measure_fidelity([[make_row(teacher, reference, large)]], SCORING, top_ks, tokens)
-    losses = np.array([[kept.tail, kept.kl_lost, kept.kl_lost_95, kept.advantage_lost] for kept in found], np.float64)
+    actual = measure_fidelity([[make_row(teacher, reference, large)]], SCORING, top_ks, tokens)
+    losses = np.array([[kept.tail, kept.kl_lost, kept.kl_lost_95, kept.advantage_lost] for kept in actual], np.float64)
     assert (losses >= 0).all()
     assert (np.diff(losses, axis=0) <= 1e-12).all()
     assert (losses[:, 3] <= 1).all()
     assert (losses[-1, 1:] == 0).all()
-    for kept in found:
+    for kept in actual:
         assert kept.captured_mass_5 <= kept.captured_mass + 1e-12 <= 1 + 1e-6
         assert kept.captured_mass + kept.tail == pytest.approx(1)
 
@@ -142,15 +142,15 @@ def test_a_students_ratios_outrank_the_references() -> None:
     row, of_student = make_row(teacher, reference, 20), make_row(teacher, student, 20)
     assert of_student.topk_advantages is not None
     ratios = {row.key: of_student.topk_advantages}
-    found, as_reference, alone = (
-        measure_fidelity([[given]], scoring, TOP_KS[:2], 9, of)
-        for given, scoring, of in (
+    actual, as_reference, alone = (
+        measure_fidelity([[case]], scoring, TOP_KS[:2], 9, of)
+        for case, scoring, of in (
             (row, SCORING, ratios),
             (of_student, SCORING, None),
             (make_row(teacher, None, 20), replace(SCORING, reference=None), ratios),
         )
     )
-    for one, other, third in zip(found, as_reference, alone, strict=True):
+    for one, other, third in zip(actual, as_reference, alone, strict=True):
         assert one.kl_lost == other.kl_lost == third.kl_lost
         assert one.kl_lost_95 == other.kl_lost_95 == third.kl_lost_95
         assert one.advantage_lost != other.advantage_lost
@@ -162,17 +162,17 @@ def test_a_students_ratios_outrank_the_references() -> None:
 def test_a_row_cut_to_a_smaller_k_is_that_ks_own(with_reference: bool, large: int) -> None:
     teacher, reference = random_logprobs(6, tokens=11)
     for top_k in (*TOP_KS, large):
-        found, own = (
+        actual, own = (
             cut_row(make_row(teacher, reference if with_reference else None, of), [1, top_k])[1]
             for of in (large, top_k)
         )
-        np.testing.assert_array_equal(found.topk_ids, own.topk_ids)
-        np.testing.assert_array_equal(found.topk_logprobs, own.topk_logprobs)
-        np.testing.assert_array_equal(found.token_logprobs, own.token_logprobs)
-        np.testing.assert_allclose(found.tail_logprob, own.tail_logprob, atol=1e-5)
-        assert (found.topk_advantages is not None) == with_reference
-        if found.topk_advantages is not None and own.topk_advantages is not None:
-            np.testing.assert_array_equal(found.topk_advantages, own.topk_advantages)
+        np.testing.assert_array_equal(actual.topk_ids, own.topk_ids)
+        np.testing.assert_array_equal(actual.topk_logprobs, own.topk_logprobs)
+        np.testing.assert_array_equal(actual.token_logprobs, own.token_logprobs)
+        np.testing.assert_allclose(actual.tail_logprob, own.tail_logprob, atol=1e-5)
+        assert (actual.topk_advantages is not None) == with_reference
+        if actual.topk_advantages is not None and own.topk_advantages is not None:
+            np.testing.assert_array_equal(actual.topk_advantages, own.topk_advantages)
 
 
 def test_the_bytes_are_those_of_the_files_and_grow_with_the_tokens(tmp_path: Path) -> None:
@@ -194,30 +194,30 @@ def test_with_a_nucleus_everything_is_of_what_it_keeps() -> None:
     """Mass, KL and advantages are those that ``keep_nucleus`` leaves, each token with a K of its own."""
     teacher, reference = random_logprobs(6, tokens=30)
     rows = [make_row(teacher, reference, V)]
-    (found,) = measure_fidelity([rows], replace(SCORING, top_p=0.5), [20], 30)
+    (actual,) = measure_fidelity([rows], replace(SCORING, top_p=0.5), [20], 30)
     descending = -np.sort(-np.exp(teacher), axis=1)
     counts = np.minimum((np.cumsum(descending, axis=1) - descending < 0.5).sum(axis=1), 20)
     assert len(set(counts.tolist())) > 2
     mass = [row[:count].sum() for row, count in zip(descending, counts, strict=True)]
-    assert found.captured_mass == pytest.approx(np.mean(mass), abs=1e-6)
+    assert actual.captured_mass == pytest.approx(np.mean(mass), abs=1e-6)
     lost = [
         kl_of_outcomes(p, q, V) - kl_of_outcomes(p, q, count)
         for p, q, count in zip(teacher, reference, counts, strict=True)
     ]
-    assert found.kl_lost == pytest.approx(np.mean(lost), abs=1e-5)
+    assert actual.kl_lost == pytest.approx(np.mean(lost), abs=1e-5)
     (whole,) = measure_fidelity([rows], SCORING, [20], 30)
-    assert whole.captured_mass > found.captured_mass
+    assert whole.captured_mass > actual.captured_mass
     assert whole.advantage_lost is not None
-    assert found.advantage_lost is not None
-    assert whole.advantage_lost < found.advantage_lost
-    assert whole.bytes > found.bytes
+    assert actual.advantage_lost is not None
+    assert whole.advantage_lost < actual.advantage_lost
+    assert whole.bytes > actual.bytes
 
 
 @pytest.mark.parametrize("kept", [{"top_p": 0.6}, {"lossy": True}, {"top_p": 0.6, "lossy": True}])
 def test_the_bytes_of_a_nucleus_and_of_rounding_are_those_of_the_files(kept: dict[str, Any], tmp_path: Path) -> None:
     teacher, reference = random_logprobs(7, tokens=30)
     row = make_row(teacher, reference, 20)
-    whole, less = (measure_fidelity([[row]], replace(SCORING, **given), [20], 30)[0] for given in ({}, kept))
+    whole, less = (measure_fidelity([[row]], replace(SCORING, **options), [20], 30)[0] for options in ({}, kept))
     scoring = replace(SCORING, top_k=20, **kept)
     write_signals(tmp_path, scoring, [keep_nucleus(row, scoring.top_p)])
     (path,) = scoring.folder(tmp_path).iterdir()

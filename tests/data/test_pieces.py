@@ -1,4 +1,4 @@
-"""Tokens as people read them: texts that add up to the whole, split characters, nothing that steers a terminal."""
+"""The texts of tokens: they add up to the whole, split characters are whole, and none controls a terminal."""
 
 from typing import Any
 

@@ -48,7 +48,7 @@ def prompt_and_whole_conversations(prompt: list[Row]) -> Row:
 
 
 def prompt_string_and_whole_conversations(prompt: list[Row]) -> Row:
-    """As in HuggingFaceH4/ultrafeedback_binarized, where `messages` is there too."""
+    """As in HuggingFaceH4/ultrafeedback_binarized, which has `messages` too."""
     first_question = next(message["content"] for message in prompt if message["role"] == "user")
     return {"prompt_id": "f0e3", "prompt": first_question, "messages": [*prompt, CHOSEN]} | implicit(prompt)
 
@@ -217,14 +217,14 @@ def test_a_split_of_data_that_has_none_is_refused(tmp_path: Path) -> None:
             read_pairs(source, "train")
 
 
-@pytest.mark.parametrize(("split", "found"), [(None, "no --split"), ("test", "--split test")])
+@pytest.mark.parametrize(("split", "choice"), [(None, "no --split"), ("test", "--split test")])
 def test_a_split_that_is_missing_is_refused_with_the_names_there_are(
-    split: str | None, found: str, tmp_path: Path
+    split: str | None, choice: str, tmp_path: Path
 ) -> None:
     folder = save_two_splits(tmp_path / "prefs")
     with pytest.raises(DataError) as caught:
         read_pairs(folder, split)
-    assert str(caught.value).startswith(f"{folder}: found {found}; expected one of train_prefs, test_prefs")
+    assert str(caught.value).startswith(f"{folder}: found {choice}; expected one of train_prefs, test_prefs")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Compiles the pass of `teacher_rows` for GPUs that need not be there; the twin of `compile_rows`.
+"""Compiles the pass of `teacher_rows` for GPUs that this machine need not have; the twin of `compile_rows`.
 
 python -m tests.kernels.compile_groups ARCHITECTURE…
 """

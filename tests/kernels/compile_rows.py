@@ -1,4 +1,4 @@
-"""Compiles the row kernel for GPUs that need not be there, and prints what each configuration takes, as JSON lines.
+"""Compiles the row kernel for GPUs that this machine need not have, and prints its needs as JSON lines.
 
     python tests/kernels/compile_rows.py ARCHITECTURE [all]
 
@@ -82,10 +82,10 @@ def compile_for(architecture: int, configuration: Configuration) -> Any:
 
 
 def order(kernel: Any) -> str:
-    """Loads (l), stores (s) and barriers (|) in the order of the program; what repeats stands once."""
+    """Loads (l), stores (s) and barriers (|) in the order of the program; repetitions count once."""
     letters = {"ld.global": "l", "st.global": "s", "bar.sync": "|"}
-    found = (letters[name] for name in re.findall("|".join(map(re.escape, letters)), kernel.asm["ptx"]))
-    return "".join(letter for letter, _ in itertools.groupby(found))
+    accesses = (letters[name] for name in re.findall("|".join(map(re.escape, letters)), kernel.asm["ptx"]))
+    return "".join(letter for letter, _ in itertools.groupby(accesses))
 
 
 def resources(kernel: Any) -> dict[str, int]:
@@ -95,8 +95,8 @@ def resources(kernel: Any) -> dict[str, int]:
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name.lower(): int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")}
-    return {**found, "shared": kernel.metadata.shared}
+    counts = {name.lower(): int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")}
+    return {**counts, "shared": kernel.metadata.shared}
 
 
 if __name__ == "__main__":

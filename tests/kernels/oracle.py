@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def run(problem: Problem, backend: Backend, **options: Any) -> tuple[Tensor, HeadLosses]:
-    """The head's result by a backend, on the device that this backend needs; given back on the CPU."""
+    """The head's result by a backend, on the device that this backend needs; returned on the CPU."""
     device = TRITON_DEVICE if backend == "triton" else "cpu"
     there = Problem(*(value.to(device) if isinstance(value, Tensor) else value for value in problem))  # type: ignore[arg-type]
     loss, losses = distill_head(*there, backend=backend, **options)

@@ -46,9 +46,9 @@ def test_the_pass_over_a_teachers_logits_fits_into_registers_and_shared_memory()
     assert finished.returncode == 0, finished.stderr
     configurations = [json.loads(line) for line in finished.stdout.splitlines()]
     assert len(configurations) == len(SHARED_MEMORY) * 3 * 2
-    for found in configurations:
-        assert found["stack"] == found["local"] == 0, found
-        assert found["shared"] <= SHARED_MEMORY[found["architecture"]], found
+    for usage in configurations:
+        assert usage["stack"] == usage["local"] == 0, usage
+        assert usage["shared"] <= SHARED_MEMORY[usage["architecture"]], usage
 
 
 def test_tensors_on_a_cpu_are_refused_where_triton_compiles() -> None:

@@ -88,17 +88,17 @@ def run_reference(problem: Problem) -> Result:
     return result_of(problem, loss, torch.stack(terms, dim=1))
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     if expected.norm() == 0:
-        return float(found.norm())
-    return float((found - expected).norm() / expected.norm())
+        return float(actual.norm())
+    return float((actual - expected).norm() / expected.norm())
 
 
-def assert_same(found: Result, expected: Result, tolerance: float) -> None:
-    assert relative_error(found.loss, expected.loss) <= tolerance
-    for found_N, expected_N in zip(found.terms.T, expected.terms.T, strict=True):
-        assert relative_error(found_N, expected_N) <= tolerance
-    for gradient, expected_gradient in zip(found.gradients, expected.gradients, strict=True):
+def assert_same(actual: Result, expected: Result, tolerance: float) -> None:
+    assert relative_error(actual.loss, expected.loss) <= tolerance
+    for actual_N, expected_N in zip(actual.terms.T, expected.terms.T, strict=True):
+        assert relative_error(actual_N, expected_N) <= tolerance
+    for gradient, expected_gradient in zip(actual.gradients, expected.gradients, strict=True):
         assert relative_error(gradient, expected_gradient) <= tolerance
 
 
@@ -384,9 +384,9 @@ def test_a_chunk_of_more_logits_than_int32_counts_has_the_losses_of_its_rows() -
     tensors = {name: value for name, value in problem._asdict().items() if isinstance(value, Tensor)}
     del tensors["weight"]
     repeated = problem._replace(**{name: value.expand(N, *value.shape[1:]) for name, value in tensors.items()})  # type: ignore[arg-type]
-    _, found = run(repeated, "triton", chunk_rows=N)
-    for found_N, expected_1 in zip(found, expected, strict=True):
-        assert torch.equal(found_N, expected_1.expand(N))
+    _, actual = run(repeated, "triton", chunk_rows=N)
+    for actual_N, expected_1 in zip(actual, expected, strict=True):
+        assert torch.equal(actual_N, expected_1.expand(N))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -398,8 +398,8 @@ def test_a_caller_may_say_which_rows_count(backend: Backend) -> None:
     weights = {name: getattr(problem, name) * counts_N for name in ("nll_weight", "kl_weight", "advantage_weight")}
     expected = run_oracle(problem._replace(**weights))
     problem.hidden.data[1] = NAN
-    found = run_head(problem, backend, rows=rows_M.to(TRITON_DEVICE if backend == "triton" else "cpu"))
-    assert_same(found, expected, tolerance=1e-5)
+    actual = run_head(problem, backend, rows=rows_M.to(TRITON_DEVICE if backend == "triton" else "cpu"))
+    assert_same(actual, expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("run_twin", [run_torch, run_triton, run_reference])
@@ -421,11 +421,11 @@ def test_half_precision_errs_at_most_half_again_more_than_eager_half_precision(
     problem = random_problem(N=32, V=301, d=32, K=10, dtype=dtype, scale=0.3)
     exact = run_oracle(in_float64(problem))
     eager = result_of(problem, *oracle_losses(problem, logits_of(problem).float()))
-    found = run_head(problem, backend, chunk_rows)
+    actual = run_head(problem, backend, chunk_rows)
     # Triton's interpreter does not round to bfloat16, it cuts off.
     is_cut_off = backend == "triton" and TRITON_DEVICE == "cpu" and dtype == torch.bfloat16
-    assert relative_error(found.loss, exact.loss) <= 1.5 * relative_error(eager.loss, exact.loss) + 1e-6
-    for ours, theirs, truth in zip(found.gradients, eager.gradients, exact.gradients, strict=True):
+    assert relative_error(actual.loss, exact.loss) <= 1.5 * relative_error(eager.loss, exact.loss) + 1e-6
+    for ours, theirs, truth in zip(actual.gradients, eager.gradients, exact.gradients, strict=True):
         assert ours.dtype == dtype
         assert relative_error(ours, truth) <= (4 if is_cut_off else 1.5) * relative_error(theirs, truth)
 

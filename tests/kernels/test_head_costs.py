@@ -1,4 +1,4 @@
-"""What the head holds, computes and refuses.
+"""The memory and the operations of the head, and the arguments that it refuses.
 
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
 """
@@ -161,10 +161,10 @@ def test_no_grad_gives_the_same_losses(backend: Backend) -> None:
 
 @pytest.mark.parametrize(("rows", "sizes"), [(8, [8]), (9, [5, 4]), (17, [6, 6, 5]), (0, [0])])
 def test_triton_cuts_rows_into_chunks_of_one_size(rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    monkeypatch.setattr(loss_rows, "loss_rows_", lambda logits_CV, *_, **__: found.append(len(logits_CV)))
+    actual = []
+    monkeypatch.setattr(loss_rows, "loss_rows_", lambda logits_CV, *_, **__: actual.append(len(logits_CV)))
     run(random_problem(N=rows), "triton", chunk_rows=8)
-    assert found == sizes
+    assert actual == sizes
 
 
 def test_only_the_loss_carries_gradients() -> None:

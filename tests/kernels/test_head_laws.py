@@ -48,8 +48,8 @@ def losses(problem: Problem) -> HeadLosses:
     return distill_head(*problem)[1]
 
 
-def assert_close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+def assert_close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @any_step

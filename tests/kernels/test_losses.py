@@ -1,4 +1,4 @@
-"""The losses of ready logits are the oracle's, in every case of the head's, and `torch.compile` keeps them whole.
+"""The losses of existing logits are the oracle's, in every case of the head, and `torch.compile` keeps them whole.
 
 Shapes: N rows, V vocabulary, K teacher ids.
 """
@@ -23,7 +23,7 @@ each_term = pytest.mark.parametrize("term", TERMS)
 
 
 def loss_of(term: str, problem: Problem, logits_NV: Tensor, backend: Backend | None = None) -> Tensor:
-    """On the device that the backend needs, of logits on any; given back on the CPU."""
+    """On the device that the backend needs, of logits on any; returned on the CPU."""
     device = TRITON_DEVICE if backend == "triton" else "cpu"
     logits_NV, ids_NK = logits_NV.to(device), problem.topk_ids.to(device)
     if term == "kl":
@@ -196,9 +196,9 @@ def test_torch_compile_keeps_them_in_one_graph(term: str, dynamic: bool, compile
         return (weight_N * loss_of(term, problem, 2 * logits)).sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
-    found, expected = (run(logits_NV, upstream_of(term, problem)) for run in (compiled, step))
-    assert torch.equal(found, expected)
-    assert torch.equal(*(torch.autograd.grad(total, logits_NV)[0] for total in (found, expected)))
+    actual, expected = (run(logits_NV, upstream_of(term, problem)) for run in (compiled, step))
+    assert torch.equal(actual, expected)
+    assert torch.equal(*(torch.autograd.grad(total, logits_NV)[0] for total in (actual, expected)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Numbers never seen before, in memory that holds NaN: what a kernel reads was written, what it owes it writes.
+"""Random numbers in memory that holds NaN: a kernel reads only written memory, and writes its whole result.
 
 On a GPU the caching allocator hands out memory that was filled with NaN, and the shapes are large. On a CPU torch
 itself fills what it hands out, and Triton interprets.
@@ -76,9 +76,9 @@ def test_the_heads_losses_and_gradients_are_those_of_float64(backend: Backend, d
     problem = fresh_problem(dtype)
     expected = run_reference(problem)
     with poisoned_memory():
-        found = run_head(problem, backend, CHUNK_ROWS)
-    assert relative_error(found.terms, expected.terms) <= TOLERANCE[dtype]
-    for gradient, expected_gradient in zip(found.gradients, expected.gradients, strict=True):
+        actual = run_head(problem, backend, CHUNK_ROWS)
+    assert relative_error(actual.terms, expected.terms) <= TOLERANCE[dtype]
+    for gradient, expected_gradient in zip(actual.gradients, expected.gradients, strict=True):
         assert relative_error(gradient, expected_gradient) <= TOLERANCE[dtype]
 
 
@@ -98,8 +98,8 @@ def test_the_separate_losses_and_their_gradients_are_those_of_float64(dtype: tor
         return kl_N.detach(), advantage_N.detach(), kl_gradient_NV, advantage_gradient_NV
 
     exact = results(logits_NV.double(), "torch")
-    for found, expected in zip(results(logits_NV, "triton"), exact, strict=True):
-        assert relative_error(found, expected) <= TOLERANCE[dtype]
+    for actual, expected in zip(results(logits_NV, "triton"), exact, strict=True):
+        assert relative_error(actual, expected) <= TOLERANCE[dtype]
 
 
 @both_dtypes
@@ -107,5 +107,5 @@ def test_the_teachers_rows_are_those_of_the_torch_backend(dtype: torch.dtype) ->
     problem, logits_NV = fresh_logits(dtype)
     expected = teacher_rows(logits_NV, problem.labels, K, backend="torch")
     with poisoned_memory():
-        found = teacher_rows(logits_NV, problem.labels, K, backend="triton")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = teacher_rows(logits_NV, problem.labels, K, backend="triton")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,6 @@
 """The teacher's rows are those of float64, from either backend, for every row of logits a model can make.
 
-Shapes: C rows, V vocabulary, K top tokens, J tokens asked for.
+Shapes: C rows, V vocabulary, K top tokens, J requested tokens.
 """
 
 import math
@@ -45,9 +45,9 @@ def random_rows(C: int = 5, V: int = 300, K: int = 7, *, scale: float = 3.0, see
 
 
 def run(rows: Rows, backend: Backend) -> TeacherRows:
-    """On the device that a backend needs; given back on the CPU."""
-    found = teacher_rows(on_device(rows.logits, backend), rows.labels, rows.top_k, backend=backend)
-    return TeacherRows(*(column.cpu() for column in found))
+    """On the device that a backend needs; returned on the CPU."""
+    actual = teacher_rows(on_device(rows.logits, backend), rows.labels, rows.top_k, backend=backend)
+    return TeacherRows(*(column.cpu() for column in actual))
 
 
 def run_at(logits_CV: Tensor, ids_CJ: Tensor, backend: Backend) -> Tensor:
@@ -78,11 +78,11 @@ def expected_rows(rows: Rows) -> TeacherRows:
     )
 
 
-def assert_same(found: TeacherRows, expected: TeacherRows) -> None:
-    assert found.topk_ids.dtype == torch.int32
-    assert found.topk_ids.tolist() == expected.topk_ids.tolist()
+def assert_same(actual: TeacherRows, expected: TeacherRows) -> None:
+    assert actual.topk_ids.dtype == torch.int32
+    assert actual.topk_ids.tolist() == expected.topk_ids.tolist()
     for name in ("own_logprobs", "topk_logprobs", "tail_logprob"):
-        number = getattr(found, name)
+        number = getattr(actual, name)
         assert number.dtype == torch.float32
         torch.testing.assert_close(number, getattr(expected, name).float(), rtol=1e-6, atol=2e-6)
 
@@ -236,12 +236,12 @@ def the_logits_and_labels_are_every_second_row() -> Rows:
 def test_rows_are_those_of_float64_when(make: Case, backend: Backend) -> None:
     rows = make()
     expected = expected_rows(rows)
-    found = run(rows, backend)
-    assert_same(found, expected)
-    asked_CJ = torch.cat([rows.labels[:, None], expected.topk_ids.to(rows.labels.dtype)], dim=1)
-    at_CJ = run_at(rows.logits, asked_CJ, backend)
-    torch.testing.assert_close(at_CJ[:, 0], found.own_logprobs, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(at_CJ[:, 1:], found.topk_logprobs, rtol=1e-6, atol=2e-6)
+    actual = run(rows, backend)
+    assert_same(actual, expected)
+    ids_CJ = torch.cat([rows.labels[:, None], expected.topk_ids.to(rows.labels.dtype)], dim=1)
+    at_CJ = run_at(rows.logits, ids_CJ, backend)
+    torch.testing.assert_close(at_CJ[:, 0], actual.own_logprobs, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(at_CJ[:, 1:], actual.topk_logprobs, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("values", [1, 2, 3, 4])
@@ -264,8 +264,8 @@ def test_the_top_k_is_that_of_a_stable_sort_whatever_the_logits(V: int, dtype: t
     logits_CV[10:, ::3] = 2.5
     order_CV = logits_CV.sort(dim=1, descending=True, stable=True).indices
     for top_k in (1, 5, V // 2, V):
-        found = teacher_rows(logits_CV, torch.zeros(20, dtype=torch.int32), top_k)
-        assert torch.equal(found.topk_ids.long(), order_CV[:, :top_k])
+        actual = teacher_rows(logits_CV, torch.zeros(20, dtype=torch.int32), top_k)
+        assert torch.equal(actual.topk_ids.long(), order_CV[:, :top_k])
 
 
 @both_backends
@@ -275,38 +275,38 @@ def test_what_is_not_a_number_makes_its_row_nan_and_no_other(value: float, colum
     rows = random_rows()
     expected = run(rows, backend)
     rows.logits[2, column] = value
-    found = run(rows, backend)
-    asked_C1 = rows.labels[:, None]
-    for numbers in (found.own_logprobs, found.topk_logprobs, run_at(rows.logits, asked_C1, backend)):
+    actual = run(rows, backend)
+    ids_C1 = rows.labels[:, None]
+    for numbers in (actual.own_logprobs, actual.topk_logprobs, run_at(rows.logits, ids_C1, backend)):
         assert numbers[2].isnan().all()
-    assert found.tail_logprob[2].isnan()
+    assert actual.tail_logprob[2].isnan()
     others = torch.tensor([0, 1, 3, 4])
-    for found_C, expected_C in zip(found, expected, strict=True):
-        assert torch.equal(found_C[others], expected_C[others])
+    for actual_C, expected_C in zip(actual, expected, strict=True):
+        assert torch.equal(actual_C[others], expected_C[others])
 
 
 @both_backends
 def test_a_row_of_nothing_but_minus_infinity_is_nan(backend: Backend) -> None:
-    found = run(Rows(torch.full((1, 300), -INF), torch.tensor([0]), 7), backend)
-    assert found.own_logprobs.isnan().all()
-    assert found.topk_logprobs.isnan().all()
-    assert found.tail_logprob.isnan().all()
+    actual = run(Rows(torch.full((1, 300), -INF), torch.tensor([0]), 7), backend)
+    assert actual.own_logprobs.isnan().all()
+    assert actual.topk_logprobs.isnan().all()
+    assert actual.tail_logprob.isnan().all()
 
 
 @both_backends
 @pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
 def test_ids_that_mean_nothing_are_in_the_vocabulary_all_the_same(value: float, backend: Backend) -> None:
-    found = run(Rows(torch.full((1, 300), value), torch.tensor([0]), 300), backend)
-    assert found.topk_ids.min() >= 0
-    assert found.topk_ids.max() < 300
+    actual = run(Rows(torch.full((1, 300), value), torch.tensor([0]), 300), backend)
+    assert actual.topk_ids.min() >= 0
+    assert actual.topk_ids.max() < 300
 
 
 @both_backends
 def test_a_token_that_is_not_in_the_vocabulary_has_nan(backend: Backend) -> None:
     rows = random_rows(C=3)._replace(labels=torch.tensor([-100, 300, 299]))
     assert run(rows, backend).own_logprobs.isnan().tolist() == [True, True, False]
-    asked_C3 = torch.tensor([[-1, 2**31, 0]] * 3)
-    assert run_at(rows.logits, asked_C3, backend).isnan().tolist() == [[True, True, False]] * 3
+    ids_C3 = torch.tensor([[-1, 2**31, 0]] * 3)
+    assert run_at(rows.logits, ids_C3, backend).isnan().tolist() == [[True, True, False]] * 3
 
 
 @both_backends

@@ -34,8 +34,9 @@ from adpa.data.cache.samples import SampleRequest, missing_requests, read_sample
 from adpa.data.cache.shards import list_shards, read_shard
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import ModelIdentity, Scoring, read_scorings, read_signals
+from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.data.sequences import TokenIds
-from adpa.data.vocabulary import digest_tokenizer, read_tokenizer, write_tokenizer
+from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import CacheError
 from adpa.pipeline.scoring.sample import sample_responses
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, missing_sequences, score

@@ -1,4 +1,4 @@
-"""A bit that flips anywhere in a cache is found before a wrong number is used."""
+"""A flipped bit anywhere in a cache is detected before a wrong number is used."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, Sampling, re
 from adpa.data.cache.samples import read_samples
 from adpa.data.cache.selection import Need, select
 from adpa.data.cache.signals import read_scorings
-from adpa.data.vocabulary import read_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.errors import CacheError
 
 FLIPS = 1000
@@ -22,7 +22,7 @@ FROZEN = Path(__file__).parent / "frozen" / "2"
 CHOSEN: dict[ResponseName, Need] = {"chosen": Need(signals=True, advantages=False)}
 ALL = {name: Need(signals=True, advantages=True) for name in RESPONSE_NAMES}
 COMPLETE = "3021168e2423d2f3"  # the scoring that has all three response sets
-NEEDS = {found.id: ALL if found.id == COMPLETE else CHOSEN for found in read_scorings(FROZEN)}
+NEEDS = {one.id: ALL if one.id == COMPLETE else CHOSEN for one in read_scorings(FROZEN)}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampling_of(cache: Path) -> Sampling:
-    (sampling,) = (found.info.sampling for found in read_response_sets(cache) if found.info.sampling)
+    (sampling,) = (one.info.sampling for one in read_response_sets(cache) if one.info.sampling)
     return sampling
 
 
@@ -56,7 +56,7 @@ def read_as_verify_does(cache: Path) -> None:
         raise CacheError(report.failure)
 
 
-# Each judge has to find every flip in the folders named beside it.
+# Each judge must detect every flip in the folders beside it.
 Judges = list[tuple[Callable[[Path], None], set[str]]]
 READERS: Judges = [
     (read_as_distill_does, {"cache.json", "responses", "scorings", "tokenizers"}),
@@ -67,7 +67,7 @@ FOLDERS = {"cache.json", "responses", "samples", "scorings", "tokenizers"}
 
 @pytest.fixture
 def flips(cache: Path) -> Iterator[Callable[[random.Random], str]]:
-    """Flips a random bit of a random file, after mending the one before; gives the file's path in the cache."""
+    """Flips a random bit of a random file, after repairing the last one; returns the path of the file in the cache."""
     files = sorted(path for path in cache.rglob("*") if path.is_file())
     whole = {path: path.read_bytes() for path in files}
     flipped: list[Path] = []
@@ -94,7 +94,7 @@ def flips(cache: Path) -> Iterator[Callable[[random.Random], str]]:
 @pytest.mark.parametrize(
     "judges",
     [
-        pytest.param(READERS, id="whoever reads the file"),
+        pytest.param(READERS, id="every reader of the file"),
         pytest.param([(read_as_verify_does, FOLDERS)], id="adpa cache verify", marks=pytest.mark.slow),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_thousand_flipped_bits_are_each_found_by(
     judges: Judges, cache: Path, flips: Callable[[random.Random], str]
 ) -> None:
     generator = random.Random(0)
-    found: Counter[str] = Counter()
+    detected: Counter[str] = Counter()
     for _ in range(FLIPS):
         name = flips(generator)
         folder = name.partition("/")[0]
@@ -110,10 +110,10 @@ def test_a_thousand_flipped_bits_are_each_found_by(
             if folder in folders:
                 with pytest.raises(CacheError):
                     judge(cache)
-        found[folder] += 1
-    print(dict(found))
-    assert found.keys() == FOLDERS
-    assert sum(found.values()) == FLIPS
+        detected[folder] += 1
+    print(dict(detected))
+    assert detected.keys() == FOLDERS
+    assert sum(detected.values()) == FLIPS
 
 
 def test_without_a_flip_nobody_complains(cache: Path) -> None:

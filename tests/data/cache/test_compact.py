@@ -1,4 +1,4 @@
-"""The compact encoding: the same numbers bit for bit, in fewer bytes; and what does not decode is refused."""
+"""The compact encoding: the same numbers bit for bit, in fewer bytes; rows that do not decode are refused."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ KEYS = [bytes([number]) * 16 for number in range(8)]
 
 
 def in_float16(row: SignalRow) -> SignalRow:
-    """What the exact encoding keeps of a row."""
+    """The row as the exact encoding keeps it."""
     advantages = row.topk_advantages
     return replace(
         row,
@@ -43,7 +43,7 @@ def test_rows_come_back_bit_for_bit(reference: bool) -> None:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), tokens=st.integers(1, 9), top_k=st.integers(1, 7))
 def test_any_bits_come_back(data: st.DataObject, tokens: int, top_k: int) -> None:
-    """Every float16 and float32 there is, NaN and both zeros among them, sorted or not."""
+    """Every float16 and float32, NaN and both zeros among them, sorted or not."""
 
     def bits(kind: Any, shape: tuple[int, ...]) -> Any:
         return data.draw(hnp.arrays(kind, shape))
@@ -97,7 +97,7 @@ def test_a_teachers_rows_take_two_thirds_of_their_plain_bytes(vocabulary: int, s
 
 
 def test_rows_are_independent() -> None:
-    """Tables may be cut and joined: nothing of a row depends on its neighbours."""
+    """Tables may be cut and joined: a row does not depend on its neighbours."""
     rows = [signal_row(key, 3 + length, seed=length) for length, key in enumerate(KEYS)]
     table = compact_table(rows, K, lossy=False)
     joined = pa.concat_tables([table.slice(5), table.take([2, 0])]).combine_chunks()
@@ -188,5 +188,5 @@ def test_an_advantage_that_is_no_number_is_not_rounded(advantage: float) -> None
     row = teacher_row(KEYS[0], 2, seed=0, top_k=K)
     assert row.topk_advantages is not None
     row.topk_advantages[1, 0] = advantage
-    with pytest.raises(AssertionError, match="no number"):
+    with pytest.raises(AssertionError, match="not a finite number"):
         compact_table([row], K, lossy=True)

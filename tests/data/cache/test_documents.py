@@ -17,7 +17,7 @@ def test_a_document_comes_back_and_is_plain_json(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """A flip in the word checksum makes it a plain object: its reader finds the unknown field, and no proof."""
+    """A flip in the word checksum makes it a plain object: its reader sees an unknown field, and no checksum."""
     path = tmp_path / "a.json"
     write_document(path, FIELDS)
     whole = path.read_bytes()

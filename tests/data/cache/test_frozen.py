@@ -21,7 +21,7 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.rounding import COARSEST
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import Scoring, read_scorings, read_signals
-from adpa.data.vocabulary import read_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer
 
 FROZEN = Path(__file__).parent / "frozen"
 VERSIONS = sorted(int(folder.name) for folder in FROZEN.iterdir() if folder.is_dir())
@@ -55,11 +55,11 @@ def rows_of(cache: Path, scoring: Scoring) -> dict[str, SignalRow]:
 def assert_numbers(row: SignalRow, numbers: dict[str, Any]) -> None:
     """The same numbers, to the last bit of the types in which they are stored."""
     for name, expected in numbers.items():
-        found = getattr(row, name)
+        actual = getattr(row, name)
         if expected is None:
-            assert found is None
+            assert actual is None
         else:
-            np.testing.assert_array_equal(found, np.array(expected, dtype=found.dtype), err_msg=name)
+            np.testing.assert_array_equal(actual, np.array(expected, dtype=actual.dtype), err_msg=name)
 
 
 def test_every_version_is_frozen() -> None:
@@ -99,8 +99,8 @@ def test_a_nucleus_has_the_fewest_ids_of_so_much_mass_and_the_rest_is_in_the_tai
             fewer += count < 4
             assert (row.topk_ids[token, count:] == -1).all()
             for name in ("topk_ids", "topk_logprobs", "topk_advantages"):
-                found = getattr(row, name)[token, :count]
-                np.testing.assert_array_equal(found, np.array(numbers[name][token][:count], found.dtype))
+                actual = getattr(row, name)[token, :count]
+                np.testing.assert_array_equal(actual, np.array(numbers[name][token][:count], actual.dtype))
             tail = np.exp(numbers["tail_logprob"][token]) + masses_K[count:].sum()
             assert np.exp(float(row.tail_logprob[token])) == pytest.approx(tail, rel=5e-3, abs=1e-7)
     assert fewer > 0
@@ -120,7 +120,7 @@ def test_lossy_signals_are_near_it(version: int) -> None:
 
 
 def test_its_responses_are_those_that_were(cache: Path) -> None:
-    assert {found.info.name: found.id for found in read_response_sets(cache)} == SETS
+    assert {one.info.name: one.id for one in read_response_sets(cache)} == SETS
 
 
 def test_nothing_is_wrong_with_it(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""What verify finds wrong with a row; and that it finds nothing wrong with rows that float16 rounded."""
+"""verify reports every problem of a row, and none for rows that float16 rounded."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
 def make_row(
     seed: int = 0, scale: float = 3.0, top_k: int = K, dtype: type = np.float16
 ) -> tuple[SignalRow, NDArray[np.int32]]:
-    """A row as a teacher gives it, computed in float64 and rounded as it is stored; and its response."""
+    """A row of a teacher, computed in float64 and rounded as in the cache; and its response."""
     generator = np.random.default_rng(seed)
     logits_TV = generator.normal(scale=scale, size=(LENGTH, VOCABULARY))
     logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
@@ -67,7 +67,7 @@ def changed(column: str, place: Any, value: float) -> SignalRow:
 
 
 def padded(ids: list[int], logprobs: list[float]) -> SignalRow:
-    """A row whose first position has these ids, and padding after them."""
+    """A row whose first position has these ids, then padding."""
     row, _ = make_row()
     ids_TK, logprobs_TK, tail_T = row.topk_ids.copy(), row.topk_logprobs.copy(), row.tail_logprob.copy()
     ids_TK[0], logprobs_TK[0] = ids, logprobs
@@ -84,15 +84,15 @@ FAULTY = {
     "the vocabulary lacks: -2 to": changed("topk_ids", (1, 2), -2),
     "padding where an id must be": changed("topk_ids", (1, -1), -1),
     "the same id twice": changed("topk_ids", (1, 0), int(WHOLE.topk_ids[1, 1])),
-    "above 0, or no numbers": changed("topk_logprobs", (1, 0), 0.01),
-    "or no numbers": changed("topk_logprobs", (3, 4), np.nan),
+    "above 0, or not numbers": changed("topk_logprobs", (1, 0), 0.01),
+    "or not numbers": changed("topk_logprobs", (3, 4), np.nan),
     "log-probabilities above 0": changed("tail_logprob", 2, 0.01),
     "probabilities above 0": changed("token_logprobs", 2, np.nan),
     "with the probability 0": changed("token_logprobs", 2, -np.inf),
     "mass + tail is not 1": changed("tail_logprob", 2, float(WHOLE.tail_logprob[2]) + 0.01),
     "have other log-probabilities": changed("token_logprobs", 1, float(WHOLE.token_logprobs[1]) - 0.05),
-    "advantages that are no numbers": changed("topk_advantages", (0, 0), np.inf),
-    "that are no numbers": changed("token_advantages", 0, np.nan),
+    "advantages that are not numbers": changed("topk_advantages", (0, 0), np.inf),
+    "that are not numbers": changed("token_advantages", 0, np.nan),
 }
 
 
@@ -102,8 +102,8 @@ def test_the_whole_row_has_no_fault() -> None:
 
 @pytest.mark.parametrize("problem", FAULTY)
 def test_what_is_wrong_is_told(problem: str) -> None:
-    found = list(signal_problems(FAULTY[problem], RULES, RESPONSE))
-    assert any(problem in text for text in found), found
+    actual = list(signal_problems(FAULTY[problem], RULES, RESPONSE))
+    assert any(problem in text for text in actual), actual
 
 
 def test_log_probabilities_that_rise_are_told() -> None:
@@ -123,8 +123,8 @@ def test_a_row_of_another_response_is_told() -> None:
 
 
 def test_advantages_without_a_reference_are_told() -> None:
-    (found,) = signal_problems(WHOLE, replace(RULES, with_reference=False), RESPONSE)
-    assert found.startswith("advantages are there")
+    (actual,) = signal_problems(WHOLE, replace(RULES, with_reference=False), RESPONSE)
+    assert actual.startswith("advantages without a reference")
 
 
 def test_only_ragged_rows_have_padding_and_only_at_the_end() -> None:
@@ -141,8 +141,8 @@ def test_fewer_ids_than_k_with_less_mass_than_top_p_are_told() -> None:
     row = padded([5, 7, -1, -1, -1, -1], [-0.5, -1.5, nothing, nothing, nothing, nothing])
     mass = np.exp(-0.5) + np.exp(-1.5)
     assert list(signal_problems(row, replace(RULES, top_p=mass + 1e-4), None)) == [], "within rounding"
-    (found,) = signal_problems(row, replace(RULES, top_p=mass + 2e-3), None)
-    assert found == "fewer ids than K have less mass than 0.831661: 0.829661 at token 0"
+    (actual,) = signal_problems(row, replace(RULES, top_p=mass + 2e-3), None)
+    assert actual == "fewer ids than K have less mass than 0.831661: 0.829661 at token 0"
     row = padded([5, 7, 8, 9, 10, 11], [-0.5, -1.5, -9, -9, -9, -9])
     assert list(signal_problems(row, replace(RULES, top_p=0.9), None)) == [], "K ids may have less"
 
@@ -166,7 +166,7 @@ def rounded() -> SignalRow:
 
 
 def lossy_error(mass: float) -> float:
-    """By how much the grid may move a log-probability."""
+    """The largest error of a log-probability on the grid."""
     return min(0.5, 2**-12 / mass) / 2
 
 
@@ -179,8 +179,8 @@ def test_a_mass_beyond_what_rounding_does_is_told_of_lossy_rows(sign: int, round
     for share in (0.9, 1.1):
         tails = rounded.tail_logprob.copy()
         tails[2] = np.log(tail + sign * share * tolerance)
-        found = list(signal_problems(replace(rounded, tail_logprob=tails), LOSSY, RESPONSE))
-        assert [text.partition(":")[0] for text in found] == (["mass + tail is not 1"] if share > 1 else [])
+        actual = list(signal_problems(replace(rounded, tail_logprob=tails), LOSSY, RESPONSE))
+        assert [text.partition(":")[0] for text in actual] == (["mass + tail is not 1"] if share > 1 else [])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -191,9 +191,9 @@ def test_a_token_off_by_more_than_rounding_is_told_of_lossy_rows(sign: int, roun
     for share in (0.9, 1.1):
         own = rounded.token_logprobs.copy()
         own[2] = listed + sign * share * tolerance
-        found = list(signal_problems(replace(rounded, token_logprobs=own), LOSSY, RESPONSE))
-        assert len(found) == (share > 1)
-        assert all("other log-probabilities" in text for text in found)
+        actual = list(signal_problems(replace(rounded, token_logprobs=own), LOSSY, RESPONSE))
+        assert len(actual) == (share > 1)
+        assert all("other log-probabilities" in text for text in actual)
 
 
 def test_an_id_of_probability_0_is_no_fault() -> None:

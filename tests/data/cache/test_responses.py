@@ -22,7 +22,7 @@ def contents(responses: ResponseSet) -> list[tuple[str, bytes, list[int], list[i
 
 
 def write(cache: Path, responses: ResponseSet) -> Path:
-    """Writes a set to an empty cache, and gives its file."""
+    """Writes a set to an empty cache, and returns its file."""
     write_response_set(cache, responses)
     (path,) = (cache / "responses").iterdir()
     return path
@@ -117,7 +117,7 @@ def test_several_responses_to_one_prompt_keep_their_order() -> None:
 
 
 def test_sets_of_one_data_set_know_it() -> None:
-    """Whatever was said, and however often: the examples are the same."""
+    """Whatever the responses and their number: the examples are the same."""
     again = response_rows(1, ["a", "a", "b", "b", "c", "c", "d", "d"])
     less = response_rows(2, ["a", "b", "c"])
     examples = make_response_set(INFO, ROWS).info.examples
@@ -155,7 +155,7 @@ def test_a_cache_without_sets_has_none(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_anywhere_in_the_file_is_found(tmp_path: Path) -> None:
-    """Arrow trusts its offsets: reading damaged ones would end the process, not raise."""
+    """Arrow trusts its offsets: reading damaged ones would crash the process instead of raising."""
     path = write(tmp_path, make_response_set(INFO, ROWS))
     whole = path.read_bytes()
     for place in range(len(whole)):
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_set_is_refused_by_name(content: bytes | None, tmp_pat
 
 
 def forge(responses: ResponseSet, forgery: str) -> pa.Table:
-    """What somebody could write, whole, under the set's name."""
+    """Whole files that another program could write under the name of the set."""
     table = responses.table
     made = json.loads(table.schema.metadata[b"adpa"])
     if forgery == "a changed example":

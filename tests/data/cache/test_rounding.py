@@ -1,4 +1,4 @@
-"""The lossy grids: how far a number moves, and that the noted errors are those of the plain formula."""
+"""The lossy grids: the error of a number is bounded, and the stored errors are those of the plain formula."""
 
 import hashlib
 from dataclasses import replace

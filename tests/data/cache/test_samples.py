@@ -1,4 +1,4 @@
-"""Samples are found by prompt and index, for the settings they were sampled with."""
+"""Samples are read by prompt and index, for the settings that they were sampled with."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,12 @@ def request(*prompt: int, index: int = 0) -> SampleRequest:
 
 
 def test_what_was_written_is_found_and_the_rest_is_missing(tmp_path: Path) -> None:
-    wanted = [request(1, 2), request(1, 2, index=1), request(3)]
-    write_samples(tmp_path, SAMPLING, wanted[:1], [np.array([5, 2], dtype=np.int32)])
-    write_samples(tmp_path, SAMPLING, wanted[1:2], [np.array([6], dtype=np.int32)])
+    requests = [request(1, 2), request(1, 2, index=1), request(3)]
+    write_samples(tmp_path, SAMPLING, requests[:1], [np.array([5, 2], dtype=np.int32)])
+    write_samples(tmp_path, SAMPLING, requests[1:2], [np.array([6], dtype=np.int32)])
     samples = read_samples(tmp_path, SAMPLING)
-    assert [samples[asked.key].tolist() for asked in wanted[:2]] == [[5, 2], [6]]
-    assert missing_requests(tmp_path, SAMPLING, wanted) == wanted[2:]
+    assert [samples[one.key].tolist() for one in requests[:2]] == [[5, 2], [6]]
+    assert missing_requests(tmp_path, SAMPLING, requests) == requests[2:]
 
 
 def test_a_request_that_is_made_twice_is_missing_once(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def add_set(
 
 
 def add_signals(cache: Path, scoring: Scoring, *sets: ResponseSet, rows: int | None = None) -> None:
-    """Adds to a cache what a scoring says of the first ``rows`` of some sets."""
+    """Adds the signals of a scoring for the first ``rows`` of some sets to a cache."""
     write_scoring(cache, scoring)
     for responses in sets:
         write_signals(cache, scoring, signal_rows(responses, 0, reference=scoring.reference is not None)[:rows])
@@ -56,11 +56,11 @@ def test_the_one_combination_that_fits_is_found(tmp_path: Path) -> None:
     add_signals(tmp_path, SCORING, chosen, rejected, sampled)
 
     dckd = select(tmp_path, DCKD, STUDENT)
-    assert {name: found.id for name, found in dckd.sets.items()} == {"chosen": chosen.id, "rejected": rejected.id}
+    assert {name: one.id for name, one in dckd.sets.items()} == {"chosen": chosen.id, "rejected": rejected.id}
     assert dckd.scoring == SCORING
 
     adpa = select(tmp_path, ADPA, STUDENT)
-    assert {name: found.id for name, found in adpa.sets.items()} == {"chosen": chosen.id, "sampled": sampled.id}
+    assert {name: one.id for name, one in adpa.sets.items()} == {"chosen": chosen.id, "sampled": sampled.id}
     assert adpa.signals is not None
     assert (adpa.signals.locate(sampled.table["key"]) >= 0).all()
 
@@ -236,8 +236,8 @@ def test_every_set_is_found_with_every_scoring_that_has_it_whole(tmp_path: Path)
     add_signals(tmp_path, SCORING, chosen, rejected)
     add_signals(tmp_path, WITHOUT_REFERENCE, chosen)
     add_signals(tmp_path, WITHOUT_REFERENCE, sampled, rows=3)
-    found, left_out = select_scored(tmp_path)
-    assert {(one.responses.id, one.scoring.id) for one in found} == {
+    actual, left_out = select_scored(tmp_path)
+    assert {(one.responses.id, one.scoring.id) for one in actual} == {
         (chosen.id, SCORING.id),
         (chosen.id, WITHOUT_REFERENCE.id),
         (rejected.id, SCORING.id),

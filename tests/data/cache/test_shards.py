@@ -12,14 +12,13 @@ import pytest
 from datasets import load_dataset
 
 from adpa.data.cache import shards
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.shards import (
     list_shards,
     peek_keys,
     read_shard,
     read_shards,
-    remove_file,
     serialize,
-    write_file,
     write_replacement,
     write_shard,
 )
@@ -131,18 +130,6 @@ write_shard(folder, "signals", table)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_file(tmp_path / "scoring.json", b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        write_file(tmp_path / "scoring.json", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-
-
 def test_a_shard_opens_with_plain_pyarrow(tmp_path: Path) -> None:
     with pa.memory_map(str(write_shard(tmp_path, "signals", TABLE))) as file:
         assert pa.ipc.open_file(file).read_all().equals(TABLE)
@@ -169,7 +156,7 @@ Listing = Callable[[Path, str], list[Path]]
 
 
 def interfere(monkeypatch: pytest.MonkeyPatch, change: Callable[[Listing, Path, str], list[Path]]) -> None:
-    """Has another process change the folder while it is listed for the first time."""
+    """Lets another process change the folder while it is listed for the first time."""
     listing: Listing = shards.list_shards  # type: ignore[assignment]
 
     def list_first(folder: Path, prefix: str = "") -> list[Path]:
@@ -180,7 +167,7 @@ def interfere(monkeypatch: pytest.MonkeyPatch, change: Callable[[Listing, Path, 
 
 
 def pack(folder: Path) -> None:
-    """One shard of the rows of all, then the others go."""
+    """Writes one shard with the rows of all, then removes the others."""
     small = list_shards(folder, "signals")
     write_shard(folder, "signals", pa.concat_tables([read_shard(path) for path in small]))
     for path in small:
@@ -252,7 +239,7 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
     (tmp_path / "signals-0.arrow").symlink_to("nowhere")
     with pytest.raises(CacheError) as caught:
         rows_of(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'signals-0.arrow'}: listed, but not there; ")
+    assert str(caught.value).startswith(f"{tmp_path / 'signals-0.arrow'}: listed, but missing; ")
 
 
 def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(

@@ -10,7 +10,8 @@ from tests.data.makers import SCORING, K, assert_same_row, signal_row
 
 from adpa.data.cache.compact import compact_table
 from adpa.data.cache.documents import write_document
-from adpa.data.cache.shards import list_shards, write_file, write_shard
+from adpa.data.cache.files import write_file
+from adpa.data.cache.shards import list_shards, write_shard
 from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.cache.signals import (
     ModelIdentity,
@@ -41,7 +42,7 @@ def test_rows_come_back_from_the_cache_bit_for_bit(reference: bool, tmp_path: Pa
 
 
 def test_extreme_numbers_come_back(tmp_path: Path) -> None:
-    """A tail of nothing is −inf; a half's range is what log-probabilities and advantages must live in."""
+    """An empty tail is −inf; log-probabilities and advantages must fit into the range of float16."""
     row = SignalRow(
         key=KEYS[0],
         token_logprobs=np.array([-0.0, -1e30], np.float32),
@@ -62,11 +63,11 @@ def test_rows_of_several_shards_are_found_by_key(tmp_path: Path) -> None:
     assert len(list_shards(SCORING.folder(tmp_path), "signals")) == 3
     table = read_signals(tmp_path, SCORING)
     missing = KEYS[7]
-    asked = [KEYS[3], missing, KEYS[0], KEYS[6], KEYS[3], missing]
-    numbers = table.locate(as_keys(asked))
+    requested = [KEYS[3], missing, KEYS[0], KEYS[6], KEYS[3], missing]
+    numbers = table.locate(as_keys(requested))
     assert numbers.dtype == np.int64
     assert (numbers < 0).tolist() == [False, True, False, False, False, True]
-    for key, number in zip(asked, numbers, strict=True):
+    for key, number in zip(requested, numbers, strict=True):
         if key != missing:
             assert_same_row(table.row(int(number)), rows[key])
     assert table.keys() == set(KEYS[:7])
@@ -142,9 +143,7 @@ def test_a_scoring_comes_back_from_the_cache(tmp_path: Path) -> None:
     without = replace(SCORING, reference=None)
     for scoring in (SCORING, without):
         write_scoring(tmp_path, scoring)
-    assert sorted(read_scorings(tmp_path), key=lambda found: found.id) == sorted(
-        [SCORING, without], key=lambda found: found.id
-    )
+    assert sorted(read_scorings(tmp_path), key=lambda one: one.id) == sorted([SCORING, without], key=lambda one: one.id)
     assert read_scoring(tmp_path, without.id) == without
 
 
@@ -299,7 +298,7 @@ def test_an_encoding_that_nobody_knows_yet_is_a_newer_format(tmp_path: Path) -> 
     ids=str,
 )
 def test_a_description_with_a_value_of_another_kind_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    """Its id is its folder's, its checksum is right, and yet nobody wrote it so."""
+    """Its id is that of its folder and its checksum is right, but adpa never writes it."""
     write_scoring(tmp_path, replace(SCORING, **change))
     with pytest.raises(DamagedFileError, match=r"scoring\.json: damaged: "):
         list(read_scorings(tmp_path))

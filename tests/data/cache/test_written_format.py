@@ -1,4 +1,4 @@
-"""docs/format.md says enough: a reader written from it alone, number by number, reads what adpa reads."""
+"""docs/format.md is complete: a reader written from it alone reads every number that adpa reads."""
 
 import json
 import math
@@ -91,14 +91,14 @@ def test_a_reader_written_from_the_document_reads_the_same(scoring: Any) -> None
         how = json.loads(table.schema.metadata[b"adpa"])
         for row in table.to_pylist():
             adpa_row, decoded = expected[row["key"]], decode(row, how["encoding"], how["top_k"])
-            for name, found in decoded.items():
-                wanted = getattr(adpa_row, name)
-                if found is None:
-                    assert wanted is None
-                elif wanted.ndim == 1:
-                    assert found == wanted.tolist()
+            for name, actual in decoded.items():
+                stored = getattr(adpa_row, name)
+                if actual is None:
+                    assert stored is None
+                elif stored.ndim == 1:
+                    assert actual == stored.tolist()
                 else:
-                    for ours, theirs in zip(found, wanted, strict=True):
+                    for ours, theirs in zip(actual, stored, strict=True):
                         np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=1e-6)
                         padding = {"topk_ids": -1, "topk_logprobs": -np.inf, "topk_advantages": 0}[name]
                         assert (theirs[len(ours) :] == padding).all()

@@ -1,4 +1,4 @@
-"""Whole runs of ``precompute``, ``cache gc`` and ``cache pack`` in lock-step: threads of which one moves at a time.
+"""Whole runs of ``precompute``, ``cache gc`` and ``cache pack`` in lock-step: of their threads, one moves at a time.
 
 A run can stop before a model answers a batch, and before a file of the cache is opened for writing, appears, vanishes,
 is listed or is read. The models are no networks, but say of a sequence what its key says.
@@ -64,7 +64,7 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class Job:
-    """What a run of ``precompute`` is asked for, and whether its writing thread is slow."""
+    """The examples of a run of ``precompute``, and whether its writing thread is slow."""
 
     examples: tuple[int, ...]
     responses: str
@@ -97,13 +97,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Chore:
-    """A command on the cache that may run beside."""
+    """A command on the cache that may run at the same time."""
 
     command: str
     writes_late = False
 
     def run(self, cache: Path, reference: str | None) -> None:
-        """The real command; it begins by making the cache where a run has not come that far."""
+        """The real command; it first makes the cache if no run has made it yet."""
         prepare_cache(cache)
         if self.command == "gc":
             collect_garbage(cache, yes=True)
@@ -113,7 +113,7 @@ class Chore:
 
 @dataclass(frozen=True)
 class Pack:
-    """Packing a scoring's rows into files of so many bytes."""
+    """Packing the rows of a scoring into files of a size in bytes."""
 
     scoring: Scoring
     goal: int
@@ -131,7 +131,7 @@ STOPS = ("answer", *OPERATIONS)
 
 @dataclass(frozen=True)
 class Turn:
-    """One run goes on until it stands before such an operation, so many times; it may be killed there."""
+    """One run goes on to the nth operation of a kind; it may be killed there."""
 
     run: int
     until: str
@@ -140,14 +140,14 @@ class Turn:
 
 
 class Run(threading.Thread):
-    """A job or chore in a thread that moves only when it is told to, and only to its next stop."""
+    """A job or chore in a thread that moves only on command, and only to its next stop."""
 
     by_thread: ClassVar[dict[int, "Run"]] = {}
 
     def __init__(self, work: Job | Chore | Pack, cache: Path, reference: str | None) -> None:
         super().__init__(daemon=True)
         self.work, self.cache, self.reference = work, cache, reference
-        self.asked: list[tuple[str, bytes]] = []
+        self.requested: list[tuple[str, bytes]] = []
         self.report: PrecomputeReport | None = None
         self.error: BaseException | None = None
         self.killed = self.over = False
@@ -177,7 +177,7 @@ class Run(threading.Thread):
             self._wait()
 
     def go_on(self, until: str = "its end", times: int = 1) -> None:
-        """Lets the run go on, and waits until it stands before such an operation, or has ended."""
+        """Lets the run go on, and waits until it is at the operation, or has ended."""
         while not self.over and times > 0:
             self._go.release()
             assert self._stands.acquire(timeout=PATIENCE), "a run hangs"
@@ -186,7 +186,7 @@ class Run(threading.Thread):
             raise self.error
 
     def kill(self) -> None:
-        """Ends the run where it stands."""
+        """Ends the run at its stop."""
         self.killed = self.killed or not self.over
         self._go.release()
         self.join(PATIENCE)
@@ -198,7 +198,7 @@ class Run(threading.Thread):
 
 
 def take_turns(runs: Sequence[Run], turns: Iterable[Turn]) -> Generator[None, None, None]:
-    """Has the runs go on turn by turn, and then each to its end; stops after every turn. Closing it kills them."""
+    """Moves the runs turn by turn, then each to its end; yields after every turn. Closing it kills them."""
     in_order = [Turn(number, "its end", 1, killed=False) for number in range(len(runs))]
     try:
         for turn in [*turns, *in_order]:
@@ -213,16 +213,16 @@ def take_turns(runs: Sequence[Run], turns: Iterable[Turn]) -> Generator[None, No
 
 
 def stop(before: str, path: object = "") -> None:
-    """Where another run may come in between; it is nothing for other threads, and for files outside of the cache."""
+    """Lets another run move; does nothing in other threads, or for files outside the cache."""
     run = Run.by_thread.get(threading.get_ident())
     if run is not None and (before == "answer" or str(path).startswith(str(run.cache))):
         run.stop(before)
 
 
-def note_asked(role: str, keys: Iterable[bytes]) -> None:
+def note_requested(model: str, keys: Iterable[bytes]) -> None:
     run = Run.by_thread.get(threading.get_ident())
     if run is not None:
-        run.asked += [(role, key) for key in keys]
+        run.requested += [(model, key) for key in keys]
 
 
 class Write:
@@ -238,7 +238,7 @@ class Write:
 
 
 class Writer:
-    """The writing thread of ``write_batches``, as part of the run's steps: it writes at once, or as late as it may."""
+    """The writing thread of ``write_batches`` as part of the run's steps: it writes at once, or as late as possible."""
 
     def __init__(self, max_workers: int) -> None:
         assert max_workers == 1
@@ -258,7 +258,7 @@ class Writer:
 
 
 class Oracle:
-    """A ``Scorer`` and ``Sampler`` that says of a sequence, or to a request, what the key says. T tokens, K ids."""
+    """A ``Scorer`` and ``Sampler`` whose answers depend on the keys alone. T tokens, K ids."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -296,7 +296,7 @@ class Oracle:
 
     def _ask(self, keys: Iterable[bytes]) -> None:
         stop("answer")
-        note_asked(self._name, keys)
+        note_requested(self._name, keys)
 
     def _judge(self, sequence: TokenSequence, top_k: int) -> SignalRow:
         logprobs_TV = self._logprobs(sequence)
@@ -322,7 +322,7 @@ class Oracle:
 
 @contextmanager
 def models_and_steps() -> Iterator[None]:
-    """Names of models lead to oracles, and runs stop before operations on files."""
+    """Replaces models by oracles, and makes runs stop before file operations."""
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
@@ -367,5 +367,5 @@ def models_and_steps() -> Iterator[None]:
         patch.setattr("adpa.pipeline.scoring.jobs.ThreadPoolExecutor", Writer)
         for name, owner in OPERATIONS.items():
             patch.setattr(owner, name, stopping(name, getattr(owner, name)))
-        patch.setattr(os, "fsync", lambda _: None)  # nobody pulls the plug here
+        patch.setattr(os, "fsync", lambda _: None)  # no test here cuts the power
         yield

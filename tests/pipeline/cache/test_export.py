@@ -1,4 +1,4 @@
-"""Exported rows say what the cache says, in plain columns; an output is whole or not there."""
+"""Exported rows have the numbers of the cache in plain columns; an output is whole or does not exist."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ def expected(cache: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a set as the readers of training see them."""
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
-    responses = next(found for found in read_response_sets(cache) if found.info.name == name)
+    responses = next(one for one in read_response_sets(cache) if one.info.name == name)
     rows = [signals.row(int(number)) for number in signals.locate(responses.table["key"])]
     return [
         {
@@ -71,8 +71,8 @@ def test_a_directory_of_datasets_has_the_same(filled: Filled, tmp_path: Path) ->
 
 def scored_set(rows: list[Any], **scoring: Any) -> ScoredSet:
     responses = make_response_set(INFO, response_rows(0, ["a", "b", "c"]))
-    found = replace(SCORING, **scoring)
-    return ScoredSet(responses, found, SignalTable([plain_table(rows, plain_schema(SCORING.top_k))]))
+    changed = replace(SCORING, **scoring)
+    return ScoredSet(responses, changed, SignalTable([plain_table(rows, plain_schema(SCORING.top_k))]))
 
 
 def test_without_a_reference_advantages_are_null() -> None:

@@ -1,4 +1,4 @@
-"""Garbage: what no set needs goes, what one needs stays, and what a run may be at work with stays for a day."""
+"""Garbage: files that no set needs go, needed files stay, and files that a run may be using stay for a day."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def signals_of(cache: Path, scoring: Scoring) -> dict[bytes, SignalRow]:
-    """What readers see: the first row of each key."""
+    """The rows that readers use: the first of each key."""
     table = read_signals(cache, scoring)
     return {row.key: row for row in map(table.row, reversed(range(len(table))))}
 
@@ -63,8 +63,8 @@ def equal(left: SignalRow, right: SignalRow) -> bool:
 
 
 def exact(report: GarbageReport) -> list[Garbage]:
-    """What goes, without the bytes of parts of files, which are estimated before they go."""
-    return [replace(found, bytes=0) if found.kept else found for found in report.garbage]
+    """The garbage, without the bytes of parts of files, which are estimates."""
+    return [replace(one, bytes=0) if one.kept else one for one in report.garbage]
 
 
 def a_set(seed: int, rows: int = 4) -> ResponseSet:
@@ -86,7 +86,7 @@ def test_a_whole_cache_has_no_garbage(cache: Path) -> None:
 def test_a_dropped_set_takes_its_rows_and_samples_along(cache: Path) -> None:
     (scoring,) = read_scorings(cache)
     whole = signals_of(cache, scoring)
-    dropped = next(found for found in read_response_sets(cache) if found.info.name == "sampled")
+    dropped = next(one for one in read_response_sets(cache) if one.info.name == "sampled")
     next((cache / "responses").glob("sampled-*")).unlink()
     age(*files(cache / "samples"))
     before = files(cache)
@@ -148,8 +148,8 @@ def test_a_tokenizer_that_no_set_names_goes(cache: Path) -> None:
 def test_what_was_set_aside_goes(cache: Path) -> None:
     (cache / "damaged" / "scorings").mkdir(parents=True)
     (cache / "damaged" / "scorings" / "signals").write_bytes(b"123")
-    (found,) = collect_garbage(cache, yes=True).garbage
-    assert (found.place, found.bytes) == ("damaged/scorings/signals", 3)
+    (removed,) = collect_garbage(cache, yes=True).garbage
+    assert (removed.place, removed.bytes) == ("damaged/scorings/signals", 3)
     assert not (cache / "damaged" / "scorings").exists()
 
 
@@ -196,7 +196,7 @@ def test_of_the_rows_that_wait_those_stay_that_a_set_needs(tmp_path: Path) -> No
 
     mixed, finished, needed = pending(done, waiting, b"n" * 16), pending(done), pending(other)
     report = collect_garbage(tmp_path, yes=True)
-    assert [(found.rows, found.kept) for found in report.garbage if found.kind == "pending"] in (
+    assert [(one.rows, one.kept) for one in report.garbage if one.kind == "pending"] in (
         [(2, 1), (1, 0)],
         [(1, 0), (2, 1)],
     )
@@ -238,7 +238,7 @@ def test_exactly_what_sets_need_is_kept(data: st.DataObject) -> None:
             write_response_set(cache, sets[number])
         needed = {key for number in kept for key in sets[number].table["key"].to_pylist()}
         write_scoring(cache, SCORING)
-        everything = sorted({key for found in sets for key in found.table["key"].to_pylist()} | {b"n" * 16})
+        everything = sorted({key for one in sets for key in one.table["key"].to_pylist()} | {b"n" * 16})
         versions = st.tuples(st.sampled_from(everything), st.integers(0, 2))
         scored = data.draw(st.lists(versions, min_size=1))  # some keys twice
         for part in chunks(scored, iter(lambda: data.draw(st.integers(1, 4)), None)):
@@ -283,7 +283,7 @@ def test_the_command_lists_first_and_removes_with_yes(cache: Path, tmp_path: Pat
     done = CliRunner().invoke(cli.app, ["cache", "gc", str(cache), "--report", str(tmp_path / "report.json")])
     assert done.exit_code == 0
     assert "can be removed; --yes does it" in done.stdout
-    places = [found["place"] for found in json.loads((tmp_path / "report.json").read_text())["garbage"]]
+    places = [one["place"] for one in json.loads((tmp_path / "report.json").read_text())["garbage"]]
     assert places
     assert all(place in done.stdout.replace("\n", "") for place in places)
     done = CliRunner().invoke(cli.app, ["cache", "gc", str(cache), "--yes"])
@@ -301,7 +301,7 @@ def test_no_cache_and_one_that_cannot_be_written_are_refused(
 ) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         collect_garbage(tmp_path)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         collect_garbage(cache, yes=True)
     before = {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))}
@@ -329,10 +329,10 @@ def test_a_file_without_keys_stops_it(tmp_path: Path) -> None:
 
 
 def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path) -> None:
-    """A file that loses a row gets another name, which may come after that of the other file."""
+    """A file that loses a row gets another name, which may sort after that of the other file."""
     responses = a_set(0, rows=2)
     needed, other = responses.table["key"].to_pylist()
-    for version in range(8):  # so many names that some come after, some before
+    for version in range(8):  # enough names that some sort before and some after
         folder = tmp_path / str(version)
         write_response_set(folder, responses)
         write_scoring(folder, SCORING)
@@ -345,7 +345,7 @@ def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path)
         assert equal(signals_of(folder, SCORING)[needed], before)
         pack_cache(folder)
         report = collect_garbage(folder, yes=True)
-        assert (report.repeated, [found.rows for found in report.garbage]) == ([], [1])
+        assert (report.repeated, [one.rows for one in report.garbage]) == ([], [1])
         assert equal(signals_of(folder, SCORING)[needed], before)
 
 

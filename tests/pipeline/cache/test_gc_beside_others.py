@@ -1,4 +1,4 @@
-"""gc beside runs that write: whatever it stands before when they come, or when it is killed, no set loses a row."""
+"""gc at the same time as runs that write, or killed at any step: no set loses a row."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from adpa.data.cache.samples import SampleRequest, samples_folder, write_samples
 from adpa.data.cache.shards import list_shards, write_shard
 from adpa.data.cache.signal_rows import plain_schema, plain_table
 from adpa.data.cache.signals import read_scorings, read_signals, write_scoring
-from adpa.data.vocabulary import read_tokenizer, write_tokenizer
+from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import CacheError, DamagedFileError
 from adpa.pipeline.cache import gc as cache_gc
 from adpa.pipeline.cache import merge as cache_merge
@@ -46,7 +46,7 @@ def a_set(first: int, last: int) -> ResponseSet:
 
 
 def run(cache: Path, responses: ResponseSet) -> int:
-    """What ``precompute`` does with a set, in its order; gives how many rows it scored."""
+    """The steps of ``precompute`` on a set, in its order; returns the number of rows that it scored."""
     prepare_cache(cache)
     write_response_set(cache, responses)
     write_tokenizer(cache, TOKENIZER, DIGEST)
@@ -95,7 +95,7 @@ def rows_of(cache: Path) -> list[Any]:
 
 
 def before_step(cache: Path, step: int, do: Callable[[], object]) -> bool:
-    """Removes garbage, and does something before, in or after a call that changes files; says whether it came to it."""
+    """Removes garbage, and acts before, in or after the nth call that changes files; returns whether that call came."""
     reached = iter(range(10**9))
     done = []
 
@@ -119,7 +119,7 @@ def test_a_set_that_comes_back_at_any_step_keeps_its_rows(cache: Path, dropped: 
         assert not list(at_step.rglob(".*")), steps
         if not came:
             break
-        assert dropped.id in {found.id for found in read_response_sets(at_step)}
+        assert dropped.id in {one.id for one in read_response_sets(at_step)}
         steps += 1
     assert steps > 20
 
@@ -142,7 +142,7 @@ def test_a_set_that_comes_when_all_sets_are_gone_keeps_its_tokenizer_and_scoring
 
 
 def kill_at(cache: Path, step: int, back: bool) -> bool:
-    """Kills a gc before one step, where a set may just have come back; says whether there was such a step."""
+    """Kills a gc before one step, where a set may just have come back; returns whether that step came."""
     process = os.fork()
     if process == 0:
         try:
@@ -169,7 +169,7 @@ def test_a_gc_killed_at_any_step_loses_nothing_and_the_next_one_and_a_run_mend_i
         before = {row.key for row in rows_of(at_step)}
         collect_garbage(at_step, yes=True)
         after = {row.key for row in rows_of(at_step)}
-        needed = {key for found in read_response_sets(at_step) for key in found.table["key"].to_pylist()}
+        needed = {key for one in read_response_sets(at_step) for key in one.table["key"].to_pylist()}
         assert before & needed <= after, steps
         for responses in read_response_sets(at_step):
             run(at_step, responses)
@@ -241,8 +241,8 @@ def test_after_a_repair_gc_waits_until_the_set_is_there_again(cache: Path) -> No
             "taken for garbage; run the same adpa precompute first, or remove this file"
         )
     assert run(cache, a_set(0, 4)) == 0, "no row was lost"
-    (found,) = collect_garbage(cache, yes=True).garbage
-    assert found.kind == "damaged"
+    (removed,) = collect_garbage(cache, yes=True).garbage
+    assert removed.kind == "damaged"
     check_whole(cache)
 
 
@@ -271,7 +271,7 @@ def test_a_loop_of_links_and_a_pipe_are_unknown_and_stop_nothing(cache: Path) ->
     (cache / "responses").joinpath("chosen-aa-bb.arrow").unlink(missing_ok=True)
     os.mkfifo(cache / "responses" / "chosen-aa-bb.arrow")
     assert "responses/chosen-aa-bb.arrow" in verify_cache(cache).unknown
-    with pytest.raises(DamagedFileError, match="no regular file"):
+    with pytest.raises(DamagedFileError, match="not a regular file"):
         collect_garbage(cache)
 
 
@@ -279,8 +279,8 @@ def test_listing_reads_keys_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     fill(cache)
     monkeypatch.setattr(cache_gc, "read_shard", lambda _: pytest.fail("rows were read"))
     report = collect_garbage(cache)
-    assert any(found.kept for found in report.garbage)
-    assert all(0 <= found.bytes <= (cache / found.place).stat().st_size for found in report.garbage)
+    assert any(one.kept for one in report.garbage)
+    assert all(0 <= one.bytes <= (cache / one.place).stat().st_size for one in report.garbage)
 
 
 def test_samples_are_there_until_a_set_is_made_of_them(cache: Path) -> None:

@@ -41,13 +41,13 @@ Row = tuple[object, ...]
 
 
 def bits(row: SignalRow) -> Row:
-    """A row as something that is equal to another only bit for bit."""
+    """A row as a value that is equal to another only if all bits are."""
     values = [getattr(row, field.name) for field in fields(row)]
     return tuple((v.dtype.str, v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
 
 
 def read_rows(cache: Path) -> dict[bytes, Row]:
-    """The only scoring's row of each key, none of which may have two different rows in any of the shards."""
+    """The row of each key in the only scoring; no key may have two different rows in its shards."""
     rows: dict[bytes, Row] = {}
     for scoring in read_scorings(cache):
         table = read_signals(cache, scoring)
@@ -62,26 +62,26 @@ def read_keys(cache: Path) -> set[bytes]:
 
 
 def read_waiting(cache: Path) -> set[bytes]:
-    """Keys of the rows that the teacher has left for the reference."""
+    """The keys of the pending rows."""
     return SignalTable(read_shard(path) for path in cache.glob("scorings/*/pending/*.arrow")).keys()
 
 
 def read_sets(cache: Path) -> dict[str, ResponseSet]:
-    return {found.id: found for found in read_response_sets(cache)}
+    return {one.id: one for one in read_response_sets(cache)}
 
 
-def check_same_sets(found: dict[str, ResponseSet], expected: dict[str, ResponseSet]) -> None:
-    assert found.keys() == expected.keys()
+def check_same_sets(actual: dict[str, ResponseSet], expected: dict[str, ResponseSet]) -> None:
+    assert actual.keys() == expected.keys()
     for name, responses in expected.items():
-        assert found[name].info == responses.info
-        assert found[name].table.equals(responses.table, check_metadata=True)
+        assert actual[name].info == responses.info
+        assert actual[name].table.equals(responses.table, check_metadata=True)
 
 
 @remember
 def alone(
     examples: frozenset[int], responses: str, samples: int, reference: str | None
 ) -> tuple[dict[str, ResponseSet], dict[bytes, Row]]:
-    """The response sets and rows of a run that nothing disturbs, in a cache of its own."""
+    """The response sets and rows of an undisturbed run in its own cache."""
     with TemporaryDirectory() as folder:
         Job(tuple(sorted(examples)), responses, samples).run(Path(folder) / "cache", reference)
         return read_sets(Path(folder) / "cache"), read_rows(Path(folder) / "cache")
@@ -92,7 +92,7 @@ def alone_as(job: Job, reference: str | None) -> tuple[dict[str, ResponseSet], d
 
 
 def join(jobs: Sequence[Job]) -> Job:
-    """One run for all that some are asked for."""
+    """One run on the examples of several jobs."""
     names = [name for name in ("chosen", "rejected", "sampled") if any(name in job.responses for job in jobs)]
     examples = sorted({number for job in jobs for number in job.examples})
     return Job(tuple(examples), ",".join(names), max(job.samples for job in jobs))
@@ -170,10 +170,10 @@ def test_any_interleaving_of_runs_ends_in_the_rows_of_one_run(
         rerun = Run(whole, cache, reference)
         rerun.go_on()
         missing = expected_rows.keys() - rows.keys()
-        asked = [key for role, key in rerun.asked if role == "teacher"]
-        assert sorted(asked) == sorted(missing - waiting)
-        asked = [key for role, key in rerun.asked if role == "reference"]
-        assert sorted(asked) == (sorted(missing) if reference else [])
+        requested = [key for model, key in rerun.requested if model == "teacher"]
+        assert sorted(requested) == sorted(missing - waiting)
+        requested = [key for model, key in rerun.requested if model == "reference"]
+        assert sorted(requested) == (sorted(missing) if reference else [])
 
         assert read_rows(cache) == expected_rows
         check_same_sets(read_sets(cache), sets | expected_sets)
@@ -187,12 +187,12 @@ KEYS = [*PACKED.table["key"].to_pylist(), b"n" * 16]  # the last one is of no se
 
 
 def row_of(key: int, version: int) -> SignalRow:
-    """A row that takes more room than what surrounds it in a file; versions differ, as those of two runs do."""
+    """A row larger than the rest of its file; versions differ, like the rows of two runs."""
     return signal_row(KEYS[key], 250, seed=10 * key + version)
 
 
 def seen(cache: Path) -> dict[bytes, Row]:
-    """What readers see of the rows that the set needs."""
+    """The rows that readers use, of those that the set needs."""
     table = read_signals(cache, SCORING)
     numbers = table.locate(pa.array(KEYS[:-1], pa.binary(16)))
     return {key: bits(table.row(number)) for key, number in zip(KEYS, numbers.tolist(), strict=False) if number >= 0}

@@ -1,4 +1,4 @@
-"""The listing of a cache: what is there, who made it, what it takes; without reading it whole."""
+"""The listing of a cache: its content, origin and size, without reading it whole."""
 
 import json
 import shutil
@@ -46,16 +46,16 @@ def size(folder: Path) -> int:
 
 def test_sets_and_scorings_are_counted(cache: Path) -> None:
     listing = list_cache(cache)
-    sets = {found.shard_prefix(): found for found in read_response_sets(cache)}
+    sets = {one.shard_prefix(): one for one in read_response_sets(cache)}
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
-    assert [found.name for found in listing.sets] == sorted(sets)
-    for found in listing.sets:
-        sequences = sets[found.name].sequences()
-        assert (found.rows, found.info) == (len(sequences), sets[found.name].info)
-        assert found.tokens == sum(len(sequence.response_ids) for sequence in sequences)
-        assert found.prompt_tokens == sum(len(sequence.prompt_ids) for sequence in sequences)
-        assert found.scored == {scoring.id: found.rows}
+    assert [one.name for one in listing.sets] == sorted(sets)
+    for listed in listing.sets:
+        sequences = sets[listed.name].sequences()
+        assert (listed.rows, listed.info) == (len(sequences), sets[listed.name].info)
+        assert listed.tokens == sum(len(sequence.response_ids) for sequence in sequences)
+        assert listed.prompt_tokens == sum(len(sequence.prompt_ids) for sequence in sequences)
+        assert listed.scored == {scoring.id: listed.rows}
     (scored,) = listing.scorings
     assert scored.scoring == scoring
     assert scored.rows == len(signals.keys())
@@ -70,11 +70,11 @@ def test_every_file_is_in_the_total(cache: Path) -> None:
     listing = list_cache(cache)
     assert (listing.total.files, listing.total.bytes) == (len(files(cache)), size(cache))
     (samples,) = listing.samples
-    (sampled,) = (found.name for found in listing.sets if found.info.name == "sampled")
+    (sampled,) = (one.name for one in listing.sets if one.info.name == "sampled")
     assert (samples.sets, samples.rows, samples.bytes) == ([sampled], 16, size(cache / "samples"))
     (tokenizer,) = listing.tokenizers
     assert tokenizer.bytes == size(cache / "tokenizers")
-    assert tokenizer.sets == [found.name for found in listing.sets]
+    assert tokenizer.sets == [one.name for one in listing.sets]
     assert (listing.unknown, listing.unreadable, listing.unfinished.files) == ([], [], 0)
 
 
@@ -102,13 +102,13 @@ def test_what_is_partly_scored_unneeded_or_said_twice_is_told(cache: Path) -> No
     )
     write_signals(cache, other, [one_id])
     listing = list_cache(cache)
-    scored = {found.id: found for found in listing.scorings}
+    scored = {one.id: one for one in listing.scorings}
     assert (scored[scoring.id].repeated, scored[scoring.id].unneeded) == (1, 1)
     assert scored[scoring.id].rows == len(SignalTable([]).keys() | signals.keys()) + 1
     assert scored[other.id].rows == 1
-    assert sum(found.scored[other.id] for found in listing.sets) >= 1
+    assert sum(one.scored[other.id] for one in listing.sets) >= 1
     text = " ".join(as_text(listing).split())
-    assert "1 rows stand twice; adpa cache pack drops them" in text
+    assert "1 repeated rows; adpa cache pack drops them" in text
     assert "1 rows that no set needs; adpa cache gc removes them" in text
 
 
@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read_is_told_and_the_rest_is_listed(cache: Path) 
 
 
 def test_the_numbers_need_no_signal_to_be_read(cache: Path) -> None:
-    """Whatever the columns beside the key say: only verify reads them."""
+    """Damage in columns other than the key goes unnoticed: only verify reads them."""
     (scoring,) = read_scorings(cache)
     before = list_cache(cache)
     for path in (cache / "scorings" / scoring.id).glob("signals-*"):
@@ -197,8 +197,8 @@ def test_an_empty_scoring_and_an_empty_set_are_listed(cache: Path) -> None:
     info = next(read_response_sets(cache)).info
     write_response_set(cache, make_response_set(replace(info, max_length=9), []))
     listing = list_cache(cache)
-    assert sorted(found.rows for found in listing.sets)[0] == 0
-    assert sorted((found.rows, found.bytes_per_token) for found in listing.scorings if found.rows == 0) == [(0, None)]
+    assert sorted(one.rows for one in listing.sets)[0] == 0
+    assert sorted((one.rows, one.bytes_per_token) for one in listing.scorings if one.rows == 0) == [(0, None)]
 
 
 def test_where_no_cache_is_nothing_is_listed(tmp_path: Path) -> None:
@@ -214,15 +214,15 @@ def test_a_lossy_scoring_says_what_its_rounding_changes(cache: Path) -> None:
     write_scoring(cache, lossy)
     write_signals(cache, lossy, rows[:3])
     write_signals(cache, lossy, rows[3:])
-    errors = {found.id: found.rounding for found in list_cache(cache).scorings}
+    errors = {one.id: one.rounding for one in list_cache(cache).scorings}
     assert errors[scoring.id] is None
-    found = errors[lossy.id]
-    assert found is not None
+    actual = errors[lossy.id]
+    assert actual is not None
     rounded = read_signals(cache, lossy)
     by_key = {row.key: row for row in map(rounded.row, range(len(rounded)))}
     changes = np.concatenate([np.abs(kl_errors(row, by_key[row.key])) for row in rows])
-    assert found.kl == pytest.approx(changes.mean(), rel=1e-3)
-    assert found.largest_kl == pytest.approx(changes.max(), rel=1e-3)
+    assert actual.kl == pytest.approx(changes.mean(), rel=1e-3)
+    assert actual.largest_kl == pytest.approx(changes.max(), rel=1e-3)
     advantages = np.concatenate([advantage_errors(row, by_key[row.key]) for row in rows])
-    assert found.advantage == pytest.approx(advantages.mean(), rel=1e-3)
-    assert f"by {found.kl:.1e} nats in the mean" in " ".join(as_text(list_cache(cache)).split())
+    assert actual.advantage == pytest.approx(advantages.mean(), rel=1e-3)
+    assert f"by {actual.kl:.1e} nats in the mean" in " ".join(as_text(list_cache(cache)).split())

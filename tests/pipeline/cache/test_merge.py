@@ -1,4 +1,4 @@
-"""Merging: a cache takes what another one has; nothing is read twice, changed, or taken if it is damaged."""
+"""Merging: a cache takes the files of another; nothing is read twice or changed, and no damaged file is taken."""
 
 import errno
 import json
@@ -72,7 +72,7 @@ def test_without_links_files_are_copied(empty: Path, other: Path, monkeypatch: p
     def refuses(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr("adpa.pipeline.cache.merge.os.link", refuses)
+    monkeypatch.setattr("os.link", refuses)
     report = merge_cache(empty, other)
     assert (report.linked.files, report.copied.files) == (0, len(files(other)) - 1)
     assert {k: v for k, v in files(empty).items() if k.endswith("arrow")} == {
@@ -146,7 +146,7 @@ def test_what_is_no_result_is_left_out(empty: Path, other: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Changes one bit of a file that others are linked to; theirs stays."""
+    """Changes one bit of a file, but not of the files linked to it."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink()
@@ -155,7 +155,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_damaged_here_and_sound_there_is_taken_and_named(empty: Path, other: Path, packed: bool) -> None:
-    """Under the same names it is mended; rows of another file come beside it, and it stays for verify."""
+    """A file with the same name replaces it; rows of another file are added, and it stays for verify."""
     merge_cache(empty, other)
     if packed:
         pack_cache(empty)
@@ -194,7 +194,7 @@ def test_a_damaged_tokenizer_here_is_named(empty: Path, other: Path) -> None:
 def test_a_pack_at_any_moment_is_no_fault(
     which: str, empty: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the one or the other, before any one call of reading a shard."""
+    """In either cache, before any call that reads a shard."""
     (scoring,) = read_scorings(other)
     signals = read_signals(other, scoring)
     merge_cache(empty, other)
@@ -221,7 +221,7 @@ def test_a_pack_at_any_moment_is_no_fault(
 def rows(cache: Path) -> tuple[set[str], set[bytes], set[bytes]]:
     """Sets, keys of signals, keys of samples."""
     return (
-        {found.shard_prefix() for found in read_response_sets(cache)},
+        {one.shard_prefix() for one in read_response_sets(cache)},
         read_signals(cache, SCORING).keys(),
         set(read_samples(cache, SAMPLING)),
     )
@@ -272,7 +272,7 @@ def test_what_cannot_be_merged_is_refused(
     for same in (empty, tmp_path / "link", empty / ".." / empty.name):
         with pytest.raises(OptionError, match="the same cache as"):
             merge_cache(empty, same)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         merge_cache(empty, other)
 
@@ -302,7 +302,7 @@ def test_a_file_without_keys_is_named_and_not_taken(empty: Path, tmp_path: Path)
 
 
 def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path) -> None:
-    """The other cache's file may have a name that comes first."""
+    """The name of the other cache's file may sort first."""
     ours, twice, theirs = (bytes([key]) * 16 for key in range(3))
     for version in range(8):
         empty, other = tmp_path / f"cache-{version}", tmp_path / f"other-{version}"

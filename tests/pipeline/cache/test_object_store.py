@@ -6,11 +6,11 @@ import pyarrow.parquet as pq
 from tests.pipeline.conftest import Filled
 
 from adpa import collect_garbage, export_cache, list_cache, merge_cache, pack_cache, verify_cache
-from adpa.data.cache.directories import find_location
+from adpa.data.cache.files import remove_file, write_file
 from adpa.data.cache.format import prepare_cache
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, find_location
 from adpa.data.cache.responses import read_response_sets
-from adpa.data.cache.shards import list_shards, read_shard, remove_file, write_file, write_shard
+from adpa.data.cache.shards import list_shards, read_shard, write_shard
 from adpa.data.cache.signals import read_scorings, read_signals
 
 
@@ -48,7 +48,7 @@ def test_every_command_works_on_an_object_store(filled: Filled, bucket: str, tmp
     report_of_gc = collect_garbage(cache, yes=True)
     assert {garbage.kind for garbage in report_of_gc.garbage} == {"signals", "damaged"}
     assert [place.partition("/")[0] for place in report_of_gc.young] == ["samples"]
-    needed = {key for found in read_response_sets(cache) for key in found.table["key"].to_pylist()}
+    needed = {key for one in read_response_sets(cache) for key in one.table["key"].to_pylist()}
     assert read_signals(cache, scoring).keys() == needed
 
     (path,) = list_shards(scoring.folder(cache), "signals")

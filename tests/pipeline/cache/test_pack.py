@@ -1,4 +1,4 @@
-"""Packing: fewer files, the same rows for whoever reads them, at every moment of it."""
+"""Packing: fewer files, and the same rows for every reader at every moment."""
 
 import errno
 import os
@@ -23,19 +23,12 @@ from typer.testing import CliRunner
 from adpa import cli, list_cache, pack_cache, verify_cache
 from adpa.data.cache import shards
 from adpa.data.cache.compact import compact_schema, compact_table
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.samples import SampleRequest, read_samples, write_samples
-from adpa.data.cache.shards import (
-    list_shards,
-    peek_keys,
-    peek_shard,
-    read_shard,
-    remove_file,
-    write_replacement,
-    write_shard,
-)
+from adpa.data.cache.shards import list_shards, peek_keys, peek_shard, read_shard, write_replacement, write_shard
 from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
 from adpa.data.cache.signals import (
     Scoring,
@@ -62,12 +55,12 @@ def row(key: int, version: int = 0) -> SignalRow:
 
 
 def long_row(key: int, version: int = 0) -> SignalRow:
-    """One that takes more room than what surrounds it in a file, so that few of them reach a goal."""
+    """A row larger than the rest of its file, so that few of them reach a goal."""
     return signal_row(bytes([key]) * 16, 250, seed=10 * key + version)
 
 
 def seen(table: SignalTable) -> dict[bytes, SignalRow]:
-    """What readers see: the row that each key leads to."""
+    """The rows that readers use: one for each key."""
     keys = sorted(table.keys())
     numbers = table.locate(pa.array(keys, pa.binary(16)))
     return {key: table.row(int(number)) for key, number in zip(keys, numbers, strict=True)}
@@ -82,7 +75,7 @@ def same(left: dict[bytes, SignalRow], right: dict[bytes, SignalRow]) -> bool:
 
 
 def fill(cache: Path, scoring: Scoring, parts: list[list[SignalRow]]) -> dict[bytes, SignalRow]:
-    """Writes files of rows; gives what readers see of them."""
+    """Writes files of rows; returns the rows that readers use."""
     write_scoring(cache, scoring)
     for part in parts:
         write_signals(cache, scoring, part)
@@ -97,9 +90,9 @@ def test_a_real_cache_is_packed_and_says_the_same(filled: Filled, tmp_path: Path
     cache = Path(shutil.copytree(filled.cache, tmp_path / "cache"))
     (scoring,) = read_scorings(cache)
     before, listing = seen(read_signals(cache, scoring)), list_cache(cache)
-    (sampling,) = (found.info.sampling for found in read_response_sets(cache) if found.info.sampling)
+    (sampling,) = (one.info.sampling for one in read_response_sets(cache) if one.info.sampling)
     samples = {key: ids.tolist() for key, ids in read_samples(cache, sampling).items()}
-    (packed,) = (found for found in pack_cache(cache).packed if found.folder == f"scorings/{scoring.id}")
+    (packed,) = (one for one in pack_cache(cache).packed if one.folder == f"scorings/{scoring.id}")
     assert (packed.files_before, packed.files, packed.repeated) == (listing.scorings[0].shards, 1, 0)
     assert packed.bytes < packed.bytes_before
     assert same(seen(read_signals(cache, scoring)), before)
@@ -140,7 +133,7 @@ class Killed(BaseException):
 def test_a_kill_at_any_moment_changes_no_row_that_readers_see(
     parts: list[list[tuple[int, int]]], goal: int, moment: int
 ) -> None:
-    """After as many files have been written or removed."""
+    """After a number of files have been written or removed."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         cache = Path(folder)
         before = fill(cache, SCORING, [[row(*version) for version in part] for part in parts])
@@ -201,7 +194,7 @@ def test_plain_files_of_version_1_are_written_in_the_newest_encoding(tmp_path: P
     (path,) = folder.glob("signals-*")
     assert (packed.files_before, packed.files) == (2, 1)
     assert peek_shard(path).schema.equals(SCHEMA, check_metadata=True)
-    assert same(seen(read_signals(tmp_path, SCORING)), {found.key: found for found in rows})
+    assert same(seen(read_signals(tmp_path, SCORING)), {one.key: one for one in rows})
 
 
 def test_samples_are_packed_and_the_first_of_two_stays(tmp_path: Path) -> None:
@@ -229,12 +222,12 @@ def test_a_damaged_file_stops_it_and_nothing_is_lost(tmp_path: Path) -> None:
 
 
 def test_the_work_for_many_files_grows_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of a file are measured once, however many files follow."""
+    """The rows of a file are measured once, for any number of later files."""
     fill(tmp_path, SCORING, [[row(key)] for key in range(40)])
     measured = []
 
     class Measured:
-        """A table, as far as packing looks at it."""
+        """The part of a table that packing uses."""
 
         def __init__(self, table: pa.Table) -> None:
             self.table, self.schema = table, table.schema
@@ -267,7 +260,7 @@ def test_the_work_for_many_files_grows_with_their_number(tmp_path: Path, monkeyp
 
 
 def full_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the disk full when so many files are written."""
+    """Makes the disk full after a number of written files."""
     written: list[Location] = []
 
     def write(*arguments: Any) -> Location:
@@ -288,7 +281,7 @@ def size(folder: Path) -> int:
 def test_on_a_full_disk_the_cache_gets_no_larger_and_the_next_time_goes_on(
     files: int, repeated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files without a row in common go as soon as a new one has theirs; otherwise what is new goes again."""
+    """Files without a shared row go as soon as a new file has their rows; otherwise the new files go again."""
     parts = [[long_row(key), *([long_row(key + 1, 1)] if repeated else [])] for key in range(20)]
     before = fill(tmp_path, SCORING, parts)
     folder = tmp_path / "scorings" / SCORING.id
@@ -343,12 +336,12 @@ def test_a_link_to_nothing_is_told_and_no_loop(tmp_path: Path) -> None:
     (tmp_path / "responses").mkdir()
     link = tmp_path / "scorings" / SCORING.id / "signals-0.arrow"
     link.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CacheError, match=r"a listed file is not there: .*signals-0\.arrow"):
+    with pytest.raises(CacheError, match=r"a listed file is missing: .*signals-0\.arrow"):
         pack_cache(tmp_path)
 
 
 def test_a_table_that_is_open_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SMALL_FILE", 0)  # so that these are mapped, as large ones are
+    monkeypatch.setattr(shards, "SMALL_FILE", 0)  # so that these are mapped like large ones
     before = fill(tmp_path, SCORING, [[row(key)] for key in range(4)])
     (tmp_path / "responses").mkdir()
     table = read_signals(tmp_path, SCORING)
@@ -376,7 +369,7 @@ def test_no_cache_and_one_that_cannot_be_written_are_refused(tmp_path: Path, mon
     with pytest.raises(CacheError, match="no cache there"):
         pack_cache(tmp_path)
     prepare_cache(tmp_path)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match=r"CACHE .*cannot be written"):
         pack_cache(tmp_path)
 

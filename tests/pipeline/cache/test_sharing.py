@@ -13,8 +13,7 @@ from tests.conftest import Models, Row, WriteRows
 from tests.pipeline.conftest import Filled
 
 from adpa import distill, inspect_cache, precompute
-from adpa.data.cache.directories import find_location
-from adpa.data.cache.locations import Location
+from adpa.data.cache.locations import Location, find_location
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import OptionError
@@ -25,7 +24,7 @@ SCRIPT = """
 import json, os, sys, traceback
 from pathlib import Path
 from adpa import distill, precompute
-from adpa.data.cache.directories import find_location
+from adpa.data.cache.locations import find_location
 
 def run(stage, options):
     options["cache"] = find_location(options["cache"])
@@ -63,8 +62,8 @@ def run_at_once(*jobs: Job) -> None:
 
 def contents(cache: Location) -> dict[str, set[bytes]]:
     """The keys of every response set and every scoring."""
-    sets = {found.shard_prefix(): set(found.table["key"].to_pylist()) for found in read_response_sets(cache)}
-    return sets | {found.id: read_signals(cache, found).keys() for found in read_scorings(cache)}
+    sets = {one.shard_prefix(): set(one.table["key"].to_pylist()) for one in read_response_sets(cache)}
+    return sets | {one.id: read_signals(cache, one).keys() for one in read_scorings(cache)}
 
 
 def test_several_precomputes_at_once_make_what_one_makes_and_several_students_read_it(
@@ -84,8 +83,8 @@ def test_several_precomputes_at_once_make_what_one_makes_and_several_students_re
     assert contents(together) == contents(alone)
     assert not list(together.rglob(".*"))
 
-    (found, *_) = (found for found in read_response_sets(together) if found.info.name == "chosen")
-    options = {"objective": "kd", "cache": str(together), "response_set": [found.id], **BRIEF}
+    (chosen, *_) = (one for one in read_response_sets(together) if one.info.name == "chosen")
+    options = {"objective": "kd", "cache": str(together), "response_set": [chosen.id], **BRIEF}
     students = (models.student, models.other_student)
     run_at_once(
         *(

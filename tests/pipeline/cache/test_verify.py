@@ -1,4 +1,4 @@
-"""A cache that is whole, and everything that can be wrong with it: each fault found, named, and mended."""
+"""An undamaged cache, and every fault that a cache can have: detected, named, and repaired."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def arrow_files(cache: Path) -> list[Path]:
 
 
 def resume(cache: Path, filled: Filled) -> tuple[int, int]:
-    """Runs the fixture's two commands again; gives the rows that each scored."""
+    """Runs the fixture's two commands again; returns the rows that each scored."""
     common: dict[str, Any] = {
         "teacher": str(filled.models.teacher),
         "reference": str(filled.models.reference),
@@ -101,7 +101,7 @@ def test_one_bit_anywhere_in_any_file_is_found(filled: Filled, tmp_path: Path) -
 def test_a_marker_that_may_be_of_another_program_is_told_as_such(cache: Path) -> None:
     (cache / "cache.json").write_text("[]")
     (fault,) = verify_cache(cache).faults
-    assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: no JSON object")
+    assert (fault.place, fault.problem) == ("cache.json", "damaged, or of another program: not a JSON object")
 
 
 def test_a_marker_in_a_directory_that_is_no_cache_is_left_where_it_is(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_cut_an_empty_and_a_renamed_shard_are_found(cache: Path) -> None:
 
 
 def rewrite_signals(cache: Path, change: Callable[..., Any]) -> str:
-    """Writes a scoring's rows changed, with a right digest; gives the shard's place."""
+    """Writes changed rows of a scoring with the right digest; returns the place of the shard."""
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
     rows = [signals.row(number) for number in range(len(signals))]
@@ -158,8 +158,8 @@ def test_signals_of_other_responses_are_found(cache: Path) -> None:
 
 
 def rewrite_set(cache: Path, change: Callable[[pa.Table], pa.Table]) -> str:
-    """Writes the chosen responses changed, with right digests of file and id; gives their place."""
-    chosen = next(found for found in read_response_sets(cache) if found.info.name == "chosen")
+    """Writes changed chosen responses with the right digests of file and id; returns their place."""
+    chosen = next(one for one in read_response_sets(cache) if one.info.name == "chosen")
     for path in (cache / "responses").glob("chosen-*"):
         path.unlink()
     changed = replace(chosen, table=change(chosen.table))
@@ -197,7 +197,7 @@ def test_a_set_under_another_id_is_found(cache: Path) -> None:
     path = next((cache / "responses").glob("chosen-*"))
     moved = path.rename(path.with_name(path.name.replace("chosen-", "chosen-f")))
     (fault,) = verify_cache(cache).faults
-    assert (fault.place, fault.problem) == (f"responses/{moved.name}", "its content does not give the id in its name")
+    assert (fault.place, fault.problem) == (f"responses/{moved.name}", "its content does not match the id in its name")
 
 
 def test_samples_without_a_token_are_found(cache: Path) -> None:
@@ -215,9 +215,9 @@ def test_what_is_missing_is_told(cache: Path) -> None:
     (scoring,) = read_scorings(cache)
     ((cache / "scorings" / scoring.id) / "scoring.json").unlink()
     report = verify_cache(cache)
-    found = {fault.place: fault.problem for fault in report.faults}
-    assert found.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
-    assert all(problem.startswith("not there") for problem in found.values())
+    actual = {fault.place: fault.problem for fault in report.faults}
+    assert actual.keys() == {f"tokenizers/{tokenizer.name}", f"scorings/{scoring.id}/scoring.json"}
+    assert all(problem.startswith("missing") for problem in actual.values())
 
 
 def test_a_changed_scoring_and_a_changed_tokenizer_are_found(cache: Path, vocabulary: int) -> None:
@@ -329,7 +329,7 @@ def test_findings_have_a_line_between_them(cache: Path) -> None:
 def test_a_pack_at_any_moment_is_no_fault_and_every_row_is_checked(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It packs before one call of reading a shard; what was there vanishes for all that follow."""
+    """It packs before one call that reads a shard; the old files are missing for all later calls."""
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
     for path in (cache / "scorings" / scoring.id).glob("signals-*"):
@@ -357,14 +357,14 @@ def test_files_that_vanish_again_and_again_are_told(cache: Path, monkeypatch: py
         raise FileNotFoundError(2, "No such file or directory", str(path))
 
     monkeypatch.setattr(cache_verify, "read_shard", vanished)
-    with pytest.raises(CacheError, match="a listed file is not there"):
+    with pytest.raises(CacheError, match="a listed file is missing"):
         verify_cache(cache)
 
 
 def test_what_cannot_be_verified_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CacheError, match="no cache there"):
         verify_cache(tmp_path)
-    monkeypatch.setattr("adpa.data.cache.directories.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(OptionError, match="cannot be written"):
         verify_cache(cache, repair=True)
     assert verify_cache(cache).faults == []
@@ -383,7 +383,7 @@ def test_what_readers_refuse_as_no_file_is_a_fault(kind: str, cache: Path) -> No
     report = verify_cache(cache)
     assert [fault.place for fault in report.faults] == places_of_rows[::-1]
     assert {fault.problem for fault in report.faults} == {
-        "no file, nor a link to one: remove it, or restore what it leads to"
+        "not a file or a link to one: remove it, or restore what it leads to"
     }
     assert "link" in report.unknown
     assert places(verify_cache(cache, repair=True)) == set(places_of_rows), "there is nothing to set aside"
@@ -401,4 +401,4 @@ def test_lossy_rows_without_their_errors_are_found(value: float | None, cache: P
     path = write_shard(lossy.folder(cache), "signals", table.set_column(place, "kl_error", values))
     (fault,) = verify_cache(cache).faults
     assert fault.place == Path(str(path)).relative_to(cache).as_posix()
-    assert fault.problem == "row 1: errors of rounding that are missing, or no numbers"
+    assert fault.problem == "row 1: rounding errors that are missing, or not numbers"

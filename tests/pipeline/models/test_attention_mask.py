@@ -1,4 +1,4 @@
-"""Without its padding mask a decoder gives what it gives with it, and one that would not keeps the mask."""
+"""Without its padding mask a decoder has the same hidden states, or it keeps the mask."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""What fits into a GPU's memory: a rule that is enough for what a model needs, and keeps to its bounds."""
+"""The estimate of a batch's size: it leaves enough memory for a model, and keeps its limits."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +106,7 @@ def test_sizes_that_a_configuration_leaves_open_or_has_for_each_layer() -> None:
 
 
 def test_a_model_without_sdpa_keeps_the_batches_of_a_cpu() -> None:
-    """Its scores take the square of a sequence's length."""
+    """Its attention scores take memory in the square of a sequence's length."""
     eager: Any = Large(GptOssConfig(), 40 * GB)
     assert scoring_tokens(eager, "bfloat16", 80 * GB) == FIXED_TOKENS
     assert sampling_tokens(eager, "bfloat16", 80 * GB, 512, 1.0) == FIXED_TOKENS

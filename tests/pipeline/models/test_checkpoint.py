@@ -1,4 +1,4 @@
-"""Checkpoints are found, identified by their weights, and refused with what is wrong; their heads load alone."""
+"""Checkpoints are opened, identified by their weights, or refused with a reason; their heads load alone."""
 
 import os
 import shutil
@@ -239,10 +239,10 @@ def test_the_head_has_the_numbers_of_the_whole_model_loaded_in_its_dtype(
     dtype: str, saved: torch.dtype, tmp_path: Path
 ) -> None:
     checkpoint = save_random(CONFIGS["bias"](), tmp_path, saved)
-    found, expected = checkpoint.load_head(dtype, CPU), read_head(checkpoint.load(dtype, CPU))
-    assert found.bias is not None
+    actual, expected = checkpoint.load_head(dtype, CPU), read_head(checkpoint.load(dtype, CPU))
+    assert actual.bias is not None
     assert expected.bias is not None
-    for tensor, other in ((found.weight, expected.weight), (found.bias, expected.bias)):
+    for tensor, other in ((actual.weight, expected.weight), (actual.bias, expected.bias)):
         assert tensor.dtype == other.dtype == getattr(torch, dtype)
         assert torch.equal(tensor, other)
 

@@ -1,4 +1,4 @@
-"""Decoder and head run apart give the model's own logits, for every kind of head that is supported."""
+"""Decoder and head, run separately, give the model's own logits for every supported kind of head."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A packed row gives what its sequences give alone: attention against its definition, models against themselves.
+"""A packed row has the results of its sequences alone: attention against its definition, models against themselves.
 
 Both ways: piece by piece, and at once, where the reference stands in for torch's function, which only a GPU has.
 """
@@ -63,7 +63,7 @@ RESPONSES = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1
 def make_mask(
     length: int, sees: Any = causal_mask_function, window: int | None = None, plain: bool = True, own: str = "sdpa"
 ) -> Mask:
-    """As transformers asks for it."""
+    """The mask as transformers calls for it."""
     return packed_mask(
         own=own,
         batch_size=1,
@@ -114,8 +114,8 @@ def test_attention_of_any_layout_is_its_definition(
         if way == "at once":
             patch.setattr("adpa.pipeline.models.packed_attention.compared_varlen", lambda *_: varlen_reference)
             patch.setattr("adpa.pipeline.models.packed_attention.attend_by_pieces", None)
-        found, _ = packed_attention(layer, query, key, value, mask, row=row, own=own, **options)
-    expected = torch.zeros_like(found)
+        actual, _ = packed_attention(layer, query, key, value, mask, row=row, own=own, **options)
+    expected = torch.zeros_like(actual)
     query_HTD, key_HTD, value_HTD = (each[0].repeat_interleave(heads[0] // each.shape[1], 0) for each in inputs)
     for queries, places in zip(packed.lengths.queries, packed.key_places.split(packed.lengths.keys), strict=True):
         scores = 0.3 * query_HTD[:, places] @ key_HTD[:, places].transpose(1, 2)
@@ -126,10 +126,10 @@ def test_attention_of_any_layout_is_its_definition(
         expected[0, places[-queries:]] = (weights @ value_HTD[:, places]).transpose(0, 1)[-queries:]
 
     tolerance = 1e-5 if own == "eager" else 1e-12  # its softmax is float32
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    gradients = (torch.autograd.grad((each * upstream).sum(), inputs) for each in (found, expected))
-    for gradient, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    gradients = (torch.autograd.grad((each * upstream).sum(), inputs) for each in (actual, expected))
+    for gradient, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=tolerance, atol=tolerance)
 
 
 CHUNKS = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64))
@@ -254,9 +254,9 @@ def test_a_model_gives_the_hidden_states_and_the_gradient_of_padded_sequences(
     for way in WAYS:
         calls = at_once() if way == "at once" else []
         for share_prompts in (False, True):
-            found = decoded(model, share_prompts)
-            assert (found - padded).norm() < tolerance * padded.norm()
-            assert (gradient(model, found) - expected).norm() < tolerance * expected.norm()
+            actual = decoded(model, share_prompts)
+            assert (actual - padded).norm() < tolerance * padded.norm()
+            assert (gradient(model, actual) - expected).norm() < tolerance * expected.norm()
     passes = 2 * (2 if checkpointing else 1)  # packed in two ways, and computed again for the backward pass
     assert len(calls) == (0 if name in PIECES_ALONE else passes * model.config.get_text_config().num_hidden_layers)
 
@@ -318,7 +318,7 @@ def test_the_host_reads_nothing_from_the_device(
     model = build(MODELS[name])
     allow_packing(model)
     torch.nn.Module.to(model, "meta", torch.bfloat16)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # not even this can be asked there
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # there even this call fails
     if checkpointing:
         model.train().gradient_checkpointing_enable()
     for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):

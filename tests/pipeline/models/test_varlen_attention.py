@@ -1,4 +1,4 @@
-"""Variable-length attention: the reference against its definition, torch's function where a GPU has it."""
+"""Variable-length attention: the reference against its definition, torch's function on a GPU."""
 
 import inspect
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def test_the_reference_is_sdpa_of_each_sequence(
         torch.randn(sum(counts), number, 8, generator=generator, dtype=torch.float64)
         for counts, number in ((queries, heads[0]), (keys, heads[1]), (keys, heads[1]))
     )
-    found = varlen_reference(
+    actual = varlen_reference(
         query,
         key,
         value,
@@ -70,11 +70,11 @@ def test_the_reference_is_sdpa_of_each_sequence(
             enable_gqa=True,
         )
         expected.append(output[0].transpose(0, 1))
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_the_last_query_sees_the_last_key() -> None:
-    """So that a response sees the whole of a prompt that stands elsewhere in the row."""
+    """So that a response sees the whole prompt, which is elsewhere in the row."""
     value = torch.eye(5, dtype=torch.float64)[:, None]
     zeros = torch.zeros(5, 1, 5, dtype=torch.float64)
     arguments: Any = (zeros[:2], zeros, value, starts([2]), starts([5]), 2, 5)
@@ -157,7 +157,7 @@ def test_a_torch_for_another_makers_gpus_has_none(
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """What a good kernel gives: exact sums, rounded."""
+    """The result of a good kernel: exact sums, rounded."""
     return varlen_reference(query.double(), key.double(), value.double(), *arguments, **options).to(query.dtype)
 
 
@@ -227,11 +227,12 @@ def test_a_gpu_has_the_values_and_gradients_of_the_reference(
     layout = (starts(queries, device), starts(keys, device), max(queries), max(keys))
     options = {"scale": 0.1, "window_size": window, "enable_gqa": heads != groups}
     functions: tuple[Callable[..., Any], ...] = (varlen_attn, varlen_reference)
-    found, expected = (
+    actual, expected = (
         function(*each, *layout, **options) for function, each in zip(functions, (inputs, exact), strict=True)
     )
     tolerance = torch.finfo(dtype).eps ** (2 / 3)
-    assert (found - expected).abs().amax() <= tolerance * expected.abs().amax()
-    gradients = torch.autograd.grad(found, inputs, upstream)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
-        assert (gradient - wanted).norm() <= tolerance * wanted.norm()
+    assert (actual - expected).abs().amax() <= tolerance * expected.abs().amax()
+    gradients = torch.autograd.grad(actual, inputs, upstream)
+    exact_gradients = torch.autograd.grad(expected, exact, upstream.double())
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        assert (gradient - exact_gradient).norm() <= tolerance * exact_gradient.norm()

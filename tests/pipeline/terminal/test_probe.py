@@ -1,4 +1,4 @@
-"""A probe's report as people read it: every number once, and only what was measured."""
+"""The report of a probe in a terminal: every number once, and only measured ones."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def test_what_was_not_measured_has_no_column() -> None:
     alone = [replace(kept, kl_lost=None, kl_lost_95=None, advantage_lost=None) for kept in KEPT]
     text = shown(replace(REPORT, by_top_k=alone, kl_against=None, reference_hours=None, missing_hours=20.0))
     assert "K mass 5% tail bytes/token bytes" in text
-    assert "not known without" in text
+    assert "are unknown" in text
     assert "Hours: 20 for" in text
 
 
