@@ -194,12 +194,12 @@ def _plan(content: Any, where: str) -> Plan:
         found = f"operation {unknown[0]!r}" if unknown else "no operations"
         raise OptionError(f"{where}: {found}; expected some of {', '.join(OPERATIONS)}")
     recipes = {
-        role: replace(recipe, **_read(content.get(role, {}), f"{where}: {role}", vars(recipe)))
-        for role, recipe in (("teacher", plan.teacher), ("student", plan.student))
+        model: replace(recipe, **_read(content.get(model, {}), f"{where}: {model}", vars(recipe)))
+        for model, recipe in (("teacher", plan.teacher), ("student", plan.student))
     }
-    for role, recipe in recipes.items():
+    for model, recipe in recipes.items():
         if recipe.layers < 1 or recipe.width < 8 or recipe.width % 8:
-            raise OptionError(f"{where}: {role}: {recipe.layers} layers of width {recipe.width}; expected 8, 16, …")
+            raise OptionError(f"{where}: {model}: {recipe.layers} layers of width {recipe.width}; expected 8, 16, …")
     for name, low, high in (("pairs", 1, None), ("candidates", 2, None), ("flipped", 0, 1), ("noise", 0, 2.5)):
         value = content.get(name, low)
         if value < low or (high is not None and value > high):

@@ -1,12 +1,15 @@
 """Options that precompute and evaluate share: one type and one help text for both."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
 from adpa.pipeline.models.checkpoint import DtypeName
-from adpa.pipeline.scoring.engine import EngineName
+
+EngineName = Literal["auto", "hf", "vllm"]
+HeadDtype = Literal["auto", "float32", "model"]
+ModelName = Literal["teacher", "reference", "student"]
 
 
 class Group(StrEnum):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect", "scoring.probe")},
     "pipeline.cache": {"pipeline.cache", *CACHE_FILES},
     "pipeline.models": {"pipeline.models", "kernels", *CACHE_FILES},
-    "pipeline.scoring": {"pipeline.scoring", "pipeline.models", "kernels", *CACHE_FILES},
+    "pipeline.scoring": {"pipeline.scoring", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
     "pipeline.training": {"pipeline.training", "pipeline.models", "kernels", *CACHE_FILES},
     "pipeline": {"pipeline", "pipeline.scoring", "pipeline.training", "pipeline.models", "pipeline.terminal"}
     | {"kernels", *CACHE_FILES},

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -11,14 +11,13 @@ from adpa.data.cache.signals import Scoring
 from adpa.errors import OptionError
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
+from adpa.pipeline.options import EngineName, ModelName
 from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import obstacle_to_vllm, open_vllm
-from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
-
-EngineName = Literal["auto", "hf", "vllm"]
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 
 class Engine(Protocol):
@@ -39,7 +38,7 @@ class Engine(Protocol):
         """Why it is this one, for the report."""
         ...
 
-    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
+    def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
         """Tokens of a batch that each of some models scores, unless the user says how many."""
         ...
 
@@ -93,12 +92,12 @@ class HfEngine:
         """See ``Engine.gpus``."""
         return int(self.device.type == "cuda")
 
-    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
+    def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
         """See ``Engine.scoring_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         free = free_memory(self.device)
-        return min(scoring_tokens(checkpoint, dtypes[role], free) for role, checkpoint in models.items())
+        return min(scoring_tokens(checkpoint, dtypes[model], free) for model, checkpoint in models.items())
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
         """See ``Engine.sampling_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
@@ -119,8 +118,8 @@ def choose_engine(
     name: EngineName,
     options: VllmOptions,
     device: torch.device,
-    models: Mapping[Role, Checkpoint],
-    dtypes: Mapping[Role, str],
+    models: Mapping[ModelName, Checkpoint],
+    dtypes: Mapping[ModelName, str],
 ) -> Engine:
     """The engine of a name, after checking that it can hold the models; ``auto`` is vLLM where it runs on a GPU.
 
@@ -139,7 +138,7 @@ def choose_engine(
         if value != getattr(VllmOptions(), option):
             flag = option.replace("_", "-")
             raise OptionError(f"--{flag} is for vLLM; the engine is hf ({reason})", "leave it out")
-    for role, checkpoint in models.items():
+    for model, checkpoint in models.items():
         advice = "use --engine vllm with --tensor-parallel or --quantization, or another --dtype"
-        checkpoint.check_memory(dtypes[role], device_memory(device), advice)
+        checkpoint.check_memory(dtypes[model], device_memory(device), advice)
     return HfEngine(device, reason)

@@ -9,10 +9,10 @@ from adpa.data.encoding import EncodedPair
 from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint
+from adpa.pipeline.options import ModelName
 from adpa.pipeline.scoring.engine import Engine
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
-from adpa.pipeline.scoring.vllm_options import Role
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class Models:
     reference: Checkpoint | None
     student: Checkpoint | None
 
-    def roles(self) -> dict[Role, Checkpoint]:
+    def by_name(self) -> dict[ModelName, Checkpoint]:
         """Those that are there."""
-        roles: dict[Role, Checkpoint | None] = {
+        roles: dict[ModelName, Checkpoint | None] = {
             "teacher": self.teacher,
             "reference": self.reference,
             "student": self.student,
         }
-        return {role: checkpoint for role, checkpoint in roles.items() if checkpoint is not None}
+        return {model: checkpoint for model, checkpoint in roles.items() if checkpoint is not None}
 
-    def dtypes(self, dtype: DtypeName) -> dict[Role, str]:
+    def dtypes(self, dtype: DtypeName) -> dict[ModelName, str]:
         """What each computes in: the reference in the teacher's dtype, so that they can be compared."""
         return {
-            role: (checkpoint if role == "student" else self.teacher).dtype_name(dtype)
-            for role, checkpoint in self.roles().items()
+            model: (checkpoint if model == "student" else self.teacher).dtype_name(dtype)
+            for model, checkpoint in self.by_name().items()
         }
 
     def check_reference(self) -> None:
@@ -64,8 +64,8 @@ class Models:
             response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
             lengths += [len(pair.prompt_ids) + response[name] for name in names]
             largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
-        for role, checkpoint in self.roles().items():
-            extra = 0 if role == "student" else engine.extra_positions
+        for model, checkpoint in self.by_name().items():
+            extra = 0 if model == "student" else engine.extra_positions
             checkpoint.check_positions([length + extra for length in lengths])
             checkpoint.check_ids(largest)
         limit = engine.max_tokens
@@ -80,7 +80,7 @@ class Models:
 
     def open_scorer(self, engine: Engine, longest: int, scoring: Scoring, identity: ModelIdentity) -> Scorer:
         """Loads the one of an identity, for a scoring or beside it, for sequences of up to so many tokens."""
-        checkpoint = next(checkpoint for checkpoint in self.roles().values() if checkpoint.identity == identity)
+        checkpoint = next(checkpoint for checkpoint in self.by_name().values() if checkpoint.identity == identity)
         checkpoint.check_here()
         return engine.open_scorer(checkpoint, scoring, longest)
 
@@ -102,7 +102,7 @@ def open_models(teacher: str, reference: str | None, student: str | None, top_k:
         open_checkpoint(reference) if reference else None,
         open_checkpoint(student) if student else None,
     )
-    for other in list(models.roles().values())[1:]:
+    for other in list(models.by_name().values())[1:]:
         check_same_vocabulary(models.teacher.tokenizer, other.tokenizer, teacher, other.name)
     if top_k > models.teacher.config.vocab_size:
         raise OptionError(f"--top-k {top_k}: {teacher} has {models.teacher.config.vocab_size} tokens", "lower --top-k")

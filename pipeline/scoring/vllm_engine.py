@@ -24,10 +24,11 @@ from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.models.lm_head import LmHead
+from adpa.pipeline.options import ModelName
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.scorer_head import HeadScorer, bytes_beside_decoder
-from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 TESTED = ((0, 32), (0, 34))  # at least, and below
 CPU_KV_CACHE = 2 << 30
@@ -65,7 +66,7 @@ class VllmEngine:
         """What goes to another process."""
         return vars(self) | {"heads": {}}
 
-    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
+    def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
         """See ``Engine.scoring_tokens``. vLLM itself decides how many of them it runs at a time."""
         return BATCH_TOKENS
 
@@ -88,8 +89,8 @@ class VllmEngine:
         """What a scoring says of it: the way, and every setting that can change a number."""
         way = "hidden-states" if self.head_dtype is None else "prompt-logprobs"
         head = self.head_dtype or self.rounded_to
-        roles: list[Role] = ["teacher", "reference"] if self.with_reference else ["teacher"]
-        settings = [setting for role in roles for setting in self.options.numerics(role)]
+        roles: list[ModelName] = ["teacher", "reference"] if self.with_reference else ["teacher"]
+        settings = [setting for model in roles for setting in self.options.numerics(model)]
         return " ".join(["vllm", way, *([f"head={head}"] if head else []), *settings])
 
     @property
@@ -100,18 +101,18 @@ class VllmEngine:
     @property
     def gpus(self) -> int:
         """See ``Engine.gpus``."""
-        roles = get_args(Role) if self.with_reference else ("teacher", "student")
+        roles = get_args(ModelName) if self.with_reference else ("teacher", "student")
         return max(map(self.options.gpus, roles)) if self.device.type == "cuda" else 0
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
         """Starts vLLM on a model of a scoring, or on the student beside it, for sequences of up to so many tokens."""
         models = _models()
-        roles: dict[ModelIdentity | None, Role] = {scoring.reference: "reference", scoring.teacher: "teacher"}
-        role = roles.get(checkpoint.identity, "student")
+        roles: dict[ModelIdentity | None, ModelName] = {scoring.reference: "reference", scoring.teacher: "teacher"}
+        model = roles.get(checkpoint.identity, "student")
         if self.head_dtype is None:
             checked = self.heads.pop(checkpoint, None)
             head = checked.to(self.device) if checked else checkpoint.load_head(scoring.dtype, self.device)
-            arguments = self._arguments(role, scoring.dtype, longest)
+            arguments = self._arguments(model, scoring.dtype, longest)
             if self.device.type == "cuda":
                 # vLLM's share is of the whole GPU; scoring needs room beside it.
                 room = 0.98 - bytes_beside_decoder(head) / device_memory(self.device)
@@ -119,10 +120,10 @@ class VllmEngine:
             return HeadScorer(checkpoint.name, models.VllmDecoder(checkpoint, arguments), head)
         return models.VllmLogprobsScorer(
             checkpoint,
-            self._arguments(role, scoring.dtype, longest + self.extra_positions),
+            self._arguments(model, scoring.dtype, longest + self.extra_positions),
             self.head_dtype,
             scoring.top_k,
-            self.with_reference or role == "student",
+            self.with_reference or model == "student",
         )
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
@@ -141,18 +142,18 @@ class VllmEngine:
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 4096)}
         return _models().VllmSampler(checkpoint, sampling, arguments)
 
-    def _arguments(self, role: Role, dtype: str, longest: int) -> dict[str, Any]:
+    def _arguments(self, model: ModelName, dtype: str, longest: int) -> dict[str, Any]:
         arguments = {"dtype": dtype, "max_model_len": longest}  # exactly: with LongRoPE a longer one changes numbers
         if self.device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE
-        return arguments | self.options.arguments(role)
+        return arguments | self.options.arguments(model)
 
 
 def open_vllm(
     options: VllmOptions,
     device: torch.device,
-    models: Mapping[Role, Checkpoint],
-    dtypes: Mapping[Role, str],
+    models: Mapping[ModelName, Checkpoint],
+    dtypes: Mapping[ModelName, str],
     reason: str,
 ) -> VllmEngine:
     """Checks that vLLM is there and can hold the models, and decides on the way of scoring; starts nothing.
@@ -168,14 +169,16 @@ def open_vllm(
         )
     if device.index:
         raise OptionError(f"--device {device}: vLLM takes the first GPUs it sees", "set CUDA_VISIBLE_DEVICES instead")
-    for role, checkpoint in models.items():
+    for model, checkpoint in models.items():
         if checkpoint.is_multimodal:
             raise ModelError(
                 f"{checkpoint.name}: it is more than a language model; adpa cannot run it on vLLM", "use --engine hf"
             )
         advice = "use more GPUs (--tensor-parallel), --quantization, or a larger --gpu-memory-utilization"
-        checkpoint.check_memory(dtypes[role], options.memory(role, device), advice)
-    large: dict[Role, Checkpoint] = {role: checkpoint for role, checkpoint in models.items() if role != "student"}
+        checkpoint.check_memory(dtypes[model], weight_memory(options, model, device), advice)
+    large: dict[ModelName, Checkpoint] = {
+        model: checkpoint for model, checkpoint in models.items() if model != "student"
+    }
     opened = partial(VllmEngine, options, device, with_reference="reference" in models)
     if options.head_dtype == "model":
         return opened(head_dtype="model", reason=f"{reason}; vLLM's own head, as asked")
@@ -191,6 +194,15 @@ def open_vllm(
     return opened(head_dtype=None, reason=reason, rounded_to=rounded_to, heads=heads)
 
 
+def weight_memory(options: VllmOptions, model: ModelName, device: torch.device) -> int:
+    """Upper limit, in bytes, for the weights of a model on all its devices."""
+    arguments = options.arguments(model)
+    share = device_memory(device) * arguments["gpu_memory_utilization"]
+    room = int(options.gpus(model) * (share + arguments.get("cpu_offload_gb", 0) * 2**30))
+    # vLLM quantizes weights while it loads them, to four bits at least.
+    return 4 * room if "quantization" in arguments else room
+
+
 def _models() -> ModuleType:
     """The module that imports vLLM, which takes seconds."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -199,7 +211,7 @@ def _models() -> ModuleType:
 
 
 def _own_heads(
-    options: VllmOptions, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]
+    options: VllmOptions, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]
 ) -> tuple[dict[Checkpoint, LmHead], str | None]:
     """The heads as adpa runs them, on the CPU; and their dtype if that changed any of their numbers.
 
@@ -209,18 +221,18 @@ def _own_heads(
     """
     heads: dict[Checkpoint, LmHead] = {}
     rounded_to, obstacles = None, []
-    for role, checkpoint in models.items():
+    for model, checkpoint in models.items():
         try:
-            if "hf_overrides" in options.arguments(role):
+            if "hf_overrides" in options.arguments(model):
                 raise HeadError(f"--engine-arg hf_overrides changes what {checkpoint.name} is")
             head = checkpoint.load_head("float32", torch.device("cpu"))
         except HeadError as error:
             obstacles.append(error)  # the other model is looked at all the same: it may be damaged
             continue
-        dtype = getattr(torch, dtypes[role])
+        dtype = getattr(torch, dtypes[model])
         heads[checkpoint] = head.to(head.weight.device, dtype)
         if not head.is_exact_in(dtype):
-            rounded_to = dtypes[role]
+            rounded_to = dtypes[model]
     if obstacles:
         raise obstacles[0]
     return heads, rounded_to

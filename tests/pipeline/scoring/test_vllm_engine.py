@@ -19,10 +19,11 @@ from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead
+from adpa.pipeline.options import HeadDtype, ModelName
 from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES
 from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
-from adpa.pipeline.scoring.vllm_options import HeadDtype, Role, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9
@@ -52,7 +53,7 @@ def opened(
     reason: str = "",
     dtype: str = "float32",
 ) -> VllmEngine:
-    models: dict[Role, Checkpoint] = {"teacher": teacher}
+    models: dict[ModelName, Checkpoint] = {"teacher": teacher}
     if reference is not None:
         models["reference"] = reference
     return open_vllm(options, device, models, dict.fromkeys(models, dtype), reason)
@@ -470,7 +471,7 @@ def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
     loaded: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.scoring.vllm_options.device_memory", lambda _: memory)
+    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.device_memory", lambda _: memory)
     monkeypatch.setattr(LmHead, "to", lambda head, *_: head)
     engine(device=GPU).open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
     (arguments,) = vllm_models.opened

@@ -33,12 +33,13 @@ from adpa.data.cache.signals import Scoring
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.options import HeadDtype
 from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
-from adpa.pipeline.scoring.vllm_options import HeadDtype, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 pytestmark = pytest.mark.vllm
 
