@@ -1,4 +1,7 @@
-"""What runs the models of stage one: transformers, or vLLM. Both give the same signals."""
+"""Chooses the engine of stage one, transformers or vLLM, and defines what an engine must do.
+
+Both engines give the same signals.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,35 +28,35 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """What a scoring says of it: every setting that can change a number."""
+        """The engine's entry in a scoring: every setting that can change a number."""
         ...
 
     @property
     def sampling_name(self) -> str:
-        """What a sampling says of it."""
+        """The engine's entry in a sampling: every setting that can change a number."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why it is this one, for the report."""
+        """Why this engine was chosen, for the report."""
         ...
 
     def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
-        """Tokens of a batch that each of some models scores, unless the user says how many."""
+        """Default tokens of a scoring batch, small enough for each of these models."""
         ...
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
-        """Tokens of a batch of sampling, prompts and responses, unless the user says how many."""
+        """Default tokens of a sampling batch, prompts and responses together."""
         ...
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of a sequence at most, where the user sets a limit."""
+        """The user's limit on the tokens of a sequence; None without a limit."""
         ...
 
     @property
     def extra_positions(self) -> int:
-        """Positions that scoring a sequence takes beside one for each of its tokens."""
+        """Positions that scoring needs in addition to one for each token of a sequence."""
         ...
 
     @property
@@ -63,15 +66,15 @@ class Engine(Protocol):
 
     @property
     def gpus(self) -> int:
-        """GPUs that its largest model takes; 0 where it computes on the CPU."""
+        """GPUs that the largest model takes; 0 on a CPU."""
         ...
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
-        """Loads a model of a scoring, or the student beside it, for sequences of up to so many tokens."""
+        """Loads the teacher, the reference or the student for sequences of up to ``longest`` tokens."""
         ...
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
-        """Loads a student, for prompts and responses of up to so many tokens together."""
+        """Loads a student for prompts and responses of up to ``longest`` tokens together."""
         ...
 
 
@@ -93,14 +96,14 @@ class HfEngine:
         return int(self.device.type == "cuda")
 
     def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
-        """See ``Engine.scoring_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
+        """See ``Engine.scoring_tokens``. By the GPU's free memory. Ray's workers are assumed to have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         free = free_memory(self.device)
         return min(scoring_tokens(checkpoint, dtypes[model], free) for model, checkpoint in models.items())
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
-        """See ``Engine.sampling_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
+        """See ``Engine.sampling_tokens``. By the GPU's free memory. Ray's workers are assumed to have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         return sampling_tokens(checkpoint, dtype, free_memory(self.device), max_new_tokens, top_p)
@@ -121,10 +124,10 @@ def choose_engine(
     models: Mapping[ModelName, Checkpoint],
     dtypes: Mapping[ModelName, str],
 ) -> Engine:
-    """The engine of a name, after checking that it can hold the models; ``auto`` is vLLM where it runs on a GPU.
+    """Chooses the engine and checks that the models fit into memory. ``auto`` means vLLM if it can run on a GPU here.
 
     Raises:
-        OptionError: the engine cannot be used, or not with these options.
+        OptionError: the engine is not available, or does not take these options.
         ModelError: a model's weights do not fit into memory.
     """
     options.check()

@@ -93,7 +93,7 @@ def test_what_was_predicted_is_measured_under_the_same_name(dry_run: Run) -> Non
 
 def test_what_a_dry_run_leaves_out_is_named(dry_run: Run) -> None:
     skipped = {one["name"]: one["reason"] for part in dry_run.found["parts"].values() for one in part["skipped"]}
-    assert skipped["host waits"] == "the GPU is not there to be waited for"
+    assert skipped["host waits"] == "it needs a GPU"
     assert "vLLM: skipped, a dry run starts no engine" in dry_run.printed
 
 

@@ -52,7 +52,7 @@ def test_more_workers_than_batches_are_refused_by_the_whole_work_and_not_by_what
         "top_k": 10,
         "executor": "ray",
     }
-    with pytest.raises(OptionError, match="--workers 2: the work is 1 batches at most; lower --workers, or --batch-to"):
+    with pytest.raises(OptionError, match="--workers 2: the work has 1 batches at most; lower --workers, or"):
         precompute(**options, workers=2)
     done = precompute(**options, workers=2, batch_tokens=60)
     assert (done.scored, done.reused, done.workers) == (0, 16, 2)

@@ -24,7 +24,7 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.scoring.hf_sampler import HfSampler, _uniforms, _until, draw, make_masks_unseen, sample
+from adpa.pipeline.scoring.hf_sampler import HfSampler, _cut_after, _uniforms, avoid_mask_sync, draw, sample
 
 END = SAMPLING.turn_end
 
@@ -143,7 +143,7 @@ def transformers_sample(model: PreTrainedModel, sampling: Sampling, wanted: Sequ
     output = loop.generate(
         input_ids=input_ids, attention_mask=mask, logits_processor=[force] if sampling.temperature else []
     )
-    return [_until(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
+    return [_cut_after(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,9 @@ def test_the_loop_says_what_that_of_transformers_says(
 @pytest.fixture
 def as_on_a_gpu(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """The model, prepared and asked as it is on a GPU."""
-    monkeypatch.setattr("adpa.pipeline.scoring.hf_sampler.steps_between_looks", lambda _: 16)
+    monkeypatch.setattr("adpa.pipeline.scoring.hf_sampler.steps_between_checks", lambda _: 16)
     prepared = copy.deepcopy(model)
-    make_masks_unseen(prepared)
+    avoid_mask_sync(prepared)
     return prepared
 
 

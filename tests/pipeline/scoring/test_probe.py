@@ -24,7 +24,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
-from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, complete, judge
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, score_reference, score_teacher
 
 
 def options(filled: Filled, cache: Path, **others: Any) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def test_a_row_of_the_probe_cut_to_k_is_what_a_run_with_k_says(models: Models, f
     batches = [sequences_of(filled, "chosen")[:4], sequences_of(filled, "rejected")[:3]]
     scored = []
     for scoring in (narrow, replace(narrow, top_k=200)):
-        judged = judge(open_hf_scorer(teacher, "float32", torch.device("cpu")), batches, scoring)
-        rows = {row.key: row for shard in judged for row in shard}
+        shards = score_teacher(open_hf_scorer(teacher, "float32", torch.device("cpu")), batches, scoring)
+        rows = {row.key: row for shard in shards for row in shard}
         scorer = open_hf_scorer(reference, "float32", torch.device("cpu"))
-        whole = complete(scorer, batches, lambda batch, rows=rows: [rows[s.key] for s in batch], scoring)  # type: ignore[misc]
+        whole = score_reference(scorer, batches, lambda batch, rows=rows: [rows[s.key] for s in batch], scoring)  # type: ignore[misc]
         scored.append([row for shard in whole for row in shard])
     for own, large in zip(*scored, strict=True):
         (found,) = cut_row(large, [10])
@@ -233,11 +233,13 @@ class WarmingUp:
         self.warm = True
 
 
-def probe_with(engine: Engine, wanted: Sequence[TokenSequence], missing: Sequence[TokenSequence], **others: Any) -> Any:
+def probe_with(
+    engine: Engine, requested: Sequence[TokenSequence], missing: Sequence[TokenSequence], **others: Any
+) -> Any:
     return probe_signals(
         others.pop("count", 64),
-        Work(wanted, missing, [], 8),
-        wanted,
+        Work(requested, missing, [], 8),
+        requested,
         SCORING,
         engine.open,
         vocabulary=90,

@@ -211,7 +211,7 @@ def test_scoring_takes_no_more_memory_beside_the_decoder_than_is_reserved(
     head: tuple[Tensor | None, float | None, float], K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adpa.pipeline.scoring.scorer_head.CHUNK_BYTES", 2 << 20)
-    for module in ("pipeline.scorer_head", "kernels.teacher_rows"):
+    for module in ("pipeline.scoring.scorer_head", "kernels.teacher_rows"):
         monkeypatch.setattr(f"adpa.{module}.BLOCK_BYTES", 1 << 20)
     lm_head = LmHead(torch.randn(4096, 16), *head)
     scorer = HeadScorer("teacher", KnownHidden(torch.randn(500, 16)), lm_head)

@@ -229,7 +229,7 @@ def test_an_engine_that_dies_keeps_what_was_scored(wide_models: Models, pairs: P
     assert run.process.wait(120) == 1
     last = [line for line in run.output.read_text().splitlines() if line.startswith("adpa: ")]
     assert len(last) == 1
-    assert "what was answered is kept; run the same command again" in last[0]
+    assert "finished batches are kept; run the same command again" in last[0]
     finish_and_check(wide_models, pairs, run.cache)
 
 

@@ -336,7 +336,7 @@ class StandIn:
 @pytest.fixture
 def vllm_models(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine._models", lambda: stand_in)
+    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine._import_vllm_models", lambda: stand_in)
     return stand_in
 
 
