@@ -61,7 +61,7 @@ class Engine(Protocol):
 
     @property
     def pads(self) -> bool:
-        """Whether every sequence of a batch costs as much as its longest one."""
+        """Whether every sequence of a batch takes as much time as the longest one."""
         ...
 
     @property
@@ -96,14 +96,14 @@ class HfEngine:
         return int(self.device.type == "cuda")
 
     def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
-        """See ``Engine.scoring_tokens``. By the GPU's free memory. Ray's workers are assumed to have the same GPU."""
+        """See ``Engine.scoring_tokens``. Depends on the GPU's free memory; Ray's workers must have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         free = free_memory(self.device)
         return min(scoring_tokens(checkpoint, dtypes[model], free) for model, checkpoint in models.items())
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
-        """See ``Engine.sampling_tokens``. By the GPU's free memory. Ray's workers are assumed to have the same GPU."""
+        """See ``Engine.sampling_tokens``. Depends on the GPU's free memory; Ray's workers must have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         return sampling_tokens(checkpoint, dtype, free_memory(self.device), max_new_tokens, top_p)

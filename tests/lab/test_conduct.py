@@ -1,4 +1,4 @@
-"""``adpa lab`` on a laboratory that is too small to learn anything, but real."""
+"""``adpa lab`` on a real laboratory that is too small to learn anything."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Study files: what they may say, and what is said about those that may not."""
+"""Study files: valid ones, and the errors of invalid ones."""
 
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def test_the_own_study_gives_every_method_as_many_trials_and_reports_eight_other
     assert not set(own.seeds) & set(own.tuning_seeds)
     after = {name for name, method in own.methods.items() if method.after}
     assert after == {"ADPA+", "ADPA+ as published"}
-    # A control is trained for as many epochs, what comes before it among them.
+    # A control trains for as many epochs in total, its predecessor's included.
     for name, method in own.methods.items():
         if method.control:
             epochs = method.options["num_train_epochs"] * (2 if name in after else 1)

@@ -40,7 +40,7 @@ SAMPLING_BATCH, SCORING_BATCH = 36, 15  # tokens: two batches each
 
 
 class Model:
-    """Says what depends on the tokens alone, as a scorer and as a sampler."""
+    """A scorer and sampler whose numbers depend on the token ids alone."""
 
     def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
         for batch in batches:
@@ -90,7 +90,7 @@ def fill(cache: Path) -> None:
 
 
 def contents(cache: Path) -> dict[str, dict[Any, Any]]:
-    """Every row of a cache, as its readers see them."""
+    """Every row of a cache, as its readers return it."""
     found: dict[str, dict[Any, Any]] = {"version": {find_version(cache): True}}
     found["samples"] = {key: ids.tolist() for key, ids in read_samples(cache, SAMPLING).items()}
     found["sets"] = {responses.id: responses.table.to_pylist() for responses in read_response_sets(cache)}
@@ -104,7 +104,7 @@ def contents(cache: Path) -> dict[str, dict[Any, Any]]:
 
 
 def check_wreck(cache: Path, whole: dict[str, dict[Any, Any]]) -> None:
-    """No file with a final name is partial, and readers see rows of the whole cache only."""
+    """Checks that no file with a final name is partial, and that readers see only rows of the whole cache."""
     for path in cache.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(cache).parts):
             continue
@@ -123,14 +123,14 @@ CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink")
 
 @dataclass(frozen=True)
 class Point:
-    """A moment of a run: before or after a call, or when half of a write is done."""
+    """A moment of a run: before or after a call, or in the middle of a write."""
 
     call: str
     moment: str
 
 
 class Watched:
-    """Calls of the operating system that change a cache, announced one by one."""
+    """Announces every call of the operating system that changes a cache."""
 
     def __init__(self, cache: Path, reach: Callable[[Point], None], committed: Callable[[str], None]) -> None:
         self.cache, self.reach, self.committed = str(cache), reach, committed
@@ -157,7 +157,7 @@ class Watched:
             ours = target in self.descriptors if isinstance(target, int) else str(target).startswith(self.cache)
             if not ours or (name == "open" and not arguments[0] & os.O_CREAT):
                 result = real(target, *arguments, **options)
-                if ours and name == "open":  # a folder, to be synced
+                if ours and name == "open":  # a directory, opened to be synced
                     self.descriptors.add(result)
                 return result
             self.reach(Point(name, "before"))
@@ -178,7 +178,7 @@ class Watched:
 
 
 def points_of(cache: Path) -> list[Point]:
-    """The moments of an undisturbed run."""
+    """The moments of a run without faults."""
     points: list[Point] = []
     with Watched(cache, points.append, lambda _: None):
         fill(cache)
@@ -186,7 +186,7 @@ def points_of(cache: Path) -> list[Point]:
 
 
 def fill_until(cache: Path, at: int, fault: Callable[[], None], committed: Callable[[str], None]) -> None:
-    """Fills a cache, with a fault at one moment."""
+    """Fills a cache, with a fault at moment ``at``."""
     reached = iter(range(10**9))
 
     def reach(_: Point) -> None:
@@ -198,7 +198,7 @@ def fill_until(cache: Path, at: int, fault: Callable[[], None], committed: Calla
 
 
 def fill_and_kill(cache: Path, at: int) -> list[str]:
-    """Fills a cache in a process of its own, which is killed at one moment; gives what it committed."""
+    """Fills a cache in a process that is killed at moment ``at``. Returns the renames and unlinks before it."""
     read, write = os.pipe()
     process, real_write = os.fork(), os.write
     if process == 0:
@@ -219,7 +219,7 @@ def fill_and_kill(cache: Path, at: int) -> list[str]:
 
 
 def fill_and_fail(cache: Path, at: int, number: int) -> list[str]:
-    """Fills a cache until a call gives an error; gives what was committed."""
+    """Fills a cache until a call raises an error. Returns the renames and unlinks before it."""
     committed: list[str] = []
 
     def fail() -> None:

@@ -40,7 +40,7 @@ from adpa.pipeline.scoring.sample import sample_responses
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of files are synced here."""
+    """A directory in memory, if the system has one: the tests sync thousands of files."""
     with TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as temporary:
         yield Path(temporary)
 
@@ -50,10 +50,10 @@ def test_after_a_fault_at_any_step_nothing_is_lost_nothing_is_partial_and_a_reru
     whole = contents(folder / "whole")
     assert {point.call for point in points} == set(CALLS)
     injected: Counter[str] = Counter()
-    # Both errors take the same path through the code: each kind of call gives them by turns.
+    # Both errors take the same path through the code: each kind of call raises them in turn.
     errors: dict[Point, Iterator[str]] = defaultdict(lambda: cycle(["EIO", "ENOSPC"]))
     for at, point in enumerate(points):
-        # An error is of a call that has not done its work.
+        # A call that fails has not done its work.
         for name in ["SIGKILL"] + [next(errors[point])] * (point.moment != "after"):
             cache = folder / f"{at}-{name}"
             committed = (
@@ -73,14 +73,14 @@ def test_after_a_fault_at_any_step_nothing_is_lost_nothing_is_partial_and_a_reru
 
 
 def test_everything_is_synced_before_it_gets_its_name_and_every_name_after(folder: Path) -> None:
-    """So that a machine that loses its power keeps what was committed, too."""
+    """So committed files also survive a power failure."""
     calls = " ".join(point.call for point in points_of(folder) if point.moment == "before")
     name = "rename fsync"
     assert re.fullmatch(f"((mkdir fsync|open write fsync {name}|{name}|unlink) ?)+", calls), calls
 
 
 def test_two_writers_of_the_same_rows_at_the_same_time_end_in_the_same_rows(folder: Path) -> None:
-    """The second one runs from start to end before each single step of the first one."""
+    """The second writer runs from start to end before each single step of the first one."""
     points = points_of(folder / "whole")
     whole = contents(folder / "whole")
     steps = [number for number, point in enumerate(points) if point.moment == "before"]
@@ -132,7 +132,7 @@ def test_any_file_that_vanished_is_made_again_by_a_rerun(folder: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system in memory that can be made full, large and read-only: ``remount(disk, "size=8k")``."""
+    """A file system in memory. ``remount(disk, "size=8k")`` changes its size, or makes it read-only."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
@@ -196,7 +196,7 @@ def test_a_folder_that_may_not_be_written_leaves_what_was_committed(closed: str,
     if process == 0:
         code = 4
         try:
-            if os.geteuid() == 0:  # whom no mode keeps out
+            if os.geteuid() == 0:  # file modes do not bind root
                 for path in (folder, cache):
                     path.chmod(0o777)
                 os.seteuid(65534)

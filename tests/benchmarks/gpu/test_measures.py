@@ -1,4 +1,4 @@
-"""How measures are taken: failures, time, turns."""
+"""Taking measures: failures, time limits, turns."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which engine runs the models, why it is this one, and what does not fit into its memory."""
+"""The choice of an engine, its reason, and the check that the models fit into memory."""
 
 from typing import Any
 

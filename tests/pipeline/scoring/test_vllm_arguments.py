@@ -63,7 +63,7 @@ def engine(
 
 
 class StandIn:
-    """The module that imports vLLM, with transformers in its place and a record of how its models were opened."""
+    """Stands in for the module that imports vLLM: runs transformers and records the arguments of each model."""
 
     def __init__(self) -> None:
         self.opened: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ def test_a_student_that_is_asked_beside_the_scoring_has_its_own_arguments(
     runs_on = engine("float32", device=GPU, tensor_parallel=2, quantization="fp8", engine_arg=("student:seed=3",))
     student = open_checkpoint(str(models.student))
     scorer: Any = runs_on.open_scorer(student, scoring_of(teacher), longest=9)
-    assert (scorer.checkpoint, scorer.rest) == (student, ("float32", 8, True)), "it is asked at given ids"
+    assert (scorer.checkpoint, scorer.rest) == (student, ("float32", 8, True)), "it scores at the teacher's ids"
     expected = {"dtype": "float32", "max_model_len": 10, "gpu_memory_utilization": 0.9, "seed": 3}
     assert vllm_models.opened == [expected]
 
@@ -159,7 +159,7 @@ def test_on_a_cpu_the_cache_of_keys_and_values_has_a_size_that_a_user_may_change
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models whose head is read from the disk, in their order."""
+    """Names of the models whose heads were read from disk, in order."""
     names: list[str] = []
     load = Checkpoint.load_head
 
@@ -200,12 +200,12 @@ def test_another_process_gets_no_weights_and_loads_them_itself(
     there = pickle.loads(pickled)
     assert (there, there.name, there.heads) == (runs_on, runs_on.name, {})
     batch = [synthetic([1, 2, 3], [4, 5])]
-    here, found = (
+    here, other = (
         list(one.open_scorer(teacher, scoring_of(teacher, dtype="bfloat16"), longest=9).top_k([batch], 8))
         for one in (runs_on, there)
     )
     assert loaded == [teacher.name] * 2
-    np.testing.assert_array_equal(found[0][0].topk_logprobs, here[0][0].topk_logprobs)
+    np.testing.assert_array_equal(other[0][0].topk_logprobs, here[0][0].topk_logprobs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

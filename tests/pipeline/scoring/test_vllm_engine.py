@@ -125,7 +125,7 @@ def test_a_generated_token_needs_a_position_after_the_sequence_where_vllms_own_h
     assert (engine().max_tokens, engine(max_model_len=100).max_tokens) == (None, 100)
 
 
-# Which way fits.
+# The choice of the method.
 
 
 def test_vllm_that_is_not_installed_is_refused_with_how_to_get_it(
@@ -271,7 +271,7 @@ def test_a_model_that_is_more_than_a_language_model_is_refused(teacher: Checkpoi
 
 @pytest.fixture
 def packed(make_model: MakeModel) -> Checkpoint:
-    """A checkpoint whose head is quantized: its weight lies there packed, under another name."""
+    """A checkpoint with a quantized head: its packed weight has another name."""
     checkpoint = open_checkpoint(str(make_model(50, vocab_size=96, tie_word_embeddings=False)))
     change_weights(checkpoint, lambda weights: weights.update({"lm_head.weight_packed": weights.pop("lm_head.weight")}))
     say_quantized(checkpoint)

@@ -68,7 +68,7 @@ def vllm_engine(checkpoint: Checkpoint, head_dtype: HeadDtype = "auto", *argumen
 
 @pytest.fixture
 def opened() -> Iterator[list[Any]]:
-    """Scorers and samplers that a test opens; vLLM can run one model at a time in a process."""
+    """Scorers and samplers of a test. All are closed: vLLM runs only one model at a time in a process."""
     models: list[Any] = []
     yield models
     for model in models:
@@ -76,7 +76,7 @@ def opened() -> Iterator[list[Any]]:
 
 
 def top_k(scorer: Scorer, sequences: list[TokenSequence], k: int) -> list[SignalRow]:
-    """Asked in batches of three."""
+    """Scores in batches of three."""
     batches = [sequences[start : start + 3] for start in range(0, len(sequences), 3)]
     rows = [row for answered in scorer.top_k(batches, k) for row in answered]
     scorer.close()
@@ -90,7 +90,7 @@ def logprobs_at(scorer: Scorer, sequences: list[TokenSequence], ids: list[NDArra
 
 
 def assert_rows_agree(rows: list[SignalRow], oracle: list[SignalRow], bound: float) -> None:
-    """The same ids wherever the oracle's next id is not within the bound, and log-probabilities within the bound."""
+    """Log-probabilities agree within the bound, and so do ids unless the oracle's next id is within the bound."""
     for row, expected in zip(rows, oracle, strict=True):
         assert row.key == expected.key
         np.testing.assert_allclose(row.token_logprobs, expected.token_logprobs, atol=bound)
@@ -187,13 +187,13 @@ def test_every_kind_of_head_is_as_in_the_model(kind: str, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def tiny(make_model: MakeModel) -> Callable[[int], Path]:
-    """Random Llamas whose heads have the width that vLLM's attention on CPUs needs."""
+    """Random Llamas with the head width that vLLM's attention on CPUs needs."""
     return lambda seed: make_model(seed, width=128, vocab_size=512, initializer_range=0.1)
 
 
 @dataclass(frozen=True)
 class OnV2:
-    """What the V2 runner, the one that GPUs run, said of some sequences."""
+    """Results of the V2 runner, which GPUs use, for some sequences."""
 
     teacher: Checkpoint
     reference: Checkpoint
@@ -248,7 +248,7 @@ def test_the_v2_runner_answers_for_teacher_and_reference(way: str, on_v2: OnV2) 
 def opened_with(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, head_dtype: Any, *engine_arg: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What vLLM is started with: for scoring, and for sampling."""
+    """The arguments of vLLM for scoring and for sampling."""
     from adpa.pipeline.scoring import vllm_models
 
     started: list[dict[str, Any]] = []

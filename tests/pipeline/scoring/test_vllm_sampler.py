@@ -41,7 +41,7 @@ def student(make_model: MakeModel) -> Checkpoint:
 
 
 def requests(count: int, prompts: int = 10) -> list[SampleRequest]:
-    """So many responses to each of some prompts."""
+    """``count`` requests for each of some prompts."""
     generator = np.random.default_rng(1)
     drawn = [generator.integers(3, 24, generator.integers(1, 20)).astype(np.int32) for _ in range(prompts)]
     return [SampleRequest(prompt, index) for prompt in drawn for index in range(count)]
