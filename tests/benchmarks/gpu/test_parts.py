@@ -97,7 +97,7 @@ def test_host_waits_are_counted_for_a_micro_batch(dry: Setting, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     (figure,) = Runs(dry).host_waits()
     assert (figure.name, figure.value) == ("host waits a micro-batch", 3.0)
-    assert figure.note.startswith("test_gpu_parts.py:")
+    assert figure.note.startswith("test_parts.py:")
     assert modes == ["warn", "default"] * 2
 
 
