@@ -7,6 +7,8 @@ from typing_extensions import Doc
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["auto", "hf", "vllm"]
+HeadDtype = Literal["auto", "float32", "model"]
+ModelName = Literal["teacher", "reference", "student"]
 
 
 class Group(StrEnum):

@@ -37,6 +37,7 @@ from adpa.pipeline.options import (
     EngineArgOption,
     EngineOption,
     GpuMemoryUtilizationOption,
+    HeadDtype,
     MaxNewTokensOption,
     MaxPromptLengthOption,
     QuantizationOption,
@@ -56,7 +57,7 @@ from adpa.pipeline.scoring.parts import PartPrompts, parse_part
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.sample import Sampler, sample_responses, sampling_batches
 from adpa.pipeline.scoring.score import missing_sequences, score
-from adpa.pipeline.scoring.vllm_options import HeadDtype, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,9 @@ def precompute(
         tensor_parallel, quantization, max_model_len, gpu_memory_utilization, head_dtype, tuple(engine_arg or ())
     )
     dtypes = models.dtypes(dtype)
-    runs_on = choose_engine(engine, options, torch_device, models.roles(), dtypes)
+    runs_on = choose_engine(engine, options, torch_device, models.by_name(), dtypes)
     models.check_reference()
-    scoring_tokens = batch_tokens or runs_on.scoring_tokens(models.roles(), dtypes)
+    scoring_tokens = batch_tokens or runs_on.scoring_tokens(models.by_name(), dtypes)
     sampling_tokens = 0  # where nothing is sampled
     if models.student is not None:
         sampling_tokens = batch_tokens or runs_on.sampling_tokens(

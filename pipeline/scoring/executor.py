@@ -1,34 +1,35 @@
-"""Where the models of stage one are asked: in this process, or by workers of a Ray cluster."""
+"""Where the models of stage one run: in this process, or in workers of a Ray cluster."""
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.scoring.jobs import Executor, run_here
 
+if TYPE_CHECKING:  # commands declare these options without importing torch
+    import torch
+
 ExecutorName = Literal["here", "ray"]
 
 
 @dataclass(frozen=True)
 class ExecutorOptions:
-    """What a user says about it; the defaults of ``precompute``."""
+    """The options of the executor, with the defaults of ``precompute``."""
 
     executor: ExecutorName = "here"
     workers: int | None = None
     ray_address: str | None = None
 
-    def check(self, device: torch.device) -> None:
-        """Checks what can be checked without starting anything.
+    def check(self, device: "torch.device") -> None:
+        """Checks the options without starting anything.
 
         Raises:
-            OptionError: an option has no meaning, or Ray is not installed.
+            OptionError: an option is out of range or does not fit the others, or Ray is not installed.
         """
         if number_of_ranks() > 1:
             raise OptionError(
@@ -40,7 +41,7 @@ class ExecutorOptions:
                     raise OptionError(f"{flag} {value} without --executor ray", "add it, or leave this out")
             return
         if self.workers is None:
-            raise OptionError("--executor ray without --workers", "say how many there shall be")
+            raise OptionError("--executor ray without --workers", "set the number of workers")
         if self.workers < 1:
             raise OptionError(f"--workers {self.workers}; expected at least 1")
         if device.index:
@@ -49,19 +50,20 @@ class ExecutorOptions:
         if self.ray_address is not None:
             ray_module.check_address(self.ray_address)
 
-    def check_batches(self, most: int) -> None:
-        """Checks that there is work for every worker where a job has so many batches at most.
+    def check_batches(self, batches: int) -> None:
+        """Checks that every worker can get work. The largest job has at most this many batches.
 
         Raises:
-            OptionError: there is not.
+            OptionError: there are more workers than batches.
         """
-        if self.workers is not None and self.workers > most:
+        if self.workers is not None and self.workers > batches:
             raise OptionError(
-                f"--workers {self.workers}: the work is {most} batches at most", "lower --workers, or --batch-tokens"
+                f"--workers {self.workers}: the work has {batches} batches at most",
+                "lower --workers, or --batch-tokens",
             )
 
     def open(self, gpus: int, cache: Location) -> AbstractContextManager[Executor]:
-        """The executor, for models that take so many GPUs; leaving its context stops what it has started."""
+        """The executor, for models that each take this many GPUs. Leaving its context stops whatever it started."""
         if self.executor == "here":
             return nullcontext(run_here)
         opened: AbstractContextManager[Executor] = _import_ray().RayExecutor(

@@ -161,7 +161,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> InstallVllm:
         packages = {"vllm": [distribution]} if installed else {}
         monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.packages_distributions", lambda: packages)
         monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.version", version)
-        for module in ("engine", "vllm_engine", "vllm_options"):  # and a GPU of 80 GB
+        for module in ("engine", "vllm_engine"):  # and a GPU of 80 GB
             monkeypatch.setattr(f"adpa.pipeline.scoring.{module}.device_memory", lambda _: 80 * 10**9)
 
     return install
