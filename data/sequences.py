@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adpa.errors import OptionError
+
 TokenIds = NDArray[np.int32]
 
 
@@ -25,6 +27,20 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def check_lengths(max_prompt_length: int, max_length: int) -> None:
+    """Checks the limits of a prompt and of prompt and response together, in tokens.
+
+    Raises:
+        OptionError: they leave no room for a prompt or for a response.
+    """
+    if not 0 < max_prompt_length < max_length:
+        raise OptionError(
+            f"--max-prompt-length {max_prompt_length} with --max-length {max_length}; "
+            "expected 0 < max-prompt-length < max-length",
+            "leave room for the response",
+        )
 
 
 def sequence_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:

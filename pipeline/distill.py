@@ -22,9 +22,10 @@ from adpa.data.summary import PLAUSIBLE
 from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
 from adpa.errors import OptionError
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
-from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
+from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.lora import add_adapters, load_base, lora_settings, merge_adapters
 from adpa.pipeline.training.model_sharding import check_sharding, check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, check_plausibility, objective_terms

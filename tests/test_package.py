@@ -20,10 +20,10 @@ MAY_IMPORT = {
     "data.cache": {"data.cache", "data.sequences", "data.vocabulary"},
     "pipeline.terminal": {"pipeline.terminal", "pipeline.cache", *CACHE_FILES}
     | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect", "scoring.probe")},
-    "pipeline.cache": {"pipeline.cache", *CACHE_FILES},
-    "pipeline.models": {"pipeline.models", "kernels", *CACHE_FILES},
-    "pipeline.scoring": {"pipeline.scoring", "pipeline.models", "kernels", *CACHE_FILES},
-    "pipeline.training": {"pipeline.training", "pipeline.models", "kernels", *CACHE_FILES},
+    "pipeline.cache": {"pipeline.cache", "pipeline.options", *CACHE_FILES},
+    "pipeline.models": {"pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
+    "pipeline.scoring": {"pipeline.scoring", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
+    "pipeline.training": {"pipeline.training", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
     "pipeline": {"pipeline", "pipeline.scoring", "pipeline.training", "pipeline.models", "pipeline.terminal"}
     | {"kernels", *CACHE_FILES},
     "lab": {"lab", "pipeline", "pipeline.models", "pipeline.training", "kernels", *CACHE_FILES},

@@ -24,6 +24,7 @@ from adpa.data.cache.samples import samples_folder
 from adpa.data.cache.shards import join_keys, list_folder, list_shards, peek_keys, read_shard, write_replacement
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError
+from adpa.pipeline.options import CacheArgument, Group
 from adpa.progress import progress
 
 DAY = 24 * 60 * 60
@@ -73,8 +74,8 @@ class GarbageReport:
 
 
 def collect_garbage(
-    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
-    yes: Annotated[bool, Doc("Remove what is listed.")] = False,
+    cache: CacheArgument,
+    yes: Annotated[bool, Doc("Remove what is listed."), Group.DECIDE] = False,
 ) -> GarbageReport:
     """List what no response set needs; --yes removes it.
 

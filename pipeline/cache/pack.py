@@ -12,13 +12,11 @@ B deletes A's file, B listed the folder after A; the files of the process that l
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from typing_extensions import Doc
 
 from adpa.data.cache import samples, signals
 from adpa.data.cache.compact import compact_schema, compact_table
@@ -37,6 +35,7 @@ from adpa.data.cache.shards import (
     write_replacement,
 )
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings
+from adpa.pipeline.options import CacheArgument
 from adpa.progress import progress
 
 GOAL = 256 << 20  # bytes of a file; half of that is enough to be left alone
@@ -73,7 +72,7 @@ class PackReport:
     untouched: int
 
 
-def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> PackReport:
+def pack_cache(cache: CacheArgument) -> PackReport:
     """Write many small files as few large ones; no row changes.
 
     Signals of older versions of the format are written in the newest one, and a row that stands twice stays once.

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -29,8 +29,7 @@ from adpa.data.cache.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import HeadError, ModelError
 from adpa.pipeline.models.lm_head import LmHead, check_head, read_head
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+from adpa.pipeline.options import DtypeName
 
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]

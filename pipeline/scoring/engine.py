@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -11,14 +11,13 @@ from adpa.data.cache.signals import Scoring
 from adpa.errors import OptionError
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
+from adpa.pipeline.options import EngineName
 from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import obstacle_to_vllm, open_vllm
 from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
-
-EngineName = Literal["auto", "hf", "vllm"]
 
 
 class Engine(Protocol):

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-import torch
-
 from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
@@ -24,8 +22,8 @@ class ExecutorOptions:
     workers: int | None = None
     ray_address: str | None = None
 
-    def check(self, device: torch.device) -> None:
-        """Checks what can be checked without starting anything.
+    def check(self, device: str) -> None:
+        """Checks what can be checked without starting anything, with the device that the user names.
 
         Raises:
             OptionError: an option has no meaning, or Ray is not installed.
@@ -43,7 +41,7 @@ class ExecutorOptions:
             raise OptionError("--executor ray without --workers", "say how many there shall be")
         if self.workers < 1:
             raise OptionError(f"--workers {self.workers}; expected at least 1")
-        if device.index:
+        if device.partition(":")[2] not in ("", "0"):
             raise OptionError(f"--device {device}: Ray gives every worker its own GPU", "use --device cuda")
         ray_module = _import_ray()
         if self.ray_address is not None:

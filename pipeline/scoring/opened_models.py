@@ -8,7 +8,8 @@ from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.encoding import EncodedPair
 from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
-from adpa.pipeline.models.checkpoint import Checkpoint, DtypeName, open_checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.options import DtypeName
 from adpa.pipeline.scoring.engine import Engine
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer

@@ -3,12 +3,12 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from adpa.errors import OptionError
-from adpa.pipeline.models.checkpoint import device_memory
+
+if TYPE_CHECKING:
+    import torch
 
 HeadDtype = Literal["auto", "float32", "model"]
 Role = Literal["teacher", "reference", "student"]
@@ -75,8 +75,10 @@ class VllmOptions:
             arguments |= {key: value for owner, key, value in self._engine_args if owner == wanted}
         return arguments
 
-    def memory(self, role: Role, device: torch.device) -> int:
+    def memory(self, role: Role, device: "torch.device") -> int:
         """Bytes that the weights of a model may take at most."""
+        from adpa.pipeline.models.checkpoint import device_memory  # torch: options are checked before it is imported
+
         arguments = self.arguments(role)
         share = device_memory(device) * arguments["gpu_memory_utilization"]
         room = int(self.gpus(role) * (share + arguments.get("cpu_offload_gb", 0) * 2**30))

@@ -9,7 +9,8 @@ from tests.pipeline.conftest import InstallVllm
 
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.scoring.engine import Engine, EngineName, HfEngine, choose_engine
+from adpa.pipeline.options import EngineName
+from adpa.pipeline.scoring.engine import Engine, HfEngine, choose_engine
 from adpa.pipeline.scoring.vllm_engine import VllmEngine
 from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
 
