@@ -30,9 +30,9 @@ def lab(
         Path, Doc("Directory of the study; one that was begun with the same settings is finished."), Group.DECIDE
     ],
     study: Annotated[
-        Path | None, Doc("YAML file of seeds, methods and settings; default: the laboratory's own study."), Group.DATA
+        Path | None, Doc("YAML file of seeds, methods and settings; default: the laboratory's own study."), Group.DECIDE
     ] = None,
-    seed: Annotated[list[int] | None, Doc("Seed to report, instead of the study's; repeatable."), Group.DATA] = None,
+    seed: Annotated[list[int] | None, Doc("Seed to report, instead of the study's; repeatable."), Group.DECIDE] = None,
     workers: Annotated[int, Doc("Seeds that are worked on at a time, each on one core."), Group.SCALE] = 2,
 ) -> "StudyReport":
     """Measure the methods where a formula computes the preferences: no judge, no network.

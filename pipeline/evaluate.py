@@ -127,7 +127,7 @@ def evaluate(
     cache: Annotated[
         Location | None,
         Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),
-        Group.DATA,
+        Group.SAVING,
     ] = None,
     split: SplitOption = None,
     max_prompt_length: MaxPromptLengthOption = 1024,

@@ -42,11 +42,11 @@ def inspect_cache(
     response_set: ResponseSetOption = None,
     scoring: ScoringOption = None,
     example: Annotated[
-        str | None, Doc("Example to show (the beginning of its id); default: the first ones."), Group.DATA
+        str | None, Doc("Example to show (the beginning of its id); default: the first ones."), Group.SIGNALS
     ] = None,
-    count: Annotated[int, Doc("Responses to show, unless --example names one."), Group.DATA] = 3,
+    count: Annotated[int, Doc("Responses to show, unless --example names one."), Group.SIGNALS] = 3,
     html: Annotated[
-        Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token."), Group.DATA
+        Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token."), Group.SIGNALS
     ] = None,
 ) -> InspectReport:
     """Show what a cache says: its signals in a few numbers, and responses token by token.

@@ -36,9 +36,9 @@ TeacherOption = Annotated[
 ]
 CacheArgument = Annotated[Location, Doc("Directory or URL of the teacher-signal cache."), Group.DECIDE]
 ResponseSetOption = Annotated[
-    str | None, Doc("Response set: chosen, rejected or sampled, or the beginning of its id."), Group.DATA
+    str | None, Doc("Response set: chosen, rejected or sampled, or the beginning of its id."), Group.SIGNALS
 ]
-ScoringOption = Annotated[str | None, Doc("Scoring (the beginning of its id)."), Group.DATA]
+ScoringOption = Annotated[str | None, Doc("Scoring (the beginning of its id)."), Group.SIGNALS]
 
 SplitOption = Annotated[str | None, Doc("Split of a data set that has several."), Group.DATA]
 MaxPromptLengthOption = Annotated[int, Doc("Tokens of a prompt that are kept, from its end."), Group.DATA]
