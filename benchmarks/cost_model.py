@@ -1,10 +1,10 @@
-"""What scoring and training cost on GPUs, from the shapes of the models and stated assumptions.
+"""Computes the cost of scoring and training on GPUs from the shapes of the models and stated assumptions.
 
-A decoder multiplies each token with P numbers, its weight matrices without embeddings and head; a head multiplies each
-response row with V·d. A multiplication and its addition are two FLOP. Attention, 2·n²·heads·head_width multiplications
-a layer for a sequence of n tokens, is counted whole, though a causal kernel may leave half of it out. Training costs
-three times the forward pass: one product for the result, one for the gradient of each factor; the loss head too, which
-computes its logits once. docs/scaling.md has all formulae.
+A decoder multiplies each token with P numbers: its weight matrices without embeddings and head. A head multiplies each
+response row with V·d numbers. A multiplication with its addition is two FLOP. In each layer, attention takes
+2·n²·heads·head_width multiplications for a sequence of n tokens; this counts the whole square, though a causal kernel
+may skip half of it. Training costs three times the forward pass: one product for the result, one for the gradient of
+each factor. So does the loss head, which computes its logits once. docs/scaling.md has all formulae.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing_extensions import Doc
 from adpa.data.batches import Packing
 
 FP8, BFLOAT16, FLOAT32 = 1, 2, 4  # bytes
-ADAMW_BYTES = 7 * FLOAT32  # reads weight, gradient and two moments, writes weight and moments
+ADAMW_BYTES = 7 * FLOAT32  # reads weight, gradient and two moments; writes weight and two moments
 GPUS_OF_A_NODE = 8
 SIMULATED_STEPS = 400
 
@@ -28,7 +28,7 @@ Lengths = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of Llama's kind: grouped-query attention and a gated MLP of three matrices."""
+    """A decoder like Llama's: grouped-query attention and a gated MLP of three matrices."""
 
     name: str
     layers: int
@@ -43,13 +43,13 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        """P, the numbers that every token is multiplied with."""
+        """P: the number of weights that multiply every token."""
         attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.intermediate)
 
     @property
     def parameters(self) -> int:
-        """All numbers: matrices, norms, biases, embeddings, and a head where it is not the embeddings."""
+        """All parameters: matrices, norms, biases, embeddings, and the head unless it is tied to the embeddings."""
         norms = (2 * self.layers + 1) * self.width
         biases = self.layers * self.head_width * (self.heads + 2 * self.kv_heads) * self.qkv_bias
         return self.matrices + norms + biases + self.vocabulary * self.width * (1 if self.tied else 2)
@@ -60,12 +60,12 @@ class Shape:
         return BFLOAT16 * self.parameters
 
     def decoder_flops(self, queries: Lengths, keys: Lengths | None = None) -> NDArray[np.float64]:
-        """FLOP of a forward pass over so many tokens of a sequence, without the head; keys are those they may see."""
+        """FLOP of a forward pass over ``queries`` tokens that attend to ``keys`` tokens, without the head."""
         attention = 4.0 * self.layers * self.heads * self.head_width
         return 2.0 * self.matrices * queries + attention * queries * (queries if keys is None else keys)
 
     def head_flops(self, rows: float) -> float:
-        """FLOP of the logits of so many rows."""
+        """FLOP of the logits of ``rows`` rows."""
         return 2.0 * self.vocabulary * self.width * rows
 
 
@@ -81,37 +81,37 @@ STUDENTS = (
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What was not measured; every field is an option."""
+    """The assumptions. Every field is an option of ``benchmarks.costs``."""
 
     pairs: Annotated[int, Doc("preference pairs")] = 60_000
-    epochs: Annotated[int, Doc("passes of training over them (`--num-train-epochs`, whose default is 1)")] = 3
-    batch: Annotated[int, Doc("examples of a step (`--batch-size`, whose default is 32)")] = 128
-    micro_batch: Annotated[int, Doc("examples of a micro-batch at most (`--micro-batch-size`)")] = 4
-    packing: Annotated[Packing, Doc("`none` pads a micro-batch, the default; `sequences`, `prompts` (`--packing`)")] = (
+    epochs: Annotated[int, Doc("training passes over all pairs (`--num-train-epochs`, whose default is 1)")] = 3
+    batch: Annotated[int, Doc("examples in a step (`--batch-size`, whose default is 32)")] = 128
+    micro_batch: Annotated[int, Doc("maximum examples in a micro-batch (`--micro-batch-size`)")] = 4
+    packing: Annotated[Packing, Doc("`none` (default) pads a micro-batch; `sequences`; `prompts` (`--packing`)")] = (
         "none"
     )
     peak_flops: Annotated[float, Doc("dense bfloat16 FLOP/s of a GPU (data sheet of an H100 SXM)")] = 989e12
-    scoring_share: Annotated[float, Doc("share of bfloat16's peak that a teacher's decoder reaches")] = 0.4
+    scoring_share: Annotated[float, Doc("share of the bfloat16 peak that a teacher's decoder reaches")] = 0.4
     head_share: Annotated[
-        float, Doc("share of bfloat16's peak that the scoring head reaches, with the passes over its logits")
+        float, Doc("share of the bfloat16 peak that the scoring head reaches, passes over its logits included")
     ] = 0.5
-    training_share: Annotated[float, Doc("share of bfloat16's peak that training reaches")] = 0.3
+    training_share: Annotated[float, Doc("share of the bfloat16 peak that training reaches")] = 0.3
     memory: Annotated[float, Doc("bytes of memory of a GPU")] = 80e9
-    weights_share: Annotated[float, Doc("share of it that a teacher's weights may take")] = 0.8
+    weights_share: Annotated[float, Doc("share of the memory for a teacher's weights")] = 0.8
     memory_rate: Annotated[float, Doc("bytes/s of a GPU's memory (same sheet)")] = 3.35e12
-    memory_share: Annotated[float, Doc("share of it that decoding and AdamW reach")] = 0.5
-    decoding_batch: Annotated[int, Doc("responses that a student samples at a time on a GPU")] = 256
-    decoding_seconds: Annotated[float, Doc("seconds of a decoding step beside reading memory")] = 5e-3
+    memory_share: Annotated[float, Doc("share of the memory rate that decoding and AdamW reach")] = 0.5
+    decoding_batch: Annotated[int, Doc("responses that a student samples at once on a GPU")] = 256
+    decoding_seconds: Annotated[float, Doc("seconds of a decoding step in addition to reading memory")] = 5e-3
     node_rate: Annotated[float, Doc("bytes/s of an all-reduce between the 8 GPUs of a node")] = 300e9
     network_rate: Annotated[float, Doc("bytes/s of an all-reduce between nodes (one link of 400 Gbit/s)")] = 50e9
     load_rate: Annotated[float, Doc("bytes/s at which a worker loads weights")] = 2e9
-    start_seconds: Annotated[float, Doc("seconds until a worker runs, beside loading")] = 60.0
+    start_seconds: Annotated[float, Doc("seconds to start a worker, in addition to loading")] = 60.0
     block_tokens: Annotated[int, Doc("tokens of a block of scoring (`--batch-tokens` with vLLM)")] = 262_144
 
 
 @dataclass(frozen=True)
 class Responses:
-    """Prompts with one response each: tokens of both, [N]."""
+    """Lengths of prompts with one response each, in tokens, [N]."""
 
     prompt: Lengths
     response: Lengths
@@ -124,36 +124,36 @@ class Responses:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Measured lengths in tokens, [N] each; N pairs stand for all that are scored."""
+    """Measured lengths in tokens, [N] each. These N pairs represent all scored pairs."""
 
     prompt: Lengths
     chosen: Lengths
     rejected: Lengths
 
     def responses(self) -> list[Responses]:
-        """What DCKD learns from: the chosen and the rejected responses."""
+        """The responses of DCKD: chosen and rejected."""
         return [Responses(self.prompt, self.chosen), Responses(self.prompt, self.rejected)]
 
     def sampled(self) -> Responses:
-        """A student's own responses, taken to be as long as the chosen ones, and to end at 512 tokens."""
+        """A student's own responses. They are assumed to be as long as the chosen ones, but at most 512 tokens."""
         return Responses(self.prompt, np.minimum(self.chosen, 512))
 
 
 def gpus_of_engine(teacher: Shape, assumed: Assumptions, bytes_per_weight: float = BFLOAT16) -> int:
-    """GPUs that share a teacher: the smallest power of two whose memory holds it."""
+    """Number of GPUs for a teacher: the smallest power of two whose memory holds it."""
     share = teacher.parameters * bytes_per_weight / (assumed.memory * assumed.weights_share)
     return 2 ** max(0, math.ceil(math.log2(share)))
 
 
 def start_seconds(model: Shape, assumed: Assumptions) -> float:
-    """Seconds until a model runs."""
+    """Seconds to start a model."""
     return assumed.start_seconds + model.weight_bytes / assumed.load_rate
 
 
 def scoring_work(teacher: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
-    """Seconds that one engine of ``gpus_of_engine`` takes for one forward pass over these responses of all pairs.
+    """Seconds of one engine, with ``gpus_of_engine`` GPUs, for one forward pass over these responses of all pairs.
 
-    The engine's GPUs share the decoder; the head runs on one of them, after it.
+    All GPUs share the decoder. The head then runs on one of them.
     """
     return sum(sum(seconds) for seconds in (_scoring_parts(teacher, responses, assumed) for responses in sets))
 
@@ -175,9 +175,9 @@ def _scoring_parts(teacher: Shape, responses: Responses, assumed: Assumptions) -
 
 
 def scoring_seconds(teacher: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float | None:
-    """Wall-clock time of ``scoring_work`` on so many GPUs, at most; None where the teacher does not fit.
+    """Upper bound of the wall-clock seconds of ``scoring_work`` on ``gpus`` GPUs; None if the teacher does not fit.
 
-    Blocks are taken by whichever engine is free, so that all end within one block of each other.
+    A free engine takes the next block, so that all engines end within the time of one block.
     """
     engines = gpus // gpus_of_engine(teacher, assumed)
     if engines == 0:
@@ -189,7 +189,7 @@ def scoring_seconds(teacher: Shape, sets: Sequence[Responses], gpus: int, assume
 
 
 def sampling_seconds(student: Shape, sampled: Responses, assumed: Assumptions) -> float:
-    """Seconds in which one GPU samples a response to every prompt; a decoding step reads all weights and caches."""
+    """Seconds of one GPU to sample a response to every prompt. A decoding step reads all weights and caches."""
     prefill = float(student.decoder_flops(sampled.prompt).mean()) * assumed.pairs
     kv_bytes = 2 * BFLOAT16 * student.layers * student.kv_heads * student.head_width
     context = float((sampled.prompt + sampled.response / 2).mean())
@@ -201,7 +201,7 @@ def sampling_seconds(student: Shape, sampled: Responses, assumed: Assumptions) -
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of an optimizer step by what they go to."""
+    """Seconds of an optimizer step, by kind of work."""
 
     compute: float
     all_reduce: float
@@ -209,12 +209,12 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """All of it: nothing overlaps."""
+        """The sum: nothing overlaps."""
         return self.compute + self.all_reduce + self.optimizer
 
 
 def step_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> Step | None:
-    """An optimizer step, data-parallel; None where ``--batch-size`` is no multiple of the ranks, which adpa refuses."""
+    """A data-parallel optimizer step; None if ``--batch-size`` is no multiple of the ranks, which adpa refuses."""
     if assumed.batch % gpus:
         return None
     rate = assumed.node_rate if gpus <= GPUS_OF_A_NODE else assumed.network_rate
@@ -226,9 +226,9 @@ def step_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assumed: 
 
 
 def slowest_rank_flops(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float:
-    """FLOP of the rank that all others wait for, what ``packing`` leaves of padding included.
+    """Mean FLOP of the slowest rank in a step, with the padding that ``packing`` leaves.
 
-    It is the mean of steps whose examples are drawn from the measured pairs.
+    The steps draw their examples from the measured pairs.
     """
     per_rank = assumed.batch // gpus
     micro = max(size for size in range(1, assumed.micro_batch + 1) if per_rank % size == 0)
@@ -241,7 +241,7 @@ def slowest_rank_flops(student: Shape, sets: Sequence[Responses], gpus: int, ass
 
 
 def _decoder_flops(student: Shape, sets: Sequence[Responses], drawn: Lengths, packing: Packing) -> NDArray[np.float64]:
-    """FLOP of a forward pass over each micro-batch; the last axis of ``drawn`` is its examples."""
+    """FLOP of a forward pass over each micro-batch. The last axis of ``drawn`` holds its examples."""
     if packing == "none":
         longest = np.max([responses.whole[drawn].max(axis=-1) for responses in sets], axis=0)
         return len(sets) * drawn.shape[-1] * student.decoder_flops(longest)
@@ -255,7 +255,7 @@ def _decoder_flops(student: Shape, sets: Sequence[Responses], drawn: Lengths, pa
 
 
 def needed_flops(student: Shape, sets: Sequence[Responses], assumed: Assumptions) -> float:
-    """FLOP of a step without padding, prompts counted with each response."""
+    """FLOP of a step without padding. Every response counts with its prompt."""
     forward = sum(
         float(student.decoder_flops(responses.whole).mean()) + student.head_flops(float(responses.response.mean()))
         for responses in sets
@@ -264,7 +264,7 @@ def needed_flops(student: Shape, sets: Sequence[Responses], assumed: Assumptions
 
 
 def training_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assumed: Assumptions) -> float | None:
-    """Wall-clock time of a training run; None where ``step_seconds`` is."""
+    """Wall-clock seconds of a training run; None if ``step_seconds`` is None."""
     step = step_seconds(student, sets, gpus, assumed)
     if step is None:
         return None
@@ -274,14 +274,14 @@ def training_seconds(student: Shape, sets: Sequence[Responses], gpus: int, assum
 
 @dataclass(frozen=True)
 class GpuHours:
-    """GPU-hours of n students: from one cache, and with the teacher in every run, asked in every epoch."""
+    """GPU-hours of n students: ``shared`` from one cache, ``live`` with the teacher in every epoch of every run."""
 
     shared: float
     live: float
 
 
 def dckd_gpu_hours(teacher: Shape, student: Shape, pairs: Pairs, students: int, assumed: Assumptions) -> GpuHours:
-    """n DCKD runs: everything that the teacher says is shared. A student trains on one GPU."""
+    """n DCKD runs. All students share the teacher's signals. A student trains on one GPU."""
     start, scoring = _teacher_gpu_seconds(teacher, pairs.responses(), assumed)
     training = _training_gpu_seconds(student, pairs.responses(), assumed)
     return GpuHours(
@@ -291,17 +291,17 @@ def dckd_gpu_hours(teacher: Shape, student: Shape, pairs: Pairs, students: int, 
 
 
 def adpa_gpu_hours(teacher: Shape, student: Shape, pairs: Pairs, students: int, assumed: Assumptions) -> GpuHours:
-    """n ADPA runs from students that are there: each samples, and teacher and reference score its samples.
+    """n ADPA runs that start from trained students. Each student samples; teacher and reference score its samples.
 
-    Nothing that the large models say is shared by students; a cache is read again in each epoch.
+    Students share no signals. With a cache, every epoch reads the same signals again.
     """
     sampled = pairs.sampled()
     start, scoring = _teacher_gpu_seconds(teacher, [sampled], assumed)
-    own = sampling_seconds(student, sampled, assumed)
-    own += _training_gpu_seconds(student, [Responses(pairs.prompt, pairs.chosen), sampled], assumed)
+    student_seconds = sampling_seconds(student, sampled, assumed)
+    student_seconds += _training_gpu_seconds(student, [Responses(pairs.prompt, pairs.chosen), sampled], assumed)
     return GpuHours(
-        students * (2 * (start + scoring) + own) / 3600,
-        students * (2 * (start + assumed.epochs * scoring) + own) / 3600,
+        students * (2 * (start + scoring) + student_seconds) / 3600,
+        students * (2 * (start + assumed.epochs * scoring) + student_seconds) / 3600,
     )
 
 

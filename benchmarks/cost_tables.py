@@ -1,4 +1,4 @@
-"""The tables of ``benchmarks.costs``, in Markdown."""
+"""Prints the tables of ``benchmarks.costs`` in Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,18 +44,18 @@ class Flops:
 
 
 def meanings() -> dict[str, str]:
-    """What each assumption means."""
+    """The meaning of each assumption."""
     hints = get_type_hints(Assumptions, include_extras=True)
     return {name: hint.__metadata__[0].documentation for name, hint in hints.items()}
 
 
 def option(name: str) -> str:
-    """How an assumption is given."""
+    """The option of an assumption."""
     return "--" + name.replace("_", "-")
 
 
 def print_lengths(pairs: Pairs, assumed: Assumptions) -> None:
-    """Tokens of a pair."""
+    """Prints the tokens of a pair."""
     columns = {
         "prompt": pairs.prompt,
         "chosen": pairs.chosen,
@@ -81,21 +81,21 @@ def print_lengths(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def print_flops(sequences: int, counted: Flops, expected: Flops) -> None:
-    """The formula beside the counter."""
+    """Prints the counted FLOP beside the formula's."""
     names = {"decoder": "decoder, forward", "head": "head, forward", "training": "training, forward and backward"}
     print_table(
         f"Measured: FLOP of {sequences} sequences of these pairs in one padded batch, SmolLM2-135M, as torch's "
         "FlopCounterMode counts them.",
         ("part", "counted", "formula", "counted / formula"),
         [
-            (names[part], f"{found:,.0f}", f"{asdict(expected)[part]:,.0f}", f"{found / asdict(expected)[part]:.6f}")
-            for part, found in asdict(counted).items()
+            (names[part], f"{flops:,.0f}", f"{asdict(expected)[part]:,.0f}", f"{flops / asdict(expected)[part]:.6f}")
+            for part, flops in asdict(counted).items()
         ],
     )
 
 
 def print_shapes(pairs: Pairs, assumed: Assumptions) -> None:
-    """What follows from the shapes."""
+    """Prints the numbers that follow from the shapes."""
     whole = np.concatenate([responses.whole for responses in pairs.responses()])
     rows = []
     for shape in (*TEACHERS, *STUDENTS):
@@ -130,7 +130,7 @@ def print_shapes(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def print_assumptions(assumed: Assumptions) -> None:
-    """What was not measured."""
+    """Prints the assumptions."""
     print_table(
         "Assumed: every line is an option of the command.",
         ("option", "value", "meaning"),
@@ -142,7 +142,7 @@ def print_assumptions(assumed: Assumptions) -> None:
 
 
 def print_scoring(pairs: Pairs, assumed: Assumptions) -> None:
-    """Hours of scoring."""
+    """Prints the hours of scoring."""
     rows = []
     for teacher in TEACHERS:
         for what, sets, models in (
@@ -160,7 +160,7 @@ def print_scoring(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def print_training(pairs: Pairs, assumed: Assumptions) -> None:
-    """Hours of training, and where a step's time goes."""
+    """Prints the hours of training and the parts of a step's time."""
     sets, rows = pairs.responses(), []
     for student in STUDENTS:
         for gpus in GPUS:
@@ -193,7 +193,7 @@ def print_training(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def print_totals(pairs: Pairs, assumed: Assumptions) -> None:
-    """Hours of DCKD from the first command to the last step."""
+    """Prints the hours of DCKD from the first command to the last step."""
     sets, rows = pairs.responses(), []
     for teacher in TEACHERS:
         for student in STUDENTS:
@@ -214,7 +214,7 @@ def print_totals(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def print_sharing(pairs: Pairs, assumed: Assumptions) -> None:
-    """GPU-hours of n students, from one cache and with a live teacher."""
+    """Prints the GPU-hours of n students, from one cache and with a live teacher."""
     rows = []
     for teacher in TEACHERS:
         for student in STUDENTS:
@@ -237,7 +237,7 @@ def print_sharing(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def print_cache(pairs: Pairs, assumed: Assumptions) -> None:
-    """What the cache takes on disk, and how long a thread reads it in an epoch."""
+    """Prints the size of the cache on disk and the time of one thread to read it in an epoch."""
     tokens = float(sum(one.response.mean() for one in pairs.responses())) * assumed.pairs
     sampled = float(pairs.sampled().response.mean()) * assumed.pairs
     print_table(
@@ -257,14 +257,14 @@ def print_cache(pairs: Pairs, assumed: Assumptions) -> None:
 
 
 def hours(seconds: float | None, gpus: int, times: int = 1, missing: str = "does not fit") -> str:
-    """A cell: hours and GPU-hours of something that is done so many times."""
+    """A cell of the table: hours and GPU-hours of a job that runs ``times`` times."""
     if seconds is None:
         return missing
     return f"{times * seconds / 3600:.2f} ({times * gpus * seconds / 3600:.1f})"
 
 
 def plural(count: int, noun: str) -> str:
-    """1 GPU, 8 GPUs."""
+    """The count with its noun: 1 GPU, 8 GPUs."""
     return f"{count} {noun}" + "s" * (count != 1)
 
 

@@ -1,7 +1,7 @@
-"""What scoring and training cost on GPUs, as Markdown: lengths and FLOP are measured here, rates are assumed.
+"""Prints the cost of scoring and training on GPUs as Markdown, from measured lengths and FLOP and assumed rates.
 
-No GPU is needed. The lengths are those of preference pairs in SmolLM2's tokens, the FLOP are counted while
-SmolLM2-135M's real weights score and learn a few of them; ``benchmarks.cost_model`` makes hours of both.
+No GPU is needed. The command tokenizes preference pairs with SmolLM2's tokenizer and measures their lengths. It counts
+FLOP while SmolLM2-135M's real weights score and learn a few pairs. ``benchmarks.cost_model`` turns both into hours.
 
     python -m benchmarks.costs --data preferences.jsonl
 """
@@ -63,7 +63,7 @@ def main() -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()] if data else text_pairs(24)
     with tempfile.TemporaryDirectory() as folder:
         save_smollm2(Path(folder))
-        # "eager" attention is matrix products, which the counter sees; it does not know a CPU's fused kernel.
+        # The counter sees the matrix products of "eager" attention, but not a CPU's fused kernel.
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     limits = inspect.signature(precompute).parameters
@@ -84,13 +84,13 @@ def main() -> None:
 
 
 def measure_pairs(encoded: Iterable[EncodedPair]) -> Pairs:
-    """Tokens of prompts, chosen and rejected responses."""
+    """The lengths of prompts, chosen and rejected responses."""
     counts = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in encoded]
     return Pairs(*np.array(counts, np.int64).T)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
-    """The shape of a Llama."""
+    """The shape of a Llama model."""
     config = model.config
     return Shape(
         type(model).__name__,
@@ -106,10 +106,10 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 
 def count_flops(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> Flops:
-    """What torch's counter sees while a Llama with eager attention scores and learns a batch of these pairs.
+    """FLOP that torch's counter sees while a Llama with eager attention scores and learns a batch of these pairs.
 
-    The counter sees matrix products, as the formula does. Training runs in bfloat16, where the head's products are of a
-    kind that it knows; in float32 one of them is added in place, which it leaves out.
+    Counter and formula count matrix products alone. Training runs in bfloat16, because in float32 the head adds one
+    product in place, which the counter misses.
     """
     attach_distill_head(model)
     batch = collate([[TrainingSequence(role, text, None) for role, text in enumerate(texts(pair))] for pair in pairs])
@@ -134,7 +134,7 @@ def texts(pair: EncodedPair) -> list[TokenSequence]:
 
 
 def expected_flops(shape: Shape, pairs: Sequence[EncodedPair]) -> Flops:
-    """What the formula says of the same batch, padded to its longest sequence."""
+    """FLOP of the same batch by the formula, padded to its longest sequence."""
     sequences = [text for pair in pairs for text in texts(pair)]
     longest = np.array([max(map(len, sequences))])
     decoder = len(sequences) * float(shape.decoder_flops(longest)[0])

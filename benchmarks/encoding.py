@@ -1,12 +1,14 @@
-"""What signals weigh and how fast they are read, encoding by encoding: ``make bench``.
+"""Measures the size of signals and the speed of reading them, for each encoding: part of ``make bench``.
 
-SmolLM2-135M's real weights score responses, K = 50, with a reference that is SmolLM2 under noise: its advantages
-deviate by about one nat. A larger vocabulary is made up from the same signals: ids from 8,192 on, the rarer tokens, are
-spread at random over 128,256. Rows are read in random order, each into the arrays that a batch is made of; every
-encoding has its turn in every round, and ratios are of the same round.
+    python -m benchmarks.encoding --data preferences.jsonl
 
-JSON lists are what the paper's code stores (see ``benchmark_scoring.py``): indices and values of teacher and reference.
-Parquet is what a well-kept library offers: planes of bytes and zstd, with a row group for each row.
+SmolLM2-135M's real weights score responses with K = 50. The reference is SmolLM2 with noise on its weights, so that
+advantages deviate by about one nat. For a larger vocabulary, the same signals get new ids: ids from 8,192 on, the rarer
+tokens, are spread at random over 128,256. Rows are read in random order into the arrays of a batch. Every round reads
+every encoding, and ratios compare times of the same round.
+
+"JSON lists" is the format of the paper's code (see ``benchmarks.scoring``): indices and values of teacher and
+reference. "Parquet" stores byte planes (byte stream split) with zstd, and a row group for each row.
 """
 
 import argparse
@@ -46,7 +48,7 @@ Read = Callable[[int], SignalRow]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows in some encoding: their bytes, and how one is read."""
+    """Rows in one encoding: their size in bytes, and a function that reads a row."""
 
     size: int
     read: Read
@@ -56,8 +58,8 @@ def main() -> None:
     """Scores, encodes, reads, and prints a table for each vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.encoding")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
-    parser.add_argument("--pairs", type=int, default=24, help="how many are scored")
-    parser.add_argument("--rounds", type=int, default=7, help="how often every encoding is read")
+    parser.add_argument("--pairs", type=int, default=24, help="number of scored pairs")
+    parser.add_argument("--rounds", type=int, default=7, help="number of timed rounds")
     arguments = parser.parse_args()
     quiet()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +112,7 @@ def text_pairs(count: int) -> list[dict[str, str]]:
     return [
         {
             "prompt": text[start : start + 100],
-            "chosen": text[start + 100 : start + 1100].strip(),  # white space would merge with the template's
+            "chosen": text[start + 100 : start + 1100].strip(),  # its white space would merge with the chat template's
             "rejected": text[start + 1100 : start + 2100].strip(),
         }
         for start in starts
@@ -118,7 +120,7 @@ def text_pairs(count: int) -> list[dict[str, str]]:
 
 
 def larger_vocabulary(row: SignalRow) -> SignalRow:
-    """The same signals of a vocabulary of 128,256 tokens."""
+    """The same signals with the ids of a vocabulary of 128,256 tokens."""
     random = np.random.default_rng(int.from_bytes(row.key, "big"))
     share = (LARGER_VOCABULARY - FREQUENT) / (49152 - FREQUENT)
     spread = FREQUENT + np.floor((row.topk_ids - FREQUENT + random.random(row.topk_ids.shape)) * share)
@@ -176,7 +178,7 @@ def parquet(rows: Sequence[SignalRow]) -> Encoded:
 
 
 def measure(encodings: dict[str, Encoded], count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of reading all rows in random order, encoding by encoding, round by round; the first is warm-up."""
+    """Seconds to read all rows in random order, for each encoding and round; a first round warms up."""
     generator = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in encodings}
     for _ in range(rounds + 1):
@@ -199,7 +201,7 @@ def touch(row: SignalRow) -> None:
 def print_table(
     vocabulary: str, rows: Sequence[SignalRow], encodings: dict[str, Encoded], seconds: dict[str, list[float]]
 ) -> None:
-    """Prints sizes, speeds, errors of the lossy form, and whether the goals are met."""
+    """Prints sizes, speeds, errors of the lossy encoding, and whether the goals are met."""
     tokens = sum(len(row.topk_ids) for row in rows)
     deviation = float(np.std(np.concatenate([np.asarray(row.topk_advantages, np.float64) for row in rows])))
     print(
@@ -229,12 +231,12 @@ def print_table(
         f"{LOSSY}: |ΔKL| {errors.mean():.1e} nats a token in the mean, {np.quantile(errors, 0.99):.1e} in the 99th "
         f"percentile, {errors.max():.1e} at most; Σ p·|ΔA| {advantages:.1e} nats a token"
     )
-    for what, found, most in (
+    for what, value, most in (
         (f"{COMPACT}, bytes/token", sizes[COMPACT], MOST_COMPACT),
         (f"{LOSSY}, bytes/token", sizes[LOSSY], MOST_LOSSY),
         (f"{LOSSY}, mean |ΔKL|", errors.mean(), MOST_KL),
     ):
-        print(f"{what}: {found:.4g}; goal, at most {most:g}: {'met' if found <= most else 'missed'}")
+        print(f"{what}: {value:.4g}; goal, at most {most:g}: {'met' if value <= most else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What the loss head costs beside eager losses, bare matrix products and other fused heads.
+"""Compares time and memory of the loss head with eager losses, bare matrix products and other fused heads.
 
     python -m benchmarks.head --device cpu     (part of `make bench`)
     python -m benchmarks.head --device cuda    (`make bench-gpu` measures the most important cases)
 
-First the gradients' errors against float64, in bfloat16. Then time and memory: every way computes the loss and the
-gradients of hidden states and weight. The ways have their turns round by round in one process, on inputs drawn anew for
-each round; quoted are medians of the rounds' ratios, with the lowest and highest. Extra memory is the peak beyond the
-inputs. Last, what was to be reached, and whether it was.
+It first prints the gradients' errors in bfloat16 against float64. Then it measures time and memory: each head computes
+the loss and the gradients of hidden states and weight. The heads take turns in one process, with new inputs in each
+round. The tables show the median of the rounds' ratios, with the smallest and the largest. Extra memory is the peak
+beyond the inputs. In the end it prints the goals, and whether they are met.
 
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
 """
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "veomni")
 
 
 def gpu_cases() -> list[Case]:
-    """Every vocabulary and number of rows at K = 50; at one of them every K, every share, and memory without dX."""
+    """Each vocabulary and number of rows at K = 50. For one vocabulary also each K and share, and cases without dX."""
     V, d = GPU_VOCABULARIES[2]
     return [
         *(Case(N, V, d, 50) for (V, d), N in itertools.product(GPU_VOCABULARIES, GPU_ROWS)),
@@ -51,22 +51,22 @@ def gpu_cases() -> list[Case]:
 
 
 def gradient_errors(case: Case, device: str, ways: dict[str, Way]) -> list[Error]:
-    """Of our head and of eager losses in bfloat16, against float64 on the same inputs."""
+    """Errors of our head and of eager losses in bfloat16, against float64 on the same inputs."""
     inputs = random_inputs(case, device, torch.bfloat16, seed=0)
     exact_Nd, exact_Vd = exact_gradients(inputs)
     errors = []
     for name in (OURS, EAGER):
         gradients = torch.autograd.grad(ways[name](inputs), (inputs.hidden, inputs.weight))
         dX, dW = (
-            float((found.double() - exact).norm() / exact.norm())
-            for found, exact in zip(gradients, (exact_Nd, exact_Vd), strict=True)
+            float((gradient.double() - exact).norm() / exact.norm())
+            for gradient, exact in zip(gradients, (exact_Nd, exact_Vd), strict=True)
         )
         errors.append(Error(case, name, dX, dW))
     return errors
 
 
 def exact_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """dX and dW in float64, the rows one chunk after the other: the reference is dense."""
+    """dX and dW in float64, computed in chunks of rows, because the reference is dense."""
     parts = {name: tensor.split(REFERENCE_ROWS) for name, tensor in vars(inputs).items() if name != "weight"}
     weight_Vd = inputs.weight.detach().double()
     dhidden, dweight_Vd = [], torch.zeros_like(weight_Vd)
@@ -82,7 +82,7 @@ def exact_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def measure_cuda(case: Case, ways: dict[str, Way], rounds: int) -> list[Measurement]:
-    """In each turn a step for the peak of memory, and then, with that memory at hand, one for the time."""
+    """Each turn runs one step for peak memory, and then, with that memory allocated, one step for time."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, int] = {}
     for number in range(rounds + 1):
@@ -110,7 +110,7 @@ def measure_cuda(case: Case, ways: dict[str, Way], rounds: int) -> list[Measurem
 
 
 def measure_cpu(case: Case, ways: dict[str, Way], rounds: int) -> list[Measurement]:
-    """Extra memory is by how much the resident size of the process grows in a step, at its peak; Linux tells it."""
+    """Extra memory is the peak growth of the process's resident size in a step, read from Linux's /proc."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory = dict.fromkeys(ways, 0)
     for number in range(rounds + 1):
@@ -126,33 +126,33 @@ def measure_cpu(case: Case, ways: dict[str, Way], rounds: int) -> list[Measureme
 
 
 def resident_size(name: str) -> int:
-    """VmRSS, bytes now, or VmHWM, bytes at the peak."""
+    """Resident size in bytes: VmRSS now, VmHWM at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measured(device: str, cases: Sequence[Case], ways: dict[str, Way], rounds: int) -> Iterator[list[Measurement]]:
-    """Case by case; without dX, our head alone."""
+    """The measurements, case by case. Cases without dX measure our head alone."""
     measure = measure_cuda if device == "cuda" else measure_cpu
     for case in cases:
         yield measure(case, ways if case.with_dX else {OURS: ways[OURS]}, rounds)
 
 
 def versions() -> dict[str, str]:
-    """Of what is compared, as far as it is installed."""
-    found = {"python": sys.version.partition(" ")[0]}
+    """Versions of the installed packages that matter here."""
+    installed = {"python": sys.version.partition(" ")[0]}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def benchmark(
     device: str, cases: Sequence[Case], error_cases: Sequence[Case], rounds: int, output: Path | None, console: Console
 ) -> Findings:
-    """Measures and prints; with ``output``, the numbers are written there case by case, and at the end a plot."""
+    """Measures and prints. With ``output``, writes the numbers there after each case, and a plot at the end."""
     on_gpu = device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     ways, missing = ways_on(device)
@@ -169,7 +169,7 @@ def benchmark(
 
     for number, measurements in enumerate(measured(device, cases, ways, rounds), start=1):
         findings.measurements.extend(measurements)
-        console.print(f"case {number} of {len(cases)} is measured")
+        console.print(f"measured case {number} of {len(cases)}")
         if output is not None:
             report.write_numbers(findings, on_gpu, output)
     console.print(report.time_table(findings.measurements))
@@ -181,10 +181,10 @@ def benchmark(
 
 
 def main() -> None:
-    """Measures the cases of a device."""
+    """Measures the cases of one device."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.head")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="how often every way has its turn")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
     parser.add_argument("--output", type=Path, help="directory for head-DEVICE.json and head-DEVICE.png")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"

@@ -1,6 +1,6 @@
-"""What `benchmarks.head` found: tables, goals, a plot and JSON.
+"""Reports the results of `benchmarks.head`: tables, goals, a plot and JSON.
 
-A ratio of times is the median of the rounds' ratios, each of two times of one round.
+A ratio of times is the median of the rounds' ratios. Each compares two times of the same round.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.head_ways import EAGER, LIGER, OURS, PRODUCTS, Case
 from rich.table import Table
 
-# At 16,384 rows and K = 50, by hidden size; where vocabularies differ, the worst counts.
+# Goals at 16,384 rows and K = 50, by hidden size. The worst vocabulary counts.
 GOAL_ROWS, GOAL_IDS = 16384, 50
 MOST_TIME = {PRODUCTS: {896: 1.45, 2048: 1.12}, EAGER: {896: 0.55, 2048: 0.70}}
 MOST_TIME_OF_BEST_LIGER = 1.05
@@ -24,7 +24,7 @@ MOST_TIME_ON_CPU, MOST_MEMORY_ON_CPU = 1.1, 0.15
 
 @dataclass(frozen=True)
 class Measurement:
-    """A way on a case: seconds of each round, or none where memory ran out, and extra peak memory in bytes."""
+    """One head on one case: seconds of each round (empty if memory ran out), and extra peak memory in bytes."""
 
     case: Case
     way: str
@@ -34,7 +34,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Error:
-    """Norm of a gradient's difference from float64's, relative to that one's norm."""
+    """Relative error of each gradient: norm of its difference from float64, divided by the norm in float64."""
 
     case: Case
     way: str
@@ -44,7 +44,7 @@ class Error:
 
 @dataclass(frozen=True)
 class Findings:
-    """All of one run; ``missing`` says why a peer is not in it."""
+    """All results of one run. ``missing`` names the peers that could not run, with the reason."""
 
     device: str
     versions: dict[str, str]
@@ -55,7 +55,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that must not be above ``must``; ``found`` is None where it was not measured."""
+    """A ratio with its upper limit ``must``. ``found`` is the measured ratio, or None."""
 
     ratio: str
     must: float
@@ -63,53 +63,53 @@ class Goal:
 
     @property
     def verdict(self) -> str:
-        """Whether it was met."""
+        """Whether the goal was met."""
         if self.found is None:
             return "not measured"
         return "met" if self.found <= self.must else "missed"
 
 
 def ratios(mine: Measurement, theirs: Measurement) -> list[float]:
-    """Of the times, round by round; none where memory ran out."""
+    """Ratios of the times, round by round; empty if memory ran out."""
     if not (mine.seconds and theirs.seconds):
         return []
     return [one / other for one, other in zip(mine.seconds, theirs.seconds, strict=True)]
 
 
 def groups(measurements: Sequence[Measurement]) -> dict[Case, dict[str, Measurement]]:
-    """The measurements of each case by their ways."""
-    found: dict[Case, dict[str, Measurement]] = {}
+    """The measurements of each case, by the name of the head."""
+    by_case: dict[Case, dict[str, Measurement]] = {}
     for one in measurements:
-        found.setdefault(one.case, {})[one.way] = one
-    return found
+        by_case.setdefault(one.case, {})[one.way] = one
+    return by_case
 
 
 def shape_of(case: Case) -> tuple[str, ...]:
-    """The cells of a case."""
+    """The cells of a case in a table."""
     rows = f"{case.share:.0%}" + ("" if case.with_dX else ", no dX")
     return (*map(str, (case.N, case.V, case.d, case.K)), rows)
 
 
 def time_table(measurements: Sequence[Measurement]) -> Table:
-    """One line for each case and way: time against eager's in the same round, and memory against eager's."""
+    """One line for each case and head: time against eager losses in the same round, and memory against theirs."""
     table = Table("N", "V", "d", "K", "rows", "way", "ms", "time / eager", "extra MB", "memory / eager")
     for case, ways in groups(measurements).items():
         base = ways.get(EAGER)
         for name, one in ways.items():
-            found = ratios(one, base) if base else []
+            times = ratios(one, base) if base else []
             table.add_row(
                 *shape_of(case),
                 name,
                 f"{1e3 * statistics.median(one.seconds):,.1f}" if one.seconds else "out of memory",
-                f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else "",
+                f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if times else "",
                 f"{one.memory / 1e6:,.0f}" if one.seconds else "",
-                f"{one.memory / base.memory:.3f}" if found and base and base.memory else "",
+                f"{one.memory / base.memory:.3f}" if times and base and base.memory else "",
             )
     return table
 
 
 def error_table(errors: Sequence[Error]) -> Table:
-    """One line for each case and way: the gradients' errors, and as multiples of eager's."""
+    """One line for each case and head: the gradients' errors, also as multiples of those of eager losses."""
     table = Table("N", "V", "d", "K", "rows", "way", "dX error", "dW error", "dX / eager", "dW / eager")
     for one in errors:
         dX, dW = error_ratio(one, errors)
@@ -119,18 +119,18 @@ def error_table(errors: Sequence[Error]) -> Table:
 
 
 def error_ratio(one: Error, errors: Sequence[Error]) -> tuple[float, float]:
-    """The errors of dX and dW as multiples of eager's on the same case."""
+    """The errors of dX and dW as multiples of those of eager losses on the same case."""
     (base,) = (other for other in errors if other.way == EAGER and other.case == one.case)
     return one.dX / base.dX, one.dW / base.dW
 
 
 def goals_of(findings: Findings, on_gpu: bool) -> list[Goal]:
-    """What the head was built to reach, beside what was found."""
-    found = groups(findings.measurements)
+    """The goals of the head, with the measured ratios."""
+    by_case = groups(findings.measurements)
     errors = [max(error_ratio(one, findings.errors)) for one in findings.errors if one.way == OURS]
     error = Goal("error of dX and dW / that of eager", MOST_ERROR, _worst(errors))
     if not on_gpu:
-        cases = [ways for ways in found.values() if EAGER in ways]
+        cases = [ways for ways in by_case.values() if EAGER in ways]
         return [
             Goal(f"time / {EAGER}", MOST_TIME_ON_CPU, _worst([_time(ways, EAGER) for ways in cases])),
             Goal(f"extra peak memory / {EAGER}", MOST_MEMORY_ON_CPU, _worst([_memory(ways) for ways in cases])),
@@ -138,7 +138,7 @@ def goals_of(findings: Findings, on_gpu: bool) -> list[Goal]:
         ]
     plain = [
         (case, ways)
-        for case, ways in found.items()
+        for case, ways in by_case.items()
         if (case.N, case.K, case.share, case.with_dX) == (GOAL_ROWS, GOAL_IDS, 1.0, True)
     ]
     by_d = {d: [ways for case, ways in plain if case.d == d] for d in (896, 2048)}
@@ -151,11 +151,11 @@ def goals_of(findings: Findings, on_gpu: bool) -> list[Goal]:
         Goal(f"time / best chunk of {LIGER}, d = {d}", MOST_TIME_OF_BEST_LIGER, _worst(list(map(_best_liger, cases))))
         for d, cases in by_d.items()
     ]
-    dX_free = sorted((case.N, ways[OURS].memory) for case, ways in found.items() if not case.with_dX)
+    dX_free = sorted((case.N, ways[OURS].memory) for case, ways in by_case.items() if not case.with_dX)
     growth = dX_free[-1][1] / dX_free[0][1] if len(dX_free) > 1 and dX_free[0][1] else None
     halves = [
         statistics.median(ways[OURS].seconds) / statistics.median(whole[OURS].seconds)
-        for case, ways in found.items()
+        for case, ways in by_case.items()
         for other, whole in plain
         if case == Case(other.N, other.V, other.d, other.K, 0.5) and ways[OURS].seconds and whole[OURS].seconds
     ]
@@ -169,19 +169,19 @@ def goals_of(findings: Findings, on_gpu: bool) -> list[Goal]:
     ]
 
 
-def _worst(found: Sequence[float | None]) -> float | None:
+def _worst(ratios: Sequence[float | None]) -> float | None:
     """The largest ratio; None unless all were measured."""
-    measured = [ratio for ratio in found if ratio is not None]
-    return max(measured) if measured and len(measured) == len(found) else None
+    measured = [ratio for ratio in ratios if ratio is not None]
+    return max(measured) if measured and len(measured) == len(ratios) else None
 
 
 def _time(ways: dict[str, Measurement], other: str) -> float | None:
-    found = ratios(ways[OURS], ways[other]) if other in ways else []
-    return statistics.median(found) if found else None
+    times = ratios(ways[OURS], ways[other]) if other in ways else []
+    return statistics.median(times) if times else None
 
 
 def _best_liger(ways: dict[str, Measurement]) -> float | None:
-    """Our time against the least of Liger's."""
+    """Our time against the shortest of Liger's."""
     times = [_time(ways, name) for name in ways if name.startswith(LIGER)]
     return max((one for one in times if one is not None), default=None)
 
@@ -200,13 +200,13 @@ def goal_table(goals: Sequence[Goal]) -> Table:
 
 
 def path_of(findings: Findings, output: Path, suffix: str) -> Path:
-    """The file of a device."""
+    """The output file for the device."""
     slug = re.sub("[^a-z0-9]+", "-", findings.device.lower()).strip("-")
     return output / f"head-{slug}{suffix}"
 
 
 def write_numbers(findings: Findings, on_gpu: bool, output: Path) -> Path:
-    """Everything as JSON."""
+    """Writes all results as JSON."""
     path = path_of(findings, output, ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     goals = [asdict(goal) | {"verdict": goal.verdict} for goal in goals_of(findings, on_gpu)]
@@ -215,27 +215,27 @@ def write_numbers(findings: Findings, on_gpu: bool, output: Path) -> Path:
 
 
 def draw(findings: Findings, output: Path) -> Path | None:
-    """Time and memory of each way where every way was measured at one K; None without matplotlib."""
+    """Plots time and memory of all heads, for the cases that measured all of them; None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
 
-    found = {
+    cases = {
         case: ways
         for case, ways in groups(findings.measurements).items()
         if case.K == GOAL_IDS and case.share == 1 and len(ways) > 1
     }
-    names = list(dict.fromkeys(name for ways in found.values() for name in ways))
-    figure = Figure(figsize=(12, 4 + 0.6 * len(found)), layout="constrained")
+    names = list(dict.fromkeys(name for ways in cases.values() for name in ways))
+    figure = Figure(figsize=(12, 4 + 0.6 * len(cases)), layout="constrained")
     height = 0.85 / len(names)
     units = {"milliseconds": lambda one: 1e3 * statistics.median(one.seconds), "extra GB": lambda one: one.memory / 1e9}
     for axes, (label, value) in zip(figure.subplots(1, 2, sharey=True), units.items(), strict=True):
         for place, name in enumerate(names):
-            bars = [(row, ways[name]) for row, ways in enumerate(found.values()) if name in ways and ways[name].seconds]
+            bars = [(row, ways[name]) for row, ways in enumerate(cases.values()) if name in ways and ways[name].seconds]
             rows = [row + place * height for row, _ in bars]
             axes.barh(rows, [value(one) for _, one in bars], height, label=name)
         axes.set(xlabel=label)
-        axes.set_yticks([row + 0.4 for row in range(len(found))], [f"N {c.N}\nV {c.V}\nd {c.d}" for c in found])
+        axes.set_yticks([row + 0.4 for row in range(len(cases))], [f"N {c.N}\nV {c.V}\nd {c.d}" for c in cases])
         axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

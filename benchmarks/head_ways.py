@@ -1,7 +1,7 @@
-"""What `benchmarks.head` compares: our head, eager losses, bare matrix products, and other fused heads.
+"""The heads that `benchmarks.head` compares: ours, eager losses, bare matrix products, and other fused heads.
 
-A way takes inputs and gives a loss; its backward pass makes the gradients of hidden states and weight. Peers that have
-other losses than ours (most have the NLL alone) do less work: that is said in their names.
+A `Way` is a function from inputs to a loss. Its backward pass computes the gradients of hidden states and weight. Most
+peers compute the NLL alone, which is less work than our losses; their names say so.
 
 Shapes: N rows, d hidden size, V vocabulary, K teacher ids.
 """
@@ -25,7 +25,7 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """The shape of a step; ``share`` is the part of the rows that any term counts in."""
+    """The shape of a step. ``share`` is the share of the rows with nonzero weights."""
 
     N: int
     V: int
@@ -40,7 +40,7 @@ SMALL = Case(64, 512, 64, 4)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What ``distill_head`` takes, with random numbers; weight, and with dX hidden, require gradients."""
+    """Random arguments for ``distill_head``. ``weight`` requires gradients, and so does ``hidden`` with dX."""
 
     hidden: Tensor
     weight: Tensor
@@ -58,7 +58,7 @@ Way = Callable[[Inputs], Tensor]
 
 
 def random_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> Inputs:
-    """Inputs of a case, other ones for each seed. A row that does not count has weights 0 and the label −100."""
+    """Inputs of a case, different for each seed. A row outside the share has weights 0 and the label −100."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -84,12 +84,12 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> Inp
 
 
 def adpa_head(inputs: Inputs) -> Tensor:
-    """Ours, all three losses."""
+    """Our head, with all three losses."""
     return distill_head(**vars(inputs))[0]
 
 
 def eager(inputs: Inputs) -> Tensor:
-    """Logits in the inputs' dtype, losses in float32, the tail as 1 − Σq: the cheapest that plain torch has."""
+    """Logits in the inputs' dtype, losses in float32, the tail as 1 − Σq: the cheapest form in plain torch."""
     logq_NV = (inputs.hidden @ inputs.weight.T).float().log_softmax(1)
     nll_N = -logq_NV.gather(1, inputs.labels.clamp(min=0)[:, None]).squeeze(1)
     logq_NK = logq_NV.gather(1, inputs.topk_ids)
@@ -101,7 +101,7 @@ def eager(inputs: Inputs) -> Tensor:
 
 
 class _ThreeProducts(torch.autograd.Function):
-    """The products of any head without its losses: logits, dX and dW, the logits standing in for their gradient."""
+    """The three products of any head without its losses. The logits stand in for their gradient in dX and dW."""
 
     @staticmethod
     def forward(ctx: Any, hidden_Nd: Tensor, weight_Vd: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def three_products(inputs: Inputs) -> Tensor:
 
 
 def torch_chunked() -> Way:
-    """PyTorch's own chunked linear cross-entropy; without options it is not chunked."""
+    """PyTorch's own linear cross-entropy. It runs in chunks only if options are passed."""
     options = torch.nn.LinearCrossEntropyOptions()
 
     def way(inputs: Inputs) -> Tensor:
@@ -138,7 +138,7 @@ def liger(factor: int) -> Callable[[], Way]:
     def make() -> Way:
         module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
         head = module.LigerFusedLinearCrossEntropyFunction.apply
-        # bias to ce_mode of liger-kernel 0.8.5, all as by default; what follows them is the chunk's factor
+        # the defaults of liger-kernel 0.8.5 from bias to ce_mode; the next argument is the chunk's factor
         defaults = (None, None, IGNORED, 0.0, 0.0, "mean", None, False, None, False, False, False, None, None)
         return lambda inputs: head(inputs.hidden, inputs.weight, inputs.labels, *defaults, factor)[0]
 
@@ -146,7 +146,7 @@ def liger(factor: int) -> Callable[[], Way]:
 
 
 def liger_kl() -> Way:
-    """Liger's KL to a dense target, which has to be made of the K ids first; it has no tail."""
+    """Liger's KL to a dense target, made from the K ids; it has no tail."""
     loss = import_module("liger_kernel.transformers.fused_linear_kl_div").LigerFusedLinearKLDivLoss()
 
     def way(inputs: Inputs) -> Tensor:
@@ -158,7 +158,7 @@ def liger_kl() -> Way:
 
 
 def cut_cross_entropy() -> Way:
-    """Apple's cut cross-entropy as by default, with small gradients left out."""
+    """Apple's cut cross-entropy with its defaults, which skip small gradients."""
     head = import_module("cut_cross_entropy").linear_cross_entropy
     return lambda inputs: head(inputs.hidden, inputs.weight, inputs.labels)
 
@@ -169,8 +169,8 @@ def veomni() -> Way:
 
     def way(inputs: Inputs) -> Tensor:
         teacher = (inputs.topk_ids, inputs.teacher_logprobs)
-        found = head(inputs.hidden, inputs.weight, inputs.labels, *teacher, shift_labels=inputs.labels)
-        return (inputs.kl_weight * found[2] - inputs.nll_weight * found[0]).sum()
+        losses = head(inputs.hidden, inputs.weight, inputs.labels, *teacher, shift_labels=inputs.labels)
+        return (inputs.kl_weight * losses[2] - inputs.nll_weight * losses[0]).sum()
 
     return way
 
@@ -185,13 +185,13 @@ PEERS: dict[str, Callable[[], Way]] = {
 
 
 def step(way: Way, inputs: Inputs) -> None:
-    """Loss and gradients, which are then dropped."""
+    """Computes loss and gradients, and drops the gradients."""
     way(inputs).backward()
     inputs.hidden.grad = inputs.weight.grad = None
 
 
 def ways_on(device: str) -> tuple[dict[str, Way], dict[str, str]]:
-    """What can be compared here, and why the other peers cannot: each peer must get through one small step."""
+    """The heads that can run one small step here, and for each other peer the reason why it cannot."""
     ways: dict[str, Way] = {OURS: adpa_head, PRODUCTS: three_products, EAGER: eager}
     missing = {}
     inputs = random_inputs(SMALL, device, DTYPES[device], seed=0)
@@ -199,7 +199,7 @@ def ways_on(device: str) -> tuple[dict[str, Way], dict[str, str]]:
         try:
             way = make()
             step(way, inputs)
-        except Exception as error:  # whatever another project's code may raise here: it is told
+        except Exception as error:  # another project's code may raise anything; it is reported
             missing[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         else:
             ways[name] = way

@@ -1,7 +1,9 @@
-"""What reading batches from the cache costs, as a share of a training step: ``make bench``.
+"""Measures the time to read batches from the cache, as a share of a training step: part of ``make bench``.
 
-The student has the size of SmolLM2-135M with six layers; the signals are random numbers of the real shape, because
-their values cost nothing. Reading and stepping alternate in one run; the ratio is quoted, not the times.
+    python -m benchmarks.reading
+
+The student has the size of SmolLM2-135M, with six layers. The signals are random numbers of the real shape, because
+their values do not change the time. Reads and steps alternate in one run, and only their ratio counts.
 """
 
 import statistics
@@ -60,7 +62,7 @@ def write_part(cache: Path, name: ResponseName, generator: np.random.Generator) 
 
 
 def random_signals(key: bytes, generator: np.random.Generator) -> SignalRow:
-    """Signals of a response; the log-probabilities fall as a teacher's do."""
+    """Signals of a response, with falling log-probabilities like a teacher's."""
     ids = generator.permutation(VOCABULARY)[:TOP_K].astype(np.int32)
     logprobs = -0.3 * np.arange(TOP_K) - 1.4
     per_token = np.full(RESPONSE_TOKENS, -1.0, dtype=np.float32)

@@ -1,19 +1,23 @@
-"""What scoring costs beside the bare engine, and beside a loop like the paper's code: `make bench`.
+"""Compares the time of scoring with the bare engine and with a loop like the paper's code: part of `make bench`.
 
-SmolLM2-135M's real weights on the CPU, in float32, K = 50; the sequences are pieces of the repository's own texts, half
-prompt and half response. Every way of scoring has a process of its own that loads its models, warms up and waits; they
-take turns, so that whatever else the machine does befalls all of them. Only scoring is timed: loading a model is not,
-nor its first answer, nor unloading it. A ratio is of two times of the same round.
+    python -m benchmarks.scoring
 
-The bare engine is vLLM without log-probabilities: it reads the same tokens and generates one more. What is missing is
-vLLM's log-probabilities at given ids: they need its V2 model runner, which runs on a CPU only in Triton's interpreter.
+SmolLM2-135M's real weights run on the CPU, in float32, with K = 50. The sequences are pieces of the repository's own
+texts, half prompt and half response. Each method of scoring has its own process, which loads its models, warms up and
+waits. The methods take turns, so that other work on the machine slows all of them. Only scoring is timed: not loading
+a model, not its first batch, not unloading it. A ratio compares two times of the same round.
 
-The paper's loop does what `utils/precompute_logits.py` of its published code does (github.com/SLIT-AI/ADPA, read in a
-public copy), in words of our own: transformers, two sequences a batch, shortest first, padded to the longer one; the
-logits of every position, and the loss too, because the labels are passed; of the response rows the softmax, its 50
-largest values and the mass of the rest, as Python lists; a line of JSON for each sequence, a file for each model. What
-that code does next is left out, in its favour: it reads the lines back, copies them into an Arrow data set and merges
-teacher and reference token by token. It computes in float16 on a GPU, here in float32 like all others.
+The bare engine is vLLM without log-probabilities: it reads the same tokens and generates one more. vLLM's
+log-probabilities at requested ids are not measured: they need its V2 model runner, which runs on a CPU only in Triton's
+interpreter.
+
+The paper's loop does the same as `utils/precompute_logits.py` of the published code (github.com/SLIT-AI/ADPA, read in a
+public copy), rewritten: transformers runs batches of two sequences, shortest first, padded to the longer one. It
+computes the logits of every position, and also the loss, because labels are passed. For the response rows it takes the
+softmax, the 50 largest values and the mass of the rest, as Python lists. It writes a line of JSON for each sequence, in
+a file for each model. The published code then reads the lines back, copies them into an Arrow data set and merges
+teacher and reference token by token; this benchmark leaves that out, in its favour. The published code computes in
+float16 on a GPU; here all methods compute in float32.
 """
 
 import argparse
@@ -70,7 +74,7 @@ MOST_TIME, LEAST_SPEED = 1.45, 3.0
 
 @dataclass(frozen=True)
 class Task:
-    """What every way of scoring is given."""
+    """The input of every method of scoring."""
 
     teacher: Checkpoint
     reference: Checkpoint
@@ -98,7 +102,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """One turn: seconds of scoring, and bytes that were written."""
+    """One turn: seconds of scoring, and bytes written."""
 
     seconds: float
     size: int = 0
@@ -110,8 +114,8 @@ Run = Callable[[Sequence[TokenSequence]], Measured]
 def main() -> None:
     """Measures round by round and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.scoring")
-    parser.add_argument("--sequences", type=int, default=24, help="how many are scored")
-    parser.add_argument("--rounds", type=int, default=5, help="how often every way has its turn")
+    parser.add_argument("--sequences", type=int, default=24, help="number of scored sequences")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
     arguments = parser.parse_args()
     quiet()
     os.environ.update(VLLM)
@@ -125,13 +129,13 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """Without transformers' progress bars and load reports."""
+    """Turns off transformers' progress bars and load reports."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def save_perturbed(source: Path, directory: Path) -> None:
-    """Saves a copy of a checkpoint whose weights differ a little: a reference that costs what the teacher does."""
+    """Saves a copy of a checkpoint with slightly different weights: a reference as expensive as the teacher."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
@@ -141,7 +145,7 @@ def save_perturbed(source: Path, directory: Path) -> None:
 
 
 def text_sequences(tokenizer: Path, count: int) -> list[TokenSequence]:
-    """Pieces of the repository's texts: about 150 tokens of prompt and 150 of response, long ones among them."""
+    """Pieces of the repository's texts, with about 150 tokens of prompt and of response; some are much longer."""
     root = Path(__file__).resolve().parents[1]
     text = "\n".join(path.read_text() for path in (root / "LICENSE", root / "README.md", root / "docs/smollm2.md"))
     ids = np.array(AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"], dtype=np.int32)
@@ -156,14 +160,14 @@ def text_sequences(tokenizer: Path, count: int) -> list[TokenSequence]:
 
 
 def measure(task: Task, rounds: int) -> dict[str, list[Measured]]:
-    """Gives every way its turn in every round."""
+    """Runs every method once in every round."""
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
-    for name in WAYS:  # one after the other, so that loading disturbs no one's warm-up
+    for name in METHODS:  # one after the other: loading would disturb a warm-up
         pipes[name], end = spawn.Pipe()
         spawn.Process(target=serve, args=(end, name, task), daemon=True).start()
         pipes[name].recv()
-    measured: dict[str, list[Measured]] = {name: [] for name in WAYS}
+    measured: dict[str, list[Measured]] = {name: [] for name in METHODS}
     for number in range(1, rounds + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -175,9 +179,9 @@ def measure(task: Task, rounds: int) -> dict[str, list[Measured]]:
 
 
 def serve(pipe: Connection, name: str, task: Task) -> None:
-    """Loads what a way of scoring needs, warms up, and scores whenever it is asked to."""
+    """Runs one method in its own process: loads its models, warms up, and scores at each request."""
     quiet()
-    run = WAYS[name](task)
+    run = METHODS[name](task)
     run(task.sequences[:4])
     pipe.send("ready")
     while pipe.recv():
@@ -185,12 +189,12 @@ def serve(pipe: Connection, name: str, task: Task) -> None:
 
 
 def batch_tokens(engine: Engine) -> int:
-    """The engine's own, but for hf, which pads: its 8,192 would pad this small set as it never pads a large one."""
+    """The engine's default; less for hf, because its 8,192 would pad this small set far more than a large one."""
     return 1024 if engine is HF else BATCH_TOKENS
 
 
 def bare(task: Task) -> Run:
-    """vLLM reads the sequences and generates a token for each; nothing is scored."""
+    """vLLM reads the sequences and generates a token for each, without log-probabilities."""
     from vllm import SamplingParams
 
     from adpa.pipeline.scoring.vllm_models import VllmModel
@@ -226,7 +230,7 @@ def teacher(task: Task, engine: Engine) -> Run:
 
 
 def reference(task: Task, engine: Engine) -> Run:
-    """The reference's pass alone, at ids that cost what the teacher's do."""
+    """The reference's pass alone, at random ids, which cost as much as the teacher's."""
     scorer = engine.open_scorer(task.reference, task.scoring(engine), task.longest)
     generator = np.random.default_rng(0)
 
@@ -246,38 +250,38 @@ def reference(task: Task, engine: Engine) -> Run:
 
 
 def end_to_end(task: Task, engine: Engine) -> Run:
-    """Both models, one after the other, into a cache on disk, as ``adpa precompute`` does it."""
+    """Both models, one after the other, into a cache on disk, as in ``adpa precompute``."""
     scoring = task.scoring(engine)
     checkpoints = {checkpoint.identity: checkpoint for checkpoint in (task.teacher, task.reference)}
 
     def run(sequences: Sequence[TokenSequence]) -> Measured:
-        uncounted = 0.0
+        excluded = 0.0
 
         @contextmanager
-        def not_counted() -> Iterator[None]:
-            nonlocal uncounted
+        def not_timed() -> Iterator[None]:
+            nonlocal excluded
             started = time.perf_counter()
             yield
-            uncounted += time.perf_counter() - started
+            excluded += time.perf_counter() - started
 
         def open_scorer(identity: ModelIdentity) -> Scorer:
-            with not_counted():
+            with not_timed():
                 scorer = engine.open_scorer(checkpoints[identity], scoring, task.longest)
                 list(scorer.top_k([task.sequences[:4]], TOP_K))
-            scorer.close = not_counted()(scorer.close)  # type: ignore[method-assign]
+            scorer.close = not_timed()(scorer.close)  # type: ignore[method-assign]
             return scorer
 
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             score(Path(folder), scoring, sequences, open_scorer, batch_tokens(engine))
-            seconds = time.perf_counter() - started - uncounted
+            seconds = time.perf_counter() - started - excluded
             return Measured(seconds, sum(path.stat().st_size for path in scoring.folder(Path(folder)).glob("*.arrow")))
 
     return run
 
 
 def paper_loop(task: Task) -> Run:
-    """Both models, one after the other, as the paper's code does it."""
+    """Both models, one after the other, as in the paper's code."""
     models = [
         AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
         for checkpoint in (task.teacher, task.reference)
@@ -329,7 +333,7 @@ def write_json_lines(model: torch.nn.Module, sequences: Sequence[TokenSequence],
                 file.write(json.dumps(line) + "\n")
 
 
-WAYS: dict[str, Callable[[Task], Run]] = {
+METHODS: dict[str, Callable[[Task], Run]] = {
     BARE: bare,
     "vllm prompt-logprobs, teacher": partial(teacher, engine=PROMPT_LOGPROBS),
     ONE_PASS: partial(teacher, engine=HIDDEN_STATES),
@@ -342,7 +346,7 @@ WAYS: dict[str, Callable[[Task], Run]] = {
 
 
 def print_table(task: Task, measured: dict[str, list[Measured]]) -> None:
-    """Prints what was measured, and whether it is what it should be."""
+    """Prints the measurements, and whether the goals are met."""
     print(
         f"{len(task.sequences)} sequences, {task.tokens:,} tokens, of which {task.response_tokens:,} are responses; "
         f"K = {TOP_K}, float32, {torch.get_num_threads()} threads; "
@@ -369,12 +373,12 @@ def print_table(task: Task, measured: dict[str, list[Measured]]) -> None:
 
 
 def ratios(turns: Sequence[Measured], others: Sequence[Measured]) -> list[float]:
-    """Time over time, round by round."""
+    """Ratios of the times, round by round."""
     return [turn.seconds / other.seconds for turn, other in zip(turns, others, strict=True)]
 
 
 def summary(values: Sequence[float], form: str) -> str:
-    """Median, least and most."""
+    """Median, smallest and largest."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 

@@ -1,6 +1,7 @@
-"""Other advantages than the published ones, as scorings that were made from another one in the same cache.
+"""Advantages other than the published ones: changes the signals of a scoring and saves them as a new scoring.
 
-``adpa distill`` trains on a changed scoring as it does on any other. Shapes: T response tokens, K ids.
+The new scoring is in the same cache, and ``adpa distill`` trains on it as on any other. Shapes: T response tokens,
+K ids.
 """
 
 from collections.abc import Callable
@@ -27,14 +28,14 @@ def clipped(row: SignalRow) -> SignalRow:
 
 
 def centred(row: SignalRow) -> SignalRow:
-    """A minus its expectation under the teacher, Σ_S p·A / Σ_S p; what is outside S keeps 0."""
+    """A minus its expectation under the teacher, Σ_S p·A / Σ_S p. Tokens outside S keep advantage 0."""
     advantages_TK, p_TK = _advantages(row), np.exp(row.topk_logprobs, dtype=np.float64)
     mean_T = (p_TK * advantages_TK).sum(1) / p_TK.sum(1)
     return replace(row, topk_advantages=advantages_TK - mean_T[:, None])
 
 
 def uniform_reference(row: SignalRow) -> SignalRow:
-    """log π_teacher + log V: what is left without a reference, with a zero where the teacher knows nothing."""
+    """log π_teacher + log V: the advantage over a uniform reference. It is 0 if the teacher is uniform, too."""
     return replace(row, topk_advantages=row.topk_logprobs.astype(np.float64) + np.log(len(VOCABULARY)))
 
 
@@ -46,20 +47,20 @@ CHANGES: dict[AdvantageName, Change] = {
 
 
 def towards_prior(prior: SignalTable) -> Change:
-    """Makes KL terms pull towards another model than the teacher; advantages stay.
+    """Replaces the teacher in KL terms by another model, the prior. Advantages stay.
 
     Args:
-        prior: signals of the same sequences and ids, whose reference is that model: its log-probabilities are the
-            teacher's minus the advantages. A sequence that is not among them has no changed row.
+        prior: signals of the same sequences and ids, with the prior as reference: its log-probabilities are the
+            teacher's minus the advantages. A sequence without these signals gets no changed row.
     """
     rows = {row.key: row for row in map(prior.row, range(len(prior)))}
 
     def change(row: SignalRow) -> SignalRow | None:
-        found = rows.get(row.key)
-        if found is None:
+        prior_row = rows.get(row.key)
+        if prior_row is None:
             return None
-        assert np.array_equal(row.topk_ids, found.topk_ids), "signals of other ids"
-        logprobs_TK = found.topk_logprobs - _advantages(found)
+        assert np.array_equal(row.topk_ids, prior_row.topk_ids), "signals of other ids"
+        logprobs_TK = prior_row.topk_logprobs - _advantages(prior_row)
         outside_T = 1 - np.exp(logprobs_TK).sum(1)
         return replace(row, topk_logprobs=logprobs_TK, tail_logprob=np.log(np.maximum(outside_T, 1e-9)))
 
@@ -67,7 +68,7 @@ def towards_prior(prior: SignalTable) -> Change:
 
 
 def change_signals(cache: Path, scoring_id: str, name: str, change: Change) -> str:
-    """Writes every row of a scoring, changed, to a scoring of its own; gives its id."""
+    """Changes every row of a scoring and writes it to a new scoring. Returns the new scoring's id."""
     scoring = read_scoring(cache, scoring_id)
     changed = replace(scoring, engine=f"{scoring.engine}, {name}")
     signals, done = read_signals(cache, scoring), read_signals(cache, changed).keys()

@@ -1,10 +1,10 @@
-"""The laboratory's checkpoints, as ordinary Hugging Face directories, and its preference pairs.
+"""Trains the laboratory's checkpoints, as ordinary Hugging Face directories, and writes its preference pairs.
 
-The teacher is pretrained on responses of mixed quality; fine-tuned on the chosen responses it is the
-reference; after DPO against that reference it is the teacher. The student takes the same first two steps and
-is too small to do as well.
+A large model is pretrained on responses of mixed quality. Fine-tuning on the chosen responses turns it into the
+reference. DPO against the reference turns the reference into the teacher. The student is pretrained and fine-tuned in
+the same way, but is too small to do as well.
 
-TRL is imported where it is used: it takes seconds, and no other command needs it.
+Functions import TRL when they use it, because its import takes seconds and no other command needs it.
 """
 
 import json
@@ -38,7 +38,7 @@ PRETRAINING_BATCH = 128
 
 @dataclass(frozen=True)
 class Recipe:
-    """The size of a model, and how long it is trained."""
+    """The size of a model and the length of its training."""
 
     layers: int
     width: int
@@ -70,7 +70,7 @@ DPO_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Plan:
-    """What a laboratory is built of: the environment, the number of preference pairs, and the two sizes of model."""
+    """The settings of a laboratory: environment, number of preference pairs, and the sizes of both models."""
 
     environment: Environment = field(default_factory=Environment)
     pairs: int = 3_000
@@ -80,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """Where the laboratory's checkpoints and pairs lie."""
+    """The paths of the laboratory's checkpoints and pairs."""
 
     directory: Path
 
@@ -102,7 +102,7 @@ class Laboratory:
 
 
 def build_laboratory(directory: Path, seed: int, plan: Plan = Plan()) -> Laboratory:
-    """Trains and saves everything, all of it from the seed; prints a line for each step."""
+    """Trains and saves all checkpoints. Everything follows from the seed. Prints a line for each step."""
     laboratory = Laboratory(directory)
     directory.mkdir(parents=True)
     disable_progress_bars()
@@ -133,7 +133,7 @@ def write_preferences(pairs: Sequence[Pair], path: Path) -> None:
 def encode(
     texts: Sequence[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels [N, T]; prompts, which all have the same length, and padding are −100 in the labels."""
+    """Token ids and labels [N, T]. Labels are −100 for prompts, which all have the same length, and for padding."""
     rows = [completion_row(prompt, response) for prompt, response in texts]
     conversations = [
         str(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)) for row in rows
@@ -171,7 +171,7 @@ def _pretrain(
     recipe: Recipe,
     seed: int,
 ) -> None:
-    """Next-token prediction on the responses; a plain loop, because a Trainer doubles the time of such steps."""
+    """Next-token prediction on the responses, in a plain loop: a Trainer would double the time of such small steps."""
     input_ids, labels = encode(texts, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -219,7 +219,7 @@ def align(
     num_train_epochs: float = 1,
     beta: float = DPO_BETA,
 ) -> None:
-    """DPO of a checkpoint against itself, by TRL."""
+    """Trains a checkpoint with TRL's DPO. The reference is the checkpoint itself."""
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 

@@ -1,4 +1,4 @@
-"""Runs ``adpa`` as a user would type it."""
+"""Runs ``adpa`` commands as a user would type them."""
 
 import shlex
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 
 def adpa(*words: object) -> None:
-    """Prints a command and runs it; a command that fails ends the programme with its exit code."""
+    """Prints a command and runs it. If it fails, the program ends with its exit code."""
     command = [str(word) for word in words]
     print(f"\n$ adpa {shlex.join(command)}", flush=True)
     finished = subprocess.run([sys.executable, "-m", "adpa", *command], check=False)

@@ -1,10 +1,10 @@
 """A language task small enough for one core, with a preference that a formula states.
 
 A prompt asks for an operation on five digits and sets a tone: `reverse casual 3 1 4 1 5`. A good response
-greets in that tone, gives the digits, and closes, without fillers: `hey 5 1 4 1 3 cheers`. Since `reward`
-scores any response exactly, alignment can be measured without a judge.
+greets in that tone, says the resulting digits, and closes, without fillers: `hey 5 1 4 1 3 cheers`. `reward` scores
+any response exactly, so that alignment can be measured without a judge.
 
-Whatever is drawn is a function of a seed and of the name of what is drawn.
+All random draws depend only on a seed and on the name of their purpose.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Prompt:
 
     @property
     def held_out(self) -> bool:
-        """Whether the prompt is kept for evaluation: a tenth of all prompts, never drawn for training."""
+        """Whether the prompt is for evaluation only. A tenth of all prompts are."""
         return sum(self.digits) % 10 == 0
 
 
@@ -57,13 +57,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Environment:
-    """What is asked and how it is answered.
+    """The prompts, and the speaker who answers them.
 
     Attributes:
-        operations: what prompts ask for; one that stands here twice is asked for twice as often.
-        noise: how careless the speaker is: the probability of each kind of mistake is multiplied by this.
-        candidates: responses drawn for a preference pair, of which the best is chosen.
-        flipped: the share of preference pairs whose chosen and rejected response are exchanged.
+        operations: the operations of prompts; one that is listed twice occurs twice as often.
+        noise: carelessness of the speaker: a factor on the probability of each kind of mistake.
+        candidates: number of responses drawn for a preference pair; the best one is chosen.
+        flipped: share of preference pairs whose chosen and rejected responses are exchanged.
     """
 
     operations: tuple[str, ...] = OPERATIONS
@@ -78,15 +78,15 @@ class Environment:
         return list(islice(self._random_prompts(_generator(seed, "evaluation"), held_out=True), count))
 
     def corpus(self, count: int, seed: int) -> list[tuple[Prompt, str]]:
-        """Prompts with responses of mixed quality: what the base models are pretrained on."""
+        """Prompts with responses of mixed quality, to pretrain the base models."""
         generator = _generator(seed, "corpus responses")
         prompts = self.training_prompts(count, seed, "corpus")
         return [(prompt, self._noisy_response(prompt, generator)) for prompt in prompts]
 
     def preference_pairs(self, count: int, seed: int) -> list[Pair]:
-        """For each prompt the best of some noisy responses against a worse one of the others.
+        """Pairs the best of several noisy responses to each prompt with a worse one.
 
-        The chosen response has the higher reward, except in the pairs that are flipped.
+        The chosen response has the higher reward, except in flipped pairs.
         """
         generator = _generator(seed, "preference responses")
         prompts = self.training_prompts(count, seed, "preferences")
@@ -100,7 +100,7 @@ class Environment:
                 yield prompt
 
     def _preference_pair(self, prompt: Prompt, generator: np.random.Generator) -> Pair:
-        """Redraws the candidates until one of them is worse than the best."""
+        """Draws candidates until one of them is worse than the best."""
         while True:
             candidates = [self._noisy_response(prompt, generator) for _ in range(self.candidates)]
             best = max(candidates, key=lambda response: reward(prompt, response))
@@ -112,7 +112,7 @@ class Environment:
         return Pair(prompt, other, best) if flipped else Pair(prompt, best, other)
 
     def _noisy_response(self, prompt: Prompt, generator: np.random.Generator) -> str:
-        """A careless speaker: mistakes the operation, slips on digits, greets and closes at whim, pads."""
+        """A careless speaker: may confuse the operation, miss digits, forget greeting or closing, and add fillers."""
         mistaken = generator.random() < 0.2 * self.noise
         operation = _pick(self.operations, generator) if mistaken else prompt.operation
         digits = [
@@ -156,7 +156,7 @@ def reward(prompt: Prompt, response: str) -> float:
         + 0.1 · [first word is the tone's greeting] + 0.1 · [last word is a closing] + 0.1 · brevity
 
     Digits are all digits of the response, in order. Edit similarity is 1 − Levenshtein distance / length of
-    the longer. Brevity is max(0, 1 − surplus / 5), where the surplus are the words beyond five digits, the
+    the longer one. Brevity is max(0, 1 − surplus / 5). The surplus is the number of words beyond five digits, the
     right greeting and the closing.
     """
     words = response.split()

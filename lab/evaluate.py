@@ -1,4 +1,4 @@
-"""How good a checkpoint's responses are, by the laboratory's own reward."""
+"""Evaluates a checkpoint: the laboratory's reward of its responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Evaluation:
 
 
 def evaluate(checkpoint: Path, prompts: Sequence[Prompt], seed: int) -> Evaluation:
-    """Rewards of the responses sampled at temperature 1, the same for the same seed, and of the greedy ones."""
+    """Rewards of responses sampled at temperature 1 and of greedy ones. The same seed gives the same samples."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     with torch.random.fork_rng(devices=[]):
@@ -35,7 +35,7 @@ def evaluate(checkpoint: Path, prompts: Sequence[Prompt], seed: int) -> Evaluati
 def respond(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], do_sample: bool
 ) -> list[str]:
-    """One response to each prompt, up to its end-of-turn token; every other token counts as a word."""
+    """One response to each prompt, up to its end-of-turn token. Every other token becomes a word."""
     responses = []
     for start in range(0, len(prompts), BATCH_SIZE):
         chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts[start : start + BATCH_SIZE]]

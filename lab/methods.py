@@ -1,4 +1,4 @@
-"""The ways from a student to a better one that a study compares, each by the functions that users call."""
+"""The training methods that a study compares. Each calls the same functions as users."""
 
 import inspect
 import re
@@ -21,18 +21,18 @@ OBJECTIVES = (*get_args(ObjectiveName), "dpo")
 
 @dataclass(frozen=True)
 class Method:
-    """One way of training.
+    """One training method.
 
     Attributes:
-        objective: one of ``adpa distill``, or ``dpo`` by TRL.
-        options: of ``distill``, or of ``align``.
-        after: the method whose student this one begins with; default: the SFT student.
-        control: the method whose reward is subtracted from this one's in the table.
-        top_k: ids that the teacher is asked for.
-        advantages: what stands for log π_teacher − log π_reference; see ``adpa.lab.advantages``.
+        objective: an objective of ``adpa distill``, or ``dpo`` for TRL's DPO.
+        options: options of ``distill``, or of ``align`` for DPO.
+        after: the method whose student this one starts from; default: the SFT student.
+        control: the method whose reward the table subtracts from this one's.
+        top_k: K, the number of teacher ids for each token.
+        advantages: definition of the advantages; see ``adpa.lab.advantages``.
         prior: whether KL terms pull towards the SFT student instead of the teacher.
-        trials: options tried on the tuning seeds, of which the best are taken.
-        swept: the options that make the difference between a sweep's methods.
+        trials: options to try on the tuning seeds; the best ones are used.
+        swept: the options in which the methods of a sweep differ.
     """
 
     objective: ObjectiveName | Literal["dpo"]
@@ -47,7 +47,7 @@ class Method:
 
 
 def file_name(name: str) -> str:
-    """A method's name as that of a file or a directory."""
+    """A method's name as the name of a file or directory."""
     return re.sub(r"[^\w.+=]+", "-", name).strip("-.")
 
 
@@ -59,32 +59,32 @@ def trial_name(name: str, number: int) -> str:
 def method_options(objective: str) -> dict[str, Any]:
     """The options that a method of this objective can have, with their defaults."""
     parameters = inspect.signature(align if objective == "dpo" else distill).parameters.values()
-    given_here = {"seed", "scoring", "response_set", "save_steps", "resume_from_checkpoint", "report_to"}
+    set_by_the_study = {"seed", "scoring", "response_set", "save_steps", "resume_from_checkpoint", "report_to"}
     return {
         one.name: one.default
         for one in parameters
-        if one.default is not inspect.Parameter.empty and one.name not in given_here
+        if one.default is not inspect.Parameter.empty and one.name not in set_by_the_study
     }
 
 
 def terms_of(objective: ObjectiveName, options: Mapping[str, Any]) -> dict[ResponseName, TermWeights]:
-    """The terms that ``distill`` trains with, given these options.
+    """The terms of the loss in ``distill`` with these options.
 
     Raises:
-        OptionError: the objective has no use for one of them.
+        OptionError: the objective does not use one of the options.
     """
-    given = {**method_options(objective), **options}
-    return objective_terms(objective, given["on"], given["kl_weight"], given["advantage_weight"])
+    values = {**method_options(objective), **options}
+    return objective_terms(objective, values["on"], values["kl_weight"], values["advantage_weight"])
 
 
 def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, output: Path, seed: int) -> None:
-    """Trains the student in ``start`` and saves it in ``output``; what the teacher said is shared through ``cache``."""
+    """Trains the student in ``start`` and saves it in ``output``. All methods share the signals in ``cache``."""
     if method.objective == "dpo":
         align(start, laboratory.preferences, output, seed, **method.options)
         return
     terms = terms_of(method.objective, method.options)
 
-    def scored(reference: Path) -> str:
+    def score_with(reference: Path) -> str:
         return precompute(
             str(laboratory.teacher),
             str(laboratory.preferences),
@@ -97,9 +97,9 @@ def train(method: Method, laboratory: Laboratory, start: Path, cache: Path, outp
             engine="hf",
         ).scoring
 
-    scoring = scored(laboratory.reference)
+    scoring = score_with(laboratory.reference)
     if method.prior:
-        prior = read_signals(cache, read_scoring(cache, scored(laboratory.student)))
+        prior = read_signals(cache, read_scoring(cache, score_with(laboratory.student)))
         scoring = change_signals(cache, scoring, "the student's KL", towards_prior(prior))
     if method.advantages != "log ratio":
         scoring = change_signals(cache, scoring, f"{method.advantages} advantages", CHANGES[method.advantages])

@@ -1,4 +1,4 @@
-"""The pictures of a study. Shapes: S points."""
+"""Draws the plots of a study. Shapes: S points."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ SHOWN_ROWS = 500
 
 
 def plot_study(output: Path, report: StudyReport, signals: SignalTable) -> None:
-    """Writes ``rewards.png``, ``gamma.png`` if γ was swept, and ``advantages.png`` if there are signals."""
+    """Writes ``rewards.png``, ``gamma.png`` after a sweep of γ, and ``advantages.png`` if signals exist."""
     figure, axes = _figure(1 + 0.4 * len(report.methods))
     plot_rewards(axes, report.methods)
     figure.savefig(output / "rewards.png", dpi=DPI)
@@ -36,7 +36,7 @@ def plot_study(output: Path, report: StudyReport, signals: SignalTable) -> None:
 
 
 def plot_rewards(axes: Axes, results: Sequence[MethodResult]) -> None:
-    """A line for each method: sampled and greedy reward with their intervals."""
+    """Sampled and greedy reward of each method, with their intervals."""
     places_S = np.arange(len(results), dtype=np.float64)[::-1]
     _points(axes, places_S + 0.12, [one.reward for one in results], BLUE, "sampled")
     _points(axes, places_S - 0.12, [one.greedy_reward for one in results], GREY, "greedy")
@@ -46,7 +46,7 @@ def plot_rewards(axes: Axes, results: Sequence[MethodResult]) -> None:
 
 
 def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> None:
-    """Sampled reward against γ, with its interval, a line for each plausibility."""
+    """Sampled reward with its interval against γ, one line for each plausibility."""
     for number, plausibility in enumerate(sorted({one.swept["plausibility"] for one in results})):
         color = (RED, BLUE)[number] if number < 2 else f"C{number}"
         line = [one for one in results if one.swept["plausibility"] == plausibility]
@@ -66,7 +66,7 @@ def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> N
 
 
 def plot_advantages(axes: Axes, signals: SignalTable) -> None:
-    """Every token id of some responses' S_t: its advantage against the teacher's probability of it."""
+    """The advantage of each token id in S_t against its probability under the teacher, for some responses."""
     rows = [signals.row(number) for number in range(min(SHOWN_ROWS, len(signals)))]
     p_S = np.exp(np.concatenate([row.topk_logprobs[row.topk_ids != PADDING] for row in rows], dtype=np.float64))
     advantages = [np.asarray(row.topk_advantages)[row.topk_ids != PADDING] for row in rows]

@@ -1,6 +1,6 @@
-"""What a study found: tables with intervals, plots, and every reward in a Parquet file.
+"""Reports the results of a study: tables with intervals, and every reward in a Parquet file.
 
-Intervals are 95 % bootstrap intervals over seeds and, within a seed, its prompts. Differences and wins are between the
+Intervals are 95 % bootstrap intervals over seeds and over the prompts of each seed. Differences and wins compare the
 responses of two students to the same prompt.
 
 Shapes: S seeds, P prompts.
@@ -26,21 +26,21 @@ from adpa.lab.runs import STUDENT, TEACHER, Result
 
 @dataclass(frozen=True)
 class MethodResult:
-    """How the students of a method are on all seeds.
+    """The results of a method over all seeds.
 
     Attributes:
-        name: the method's.
-        options: what it was trained with.
+        name: the method's name.
+        options: its training options.
         swept: see ``Method``.
         reward: mean reward of responses sampled at temperature 1.
         greedy_reward: mean reward of greedy responses.
         wins: share of prompts on which the sampled response is better than the SFT student's; a tie counts one half.
-        greedy_wins: the same of greedy responses.
-        control: the method that ``gain`` is over, if any.
+        greedy_wins: the same for greedy responses.
+        control: the method to which ``gain`` compares, if any.
         gain: sampled reward minus the control's.
         worse_seeds: the seeds on which the mean sampled reward is below the SFT student's.
-        implausible_mass: probability that the student gives to tokens which the teacher finds implausible, at the last
-            log of training, mean over seeds; where it was logged.
+        implausible_mass: probability that the student gives to tokens with low teacher probability, at the last log of
+            training, mean over seeds; None if it was not logged.
     """
 
     name: str
@@ -58,15 +58,15 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What ``adpa lab`` found.
+    """The report of ``adpa lab``.
 
     Attributes:
         output: the study's directory.
-        seeds: the seeds that are reported.
-        prompts: held-out prompts of each.
+        seeds: the reported seeds.
+        prompts: held-out prompts of each seed.
         methods: the SFT student, the teacher and the tuned methods.
-        variants: the others.
-        versions: of adpa, that did it.
+        variants: the other methods.
+        versions: the versions of adpa that ran the study.
         seconds: wall-clock time of this run of the command.
     """
 
@@ -136,7 +136,7 @@ def _rewards(results: Sequence[Result]) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def write_rewards(path: Path, methods: Mapping[str, Method | None], results: Sequence[Result]) -> None:
-    """A row for each student, with the rewards of all its responses in the order of the prompts."""
+    """Writes a row for each student, with the rewards of all its responses in the order of the prompts."""
     rows = [
         {
             "seed": result.seed,
@@ -167,7 +167,7 @@ SHOWN = 4  # columns in a terminal
 
 
 def table_cells(result: MethodResult) -> tuple[str, ...]:
-    """A line of the table: means with the ends of their intervals."""
+    """A line of the table: means with their intervals."""
     return (
         result.name,
         _interval(result.reward),
@@ -192,7 +192,7 @@ def markdown_tables(report: StudyReport) -> str:
 
 
 def show_study(report: StudyReport) -> RenderableType:
-    """The first columns of both tables, as wide as a terminal, and where the rest is."""
+    """The first columns of both tables, which fit a terminal, and the directory of the other results."""
     tables = []
     for title, results in (("methods", report.methods), ("variants", report.variants)):
         table = Table(title=f"{title}: {len(report.seeds)} seeds, {report.prompts} prompts each")
@@ -201,7 +201,7 @@ def show_study(report: StudyReport) -> RenderableType:
         for result in results:
             table.add_row(*table_cells(result)[:SHOWN])
         tables.append(table)
-    return Group(*tables, f"all columns, every reward and the pictures: {report.output}")
+    return Group(*tables, f"all columns, every reward and the plots: {report.output}")
 
 
 def _interval(interval: Interval, sign: str = "") -> str:

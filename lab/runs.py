@@ -1,8 +1,8 @@
-"""What a study does on one seed: the laboratory, the students that its runs train, and a result file for each.
+"""Runs a study on one seed: builds the laboratory, trains the students, and writes a result file for each.
 
-In the study's directory, ``seed-3/lab`` has the laboratory, ``seed-3/cache`` the teacher signals that the runs share,
-``seed-3/students`` what they trained, and ``seed-3/results`` how good it is. A run whose result is there is not run
-again; what a killed run left is removed.
+For seed 3, the study's directory has the laboratory in ``seed-3/lab``, the teacher signals that all runs share in
+``seed-3/cache``, the trained students in ``seed-3/students`` and their rewards in ``seed-3/results``. A run with a
+result is not repeated. The files of a killed run are removed.
 """
 
 import json
@@ -28,12 +28,12 @@ from adpa.pipeline.training.run_directory import RECORD
 
 @dataclass(frozen=True)
 class Run:
-    """A student to train and evaluate, or without a method a checkpoint of the laboratory to evaluate.
+    """A student to train and evaluate, or a checkpoint of the laboratory to evaluate only.
 
     Attributes:
         name: unique in a study.
-        method: how it is trained.
-        start: name of the run that it begins with; default: the SFT student.
+        method: the training method; None to evaluate only.
+        start: name of the run whose student this one starts from; default: the SFT student.
     """
 
     name: str
@@ -46,15 +46,15 @@ STUDENT, TEACHER = (Run(name, None) for name in RESERVED)
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended on one seed.
+    """The result of a run on one seed.
 
     Attributes:
-        name: the run's.
-        seed: the laboratory's.
+        name: the run's name.
+        seed: the laboratory's seed.
         evaluation: the rewards of its responses to the held-out prompts.
-        seconds: of training, and of scoring what no run before it needed.
-        last_log: what ``distill`` logged last.
-        version: of the adpa that did it.
+        seconds: time of training, and of scoring sequences that no earlier run had scored.
+        last_log: the last log of ``distill``.
+        version: the version of adpa that ran it.
     """
 
     name: str
@@ -66,20 +66,20 @@ class Result:
 
 
 def conduct_seed(directory: Path, seed: int, plan: Plan, prompts: int, runs: Sequence[Run]) -> None:
-    """Does everything for one seed, on one core; what it prints goes to ``seed-<n>/log.txt``."""
+    """Does all runs of one seed on one core. All output goes to ``seed-<n>/log.txt``."""
     home = directory / f"seed-{seed}"
     home.mkdir(exist_ok=True)
-    with (home / "log.txt").open("a") as log:  # all that libraries print, in a process that does nothing else
+    with (home / "log.txt").open("a") as log:  # redirects the output of all libraries; this process does nothing else
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)  # models this small gain nothing from a second, and lose much where cores are shared
+    torch.set_num_threads(1)  # a second thread does not speed up such small models, and slows them on shared cores
     transformers_logging.set_verbosity_error()
     laboratory = _laboratory(home / "lab", seed, plan)
-    asked = plan.environment.evaluation_prompts(prompts, seed)
+    held_out_prompts = plan.environment.evaluation_prompts(prompts, seed)
     for run in runs:
         if not has_result(directory, seed, run):
             checkpoint, seconds = _train(run, laboratory, home, seed)
-            evaluation = evaluate(checkpoint, asked, seed)
+            evaluation = evaluate(checkpoint, held_out_prompts, seed)
             record = checkpoint / RECORD
             logs = json.loads(record.read_text())["losses"] if record.exists() else [{}]
             result = {"evaluation": asdict(evaluation), "seconds": seconds, "last_log": logs[-1]}
@@ -88,12 +88,12 @@ def conduct_seed(directory: Path, seed: int, plan: Plan, prompts: int, runs: Seq
 
 
 def has_result(directory: Path, seed: int, run: Run) -> bool:
-    """Whether a run is done."""
+    """Whether a run has a result."""
     return _result_path(directory, seed, run.name).exists()
 
 
 def read_result(directory: Path, seed: int, run: Run) -> Result:
-    """The result of a run that is done."""
+    """Reads the result of a finished run."""
     content = json.loads(_result_path(directory, seed, run.name).read_text())
     evaluation = Evaluation(**{decoding: tuple(rewards) for decoding, rewards in content.pop("evaluation").items()})
     return Result(run.name, seed, evaluation, **content)
@@ -113,7 +113,7 @@ def _laboratory(directory: Path, seed: int, plan: Plan) -> Laboratory:
 
 
 def _train(run: Run, laboratory: Laboratory, home: Path, seed: int) -> tuple[Path, float]:
-    """The checkpoint of a run, and the seconds it took."""
+    """The checkpoint of a run, and the seconds of its training."""
     if run.method is None:
         return laboratory.teacher if run == TEACHER else laboratory.student, 0.0
     output = home / "students" / file_name(run.name)

@@ -1,4 +1,4 @@
-"""A process that does the runs of one seed, ends when the process that started it does, and says why it failed."""
+"""Runs one seed of a study in a process of its own, which reports its errors and ends with its parent."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from adpa.lab.runs import Run, conduct_seed
 
 
 class SeedProcess:
-    """Starts ``conduct_seed`` with these arguments."""
+    """A process that runs ``conduct_seed`` with these arguments."""
 
     def __init__(self, directory: Path, seed: int, plan: Plan, prompts: int, runs: Sequence[Run]) -> None:
         self.seed = seed
@@ -32,15 +32,15 @@ class SeedProcess:
 
     @property
     def exitcode(self) -> int | None:
-        """None while it works."""
+        """The exit code; None while the process runs."""
         return self._process.exitcode
 
     def check(self) -> None:
-        """Raises what the process failed with.
+        """Raises the error of a failed process.
 
         Raises:
-            AdpaError: what it raised.
-            RuntimeError: it failed in another way; its log says how.
+            AdpaError: the process raised it.
+            RuntimeError: the process failed in another way; see its log.
         """
         if self.exitcode == 0:
             return
@@ -50,16 +50,16 @@ class SeedProcess:
             raise RuntimeError(f"seed {self.seed}: its process ended with {self.exitcode}; see {self._log}") from None
 
     def terminate(self) -> None:
-        """Stops it, wherever it is; what it was doing is done again next time."""
+        """Stops the process at once. The next run of the study repeats its open run."""
         self._process.terminate()
 
     def join(self) -> None:
-        """Waits until it has ended."""
+        """Waits until the process has ended."""
         self._process.join()
 
 
 def _work(errors: Connection, directory: Path, seed: int, plan: Plan, prompts: int, runs: Sequence[Run]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to us too; our parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to this process; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         conduct_seed(directory, seed, plan, prompts, runs)

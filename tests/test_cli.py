@@ -389,9 +389,9 @@ def test_an_evaluation_is_printed_line_by_line_and_leaves_nothing_without_a_cach
     tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    roles = {"student": models.student, "baseline": models.other_student}
-    roles |= {"teacher": models.teacher, "reference": models.reference, "data": write_rows(preference_rows[:3])}
-    options = [part for role, path in roles.items() for part in (f"--{role}", path)]
+    inputs = {"student": models.student, "baseline": models.other_student}
+    inputs |= {"teacher": models.teacher, "reference": models.reference, "data": write_rows(preference_rows[:3])}
+    options = [part for name, path in inputs.items() for part in (f"--{name}", path)]
     done = adpa("evaluate", *options, "--max-new-tokens", 5, "--report", "report.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""Part g of the benchmark: the four commands of README, from pairs of texts to a student, with default options."""
+"""Part g of the GPU benchmark: times README's four commands with default options, from text pairs to a student."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ def four_commands(setting: Setting) -> list[Measure]:
 
 
 def workflow(setting: Setting) -> Iterator[Figure]:
-    """Runs one command after the other, and gives the seconds of each."""
+    """Runs the commands one after the other and yields the seconds of each."""
     teacher, reference, student = (
         str(checkpoint(setting, size, seed)) for size, seed in ((MEDIUM, 0), (MEDIUM, 1), (SMALL, 0))
     )

@@ -1,4 +1,4 @@
-"""Parts a to c of the benchmark: the kernels' tests, the loss head beside its peers, what the GPU can do at most."""
+"""Parts a to c of the GPU benchmark: tests of the kernels, the loss head beside its peers, and the GPU's ceilings."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks import head as head
+from benchmarks import head
 from benchmarks import head_report as report
 from benchmarks.gpu.measures import figure_of, in_turns
 from benchmarks.gpu.part import Figure, Measure, Setting
@@ -19,7 +19,7 @@ from benchmarks.head_ways import LIGER_DEFAULT, OURS, SMALL, Case, Way, ways_on
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-# Compilation for other cards needs none, and is tested everywhere.
+# test_compiled.py compiles for other GPUs. It needs no GPU, and runs with all other tests.
 TESTS = ("tests/kernels", "--deselect", "tests/kernels/test_compiled.py")
 DRY_TESTS = ("tests/kernels/test_losses.py", "-k", "refused_by_name")
 OUTCOME = re.compile(r"(?<=\s)(PASSED|FAILED|ERROR)(?=\s)")
@@ -39,12 +39,12 @@ HEAD_ROUNDS = 3
 
 def kernel_tests(setting: Setting) -> list[Measure]:
     """The measures of part a."""
-    obstacle = None if (ROOT / "tests/kernels").is_dir() else "the tests are not here: this is not the repository"
+    obstacle = None if (ROOT / "tests/kernels").is_dir() else "no tests here: this is not the repository"
     return [Measure("kernels' tests", 20, partial(run_tests, setting), obstacle)]
 
 
 def run_tests(setting: Setting) -> Iterator[Figure]:
-    """Runs pytest, counts the outcomes as they come, and stops it when the time is up.
+    """Runs pytest, stops it when the time is up, and counts the outcomes.
 
     Raises:
         RuntimeError: a test failed, or the tests did not end.
@@ -72,16 +72,16 @@ def run_tests(setting: Setting) -> Iterator[Figure]:
 
 
 def outcomes(text: str) -> dict[str, int]:
-    """How many tests ended in which way, by the lines of ``pytest -v``; the summary at the end is not counted."""
+    """Counts the outcomes in the lines of ``pytest -v``, without the summary at the end."""
     progress, *_ = text.partition(" short test summary ")
-    found = [match.group() for match in OUTCOME.finditer(progress)]
-    return {name: found.count(name) for name in ("PASSED", "FAILED", "ERROR")}
+    words = [match.group() for match in OUTCOME.finditer(progress)]
+    return {name: words.count(name) for name in ("PASSED", "FAILED", "ERROR")}
 
 
 def loss_head(setting: Setting) -> list[Measure]:
     """The measures of part b."""
     ways, missing = ways_on(setting.device)
-    ways.pop(LIGER_DEFAULT, None)  # many times slower than all others
+    ways.pop(LIGER_DEFAULT, None)  # many times slower than every other head
     findings = Findings("", {}, missing)
     absent = [Measure(peer, 0, tuple, reason) for peer, reason in missing.items()]
     cases, error_cases = ((SMALL,), (SMALL,)) if setting.dry else (HEAD_CASES, head.GPU_ERROR_CASES)
@@ -91,9 +91,9 @@ def loss_head(setting: Setting) -> list[Measure]:
 
 
 def head_case(setting: Setting, case: Case, ways: dict[str, Way], findings: Findings) -> Iterator[Figure]:
-    """Time and memory of every way on a case."""
+    """Time and memory of every head on a case."""
     (measurements,) = head.measured(setting.device, [case], ways, 1 if setting.dry else HEAD_ROUNDS)
-    if case != LARGEST:  # no goal is about it
+    if case != LARGEST:  # it has no goal
         findings.measurements.extend(measurements)
     for one in measurements:
         if not one.seconds:
@@ -102,7 +102,7 @@ def head_case(setting: Setting, case: Case, ways: dict[str, Way], findings: Find
         memory = f"extra memory {one.memory / 1e6:,.0f} MB"
         yield figure_of(f"{shape_name(case)}: {one.way}", [1e3 * each for each in one.seconds], "ms", memory)
         if case == LARGEST and one.way == OURS:
-            for operations in (8, 6):  # those of heads that compute the logits twice, and ours
+            for operations in (8, 6):  # 8 for heads that compute the logits twice, 6 for ours
                 rates = [head_flops(case, operations) / each / 1e12 for each in one.seconds]
                 yield figure_of(f"adpa at d = {case.d}, V = {case.V}, by {operations}·N·d·V", rates, "TFLOP/s")
 
@@ -114,7 +114,7 @@ def shape_name(case: Case) -> str:
 
 
 def head_flops(case: Case, operations: int) -> int:
-    """FLOP of forward and backward pass, with so many for each row, column and width."""
+    """FLOP of forward and backward pass: ``operations`` for each row, vocabulary entry and hidden unit."""
     return operations * case.N * case.d * case.V
 
 
@@ -129,7 +129,7 @@ def head_errors(setting: Setting, cases: Iterable[Case], ways: dict[str, Way], f
 
 
 def head_goals(setting: Setting, findings: Findings) -> Iterator[Figure]:
-    """The ratios that the head was built to reach, as far as they were measured."""
+    """The head's goals whose ratios were measured."""
     for goal in report.goals_of(findings, on_gpu=not setting.dry):
         if goal.found is not None:
             yield Figure(goal.ratio, goal.found, note=f"goal: at most {goal.must:g}, {goal.verdict}")
@@ -144,7 +144,7 @@ def ceilings(setting: Setting) -> list[Measure]:
 
 
 def copy(setting: Setting) -> Iterator[Figure]:
-    """Bytes that are read and written in a second."""
+    """Bytes that a copy reads and writes in a second."""
     source = torch.ones(2**16 if setting.dry else 2**31, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     taken = in_turns({"copy": lambda: target.copy_(source)}, 10, setting.device)["copy"]
@@ -152,7 +152,7 @@ def copy(setting: Setting) -> Iterator[Figure]:
 
 
 def products(setting: Setting) -> Iterator[Figure]:
-    """FLOP/s of square products; the one with float32 sums of bfloat16 factors is the scoring head's."""
+    """FLOP/s of square products. The scoring head uses the one with bfloat16 factors and float32 sums."""
     size = 64 if setting.dry else 8192
     one, other = (torch.randn(size, size, device=setting.device) for _ in range(2))
     one_bf16, other_bf16 = one.bfloat16(), other.bfloat16()
@@ -166,7 +166,7 @@ def products(setting: Setting) -> Iterator[Figure]:
 
 
 def float32_product(one: Tensor, other: Tensor) -> Tensor:
-    """The product of bfloat16 matrices in float32; a CPU widens them first."""
+    """The product of bfloat16 matrices in float32. A CPU converts the factors first."""
     if one.device.type == "cpu":
         return one.float() @ other.float()
     return torch.mm(one, other, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Taking the measures of a part of the benchmark: one after the other, and on which clock."""
+"""Runs the measures of a part of the GPU benchmark, and times them."""
 
 import gc
 import platform
@@ -21,7 +21,7 @@ PACKAGES = ("adpa", "torch", "triton", "transformers", "accelerate", "datasets",
 
 
 def take(measures: Iterable[Measure], setting: Setting, send: Callable[[Report], None]) -> None:
-    """Takes one measure after the other; what fails or does not fit into the time is told, and the rest goes on."""
+    """Takes one measure after the other. Reports each that fails or would take too long, and goes on with the rest."""
     for measure in measures:
         if measure.obstacle is not None:
             send(Skipped(measure.name, measure.obstacle))
@@ -33,7 +33,7 @@ def take(measures: Iterable[Measure], setting: Setting, send: Callable[[Report],
         try:
             for figure in measure.run():
                 send(figure)
-        except Exception as error:  # whatever the product, a library or the GPU may raise: it is told
+        except Exception as error:  # the product, a library or the GPU may raise anything; it is reported
             traceback.print_exc()
             send(Failure(measure.name, error_line(error)))
         print(f"{measure.name}: {time.monotonic() - started:.1f} s", flush=True)
@@ -48,7 +48,7 @@ def error_line(error: BaseException) -> str:
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """How long a function takes, what it leaves to the GPU included."""
+    """Seconds that a function takes, until the GPU has finished its work."""
     if device == "cpu":
         started = time.perf_counter()
         run()
@@ -63,7 +63,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every way in every round, after a round that warms up."""
+    """Seconds of every function in every round, after a round that warms up."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
@@ -74,38 +74,39 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, device: str)
 
 
 def figure_of(name: str, values: Sequence[float], unit: str = "", note: str = "") -> Figure:
-    """The median of several values, with the smallest and the largest."""
+    """A figure of several values: the median, the smallest and the largest."""
     if len(values) == 1:
         return Figure(name, values[0], unit, note=note)
     return Figure(name, statistics.median(values), unit, min(values), max(values), note)
 
 
 def machine() -> dict[str, Any]:
-    """Device, driver and versions; the device is None where torch sees no GPU."""
+    """Device, driver and versions. The device is None if torch sees no GPU."""
     has_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if has_gpu else None,
         "memory": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
         "driver": driver() if has_gpu else None,
         "cuda": torch.version.cuda,
-        "versions": {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := find(name))},
+        "versions": {"python": platform.python_version()}
+        | {name: installed for name in PACKAGES if (installed := installed_version(name))},
     }
 
 
-def give_version(folder: Path) -> None:
-    """Where adpa runs from its sources and is not installed, it gets the version that its runs write down."""
-    if find("adpa") is None:
+def provide_version(folder: Path) -> None:
+    """Makes adpa's version known if adpa runs from its sources and is not installed: its runs record the version."""
+    if installed_version("adpa") is None:
         project = Path(__file__).resolve().parents[2] / "pyproject.toml"
-        found = re.search('^version = "(.+)"$', project.read_text(), re.MULTILINE)
-        assert found is not None
-        information = folder / f"adpa-{found[1]}.dist-info"
+        match = re.search('^version = "(.+)"$', project.read_text(), re.MULTILINE)
+        assert match is not None
+        information = folder / f"adpa-{match[1]}.dist-info"
         information.mkdir()
-        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: adpa\nVersion: {found[1]}\n")
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: adpa\nVersion: {match[1]}\n")
         sys.path.append(str(folder))
 
 
-def find(package: str) -> str | None:
-    """The version of a package that is installed."""
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -113,7 +114,7 @@ def find(package: str) -> str | None:
 
 
 def driver() -> str | None:
-    """The version of the GPU's driver, where nvidia-smi tells it."""
+    """The version of the GPU's driver; None without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,6 +1,7 @@
-"""What the benchmark measures with: models of published shapes with random weights, a tokenizer, and pairs of texts.
+"""The inputs of the GPU benchmark: models of published shapes with random weights, a tokenizer, and text pairs.
 
-Random weights cost what trained ones do. They are drawn on the device, wide enough that what they say is not flat.
+Random weights take as much time as trained ones. They are drawn on the device, with a deviation so large that the
+output distributions are not flat.
 """
 
 import json
@@ -34,7 +35,7 @@ from adpa.data.vocabulary import find_turn_end
 from adpa.lab.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START
 
 SMALL, MEDIUM, LARGE = "0.5B", "1.5B", "7B"
-TEACHER = "small teacher"  # of runs in which only its signals matter
+TEACHER = "small teacher"  # for runs that only need its signals
 SHAPES = {shape.name: shape for shape in STUDENTS} | {
     LARGE: Shape(LARGE, 28, 3584, 18944, 28, 4, 128, 152_064, qkv_bias=True),  # Qwen2.5 7B
     TEACHER: Shape(TEACHER, 2, 256, 512, 4, 2, 64, 151_936, tied=True, qkv_bias=True),
@@ -43,12 +44,12 @@ TOKENS = 4096
 TINY = Shape("tiny", 2, 64, 64, 2, 1, 32, TOKENS + 64, tied=True, qkv_bias=True)
 # Tokens of a prompt, a chosen and a rejected response: median and deviation of the logarithm (docs/scaling.md).
 LENGTHS = ((234, 1.06), (314, 0.63), (345, 0.58))
-CHARACTERS = 4  # of a token, about
-LIMITS, DRY_LIMITS = (1024, 2048), (16, 48)  # of a prompt and of a sequence; the first are precompute's
+CHARACTERS = 4  # of a token, on average
+LIMITS, DRY_LIMITS = (1024, 2048), (16, 48)  # tokens of prompt and sequence; the first are precompute's defaults
 
 
 def shape_of(setting: Setting, size: str) -> Shape:
-    """The shape of a model; in a dry run all are tiny."""
+    """The shape of a model. In a dry run all models are tiny."""
     return TINY if setting.dry else SHAPES[size]
 
 
@@ -77,7 +78,7 @@ def random_model(setting: Setting, size: str, seed: int = 0) -> PreTrainedModel:
 
 
 def checkpoint(setting: Setting, size: str, seed: int = 0) -> Path:
-    """Such a model as a checkpoint directory, with the tokenizer; it is made once for all parts."""
+    """A random model as a checkpoint directory, with the tokenizer. It is made once for all parts."""
     directory = setting.folder / f"{size}-{seed}".replace(" ", "-")
     if not directory.is_dir():
         unfinished = setting.folder / f"{directory.name}.unfinished"
@@ -89,7 +90,7 @@ def checkpoint(setting: Setting, size: str, seed: int = 0) -> Path:
 
 @cache
 def text_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer that was made from the repository's texts, with the laboratory's chat template."""
+    """A tokenizer trained on the repository's texts, with the laboratory's chat template."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -118,7 +119,7 @@ def repository_text() -> str:
 
 
 def preferences(setting: Setting, count: int) -> Path:
-    """So many preference pairs as JSONL: the first of ``--data``, or pieces of the repository's texts."""
+    """A JSONL file of ``count`` preference pairs: the first ones of ``--data``, or pieces of the repository's texts."""
     path = setting.folder / f"{count}-pairs.jsonl"
     if not path.is_file():
         lines = setting.data.read_text().splitlines() if setting.data else map(json.dumps, text_pairs())
@@ -127,7 +128,7 @@ def preferences(setting: Setting, count: int) -> Path:
 
 
 def text_pairs() -> Iterator[dict[str, str]]:
-    """Pairs whose texts are pieces of the repository's, as long as those of a real preference set."""
+    """Pairs made of pieces of the repository's texts, as long as the pairs of a real preference set."""
     text = repository_text()
     generator = np.random.default_rng(0)
     while True:
@@ -135,17 +136,17 @@ def text_pairs() -> Iterator[dict[str, str]]:
         for median, deviation in LENGTHS:
             length = int(CHARACTERS * np.clip(generator.lognormal(math.log(median), deviation), 8, 2048))
             start = generator.integers(len(text) - length)
-            pieces.append(text[start : start + length].strip())  # white space would merge with the template's
+            pieces.append(text[start : start + length].strip())  # its white space would merge with the chat template's
         yield dict(zip(("prompt", "chosen", "rejected"), pieces, strict=True))
 
 
 def limits(setting: Setting) -> dict[str, Any]:
-    """The lengths that ``adpa.precompute`` keeps: the default ones, few tokens in a dry run."""
+    """The length limits for ``adpa.precompute``: its defaults, or small ones in a dry run."""
     return dict(zip(("max_prompt_length", "max_length"), DRY_LIMITS if setting.dry else LIMITS, strict=True))
 
 
 def encoded_pairs(setting: Setting, count: int) -> list[EncodedPair]:
-    """So many pairs as tokens."""
+    """``count`` pairs as tokens."""
     tokenizer = text_tokenizer()
     encoder = Encoder(tokenizer, find_turn_end(tokenizer), **limits(setting))
     return list(encoder.encode(read_rows(str(preferences(setting, count)))))

@@ -1,4 +1,4 @@
-"""What a part of the benchmark is given, what it is made of, and what it reports."""
+"""The types of the GPU benchmark: a part's setting, its measures, and their reports."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -8,15 +8,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that was measured.
+    """A measured number.
 
     Attributes:
-        name: what it is; other figures of the part have other names.
-        value: the number, the median where there are several.
-        unit: its unit; none for ratios and counts.
+        name: its name, unique in the part.
+        value: the number, or the median of several.
+        unit: its unit; empty for ratios and counts.
         low: the smallest of several.
         high: the largest of several.
-        note: what the number alone does not say.
+        note: an explanation, if it needs one.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A measure that was not taken, and why."""
+    """A measure that was not taken, with the reason."""
 
     name: str
     reason: str
@@ -37,7 +37,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Failure:
-    """A measure that failed, and its error in one line."""
+    """A measure that failed, with its error in one line."""
 
     name: str
     error: str
@@ -48,13 +48,13 @@ Report = Figure | Skipped | Failure
 
 @dataclass(frozen=True)
 class Setting:
-    """What a part is given.
+    """The input of a part.
 
     Attributes:
         device: cuda, or cpu for a dry run.
-        folder: where checkpoints, caches and runs may lie; all parts share it.
+        folder: directory for checkpoints, caches and runs; all parts share it.
         data: preference pairs as JSONL; default: the repository's own texts.
-        deadline: when the part is stopped, in seconds of ``time.monotonic``.
+        deadline: time at which the part is stopped, in seconds of ``time.monotonic``.
     """
 
     device: str
@@ -75,13 +75,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing that a part measures.
+    """One measure of a part.
 
     Attributes:
-        name: what it is.
-        seconds: how long it may take on a GPU; with less time left it is skipped.
-        run: measures, and gives figures as it goes.
-        obstacle: why it cannot be taken here, if it cannot.
+        name: its name.
+        seconds: its longest time on a GPU; with less time left it is skipped.
+        run: measures, and yields each figure at once.
+        obstacle: the reason why it cannot be taken here, if any.
     """
 
     name: str

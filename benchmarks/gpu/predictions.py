@@ -1,4 +1,4 @@
-"""What was predicted of the figures of the benchmark before any of them was measured."""
+"""Predictions for the figures of the GPU benchmark, made before any of them was measured."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ FLOOR = "gpu.md"
 
 @dataclass(frozen=True)
 class Prediction:
-    """A range in which a figure should lie.
+    """A range for a figure.
 
     Attributes:
         part: the letter of the part.
         figure: the name of the figure.
-        low: the least; None if the figure should be at most ``high``.
-        high: the most; None if it should be at least ``low``.
-        source: where the prediction is made.
+        low: the lower end; None if the prediction is only "at most ``high``".
+        high: the upper end; None if the prediction is only "at least ``low``".
+        source: the text that makes the prediction.
     """
 
     part: str
@@ -36,7 +36,7 @@ class Prediction:
         return f"{self.low:,g}" if self.low == self.high else f"{self.low:,g} to {self.high:,g}"
 
     def ratio(self, measured: float) -> float | None:
-        """Measured / predicted, of a range its nearer end: 1 inside it; None where that end is 0."""
+        """Measured / nearer end of the range; 1 inside the range; None if that end is 0."""
         if self.low is not None and measured < self.low:
             nearest = self.low
         elif self.high is not None and measured > self.high:

@@ -1,4 +1,4 @@
-"""The results of the benchmark: every figure beside what was predicted of it, as JSON and as a table in Markdown."""
+"""The results of the GPU benchmark: every figure beside its prediction, as JSON and as a table in Markdown."""
 
 import json
 import os
@@ -15,7 +15,7 @@ State = Literal["not run", "running", "done", "failed", "cut off"]
 
 @dataclass
 class PartResult:
-    """What a part found."""
+    """The results of a part."""
 
     title: str
     state: State = "not run"
@@ -25,7 +25,7 @@ class PartResult:
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, report: Report) -> None:
-        """Keeps what a measure reported."""
+        """Adds the report of a measure."""
         if isinstance(report, Figure):
             self.figures.append(report)
         elif isinstance(report, Skipped):
@@ -40,11 +40,11 @@ class PartResult:
 
 @dataclass
 class Results:
-    """What a run found.
+    """The results of a run.
 
     Attributes:
         machine: see ``benchmarks.gpu.measures.machine``.
-        minutes: the time that the run was given.
+        minutes: the time limit of the run.
         parts: the parts by their letters.
     """
 
@@ -54,17 +54,17 @@ class Results:
 
     @property
     def name(self) -> str:
-        """What the files are called: the device, in letters that every file system has."""
+        """Name of the output files: the device, in letters that every file system allows."""
         return "gpu-" + re.sub("[^a-z0-9]+", "-", str(self.machine["device"] or "dry run").lower()).strip("-")
 
     def compare(self, prediction: Prediction) -> dict[str, Any]:
-        """A prediction beside what was measured, None where nothing was."""
-        found = self.parts[prediction.part].figure(prediction.figure)
-        ratio = None if found is None else prediction.ratio(found.value)
-        return asdict(prediction) | {"measured": found and found.value, "ratio": ratio}
+        """A prediction with the measured value and their ratio, None if it was not measured."""
+        figure = self.parts[prediction.part].figure(prediction.figure)
+        ratio = None if figure is None else prediction.ratio(figure.value)
+        return asdict(prediction) | {"measured": figure and figure.value, "ratio": ratio}
 
     def rates(self) -> dict[str, float]:
-        """What was measured of the rates that ``benchmarks.costs`` assumes, by the names of its assumptions."""
+        """The measured values of the rates that ``benchmarks.costs`` assumes, by the names of its assumptions."""
 
         def value(part: str, name: str) -> float | None:
             figure = self.parts[part].figure(name)
@@ -74,7 +74,7 @@ class Results:
             return None if one is None or other is None else one / other
 
         bfloat16 = value("c", "bfloat16 product")
-        found = {
+        rates = {
             "peak_flops": share(bfloat16, 1e-12),
             "scoring_share": share(value("d", "1.5B: decoder, FLOP/s"), bfloat16),
             "head_share": share(value("d", "1.5B: head, FLOP/s"), bfloat16),
@@ -83,15 +83,15 @@ class Results:
             "memory_rate": share(value("c", "copy"), 1e-9),
             "load_rate": share(value("d", "1.5B: loading"), 1e-9),
         }
-        return {name: float(f"{rate:.4g}") for name, rate in found.items() if rate is not None}
+        return {name: float(f"{rate:.4g}") for name, rate in rates.items() if rate is not None}
 
     def costs_command(self) -> str:
-        """``benchmarks.costs`` with the measured rates in place of the assumed ones."""
+        """The command ``benchmarks.costs`` with the measured rates instead of the assumed ones."""
         options = (f"--{name.replace('_', '-')} {rate:g}" for name, rate in self.rates().items())
         return " ".join(["python -m benchmarks.costs", *options])
 
     def as_json(self) -> dict[str, Any]:
-        """Everything."""
+        """All results as JSON."""
         return {
             "machine": self.machine,
             "minutes": self.minutes,
@@ -105,14 +105,14 @@ class Results:
         }
 
     def table(self) -> str:
-        """Every figure, and every prediction that has none, as Markdown."""
-        versions = ", ".join(f"{name} {found}" for name, found in self.machine["versions"].items())
+        """Every figure, and every prediction without a figure, as Markdown."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
         driver = f", driver {self.machine['driver']}" if self.machine["driver"] else ""
         lines = [
             f"# Measured on {self.machine['device'] or 'a CPU: a dry run, whose numbers mean nothing'}",
             "",
-            f"`make bench-gpu`: {versions}{driver}. What the parts are, and who predicted what: [gpu.md](gpu.md).",
-            "Ratio: measured / predicted; of a range, its nearer end.",
+            f"`make bench-gpu`: {versions}{driver}. [gpu.md](gpu.md) explains the parts and the predictions.",
+            "Ratio: measured / predicted. If the prediction is a range, its nearer end counts.",
             "",
             "| part | figure | predicted | measured | ratio | predicted by | note |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -123,13 +123,13 @@ class Results:
             lines += [row(letter, None, prediction) for prediction in predicted.values()]
         lines += ["", "| part | | state | seconds | |", "| --- | --- | --- | --- | --- |"]
         for letter, part in self.parts.items():
-            told = [f"{one.name}: {one.error}" for one in part.failures]
-            told += [f"{one.name}: skipped, {one.reason}" for one in part.skipped]
-            lines.append(f"| {letter} | {part.title} | {part.state} | {part.seconds:.0f} | {cell('; '.join(told))} |")
+            notes = [f"{one.name}: {one.error}" for one in part.failures]
+            notes += [f"{one.name}: skipped, {one.reason}" for one in part.skipped]
+            lines.append(f"| {letter} | {part.title} | {part.state} | {part.seconds:.0f} | {cell('; '.join(notes))} |")
         return "\n".join([*lines, "", "Costs by these rates:", "", "```", self.costs_command(), "```", ""])
 
     def write(self, output: Path) -> None:
-        """Writes JSON and table, each in one piece."""
+        """Writes the JSON file and the table. Each file appears whole or not at all."""
         output.mkdir(parents=True, exist_ok=True)
         for path, text in (
             (output / f"{self.name}.json", json.dumps(self.as_json(), indent=1) + "\n"),
@@ -141,7 +141,7 @@ class Results:
 
 
 def row(letter: str, figure: Figure | None, prediction: Prediction | None) -> str:
-    """A line of the table: a figure, or a prediction without one."""
+    """A line of the table: a figure, or a prediction without a figure."""
     assert figure is not None or prediction is not None
     name = figure.name if figure else prediction.figure if prediction else ""
     ratio = prediction.ratio(figure.value) if figure and prediction else None
@@ -158,7 +158,7 @@ def row(letter: str, figure: Figure | None, prediction: Prediction | None) -> st
 
 
 def measured(figure: Figure) -> str:
-    """A figure's value with its unit and, where there are several, the smallest and the largest."""
+    """A figure's value with its unit, and the smallest and the largest of several values."""
     value = f"{number(figure.value)} {figure.unit}".strip()
     if figure.low is None or figure.high is None:
         return value
@@ -166,10 +166,10 @@ def measured(figure: Figure) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, and thousands apart."""
+    """Three digits, or all digits with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cell(text: str) -> str:
-    """A text as a cell of a table."""
+    """A text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

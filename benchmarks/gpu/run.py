@@ -1,11 +1,11 @@
-"""The whole product on one GPU, in a few minutes: `make bench-gpu`.
+"""Measures the whole product on one GPU, in a few minutes: `make bench-gpu`.
 
     python -m benchmarks.gpu.run --output docs/benchmarks    on a GPU
     python -m benchmarks.gpu.run --dry-run                   every part on a CPU, with tiny shapes
 
-Every part has a process of its own, which ends with its time: whatever fails in one, or hangs, the rest goes on. Time
-that a part leaves is the others'. Figures are printed and written as they come, beside what was predicted of them;
-what the product itself says goes to standard error.
+Each part runs in a process of its own with a time limit, so that a part that fails or hangs does not stop the others.
+Time that a part does not use goes to the others. Figures are printed and written at once, beside their predictions.
+The product's own output goes to standard error.
 """
 
 import argparse
@@ -25,19 +25,19 @@ from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.gpu.measures import error_line, give_version, machine, take
+from benchmarks.gpu.measures import error_line, machine, provide_version, take
 from benchmarks.gpu.part import Failure, Figure, Report, Setting
 from benchmarks.gpu.results import PartResult, Results, State, measured
 
 from adpa.errors import OptionError
 
 MINUTES = 8.0
-GRACE = 2.0  # seconds in which a part may say what it skips when its time is up
-# A part is forked from this process, which imports what the parts need once, and never touches the GPU.
+GRACE = 2.0  # seconds for a part to report skipped measures after its time is up
+# Parts are forked from this process. It imports the modules of all parts once and never initialises the GPU.
 PROCESSES = multiprocessing.get_context("fork")
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 ENVIRONMENT = {
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # who asks for a GPU does not touch it
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch.cuda.is_available() does not initialise the GPU
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -50,10 +50,10 @@ class Part:
     """A part of the benchmark.
 
     Attributes:
-        title: what it measures.
-        module: where it is.
-        function: what gives its measures.
-        weight: its share of the time, against those of the other parts.
+        title: the subject of the part.
+        module: its module.
+        function: the function that returns its measures.
+        weight: its share of the time, relative to the other parts' weights.
     """
 
     title: str
@@ -74,12 +74,12 @@ PARTS = {
 
 
 def main() -> None:
-    """Reads the options, and measures."""
+    """Reads the options and runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="python -m benchmarks.gpu.run")
     parser.add_argument("--dry-run", action="store_true", help="run every part on a CPU, with tiny shapes")
     parser.add_argument("--output", type=Path, help="directory for gpu-DEVICE.json and gpu-DEVICE.md")
     parser.add_argument("--data", type=Path, help="preference pairs as JSONL; default: the repository's own texts")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for all parts; default: {MINUTES:g}")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time limit of all parts; default: {MINUTES:g}")
     parser.add_argument("--parts", default="".join(PARTS), help=f"letters of the parts; default: {''.join(PARTS)}")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -92,10 +92,10 @@ def main() -> None:
 
 
 def benchmark(letters: str, dry_run: bool, data: Path | None, minutes: float, output: Path | None) -> bool:
-    """Measures the parts of these letters, one after the other, and says whether one of them failed.
+    """Runs the parts of these letters, one after the other. Returns whether a part failed or was cut off.
 
     Raises:
-        OptionError: there is no GPU, no such part or no such file.
+        OptionError: no GPU, an unknown part, or a missing file.
     """
     end = time.monotonic() + 60 * minutes - GRACE
     if unknown := sorted(set(letters) - PARTS.keys()):
@@ -107,17 +107,17 @@ def benchmark(letters: str, dry_run: bool, data: Path | None, minutes: float, ou
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for part in chosen.values():
-        with suppress(Exception):  # the part itself will tell
+        with suppress(Exception):  # the part itself reports it
             import_module(part.module)
-    gc.freeze()  # what was imported stays: no collection need look at it
+    gc.freeze()  # garbage collections skip the imported modules
     with PROCESSES.Pool(1) as pool:
-        found = pool.apply(machine)
-    if found["device"] is None and not dry_run:
+        description = pool.apply(machine)
+    if description["device"] is None and not dry_run:
         raise OptionError("torch sees no GPU", "use a machine that has one, or --dry-run")
 
-    results = Results(found, minutes, {letter: PartResult(part.title) for letter, part in PARTS.items()})
+    results = Results(description, minutes, {letter: PartResult(part.title) for letter, part in PARTS.items()})
     with tempfile.TemporaryDirectory(prefix="adpa-gpu-") as folder:
-        give_version(Path(folder))
+        provide_version(Path(folder))
         weights = [part.weight for part in chosen.values()]
         for number, (letter, part) in enumerate(chosen.items()):
             share = part.weight / sum(weights[number:])
@@ -132,7 +132,7 @@ def benchmark(letters: str, dry_run: bool, data: Path | None, minutes: float, ou
 
 
 def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[], None]) -> None:
-    """Runs a part in a process of its own, until it ends or its time does, and keeps what it reports."""
+    """Runs a part in a process of its own until it ends or its time is up, and keeps its reports."""
     started = time.monotonic()
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=_work, args=(sender, part, setting))
@@ -144,7 +144,7 @@ def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[]
         print(f"   {_line(report)}", flush=True)
         write()
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # what a handler raises while a process forks is lost
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # an exception from a handler during a fork is lost
     process.start()
     assert process.pid is not None
     try:
@@ -153,7 +153,7 @@ def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[]
         state = _listen(receiver, setting, keep)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
         process.kill()
         process.join()
     result.state = "failed" if result.failures else state
@@ -162,12 +162,12 @@ def conduct(part: Part, setting: Setting, result: PartResult, write: Callable[[]
 
 
 def _listen(receiver: Connection, setting: Setting, keep: Callable[[Report], None]) -> State:
-    """Keeps what a part's process reports, until it says that it is done, and gives the state it ends in."""
+    """Keeps the reports of a part's process until the process is done or its time is up. Returns the final state."""
     while receiver.poll(max(setting.left, 0) + GRACE):
         try:
             report = receiver.recv()
         except EOFError:
-            keep(Failure("its process", "ended before all was measured"))
+            keep(Failure("its process", "ended before all measures were taken"))
             return "failed"
         if report is None:
             return "done"
@@ -184,7 +184,7 @@ def _line(report: Report) -> str:
 
 
 def _work(sender: Connection, part: Part, setting: Setting) -> None:
-    """A part's process: its measures, one after the other."""
+    """The process of a part: takes its measures, one after the other."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
@@ -192,7 +192,7 @@ def _work(sender: Connection, part: Part, setting: Setting) -> None:
     os.dup2(2, 1)
     try:
         measures = getattr(import_module(part.module), part.function)(setting)
-    except Exception as error:  # what the part needs is not installed, perhaps: it is told
+    except Exception as error:  # perhaps a package is not installed; it is reported
         sender.send(Failure(part.title, error_line(error)))
     else:
         take(measures, setting, sender.send)

@@ -1,4 +1,4 @@
-"""Part f of the benchmark: how fast a student samples."""
+"""Part f of the GPU benchmark: the speed of sampling."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -22,17 +22,17 @@ def sampling(setting: Setting) -> list[Measure]:
 
 
 def with_transformers(setting: Setting) -> Iterator[Figure]:
-    """``adpa.precompute`` with a student, by what longer responses add: what is due once falls out.
+    """Runs ``adpa.precompute`` with short and with long responses. The difference excludes all one-time work.
 
-    A student of random weights never ends its turn: every response has all tokens. Scoring them, by a teacher that
-    costs little, is counted.
+    A student with random weights never ends its turn, so that every response has the maximum length. The time includes
+    scoring the responses with a small teacher.
     """
     prompts, lengths = (DRY_PROMPTS, DRY_TOKENS) if setting.dry else (PROMPTS, TOKENS)
     short, long = lengths
     seconds = {}
-    for new_tokens in (short, short, long):  # the first one warms up
+    for new_tokens in (short, short, long):  # the first run warms up
         folder = setting.folder / f"sampling-{len(list(setting.folder.glob('sampling-*')))}"
-        done = precompute(
+        report = precompute(
             teacher=str(checkpoint(setting, TEACHER)),
             student=str(checkpoint(setting, SMALL)),
             data=str(preferences(setting, prompts)),
@@ -41,7 +41,7 @@ def with_transformers(setting: Setting) -> Iterator[Figure]:
             max_new_tokens=new_tokens,
             **limits(setting),
         )
-        seconds[new_tokens] = done.seconds
+        seconds[new_tokens] = report.seconds
     tokens = prompts * (long - short)
     yield Figure(
         "transformers, batches by default",

@@ -1,4 +1,4 @@
-"""Part d of the benchmark: what scoring costs, and what of it is the decoder, the head, and the rest.
+"""Part d of the GPU benchmark: the time of scoring, divided into decoder, head and the rest.
 
 Shapes: N response rows, C rows of a chunk, d hidden width, V vocabulary, T tokens of a response, K ids.
 """
@@ -39,7 +39,7 @@ from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 TOP_K = 50
 BATCH_TOKENS = 32_768
-ROWS = 1024  # of logits, whose time stands for that of all rows
+ROWS = 1024  # rows of logits; their time is scaled to all rows
 ROUNDS = 3
 
 
@@ -65,18 +65,18 @@ def scoring(setting: Setting) -> list[Measure]:
 
 
 def pairs_of(setting: Setting, size: str) -> int:
-    """How many pairs are scored."""
+    """Number of scored pairs."""
     return 4 if setting.dry else {MEDIUM: 160, LARGE: 64}[size]
 
 
 def decoder_and_head(setting: Setting, size: str) -> Iterator[Figure]:
-    """Scoring with a model in memory: its decoder alone, with the head, and the pass over the logits alone."""
+    """Scoring with a model in memory: the decoder alone, decoder and head, and the pass over the logits alone."""
     sequences = sequences_of(encoded_pairs(setting, pairs_of(setting, size)))
     batches = make_batches(sequences, len, BATCH_TOKENS)
     tokens = sum(map(len, sequences))
     rows = sum(len(sequence.response_ids) for sequence in sequences)
     model = random_model(setting, size)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as a loaded checkpoint has it
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as for a loaded checkpoint
     leave_out_padding_mask(model)
     decoder, head = HfDecoder(model), read_head(model)
     scorer = HeadScorer(size, decoder, head)
@@ -102,7 +102,7 @@ def decoder_and_head(setting: Setting, size: str) -> Iterator[Figure]:
     )
     all_rows, wide = chunk * rows / ROWS, wide * rows / ROWS
     yield Figure(f"{size}: head / scoring", 1 - bare / whole)
-    if whole > bare:  # noise may hide a small head
+    if whole > bare:  # noise may exceed the time of a small head
         yield Figure(f"{size}: head, FLOP/s", shape.head_flops(rows) / (whole - bare) / 1e12, "TFLOP/s")
     yield Figure(f"{size}: teacher rows / scoring", all_rows / whole)
     yield Figure(f"{size}: head product in float32 / scoring", wide / (bare + wide + all_rows))
@@ -113,7 +113,7 @@ def decoder_and_head(setting: Setting, size: str) -> Iterator[Figure]:
 
 
 def whole_precompute(setting: Setting, size: str) -> Iterator[Figure]:
-    """``adpa.precompute`` with a teacher, and its time by what it goes to."""
+    """``adpa.precompute`` with a teacher, and its time by kind of work."""
     path = checkpoint(setting, size)
     data = str(preferences(setting, pairs_of(setting, size)))
     sequences = sequences_of(encoded_pairs(setting, pairs_of(setting, size)))
@@ -162,24 +162,24 @@ def compare_signals(setting: Setting) -> Iterator[Figure]:
         yield from differences(f"{dtype} against float32 on a CPU", signals(dtype, setting.device), exact)
 
 
-def differences(name: str, found: Sequence[SignalRow], exact: Sequence[SignalRow]) -> Iterator[Figure]:
-    """How signals differ from exact ones."""
-    shared, own, tail = zip(*(difference(*rows) for rows in zip(found, exact, strict=True)), strict=True)
+def differences(name: str, measured: Sequence[SignalRow], exact: Sequence[SignalRow]) -> Iterator[Figure]:
+    """The differences of signals from exact ones."""
+    shared, own, tail = zip(*(difference(*rows) for rows in zip(measured, exact, strict=True)), strict=True)
     yield Figure(f"{name}: ids in common", statistics.mean(shared))
     yield Figure(f"{name}: largest |Δ log p| of own tokens", max(own), "nats")
     yield Figure(f"{name}: largest |Δ log p| of the tail", max(tail), "nats")
 
 
-def difference(found: SignalRow, exact: SignalRow) -> tuple[float, float, float]:
-    """Of one sequence: the share of ids in common, and the largest differences of own tokens and of the tail."""
-    ids = zip(found.topk_ids, exact.topk_ids, strict=True)
+def difference(measured: SignalRow, exact: SignalRow) -> tuple[float, float, float]:
+    """For one sequence: the share of ids in common, and the largest differences at its tokens and in the tail."""
+    ids = zip(measured.topk_ids, exact.topk_ids, strict=True)
     shared = statistics.mean(len(np.intersect1d(one_K, other_K)) / len(other_K) for one_K, other_K in ids)
-    own_T = np.abs(found.token_logprobs - exact.token_logprobs)
-    tail_T = np.abs(found.tail_logprob - exact.tail_logprob)
+    own_T = np.abs(measured.token_logprobs - exact.token_logprobs)
+    tail_T = np.abs(measured.tail_logprob - exact.tail_logprob)
     return shared, float(own_T.max()), float(tail_T.max())
 
 
 def exhaust(answers: Iterable[object]) -> None:
-    """Takes every answer, and keeps none."""
+    """Takes all answers and drops them."""
     for _ in answers:
         pass

@@ -1,4 +1,4 @@
-"""What part e of the benchmark sees of single kernels: how long the GPU does nothing, and what a mask costs.
+"""Measures of single GPU kernels for part e of the GPU benchmark: idle time, and the time of an attention mask.
 
 Shapes: B sequences, H heads, L tokens, E width of a head.
 """
@@ -21,13 +21,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-CPU_WORK = ("cpu_op",)  # stands in for it in a dry run
+CPU_WORK = ("cpu_op",)  # used in a dry run
 NEW_SHAPES = 16
 
 
 @dataclass
 class Profile:
-    """What a profiler saw: seconds of the clock, the idle share of them, and how many operations there were."""
+    """Results of a profiler: wall-clock seconds, the idle share of them, and the number of operations."""
 
     wall: float = 0.0
     idle: float = 0.0
@@ -36,9 +36,9 @@ class Profile:
 
 @contextmanager
 def profiled_steps(setting: Setting, steps: int) -> Iterator[Profile]:
-    """Profiles what runs inside, from the end of the first optimizer step to the end of step ``steps``."""
+    """Profiles the steps inside, from the end of the first optimizer step to the end of step ``steps``."""
     activity = ProfilerActivity.CPU if setting.dry else ProfilerActivity.CUDA
-    profiler, found = profile(activities=[activity]), Profile()
+    profiler, result = profile(activities=[activity]), Profile()
     done, started = 0, 0.0
 
     def after_step(*_: Any) -> None:
@@ -50,12 +50,12 @@ def profiled_steps(setting: Setting, steps: int) -> Iterator[Profile]:
         if done == steps:
             if not setting.dry:
                 torch.cuda.synchronize()
-            found.wall = time.perf_counter() - started
+            result.wall = time.perf_counter() - started
             profiler.stop()
 
     hook = register_optimizer_step_post_hook(after_step)
     try:
-        yield found
+        yield result
     finally:
         hook.remove()
     path = setting.folder / "trace.json"
@@ -63,8 +63,8 @@ def profiled_steps(setting: Setting, steps: int) -> Iterator[Profile]:
     work = CPU_WORK if setting.dry else GPU_WORK
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") in work]
     path.unlink()
-    found.operations = len(events)
-    found.idle = 1 - covered((event["ts"], event["ts"] + event["dur"]) for event in events) / 1e6 / found.wall
+    result.operations = len(events)
+    result.idle = 1 - covered((event["ts"], event["ts"] + event["dur"]) for event in events) / 1e6 / result.wall
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
@@ -77,7 +77,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def mask_cost(setting: Setting, shape: Shape) -> Iterator[Figure]:
-    """Attention of a micro-batch, forward and backward: a boolean mask against none, and a new shape with cuDNN."""
+    """Attention of a micro-batch, forward and backward: the cost of a boolean mask, and of a new shape with cuDNN."""
     length = 32 if setting.dry else 1024
     without, masked = (partial(attend, setting, shape, length, with_mask) for with_mask in (False, True))
     switch = torch.backends.cuda.enable_cudnn_sdp
@@ -109,7 +109,7 @@ def attend(setting: Setting, shape: Shape, length: int, with_mask: bool) -> None
 
     q_BHLE, k_BHLE, v_BHLE = (heads().requires_grad_() for _ in range(3))
     mask_B1LL = None
-    if with_mask:  # as of padding on the right
+    if with_mask:  # as for padding on the right
         mask_B1LL = torch.ones(8, 1, length, length, dtype=torch.bool, device=setting.device).tril()
         mask_B1LL[0, :, :, -3:] = False
     attended_BHLE = scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, mask_B1LL, is_causal=not with_mask)

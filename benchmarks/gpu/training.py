@@ -1,8 +1,8 @@
-"""Part e of the benchmark: what a DCKD step of a small student costs, and what each of its ways brings.
+"""Part e of the GPU benchmark: the speed of DCKD steps of a small student, with different settings.
 
-Every way is a run of ``adpa.distill`` of a few steps; its speed is that of the steps after the first, in tokens of the
-sequences without padding. The ways run one after the other, and the first one again at the end: what lies between its
-two speeds is noise.
+Each setting is a run of ``adpa.distill`` with a few steps. Its speed counts the steps after the first, in tokens
+without padding. The settings run one after the other, and the first one again at the end: the difference of its two
+speeds is noise.
 
 Shapes: N response rows, V vocabulary, d hidden width, K ids.
 """
@@ -34,7 +34,7 @@ from adpa.pipeline.distill import distill
 from adpa.pipeline.precompute import precompute
 from adpa.pipeline.training import student
 
-PAIRS, BATCH, MICRO_BATCH, STEPS = 192, 32, 4, 6  # batch and micro-batch are distill's own
+PAIRS, BATCH, MICRO_BATCH, STEPS = 192, 32, 4, 6  # batch and micro-batch are the defaults of distill
 DRY_PAIRS, DRY_BATCH, DRY_MICRO_BATCH, DRY_STEPS = 4, 4, 2, 2
 AS_IT_IS, AGAIN, FLOAT32, EAGER = "as it is", "as it is, again", "float32", "eager losses"
 PACKING = "packing sequences"
@@ -46,7 +46,7 @@ WITH = ["dataloader_num_workers=2", "dataloader_persistent_workers=false"]
 def training(setting: Setting) -> list[Measure]:
     """The measures of part e."""
     runs = Runs(setting)
-    no_gpu = "the GPU is not there to be waited for" if setting.dry else None
+    no_gpu = "it needs a GPU" if setting.dry else None
     packings = [f"packing {way}" for way in get_args(Packing) if way != "none"]
     return [
         Measure(AS_IT_IS, 20, partial(runs.measure, AS_IT_IS)),
@@ -68,18 +68,18 @@ def training(setting: Setting) -> list[Measure]:
 
 @dataclass
 class Runs:
-    """Runs of ``adpa.distill``, and the speed of each in tokens a second."""
+    """Runs of ``adpa.distill``, and the speed of each in tokens per second."""
 
     setting: Setting
     speeds: dict[str, float] = field(default_factory=dict)
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
+        """Micro-batches in a step."""
         return DRY_BATCH // DRY_MICRO_BATCH if self.setting.dry else BATCH // MICRO_BATCH
 
     def distill(self, **options: Any) -> list[dict[str, Any]]:
-        """Trains a student for a few steps, and gives the logs."""
+        """Trains a student for a few steps and returns the logs."""
         dry, output = self.setting.dry, self.setting.folder / "run"
         defaults: dict[str, Any] = {
             "objective": "dckd",
@@ -99,7 +99,7 @@ class Runs:
 
     @cached_property
     def cache(self) -> Path:
-        """Signals of a teacher that costs little; it is made once."""
+        """A cache with the signals of a small teacher, made once."""
         cache = self.setting.folder / "training-cache"
         precompute(
             teacher=str(checkpoint(self.setting, TEACHER)),
@@ -112,11 +112,11 @@ class Runs:
 
     @property
     def pairs(self) -> int:
-        """How many pairs are trained on."""
+        """Number of training pairs."""
         return DRY_PAIRS if self.setting.dry else PAIRS
 
     def measure(self, name: str, compared: tuple[str, str] | None = None, **options: Any) -> Iterator[Figure]:
-        """Speed and peak memory of one way, and the speed of two ways against each other."""
+        """Speed and peak memory of one setting, and the ratio of two settings' speeds."""
         on_gpu = self.setting.device == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -131,12 +131,12 @@ class Runs:
             yield Figure(f"{one} / {other}, speed", self.speeds[one] / self.speeds[other])
 
     def with_eager_losses(self) -> Iterator[Figure]:
-        """The student with plain losses in place of the loss head."""
+        """Trains the student with plain losses instead of the loss head."""
         with mock.patch.object(student, "distill_head", eager_losses):
             yield from self.measure(EAGER, (AS_IT_IS, EAGER))
 
     def host_waits(self) -> Iterator[Figure]:
-        """How often the host waits for the GPU in a micro-batch: what two more steps add."""
+        """The host's waits for the GPU in a micro-batch: the waits that two more steps add."""
 
         def waits(steps: int) -> list[WarningMessage]:
             with catch_warnings(record=True) as caught:
@@ -154,7 +154,7 @@ class Runs:
         yield Figure("host waits a micro-batch", count, note=note)
 
     def idle_share(self) -> Iterator[Figure]:
-        """The share of the time after the first step in which nothing runs on the GPU; a profiler slows the host."""
+        """The share of the time after the first step in which the GPU is idle. The profiler slows the host down."""
         steps = DRY_STEPS if self.setting.dry else 3
         with profiled_steps(self.setting, steps) as profile:
             self.distill(max_steps=steps, logging_steps=1000)
@@ -162,7 +162,7 @@ class Runs:
         yield Figure("GPU idle", profile.idle, note=note)
 
     def mask(self) -> Iterator[Figure]:
-        """What a boolean mask would add to a padded micro-batch, and what a new shape costs cuDNN."""
+        """The time that a boolean mask would add to a padded micro-batch, and the time of a new shape with cuDNN."""
         figures = list(mask_cost(self.setting, shape_of(self.setting, SMALL)))
         yield from figures
         if AS_IT_IS in self.speeds:
@@ -172,16 +172,16 @@ class Runs:
 
     @cached_property
     def lengths(self) -> Pairs:
-        """Tokens of the pairs."""
+        """The lengths of the pairs."""
         return measure_pairs(encoded_pairs(self.setting, self.pairs))
 
     @property
     def tokens_of_a_pair(self) -> float:
-        """Of both sequences, the prompt with each."""
+        """Mean tokens of both sequences of a pair, each with the prompt."""
         return sum(float(responses.whole.mean()) for responses in self.lengths.responses())
 
     def flops(self) -> Iterator[Figure]:
-        """FLOP/s of the way that computes every sequence and no padding."""
+        """FLOP/s of the setting that computes every sequence and no padding."""
         if PACKING in self.speeds:
             flops = needed_flops(shape_of(self.setting, SMALL), self.lengths.responses(), Assumptions(batch=1))
             rate = flops / self.tokens_of_a_pair * self.speeds[PACKING]
@@ -189,7 +189,7 @@ class Runs:
 
 
 def added(few: Sequence[WarningMessage], many: Sequence[WarningMessage]) -> Counter[str]:
-    """Where the warnings come from that a longer run has and a shorter one has not, and how many there are."""
+    """Counts, by source line, the warnings that a longer run has in addition to a shorter one."""
 
     def places(warnings: Sequence[WarningMessage]) -> Counter[str]:
         return Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in warnings)
@@ -210,7 +210,7 @@ def eager_losses(
     advantage_weight: Tensor,
     **_: Any,
 ) -> tuple[Tensor, HeadLosses]:
-    """``distill_head`` of a plain head as one would write it without it: all logits at once, the tail as 1 − Σq."""
+    """Replaces ``distill_head`` by plain torch: all logits at once, the tail as 1 − Σq."""
     padding_NK = topk_ids < 0
     logq_NV = (hidden @ weight.T).float().log_softmax(1)
     logq_NK = logq_NV.gather(1, topk_ids.clamp(min=0).long())

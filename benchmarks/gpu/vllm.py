@@ -1,4 +1,4 @@
-"""What the benchmark measures of vLLM, where it is installed: bare prefill, scoring, sampling."""
+"""Measures of vLLM for the GPU benchmark, if vLLM is installed: bare prefill, scoring, sampling."""
 
 from collections.abc import Iterator
 
@@ -18,19 +18,19 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 PAIRS, PROMPTS, NEW_TOKENS = 160, 256, 128
 ROUNDS = 2
-EAGER = "enforce_eager=true"  # without compilation an engine starts sooner, and prefill gains little from it
+EAGER = "enforce_eager=true"  # an engine starts sooner without compilation, which speeds prefill up only a little
 CPU_KV_CACHE = 64 << 20
 
 
 def obstacle(setting: Setting) -> str | None:
-    """Why vLLM is not measured here, if it is not."""
+    """The reason why vLLM is not measured here, if any."""
     if setting.dry:
         return "a dry run starts no engine"
     return obstacle_to_vllm(torch.device(setting.device))
 
 
 def open_engine(setting: Setting, opened: Checkpoint, *arguments: str) -> VllmEngine:
-    """adpa's engine on vLLM."""
+    """Opens adpa's engine on vLLM."""
     if setting.dry:
         arguments = (*arguments, EAGER, f"kv_cache_memory_bytes={CPU_KV_CACHE}")
     options, dtype = VllmOptions(engine_arg=arguments), opened.dtype_name("auto")
@@ -38,7 +38,7 @@ def open_engine(setting: Setting, opened: Checkpoint, *arguments: str) -> VllmEn
 
 
 def vllm_prefill(setting: Setting) -> Iterator[Figure]:
-    """vLLM itself reads the sequences, and says one token after each."""
+    """vLLM itself reads the sequences and generates one token after each."""
     from vllm import LLM, SamplingParams
 
     opened = open_checkpoint(str(checkpoint(setting, MEDIUM)))
@@ -63,7 +63,7 @@ def vllm_prefill(setting: Setting) -> Iterator[Figure]:
 
 
 def scoring_with_vllm(setting: Setting, is_async: bool) -> Iterator[Figure]:
-    """The teacher's pass, hidden states from vLLM, with asynchronous scheduling or without."""
+    """The teacher's pass on hidden states from vLLM, with or without asynchronous scheduling."""
     opened = open_checkpoint(str(checkpoint(setting, MEDIUM)))
     sequences = sequences_of(encoded_pairs(setting, 4 if setting.dry else PAIRS))
     engine = open_engine(setting, opened, EAGER, f"async_scheduling={str(is_async).lower()}")
@@ -77,7 +77,7 @@ def scoring_with_vllm(setting: Setting, is_async: bool) -> Iterator[Figure]:
 
 
 def sampling_with_vllm(setting: Setting) -> Iterator[Figure]:
-    """Responses of a student."""
+    """The speed of a student's sampling."""
     opened = open_checkpoint(str(checkpoint(setting, SMALL)))
     new_tokens = 4 if setting.dry else NEW_TOKENS
     requests = [SampleRequest(pair.prompt_ids, 0) for pair in encoded_pairs(setting, 4 if setting.dry else PROMPTS)]
@@ -95,11 +95,11 @@ def sampling_with_vllm(setting: Setting) -> Iterator[Figure]:
     )
     longest = max(len(request.prompt_ids) for request in requests) + new_tokens
     sampler = engine.open_sampler(opened, sampling, longest)
-    said: list[int] = []
+    lengths: list[int] = []
 
     def sample() -> None:
-        said[:] = [len(response) for batch in sampler.sample([requests]) for response in batch]
+        lengths[:] = [len(response) for batch in sampler.sample([requests]) for response in batch]
 
     taken = in_turns({"": sample}, ROUNDS, setting.device)[""]
     sampler.close()
-    yield figure_of("vLLM", [sum(said) / one for one in taken], "tokens/s")
+    yield figure_of("vLLM", [sum(lengths) / one for one in taken], "tokens/s")

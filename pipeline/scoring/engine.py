@@ -1,4 +1,7 @@
-"""What runs the models of stage one: transformers, or vLLM. Both give the same signals."""
+"""Chooses the engine of stage one, transformers or vLLM, and defines what an engine must do.
+
+Both engines give the same signals.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,13 +14,13 @@ from adpa.data.cache.signals import Scoring
 from adpa.errors import OptionError
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
-from adpa.pipeline.options import EngineName
+from adpa.pipeline.options import EngineName, ModelName
 from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import obstacle_to_vllm, open_vllm
-from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 
 class Engine(Protocol):
@@ -25,53 +28,53 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """What a scoring says of it: every setting that can change a number."""
+        """The engine's entry in a scoring: every setting that can change a number."""
         ...
 
     @property
     def sampling_name(self) -> str:
-        """What a sampling says of it."""
+        """The engine's entry in a sampling: every setting that can change a number."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why it is this one, for the report."""
+        """Why this engine was chosen, for the report."""
         ...
 
-    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
-        """Tokens of a batch that each of some models scores, unless the user says how many."""
+    def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
+        """Default tokens of a scoring batch, small enough for each of these models."""
         ...
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
-        """Tokens of a batch of sampling, prompts and responses, unless the user says how many."""
+        """Default tokens of a sampling batch, prompts and responses together."""
         ...
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of a sequence at most, where the user sets a limit."""
+        """The user's limit on the tokens of a sequence; None without a limit."""
         ...
 
     @property
     def extra_positions(self) -> int:
-        """Positions that scoring a sequence takes beside one for each of its tokens."""
+        """Positions that scoring needs in addition to one for each token of a sequence."""
         ...
 
     @property
     def pads(self) -> bool:
-        """Whether every sequence of a batch costs as much as its longest one."""
+        """Whether every sequence of a batch takes as much time as the longest one."""
         ...
 
     @property
     def gpus(self) -> int:
-        """GPUs that its largest model takes; 0 where it computes on the CPU."""
+        """GPUs that the largest model takes; 0 on a CPU."""
         ...
 
     def open_scorer(self, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
-        """Loads a model of a scoring, or the student beside it, for sequences of up to so many tokens."""
+        """Loads the teacher, the reference or the student for sequences of up to ``longest`` tokens."""
         ...
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
-        """Loads a student, for prompts and responses of up to so many tokens together."""
+        """Loads a student for prompts and responses of up to ``longest`` tokens together."""
         ...
 
 
@@ -92,15 +95,15 @@ class HfEngine:
         """See ``Engine.gpus``."""
         return int(self.device.type == "cuda")
 
-    def scoring_tokens(self, models: Mapping[Role, Checkpoint], dtypes: Mapping[Role, str]) -> int:
-        """See ``Engine.scoring_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
+    def scoring_tokens(self, models: Mapping[ModelName, Checkpoint], dtypes: Mapping[ModelName, str]) -> int:
+        """See ``Engine.scoring_tokens``. Depends on the GPU's free memory; Ray's workers must have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         free = free_memory(self.device)
-        return min(scoring_tokens(checkpoint, dtypes[role], free) for role, checkpoint in models.items())
+        return min(scoring_tokens(checkpoint, dtypes[model], free) for model, checkpoint in models.items())
 
     def sampling_tokens(self, checkpoint: Checkpoint, dtype: str, max_new_tokens: int, top_p: float) -> int:
-        """See ``Engine.sampling_tokens``. By a GPU's free memory; Ray's workers are assumed to have the same GPU."""
+        """See ``Engine.sampling_tokens``. Depends on the GPU's free memory; Ray's workers must have the same GPU."""
         if self.device.type != "cuda":
             return FIXED_TOKENS
         return sampling_tokens(checkpoint, dtype, free_memory(self.device), max_new_tokens, top_p)
@@ -118,13 +121,13 @@ def choose_engine(
     name: EngineName,
     options: VllmOptions,
     device: torch.device,
-    models: Mapping[Role, Checkpoint],
-    dtypes: Mapping[Role, str],
+    models: Mapping[ModelName, Checkpoint],
+    dtypes: Mapping[ModelName, str],
 ) -> Engine:
-    """The engine of a name, after checking that it can hold the models; ``auto`` is vLLM where it runs on a GPU.
+    """Chooses the engine and checks that the models fit into memory. ``auto`` means vLLM if it can run on a GPU here.
 
     Raises:
-        OptionError: the engine cannot be used, or not with these options.
+        OptionError: the engine is not available, or does not take these options.
         ModelError: a model's weights do not fit into memory.
     """
     options.check()
@@ -138,7 +141,7 @@ def choose_engine(
         if value != getattr(VllmOptions(), option):
             flag = option.replace("_", "-")
             raise OptionError(f"--{flag} is for vLLM; the engine is hf ({reason})", "leave it out")
-    for role, checkpoint in models.items():
+    for model, checkpoint in models.items():
         advice = "use --engine vllm with --tensor-parallel or --quantization, or another --dtype"
-        checkpoint.check_memory(dtypes[role], device_memory(device), advice)
+        checkpoint.check_memory(dtypes[model], device_memory(device), advice)
     return HfEngine(device, reason)

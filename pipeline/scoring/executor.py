@@ -1,4 +1,4 @@
-"""Where the models of stage one are asked: in this process, or by workers of a Ray cluster."""
+"""Where the models of stage one run: in this process, or in workers of a Ray cluster."""
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
@@ -16,17 +16,17 @@ ExecutorName = Literal["here", "ray"]
 
 @dataclass(frozen=True)
 class ExecutorOptions:
-    """What a user says about it; the defaults of ``precompute``."""
+    """The options of the executor, with the defaults of ``precompute``."""
 
     executor: ExecutorName = "here"
     workers: int | None = None
     ray_address: str | None = None
 
     def check(self, device: str) -> None:
-        """Checks what can be checked without starting anything, with the device that the user names.
+        """Checks the options, and the value of ``--device`` beside them, without starting anything.
 
         Raises:
-            OptionError: an option has no meaning, or Ray is not installed.
+            OptionError: an option is out of range or does not fit the others, or Ray is not installed.
         """
         if number_of_ranks() > 1:
             raise OptionError(
@@ -38,7 +38,7 @@ class ExecutorOptions:
                     raise OptionError(f"{flag} {value} without --executor ray", "add it, or leave this out")
             return
         if self.workers is None:
-            raise OptionError("--executor ray without --workers", "say how many there shall be")
+            raise OptionError("--executor ray without --workers", "set the number of workers")
         if self.workers < 1:
             raise OptionError(f"--workers {self.workers}; expected at least 1")
         if device.partition(":")[2] not in ("", "0"):
@@ -47,19 +47,20 @@ class ExecutorOptions:
         if self.ray_address is not None:
             ray_module.check_address(self.ray_address)
 
-    def check_batches(self, most: int) -> None:
-        """Checks that there is work for every worker where a job has so many batches at most.
+    def check_batches(self, batches: int) -> None:
+        """Checks that every worker can get work. The largest job has at most this many batches.
 
         Raises:
-            OptionError: there is not.
+            OptionError: there are more workers than batches.
         """
-        if self.workers is not None and self.workers > most:
+        if self.workers is not None and self.workers > batches:
             raise OptionError(
-                f"--workers {self.workers}: the work is {most} batches at most", "lower --workers, or --batch-tokens"
+                f"--workers {self.workers}: the work has {batches} batches at most",
+                "lower --workers, or --batch-tokens",
             )
 
     def open(self, gpus: int, cache: Location) -> AbstractContextManager[Executor]:
-        """The executor, for models that take so many GPUs; leaving its context stops what it has started."""
+        """The executor, for models that each take this many GPUs. Leaving its context stops whatever it started."""
         if self.executor == "here":
             return nullcontext(run_here)
         opened: AbstractContextManager[Executor] = _import_ray().RayExecutor(

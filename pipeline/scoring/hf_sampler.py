@@ -1,13 +1,13 @@
-"""Sampling with transformers.
+"""Samples with transformers.
 
-Every response has its own stream of uniform numbers, derived from the seed, the prompt and its index, and is drawn
-by inverting the cumulative distribution: what is sampled does not depend on the batch it is sampled in, as far as the
-student's logits do not. In float32 they differ by rounding and responses are the same; in bfloat16 some are not.
+Every response has its own stream of uniform random numbers, derived from the seed, the prompt and the response's index.
+A token is drawn by inverting the cumulative distribution. So a response depends on its batch only as far as the logits
+do. In float32 the logits differ by rounding, and responses are the same; in bfloat16 some responses differ.
 
-The loop over tokens is ours, because transformers' own waits for the device at every token: a GPU would idle while the
-next token's work is queued. What comes before the loop is that of ``generate``.
+The loop over tokens is ours. The loop of transformers waits for the device at every token, so that a GPU would idle
+until the next token's work is queued. ``generate`` prepares the loop.
 
-Shapes: B sequences of a batch, P tokens of the longest prompt, T tokens drawn, V vocabulary rows.
+Shapes: B sequences of a batch, P tokens of the longest prompt, T sampled tokens, V vocabulary rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.scoring.sample import stream_seed
 
-WAITLESS_SDPA = "adpa_waitless_sdpa"
+SYNC_FREE_SDPA = "adpa_sync_free_sdpa"
 
 
 class HfSampler:
@@ -39,7 +39,7 @@ class HfSampler:
         self._model = checkpoint.load(sampling.dtype, device).eval()
         self._sampling = sampling
         if device.type == "cuda":
-            make_masks_unseen(self._model)
+            avoid_mask_sync(self._model)
 
     def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
         """See ``Sampler.sample``."""
@@ -53,7 +53,7 @@ class HfSampler:
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[TokenIds]:
-    """Samples a batch: int32 [T] for each request, with the end-of-turn token unless ``max_new_tokens`` cut it off.
+    """Samples a response to each request, int32 [T]. It has no end-of-turn token if ``max_new_tokens`` cut it off.
 
     Raises:
         ModelError: the logits are not finite.
@@ -69,7 +69,7 @@ def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[Sample
     if sampling.temperature > 0:
         uniforms = np.stack([_uniforms(sampling, request) for request in requests])
         uniforms_BT = torch.from_numpy(uniforms).to(model.device)
-    # generate() fills what a configuration leaves open from the model's own.
+    # generate() takes missing settings from the model's own configuration: replace it.
     model.generation_config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=turn_end, pad_token_id=turn_end
     )
@@ -80,7 +80,7 @@ def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[Sample
     )
     if not finite:
         raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
-    return [_until(row, turn_end) for row in generated_BT.cpu().numpy().astype(np.int32)]
+    return [_cut_after(row, turn_end) for row in generated_BT.cpu().numpy().astype(np.int32)]
 
 
 def _decode(
@@ -94,11 +94,11 @@ def _decode(
     generation_config: object,
     **inputs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loop that ``generate`` calls: int64 [B, T], and whether all logits were finite. Rows that ended are padded.
+    """The token loop, called by ``generate``: int64 [B, T], and whether all logits were finite. Ended rows are padded.
 
-    It also gets processors of logits and criteria of stopping. They are the model's own and have no say here.
+    ``generate`` also passes the model's own logits processors and stopping criteria. The loop ignores them.
     """
-    steps_per_look = steps_between_looks(input_ids.device)
+    check_interval = steps_between_checks(input_ids.device)
     ended_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
     prompt_length = input_ids.shape[1]
@@ -111,29 +111,29 @@ def _decode(
         )
         inputs = model._update_model_kwargs_for_generation(output, inputs)
         logits_BV = output.logits[:, -1]
-        finite &= logits_BV.amax(dim=1).isfinite().all()  # what is not finite is drawn from all the same
+        finite &= logits_BV.amax(dim=1).isfinite().all()  # sampling goes on; the caller raises
         if uniforms_BT is None:
             tokens_B = logits_BV.argmax(dim=1)
         else:
             tokens_B = draw(logits_BV, uniforms_BT[:, step], sampling.temperature, sampling.top_p)
-        del output, logits_BV  # those of a prompt are large in some models
+        del output, logits_BV  # some models return the logits of the whole prompt
         tokens_B = tokens_B.masked_fill(ended_B, sampling.turn_end)
         ended_B |= tokens_B == sampling.turn_end
         input_ids = torch.cat([input_ids, tokens_B[:, None]], dim=1)
-        if (step + 1) % steps_per_look == 0 and bool(ended_B.all()):
+        if (step + 1) % check_interval == 0 and bool(ended_B.all()):
             break
     return input_ids[:, prompt_length:], finite
 
 
-def steps_between_looks(device: torch.device) -> int:
-    """After how many tokens it is looked whether all responses have ended, for which the host waits for the device."""
+def steps_between_checks(device: torch.device) -> int:
+    """Tokens between two checks whether all responses have ended. At each check the host waits for the device."""
     return 16 if device.type == "cuda" else 1
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The token of each row that its uniform number picks from its top-p distribution, int64 [B].
+    """Draws a token of each row from its top-p distribution by the row's uniform number, int64 [B].
 
-    It is the first token whose share of the distribution reaches beyond the number; it has probability.
+    It is the first token at which the cumulative probability exceeds the number. Its own probability is not 0.
     """
     probs_BV = logits_BV.double().div_(temperature).softmax(dim=1)
     if top_p < 1:
@@ -145,30 +145,30 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float
     return picked_B1[:, 0].clamp_(max=logits_BV.shape[1] - 1)
 
 
-def make_masks_unseen(model: PreTrainedModel) -> None:
-    """Spares the host a wait at every token: sdpa's mask function looks whether all of the mask is true.
+def avoid_mask_sync(model: PreTrainedModel) -> None:
+    """Removes a wait of the host at every token: the mask function of sdpa checks whether the whole mask is true.
 
-    With padding on the left it never is.
+    With padding on the left the mask never is.
     """
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(WAITLESS_SDPA, sdpa_attention_forward)
-        AttentionMaskInterface.register(WAITLESS_SDPA, _unseen_mask)
-        model.set_attn_implementation(WAITLESS_SDPA)
+        AttentionInterface.register(SYNC_FREE_SDPA, sdpa_attention_forward)
+        AttentionMaskInterface.register(SYNC_FREE_SDPA, _sync_free_mask)
+        model.set_attn_implementation(SYNC_FREE_SDPA)
 
 
-def _unseen_mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **options: Any) -> Tensor | None:
-    """A mask function of transformers: that of sdpa. ``generate`` gives it no mask for a batch without padding."""
+def _sync_free_mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **options: Any) -> Tensor | None:
+    """The mask function of sdpa without the check. ``generate`` passes no mask for a batch without padding."""
     skip = allow_is_causal_skip and attention_mask is None
     mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **options)
     return mask
 
 
 def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]:
-    """The uniform numbers of one response, float64 [max_new_tokens]."""
+    """The uniform random numbers of one response, float64 [max_new_tokens]."""
     generator = np.random.Generator(np.random.Philox(key=stream_seed(sampling, request, size=16)))
     return generator.random(sampling.max_new_tokens)
 
 
-def _until(token_ids: TokenIds, turn_end: int) -> TokenIds:
+def _cut_after(token_ids: TokenIds, turn_end: int) -> TokenIds:
     ends = np.flatnonzero(token_ids == turn_end)
     return token_ids[: ends[0] + 1] if len(ends) else token_ids

@@ -1,4 +1,4 @@
-"""Scoring with transformers: runs anywhere, and is the oracle of every other engine.
+"""Scores with transformers. It runs anywhere, and all other engines are tested against it.
 
 Shapes: B sequences, L tokens, N response rows of the batch, d hidden width.
 """
@@ -18,7 +18,7 @@ from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 
 def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> HeadScorer:
-    """Loads a model and checks that its head is one that adpa knows."""
+    """Loads a model and checks that adpa knows its head."""
     model = checkpoint.load(dtype, device).eval()
     check_head(model)
     leave_out_padding_mask(model)

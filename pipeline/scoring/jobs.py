@@ -1,4 +1,7 @@
-"""Batches of work whose results end up as shards: a killed run loses the batches in flight and no more."""
+"""Jobs of stage one: runs a model on batches and writes one shard for each batch. A killed run loses only open batches.
+
+A batch is open while the model works on it or its shard is not yet written.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,15 +17,15 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Job(Protocol[Item_contra, Result_co]):
-    """The work of one model on any batches. It can be pickled, so that other processes may share in it."""
+    """The work of one model. Jobs can be pickled, so that other processes can run a part of the batches."""
 
     @property
     def counts(self) -> str:
-        """What its progress bar counts."""
+        """Label of the progress bar: what it counts."""
         ...
 
     def size(self, item: Item_contra) -> int:
-        """What an item counts for the progress bar."""
+        """How far an item moves the progress bar."""
         ...
 
     def open(
@@ -33,25 +36,25 @@ class Job(Protocol[Item_contra, Result_co]):
 
 
 class Executor(Protocol):
-    """Where jobs are done."""
+    """Runs jobs, in this process or in others."""
 
     def __call__(self, job: Job[Item, Result], batches: Sequence[Sequence[Item]]) -> list[Result]:
-        """Does a job on some batches, with a progress bar, and gives what writing each of them gave, in any order."""
+        """Runs a job on some batches and shows progress. Returns the callbacks' results in any order."""
         ...
 
 
 def run_here(job: Job[Item, Result], batches: Sequence[Sequence[Item]]) -> list[Result]:
-    """The ``Executor`` that is this process."""
+    """The ``Executor`` that runs jobs in this process."""
     results: list[Result] = []
-    with job.open() as ask:
-        write_batches(job.counts, batches, job.size, ask(batches), lambda write: results.append(write()))
+    with job.open() as process:
+        write_batches(job.counts, batches, job.size, process(batches), lambda write: results.append(write()))
     return results
 
 
 def make_batches(items: Sequence[Item], size: Callable[[Item], int], batch_tokens: int) -> list[list[Item]]:
-    """Groups items so that their number × the largest size ≤ ``batch_tokens``, largest first.
+    """Groups items, largest first, so that number of items × largest size ≤ ``batch_tokens``.
 
-    An item larger than that is a batch of its own.
+    A larger item is a batch of its own.
     """
     batches: list[list[Item]] = []
     largest = 0
@@ -70,14 +73,14 @@ def write_batches(
     results: Iterable[Result],
     write: Callable[[Result], object],
 ) -> None:
-    """Writes the result of each batch while the next one is being computed, and shows progress.
+    """Writes each batch's result while the next result is computed, and shows progress.
 
     Args:
-        description: what the progress bar counts.
+        description: label of the progress bar.
         batches: the batches, in the order of their results.
-        size: what an item counts for the progress bar.
-        results: computes the results as it is iterated.
-        write: makes a result durable; runs in a thread of its own, for one batch at a time.
+        size: how far an item moves the progress bar.
+        results: computes one result at each iteration.
+        write: makes a result durable; runs in a thread of its own, one batch at a time.
     """
     total = sum(size(item) for batch in batches for item in batch)
     with progress(description, total) as advance, ThreadPoolExecutor(max_workers=1) as writer:

@@ -1,4 +1,4 @@
-"""The models of stage one, opened once: checked against one another and against the data, before the long work."""
+"""Opens the models of stage one and checks them against one another and against the data, before the long work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,42 +9,41 @@ from adpa.data.encoding import EncodedPair
 from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.options import DtypeName
+from adpa.pipeline.options import DtypeName, ModelName
 from adpa.pipeline.scoring.engine import Engine
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
-from adpa.pipeline.scoring.vllm_options import Role
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models that a run names. They can be pickled; another process finds them in the same directories."""
+    """The models of a run. They can be pickled; another process loads them from the same directories."""
 
     teacher: Checkpoint
     reference: Checkpoint | None
     student: Checkpoint | None
 
-    def roles(self) -> dict[Role, Checkpoint]:
-        """Those that are there."""
-        roles: dict[Role, Checkpoint | None] = {
+    def by_name(self) -> dict[ModelName, Checkpoint]:
+        """The models of this run by their names."""
+        models: dict[ModelName, Checkpoint | None] = {
             "teacher": self.teacher,
             "reference": self.reference,
             "student": self.student,
         }
-        return {role: checkpoint for role, checkpoint in roles.items() if checkpoint is not None}
+        return {name: checkpoint for name, checkpoint in models.items() if checkpoint is not None}
 
-    def dtypes(self, dtype: DtypeName) -> dict[Role, str]:
-        """What each computes in: the reference in the teacher's dtype, so that they can be compared."""
+    def dtypes(self, dtype: DtypeName) -> dict[ModelName, str]:
+        """The dtype of each model's computation. The reference takes the teacher's, so that the two can be compared."""
         return {
-            role: (checkpoint if role == "student" else self.teacher).dtype_name(dtype)
-            for role, checkpoint in self.roles().items()
+            model: (checkpoint if model == "student" else self.teacher).dtype_name(dtype)
+            for model, checkpoint in self.by_name().items()
         }
 
     def check_reference(self) -> None:
         """Checks that the reference is not the teacher.
 
         Raises:
-            OptionError: it is.
+            OptionError: both have the same weights.
         """
         if self.reference is not None and self.reference.identity.digest == self.teacher.identity.digest:
             raise OptionError(
@@ -55,18 +54,18 @@ class Models:
     def check_data(
         self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int, engine: Engine
     ) -> int:
-        """Checks ids and lengths; gives the largest number of tokens that a sequence can have.
+        """Checks token ids and lengths. Returns the largest number of tokens that a sequence can have.
 
         Raises:
-            AdpaError: a model has no embedding for an id, or no position for a token, or a sequence is too long.
+            AdpaError: a model has no embedding for an id or no position for a token, or a sequence is too long.
         """
         largest, lengths = 0, []
         for pair in pairs:
             response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
             lengths += [len(pair.prompt_ids) + response[name] for name in names]
             largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
-        for role, checkpoint in self.roles().items():
-            extra = 0 if role == "student" else engine.extra_positions
+        for model, checkpoint in self.by_name().items():
+            extra = 0 if model == "student" else engine.extra_positions
             checkpoint.check_positions([length + extra for length in lengths])
             checkpoint.check_ids(largest)
         limit = engine.max_tokens
@@ -80,30 +79,30 @@ class Models:
         return max(lengths)
 
     def open_scorer(self, engine: Engine, longest: int, scoring: Scoring, identity: ModelIdentity) -> Scorer:
-        """Loads the one of an identity, for a scoring or beside it, for sequences of up to so many tokens."""
-        checkpoint = next(checkpoint for checkpoint in self.roles().values() if checkpoint.identity == identity)
+        """Loads the model with this identity for sequences of up to ``longest`` tokens."""
+        checkpoint = next(checkpoint for checkpoint in self.by_name().values() if checkpoint.identity == identity)
         checkpoint.check_here()
         return engine.open_scorer(checkpoint, scoring, longest)
 
     def open_sampler(self, engine: Engine, longest: int, sampling: Sampling) -> Sampler:
-        """Loads the student, for prompts and responses of up to so many tokens together."""
+        """Loads the student for prompts and responses of up to ``longest`` tokens together."""
         assert self.student is not None
         self.student.check_here()
         return engine.open_sampler(self.student, sampling, longest)
 
 
 def open_models(teacher: str, reference: str | None, student: str | None, top_k: int) -> Models:
-    """Finds the checkpoints and checks that they speak the teacher's tokens.
+    """Opens the checkpoints and checks that all have the teacher's vocabulary.
 
     Raises:
-        AdpaError: one is not there, or has another vocabulary, or there are not K tokens.
+        AdpaError: a checkpoint is missing or has another vocabulary, or the vocabulary has fewer than K tokens.
     """
     models = Models(
         open_checkpoint(teacher),
         open_checkpoint(reference) if reference else None,
         open_checkpoint(student) if student else None,
     )
-    for other in list(models.roles().values())[1:]:
+    for other in list(models.by_name().values())[1:]:
         check_same_vocabulary(models.teacher.tokenizer, other.tokenizer, teacher, other.name)
     if top_k > models.teacher.config.vocab_size:
         raise OptionError(f"--top-k {top_k}: {teacher} has {models.teacher.config.vocab_size} tokens", "lower --top-k")

@@ -1,4 +1,4 @@
-"""Parts of the data, for machines that share the work of one command without talking to one another."""
+"""``--part i/n``: divides the data between machines that share one command without talking to one another."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ NO_IDS = np.array([], dtype=np.int32)
 
 @dataclass(frozen=True)
 class Part:
-    """One part of several, ``number`` of 1 to ``count``."""
+    """Part ``number`` of ``count``, counted from 1."""
 
     number: int
     count: int
@@ -27,26 +27,26 @@ WHOLE = Part(1, 1)
 
 
 def parse_part(text: str | None) -> Part:
-    """The part that ``i/n`` names; default: all of it.
+    """Parses ``i/n``; None means the whole data.
 
     Raises:
-        OptionError: it is no such text, or i is not one of 1 to n.
+        OptionError: the text is not ``i/n``, or i is not between 1 and n.
     """
     if text is None:
         return WHOLE
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise OptionError(f"--part {text}; expected i/n with i from 1 to n, such as 1/4")
-    return Part(int(found[1]), int(found[2]))
+    return Part(int(match[1]), int(match[2]))
 
 
 class PartPrompts:
-    """The prompts of a part: the different ones of the data are dealt out in the order of their digests.
+    """The prompts of a part. It takes every n-th distinct prompt, in the order of their digests.
 
-    What is sampled for a prompt and scored with it is then asked of one part alone, and every part has its share.
+    So one part alone samples and scores the responses to a prompt, and all parts get equally many prompts.
 
     Raises:
-        OptionError: there are fewer prompts than parts.
+        OptionError: the data has fewer distinct prompts than parts.
     """
 
     def __init__(self, part: Part, prompts: Iterable[TokenIds]) -> None:

@@ -86,9 +86,9 @@ def open_setup(request: Request) -> Setup:
     device = resolve_device(options.device)
     models = open_models(request.teacher, request.reference, request.student, request.signals.top_k)
     dtypes = models.dtypes(options.dtype)
-    engine = choose_engine(options.name, options.vllm, device, models.roles(), dtypes)
+    engine = choose_engine(options.name, options.vllm, device, models.by_name(), dtypes)
     models.check_reference()
-    scoring_tokens = options.batch_tokens or engine.scoring_tokens(models.roles(), dtypes)
+    scoring_tokens = options.batch_tokens or engine.scoring_tokens(models.by_name(), dtypes)
     sampling_tokens = 0
     if models.student is not None:
         sampling_tokens = options.batch_tokens or engine.sampling_tokens(

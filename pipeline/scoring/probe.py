@@ -1,8 +1,8 @@
-"""A probe before stage one: what each K would keep, how large the cache gets, how long the scoring takes.
+"""Probes stage one before a run: measures what each K keeps, and predicts cache size and scoring time.
 
-Some responses are scored twice, in memory. The first pass has a K of 1,000, of which every smaller K is a part. It also
-warms the engine up: the second pass, with the run's own K, is the one whose time is taken. A student, if there is one,
-is asked once, as the reference is: the KL that a K loses depends on it.
+The probe scores some responses twice, in memory. The first pass uses K = 1,000, which contains every smaller K, and
+warms the engine up. The second pass uses the run's own K and is timed. If the run has a student, it scores the
+responses once, as a reference does, because the KL that is lost at a given K depends on the student.
 """
 
 import time
@@ -17,7 +17,7 @@ from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.fidelity import Fidelity, measure_fidelity
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.scoring.jobs import make_batches, write_batches
-from adpa.pipeline.scoring.score import Batch, Scorer, complete, judge
+from adpa.pipeline.scoring.score import Batch, Scorer, score_reference, score_teacher
 
 PROBE_TOP_K = 1000
 COMPARED_TOP_K = (10, 20, 50, 100)
@@ -25,51 +25,51 @@ COMPARED_TOP_K = (10, 20, 50, 100)
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to score, at most.
+    """The sequences that a run scores.
 
     Attributes:
-        wanted: the sequences of all its response sets.
-        missing: those that the cache lacks.
-        unsampled: responses that are still to be sampled, and scored then.
-        max_new_tokens: tokens that each of these has at most.
+        requested: the sequences of all its response sets, scored or not.
+        missing: the sequences whose signals the cache lacks.
+        unsampled: the responses that the run will sample before it scores them.
+        max_new_tokens: maximum tokens of each of these responses.
     """
 
-    wanted: Sequence[TokenSequence]
+    requested: Sequence[TokenSequence]
     missing: Sequence[TokenSequence]
     unsampled: Sequence[SampleRequest]
     max_new_tokens: int
 
     @property
     def tokens(self) -> int:
-        """Response tokens, of what is there and of what is planned."""
+        """Response tokens. A planned sample counts with its maximum."""
         planned = len(self.unsampled) * self.max_new_tokens
-        return sum(len(sequence.response_ids) for sequence in self.wanted) + planned
+        return sum(len(sequence.response_ids) for sequence in self.requested) + planned
 
     def lengths(self, sequences: Sequence[TokenSequence]) -> list[int]:
-        """Tokens of each of some sequences and of each planned one, prompt and response together."""
+        """Tokens of each of these sequences and of each planned sample, prompt and response together."""
         planned = [len(request.prompt_ids) + self.max_new_tokens for request in self.unsampled]
         return [*map(len, sequences), *planned]
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What a probe measured, and what it predicts for all the responses that a run wants.
+    """What a probe measured on some responses, and what it predicts for all responses of the run.
 
     Attributes:
-        responses: responses probed.
+        responses: number of probed responses.
         tokens: their response tokens.
-        stand_ins: whether they are chosen responses in the place of sampled ones, of which there are none yet.
+        stand_ins: whether chosen responses stand in for sampled ones, because the student has sampled none yet.
         own_top_k: the run's K.
-        top_k: the K that they were scored with; the KL within what lies beyond it is not seen.
-        tail: the teacher's probability of what lies beyond it, mean.
-        by_top_k: what each K keeps, and the bytes it takes for all the responses.
-        data_responses: all the responses, those of the part of the data if it is a part.
+        top_k: the K of the probe. The KL among tokens outside of it is not measured.
+        tail: the teacher's mean probability of all tokens outside of it.
+        by_top_k: for each K, what it keeps, and its bytes for all responses.
+        data_responses: number of all responses, in the run's part of the data.
         data_tokens: their response tokens.
-        input_tokens: tokens that the models read for them, prompts included.
-        kl_against: whose KL it is: the student's, or the reference's in its place; none without both.
-        teacher_hours: time that the teacher needs for them in one process, without loading it.
-        reference_hours: the same of the reference; none without one.
-        missing_hours: time that both need for what the cache lacks.
+        input_tokens: tokens that a model reads to score them, prompts included.
+        kl_against: the model of the KL: the student, or else the reference; None without either.
+        teacher_hours: hours of one process for the teacher to score all responses, loading not included.
+        reference_hours: the same for the reference; None without one.
+        missing_hours: hours for both models to score only the sequences that the cache lacks.
     """
 
     responses: int
@@ -88,9 +88,9 @@ class ProbeReport:
     missing_hours: float
 
     def predict_bytes(self, tokens: int) -> int:
-        """What so many response tokens take in the cache with the run's own K."""
-        (own,) = (kept for kept in self.by_top_k if kept.top_k == self.own_top_k)
-        return round(own.bytes * tokens / self.data_tokens)
+        """Predicted cache size in bytes of this many response tokens with the run's own K."""
+        (fidelity,) = (fidelity for fidelity in self.by_top_k if fidelity.top_k == self.own_top_k)
+        return round(fidelity.bytes * tokens / self.data_tokens)
 
 
 def probe_signals(
@@ -108,42 +108,48 @@ def probe_signals(
     """Scores sequences in memory, and predicts bytes and hours from them.
 
     Args:
-        count: how many.
-        work: what there is to score.
-        chosen: the chosen responses, for a run whose own are all to be sampled yet.
-        scoring: who judges, with the run's K.
+        count: number of sequences to probe.
+        work: the sequences of the run.
+        chosen: the chosen responses; they stand in if the run has not sampled any response yet.
+        scoring: the models and the run's K.
         open_scorer: loads a model of a scoring.
-        student: whose KL is measured, if there is one.
-        vocabulary: tokens that the teacher has.
+        student: the model whose KL is measured, if the run has one.
+        vocabulary: number of the teacher's tokens.
         batch_tokens: tokens of a batch.
         pads: see ``Engine.pads``.
     """
-    there = work.missing or work.wanted or [_cut(sequence, work.max_new_tokens) for sequence in chosen]
-    sequences = _spread(there, count)
+    candidates = work.missing or work.requested or [_cut(sequence, work.max_new_tokens) for sequence in chosen]
+    sequences = _spread(candidates, count)
     wide = replace(scoring, top_k=min(max(PROBE_TOP_K, scoring.top_k), vocabulary))
     batches = make_batches(sequences, len, batch_tokens)
     with closing(open_scorer(wide, scoring.teacher)) as teacher:
-        shards, _ = _collect("teacher: tokens", batches, judge(teacher, batches, wide))
-        narrow, teacher_seconds = _collect("teacher, timed: tokens", batches, judge(teacher, batches, scoring))
+        shards, _ = _collect("teacher: tokens", batches, score_teacher(teacher, batches, wide))
+        narrow, teacher_seconds = _collect("teacher, timed: tokens", batches, score_teacher(teacher, batches, scoring))
     reference_seconds = None
     if scoring.reference is not None:
         with closing(open_scorer(wide, scoring.reference)) as reference:
-            completed = complete(reference, batches, _find(shards), wide)
+            completed = score_reference(reference, batches, _row_lookup(shards), wide)
             shards, _ = _collect("reference: tokens", batches, completed)
-            completed = complete(reference, batches, _find(narrow), scoring)
+            completed = score_reference(reference, batches, _row_lookup(narrow), scoring)
             _, reference_seconds = _collect("reference, timed: tokens", batches, completed)
     ratios = None
     if student is not None:
         with closing(open_scorer(wide, student)) as scorer:
-            compared = complete(scorer, batches, _find(shards), replace(wide, reference=student))
-            against, _ = _collect("student: tokens", batches, compared)
-        ratios = {row.key: row.topk_advantages for shard in against for row in shard if row.topk_advantages is not None}
+            compared = score_reference(scorer, batches, _row_lookup(shards), replace(wide, reference=student))
+            compared_shards, _ = _collect("student: tokens", batches, compared)
+        ratios = {
+            row.key: row.topk_advantages
+            for shard in compared_shards
+            for row in shard
+            if row.topk_advantages is not None
+        }
 
     top_ks = sorted({top_k for top_k in COMPARED_TOP_K if top_k <= wide.top_k} | {scoring.top_k})
-    *by_top_k, whole = measure_fidelity(shards, scoring, [*top_ks, wide.top_k], work.tokens, ratios)
-    lengths = work.lengths(work.wanted)
+    *by_top_k, widest = measure_fidelity(shards, scoring, [*top_ks, wide.top_k], work.tokens, ratios)
+    lengths = work.lengths(work.requested)
     probed = _cost([len(sequence) for sequence in sequences], batch_tokens, pads)
-    cost, missing_cost = (_cost(of, batch_tokens, pads) for of in (lengths, work.lengths(work.missing)))
+    cost = _cost(lengths, batch_tokens, pads)
+    missing_cost = _cost(work.lengths(work.missing), batch_tokens, pads)
 
     def hours(seconds: float, tokens: int) -> float:
         return seconds / probed * tokens / 3600
@@ -151,10 +157,10 @@ def probe_signals(
     return ProbeReport(
         responses=len(sequences),
         tokens=sum(len(sequence.response_ids) for sequence in sequences),
-        stand_ins=not work.wanted,
+        stand_ins=not work.requested,
         own_top_k=scoring.top_k,
         top_k=wide.top_k,
-        tail=whole.tail,
+        tail=widest.tail,
         by_top_k=by_top_k,
         data_responses=len(lengths),
         data_tokens=work.tokens,
@@ -167,34 +173,34 @@ def probe_signals(
 
 
 def _spread(sequences: Sequence[TokenSequence], count: int) -> list[TokenSequence]:
-    """So many of the sequences, evenly over their lengths; all if there are fewer."""
+    """Up to ``count`` of the sequences, evenly spread over their lengths."""
     ordered = sorted(sequences, key=len)
     count = min(count, len(ordered))
     return [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
 
 
 def _cut(sequence: TokenSequence, tokens: int) -> TokenSequence:
-    """The sequence with a response of so many tokens at most."""
+    """The sequence with its response cut to ``tokens`` tokens."""
     response_ids = sequence.response_ids[:tokens]
     return TokenSequence(sequence_key(sequence.prompt_ids, response_ids), sequence.prompt_ids, response_ids)
 
 
 def _collect(
-    description: str, batches: Sequence[Batch], answers: Iterable[list[SignalRow]]
+    description: str, batches: Sequence[Batch], rows: Iterable[list[SignalRow]]
 ) -> tuple[list[list[SignalRow]], float]:
-    """All answers, batch by batch, and the seconds that they took."""
+    """All rows, batch by batch, and the seconds until the last one."""
     collected: list[list[SignalRow]] = []
     started = time.perf_counter()
-    write_batches(description, batches, len, answers, collected.append)
+    write_batches(description, batches, len, rows, collected.append)
     return collected, time.perf_counter() - started
 
 
-def _find(shards: Sequence[list[SignalRow]]) -> Callable[[Batch], list[SignalRow]]:
+def _row_lookup(shards: Sequence[list[SignalRow]]) -> Callable[[Batch], list[SignalRow]]:
     rows = {row.key: row for shard in shards for row in shard}
     return lambda batch: [rows[sequence.key] for sequence in batch]
 
 
 def _cost(lengths: Sequence[int], batch_tokens: int, pads: bool) -> int:
-    """Tokens that a model runs over; padding makes more of them where few sequences share a batch."""
+    """Tokens that a model computes. Padding adds more if few sequences share a batch."""
     batches = make_batches(lengths, lambda length: length, batch_tokens)
     return sum(len(batch) * batch[0] if pads else sum(batch) for batch in batches)

@@ -1,8 +1,8 @@
-"""Jobs of stage one on a Ray cluster: Ray Data over a pool of workers, each with a model of its own.
+"""Runs the jobs of stage one on a Ray cluster: Ray Data over a pool of workers, each with its own model.
 
-Only token ids travel to a worker, in blocks of batches; it writes its own shards into the cache. Ray runs the
-block of a dead worker again, which writes files of the same names and bytes as far as it had come. What kills its
-workers again and again ends the run.
+A worker receives token ids, in blocks of batches, and writes its own shards into the cache. If a worker dies, Ray runs
+its block again. The second worker writes files with the same names and bytes as the first one did. A block that kills
+several workers ends the run.
 """
 
 import logging
@@ -39,28 +39,28 @@ Result = TypeVar("Result")
 
 warnings = logging.getLogger(__name__)
 
-PATIENCE = 5  # seconds for a cluster to take a connection
+CONNECT_SECONDS = 5  # for a cluster to accept a connection
 ADVICE = (
     "run adpa on a machine of the cluster, check it with ray status; a cluster with a token wants RAY_AUTH_MODE=token"
 )
 TRY_TO_JOIN = """
 import sys
-sys.path = [folder for folder in sys.path if folder]  # not the working directory, whatever lies there
+sys.path = [folder for folder in sys.path if folder]  # without the working directory: its files are no modules
 import ray
 try:
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 except Exception as error:
     sys.exit(print(str(error).partition("\\n")[0]) or 1)
 """
-TRIES = 3  # workers that may die over the same work
-BATCHES_PER_BLOCK = 32  # at most: a dead worker's block is lost
+TRIES = 3  # for the same block, if workers die
+BATCHES_PER_BLOCK = 32  # at most: a dead worker loses its block
 
 
 def check_address(address: str) -> None:
-    """Checks that a cluster answers at an address, without waiting long, and that this machine is one of it.
+    """Checks, without waiting long, that a cluster answers at an address and that this machine belongs to it.
 
     Raises:
-        OptionError: it does not, or it is no address, or this process is in a cluster already.
+        OptionError: the address is not valid, no cluster answers, or this process is in a cluster already.
     """
     problem = f"--ray-address {address}"
     if address == "auto" and "RAY_ADDRESS" in os.environ:
@@ -72,37 +72,37 @@ def check_address(address: str) -> None:
         if not host or not port.isdigit() or "/" in host:
             raise OptionError(f"{problem}; expected auto or host:port", ADVICE)
         try:
-            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise OptionError(f"{problem}: it does not answer: {error}", ADVICE) from error
-    try:  # Ray itself would wait for minutes at a port where something else listens
+    try:  # if no Ray listens at the port, ray.init would wait for minutes
         command = [sys.executable, "-c", TRY_TO_JOIN, address]
-        tried = subprocess.run(command, capture_output=True, timeout=4 * PATIENCE, check=False)
-        failed, said = tried.returncode != 0, tried.stdout
+        tried = subprocess.run(command, capture_output=True, timeout=4 * CONNECT_SECONDS, check=False)
+        failed, output = tried.returncode != 0, tried.stdout
     except subprocess.TimeoutExpired as late:
-        failed, said = True, late.stderr or b""
+        failed, output = True, late.stderr or b""
     if failed:
-        reason = said.decode(errors="replace").strip().rpartition("\n")[2].rpartition("] ")[2]
-        reason = re.sub(r"^\w+\.(cc|h):\d+: ", "", reason)  # where in Ray's core it was said
+        reason = output.decode(errors="replace").strip().rpartition("\n")[2].rpartition("] ")[2]
+        reason = re.sub(r"^\w+\.(cc|h):\d+: ", "", reason)  # drops the source location in Ray's core
         raise OptionError(f"{problem}: no Ray cluster answers{': ' if reason else ''}{reason}", ADVICE)
 
 
 class RayExecutor:
-    """An ``Executor``: workers on a Ray cluster, which is joined or started when there is work for it.
+    """An ``Executor`` with workers on a Ray cluster. The first job joins or starts the cluster.
 
-    Leaving its context stops what it has started. A process that has joined a cluster before goes on with that one.
+    Leaving its context stops everything that it started. If this process is in a cluster already, it uses that one.
 
     Args:
-        workers: how many.
-        address: of a cluster; without it one is started on this machine.
-        gpus: what each worker needs, all on one machine; with none, it gets its share of the CPUs.
-        cache: what every worker must see under the same name; a file there is the sign by which they know it.
+        workers: number of workers.
+        address: address of a cluster; None starts one on this machine.
+        gpus: GPUs of each worker, all on one machine; with 0, a worker gets its share of the CPUs.
+        cache: every worker must see it under this name. A marker file proves that it does.
     """
 
     def __init__(self, workers: int, address: str | None, gpus: int, cache: Location) -> None:
         self._workers, self._address, self._gpus = workers, address, gpus
         self._cpus = 1
-        self._sign = cache / f".workers.{uuid.uuid4().hex}"
+        self._marker = cache / f".workers.{uuid.uuid4().hex}"
         self._stack = ExitStack()
         self._started = False
 
@@ -118,11 +118,11 @@ class RayExecutor:
         """See ``Executor``.
 
         Raises:
-            AdpaError: what a worker raised; or Ray failed, the cluster is too small, does not answer or does not see
+            AdpaError: a worker raised it; or Ray failed, or the cluster is too small, does not answer or does not see
                 the cache.
         """
         self._start()
-        write_file(self._sign, b"")
+        write_file(self._marker, b"")
         blocks = _blocks(batches, self._workers)
         attempts = ray.remote(_Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         rows = [{"number": number, "batches": pickle.dumps(block)} for number, block in enumerate(blocks)]
@@ -130,7 +130,7 @@ class RayExecutor:
             _Worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(self._workers, len(blocks)), max_tasks_in_flight_per_actor=2),
-            fn_constructor_args=(job, attempts, TRIES * self._workers, self._sign),
+            fn_constructor_args=(job, attempts, TRIES * self._workers, self._marker),
             num_cpus=self._cpus,
             num_gpus=self._gpus,
         )
@@ -144,17 +144,17 @@ class RayExecutor:
         ):
             try:
                 for answer in answers.iter_rows():
-                    found: _Answer = pickle.loads(answer["answer"])
-                    if found.error is not None:
-                        raise found.error from EngineError(found.trace)
-                    if found.tries > 1:
-                        warnings.warning("a worker died; its batches were done by another, at try %d", found.tries)
-                    write_file(self._sign, b"")  # what is older than a day is garbage
-                    results += found.results
+                    outcome: _Outcome = pickle.loads(answer["outcome"])
+                    if outcome.error is not None:
+                        raise outcome.error from EngineError(outcome.trace)
+                    if outcome.tries > 1:
+                        warnings.warning("a worker died; another one did its batches, at try %d", outcome.tries)
+                    write_file(self._marker, b"")  # refreshed: a gc removes files older than a day
+                    results += outcome.results
                     advance(sum(job.size(item) for batch in blocks[answer["number"]] for item in batch))
             except ray.exceptions.RayError as error:
                 raise EngineError(
-                    f"Ray: {type(error).__name__}: {_first_line(error)}", "what was written is kept: run it again"
+                    f"Ray: {type(error).__name__}: {_first_line(error)}", "finished batches are kept: run it again"
                 ) from error
         return results
 
@@ -162,19 +162,19 @@ class RayExecutor:
         if self._started:
             return
         self._started = True
-        own = not ray.is_initialized() and self._address is None
+        starts_cluster = not ray.is_initialized() and self._address is None
         if not ray.is_initialized():
-            self._stack.callback(ray.shutdown)  # also when a signal comes while it starts
+            self._stack.callback(ray.shutdown)  # also if a signal arrives during the start
             _join(self._address)
         elif self._address is not None:
             raise OptionError(
                 f"--ray-address {self._address}: this process is in a Ray cluster already", "leave it out"
             )
-        self._cpus = self._share(own)
-        self._stack.callback(remove_file, self._sign)
+        self._cpus = self._cpus_of_a_worker(starts_cluster)
+        self._stack.callback(remove_file, self._marker)
 
-    def _share(self, own: bool) -> int:
-        """CPUs of a worker: as many as all of them have room for, one if the cluster works for others too."""
+    def _cpus_of_a_worker(self, alone: bool) -> int:
+        """CPUs of each worker: the largest equal share, or 1 if the cluster also serves others or workers use GPUs."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         kind, each = ("GPU", self._gpus) if self._gpus else ("CPU", 1)
         room = sum(min(int(node.get(kind, 0)) // each, int(node.get("CPU", 0))) for node in nodes)
@@ -185,11 +185,13 @@ class RayExecutor:
                 "lower --workers, or add machines",
             )
         cpus = [int(node.get("CPU", 0)) for node in nodes]
-        if not own:
+        if not alone:
             free = ray.available_resources()
-            if (begin := int(free.get(kind, 0)) // each) < self._workers:
+            if (startable := int(free.get(kind, 0)) // each) < self._workers:
                 warnings.warning(
-                    "the cluster is busy: %d of %d workers can begin, the rest when others end", begin, self._workers
+                    "the cluster is busy: %d of %d workers can start now, the others when resources are free",
+                    startable,
+                    self._workers,
                 )
             if free.get("CPU", 0) < sum(cpus):
                 return 1
@@ -199,22 +201,22 @@ class RayExecutor:
 
 
 class _Attempts:
-    """Counts how often each piece of work was begun since it was last finished."""
+    """Counts the attempts at each piece of work since it was last finished."""
 
     def __init__(self) -> None:
-        self._begun: Counter[object] = Counter()
+        self._counts: Counter[object] = Counter()
 
     def begin(self, work: object) -> int:
-        self._begun[work] += 1
-        return self._begun[work]
+        self._counts[work] += 1
+        return self._counts[work]
 
     def finish(self, work: object) -> None:
-        del self._begun[work]
+        del self._counts[work]
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What became of a block: what writing gave, or what went wrong; and which try it was."""
+class _Outcome:
+    """The outcome of a block: the callbacks' results, or an error with its trace; and the number of the try."""
 
     results: list[Any]
     error: Exception | None = None
@@ -223,52 +225,55 @@ class _Answer:
 
 
 class _Worker:
-    """An open job in a process of its own. What goes wrong is an answer, so that it is told as anywhere else."""
+    """An open job in a process of its own. It returns errors as outcomes, so that users see them as without Ray."""
 
-    def __init__(self, job: Job[Any, Any], attempts: Any, openings: int, sign: Location) -> None:
+    def __init__(self, job: Job[Any, Any], attempts: Any, openings: int, marker: Location) -> None:
         self._job, self._attempts = job, attempts
         self._stack = ExitStack()
-        self._broken: _Answer | None = None
+        self._failure: _Outcome | None = None
         try:
             if ray.get(attempts.begin.remote("open")) > openings:
-                raise EngineError("workers died again and again while they loaded a model", "do they have the memory?")
-            if not sign.exists():
+                raise EngineError(
+                    "several workers died while they loaded a model", "give each worker more memory, or lower --workers"
+                )
+            if not marker.exists():
                 raise CacheError(
-                    f"{sign.parent}: {platform.node()} does not see this cache",
+                    f"{marker.parent}: {platform.node()} does not see this cache",
                     "put it where all machines of the cluster see it, or into an object store",
                 )
-            self._ask = self._stack.enter_context(job.open())
+            self._process = self._stack.enter_context(job.open())
             ray.get(attempts.finish.remote("open"))
         except Exception as error:
-            self._broken = _failed(error)
+            self._failure = _failure(error)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
         number, batches = int(block["number"][0]), pickle.loads(block["batches"][0])
-        return {"number": [number], "answer": [pickle.dumps(self._broken or self._answer(number, batches))]}
+        return {"number": [number], "outcome": [pickle.dumps(self._failure or self._run(number, batches))]}
 
     def __del__(self) -> None:
         self._stack.close()
 
-    def _answer(self, number: int, batches: Sequence[Sequence[Any]]) -> _Answer:
+    def _run(self, number: int, batches: Sequence[Sequence[Any]]) -> _Outcome:
         results: list[Any] = []
         try:
             tries = ray.get(self._attempts.begin.remote(number))
             if tries > TRIES:
                 raise EngineError(
                     f"{TRIES} workers died over the same batches, one after the other",
-                    "do they have the memory? lower --batch-tokens or --workers; what was written is kept",
+                    "if they ran out of memory, lower --batch-tokens or --workers; finished batches are kept",
                 )
-            write_batches("", batches, self._job.size, self._ask(batches), lambda write: results.append(write()))
+            write_batches("", batches, self._job.size, self._process(batches), lambda write: results.append(write()))
             ray.get(self._attempts.finish.remote(number))
         except Exception as error:
-            return _failed(error)
-        return _Answer(results, tries=tries)
+            return _failure(error)
+        return _Outcome(results, tries=tries)
 
 
 def _blocks(batches: Sequence[Sequence[Item]], workers: int) -> list[Sequence[Sequence[Item]]]:
-    """Large blocks first, for an engine's queue runs empty between two; small ones last, so that all end together.
+    """Groups batches into blocks, each half of a worker's share of the remaining batches.
 
-    Each is half of what is left for a worker.
+    Large blocks come first, because an engine's queue runs empty between two blocks. Small blocks come last, so that
+    all workers end together.
     """
     blocks: list[Sequence[Sequence[Item]]] = []
     start = 0
@@ -279,27 +284,27 @@ def _blocks(batches: Sequence[Sequence[Item]], workers: int) -> list[Sequence[Se
     return blocks
 
 
-def _failed(error: Exception) -> _Answer:
-    """The answer of a worker with an error, in a form that can be pickled."""
+def _failure(error: Exception) -> _Outcome:
+    """The outcome of an error, in a form that can be pickled."""
     trace = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does
+    except Exception:  # the error's class may do anything
         error = EngineError(f"{type(error).__name__}: {_first_line(error)}")
-    return _Answer([], error, trace)
+    return _Outcome([], error, trace)
 
 
 def _join(address: str | None) -> None:
     """Joins a cluster, or starts one on this machine."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of what Ray Data does with our arguments
-    own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-    with _signals_after(), _silence():
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns about arguments of Ray Data
+    options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    with _delayed_signals(), _silent_start():
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @contextmanager
-def _signals_after() -> Iterator[None]:
-    """Lets signals wait until Ray has started all of its processes, and keeps our handlers, of which it sets some."""
+def _delayed_signals() -> Iterator[None]:
+    """Delays signals until Ray has started all its processes, and restores our handlers, some of which Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -310,7 +315,7 @@ def _signals_after() -> Iterator[None]:
     }
     try:
         yield
-    except SystemExit:  # by Ray's own handler
+    except SystemExit:  # Ray's own handler raised it
         caught.append(signal.SIGTERM)
     finally:
         for number, handler in handlers.items():
@@ -320,8 +325,8 @@ def _signals_after() -> Iterator[None]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps from the terminal what Ray's core, which is no Python, says while it starts; errors are raised."""
+def _silent_start() -> Iterator[None]:
+    """Hides the messages that Ray's core, in C++, prints while it starts. Errors are still raised."""
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
@@ -335,7 +340,7 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _one_display() -> Iterator[None]:
-    """Keeps Ray Data's log from the terminal, and what Ray says of dead workers from standard output."""
+    """Hides Ray Data's log, and moves Ray's messages about dead workers to standard error."""
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -1,4 +1,4 @@
-"""The student's own responses ŷ: which are missing, and sampling them in batches that survive a crash."""
+"""Samples the student's own responses ŷ and writes them into the cache, batch by batch. A killed run can be resumed."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,20 @@ from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
 
 
 class Sampler(Protocol):
-    """A model that answers prompts, batch after batch, in order."""
+    """A model that samples responses, batch after batch, in order."""
 
     def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
-        """A response to each request: int32 [T], with the end-of-turn token unless ``max_new_tokens`` cut it off."""
+        """A response to each request, int32 [T]. It has no end-of-turn token if ``max_new_tokens`` cut it off."""
         ...
 
     def close(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         ...
 
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """A ``Job``: the student's responses, into the cache."""
+    """A ``Job`` that samples the student's responses into the cache."""
 
     cache: Location
     sampling: Sampling
@@ -44,9 +44,9 @@ class SamplingJob:
     def open(self) -> Iterator[Callable[[Sequence[Sequence[SampleRequest]]], Iterator[Callable[[], None]]]]:
         """See ``Job.open``."""
         with closing(self.open_sampler()) as sampler:
-            yield partial(self._ask, sampler)
+            yield partial(self._sample, sampler)
 
-    def _ask(self, sampler: Sampler, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[Callable[[], None]]:
+    def _sample(self, sampler: Sampler, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[Callable[[], None]]:
         for batch, responses in zip(batches, sampler.sample(batches), strict=True):
             yield partial(write_samples, self.cache, self.sampling, batch, responses)
 
@@ -59,15 +59,15 @@ def sample_responses(
     batch_tokens: int,
     run: Executor = run_here,
 ) -> None:
-    """Samples a response to each request and adds it to the cache, batch by batch, so that a killed run goes on.
+    """Samples a response to each request and adds it to the cache, batch by batch.
 
     Args:
         cache: the cache's directory.
         sampling: how to sample.
-        requests: what ``missing_requests`` gave.
+        requests: the result of ``missing_requests``.
         open_sampler: loads the student.
-        batch_tokens: tokens of a batch, prompts and the longest possible responses together.
-        run: where the student is asked.
+        batch_tokens: tokens of a batch: prompts and the longest possible responses together.
+        run: runs the student.
     """
     if requests:
         run(
@@ -79,11 +79,11 @@ def sample_responses(
 def sampling_batches(
     requests: Sequence[SampleRequest], max_new_tokens: int, batch_tokens: int
 ) -> list[list[SampleRequest]]:
-    """Batches with room for the prompts and the longest possible responses."""
+    """Batches that leave room for the longest possible responses."""
     return make_batches(requests, lambda request: len(request.prompt_ids) + max_new_tokens, batch_tokens)
 
 
 def stream_seed(sampling: Sampling, request: SampleRequest, size: int) -> int:
-    """The seed of a response's own random numbers, of so many bytes: it does not depend on what is sampled beside."""
+    """The seed, ``size`` bytes, of one response's random numbers. It does not depend on other responses."""
     stream = hashlib.blake2b(sampling.seed.to_bytes(8, "little", signed=True) + request.key, digest_size=size)
     return int.from_bytes(stream.digest(), "little")

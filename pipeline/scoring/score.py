@@ -1,9 +1,9 @@
-"""Stage one's main loop: which sequences a scoring lacks, and scoring them in batches that survive a crash.
+"""Scores the sequences that a scoring lacks, batch by batch: the main loop of stage one.
 
-Every batch ends as a shard in the cache, so that a killed run loses the batches in flight and no more. The teacher
-goes first and leaves its log-probabilities in float32 under ``pending``; the reference then completes them into signal
-rows. Both models need not be in memory at once, and advantages are subtracted in float32. Several processes may do this
-side by side, on other rows or the same ones: a missing pending row means that another process finished that sequence.
+Each batch becomes a shard in the cache, so that a killed run loses only open batches. The teacher goes first and writes
+its log-probabilities in float32 under ``pending``. Then the reference turns these pending rows into signal rows. So
+only one of the two models is in memory at a time, and advantages are subtracted in float32. Several processes may score
+side by side, even the same sequences: a missing pending row means that another process finished that sequence.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -33,23 +33,23 @@ ReferenceLogprobs = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class Scorer(Protocol):
-    """A model that judges token sequences, batch after batch, in order. T response tokens, K ids.
+    """A model that scores token sequences, batch after batch, in order. T response tokens, K ids.
 
-    It may take a batch before the one before it is answered, so that the model is never idle.
+    It may read the next batches early, so that the model is never idle.
     """
 
     def top_k(self, batches: Sequence[Batch], top_k: int) -> Iterator[list[SignalRow]]:
-        """The teacher's part of a signal row for each sequence, log-probabilities in float32."""
+        """For each sequence, the teacher's part of its signal row, with log-probabilities in float32."""
         ...
 
     def logprobs_at(
         self, batches: Sequence[Batch], topk_ids: Iterable[Sequence[NDArray[np.int32]]]
     ) -> Iterator[list[ReferenceLogprobs]]:
-        """For each sequence, log-probabilities of its own tokens and at its ids [T, K], given batch by batch."""
+        """For each sequence, the log-probabilities of its tokens [T] and of the ids in ``topk_ids`` [T, K]."""
         ...
 
     def close(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         ...
 
 
@@ -57,7 +57,7 @@ OpenScorer = Callable[[ModelIdentity], Scorer]
 
 
 def missing_sequences(cache: Location, scoring: Scoring, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """The distinct sequences that have no signal row yet."""
+    """The distinct sequences without a signal row."""
     present = read_signals(cache, scoring).keys()
     return list({sequence.key: sequence for sequence in sequences if sequence.key not in present}.values())
 
@@ -70,15 +70,15 @@ def score(
     batch_tokens: int,
     run: Executor = run_here,
 ) -> int:
-    """Scores sequences, adds their rows to the cache, and gives the bytes of the files with them.
+    """Scores sequences and adds their rows to the cache. Returns the size of the new files in bytes.
 
     Args:
         cache: the cache's directory.
-        scoring: who judges.
-        missing: what ``missing_sequences`` gave.
+        scoring: the models and their settings.
+        missing: the result of ``missing_sequences``.
         open_scorer: loads a model of the scoring.
         batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
-        run: where the models are asked.
+        run: runs the models.
     """
     write_scoring(cache, scoring)
     written: list[int] = []
@@ -87,21 +87,21 @@ def score(
             job = TeacherJob(scoring, open_scorer, partial(_write_signals, cache, scoring))
             written = run(job, make_batches(missing, len, batch_tokens))
     else:
-        judged = SignalTable(read_shards(_pending_folder(cache, scoring), PENDING_PREFIX)).keys()
-        unjudged = [sequence for sequence in missing if sequence.key not in judged]
-        if unjudged:
+        pending = SignalTable(read_shards(_pending_folder(cache, scoring), PENDING_PREFIX)).keys()
+        unscored = [sequence for sequence in missing if sequence.key not in pending]
+        if unscored:
             first = TeacherJob(scoring, open_scorer, partial(_write_pending, cache, scoring))
-            run(first, make_batches(unjudged, len, batch_tokens))
+            run(first, make_batches(unscored, len, batch_tokens))
         if missing:
             written = run(ReferenceJob(cache, scoring, open_scorer), make_batches(missing, len, batch_tokens))
         _remove_finished(cache, scoring)
-    write_scoring(cache, scoring)  # again: a gc beside this run may have taken it for one without rows
+    write_scoring(cache, scoring)  # again: while there were no rows, a gc may have removed it
     return sum(written)
 
 
 @dataclass(frozen=True)
 class TeacherJob(Generic[Result]):
-    """A ``Job``: the teacher's part of signal rows, written as one is told."""
+    """A ``Job`` that computes the teacher's part of signal rows and passes it to ``write``."""
 
     scoring: Scoring
     open_scorer: OpenScorer
@@ -110,19 +110,19 @@ class TeacherJob(Generic[Result]):
     counts = "teacher: tokens"
 
     def size(self, sequence: TokenSequence) -> int:
-        """Its tokens."""
+        """Tokens of the sequence."""
         return len(sequence)
 
     @contextmanager
     def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Result]]]]:
         """See ``Job.open``."""
         with closing(self.open_scorer(self.scoring.teacher)) as teacher:
-            yield lambda batches: (partial(self.write, rows) for rows in judge(teacher, batches, self.scoring))
+            yield lambda batches: (partial(self.write, rows) for rows in score_teacher(teacher, batches, self.scoring))
 
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """A ``Job``: whole signal rows of what the teacher has judged, into the cache."""
+    """A ``Job`` that completes the teacher's pending rows into signal rows and writes them into the cache."""
 
     cache: Location
     scoring: Scoring
@@ -131,35 +131,35 @@ class ReferenceJob:
     counts = "reference: tokens"
 
     def size(self, sequence: TokenSequence) -> int:
-        """Its tokens."""
+        """Tokens of the sequence."""
         return len(sequence)
 
     @contextmanager
     def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], int]]]]:
         """See ``Job.open``."""
         assert self.scoring.reference is not None
-        judged = SignalTable(read_shards(_pending_folder(self.cache, self.scoring), PENDING_PREFIX))
+        pending = SignalTable(read_shards(_pending_folder(self.cache, self.scoring), PENDING_PREFIX))
         with closing(self.open_scorer(self.scoring.reference)) as reference:
-            yield partial(self._ask, reference, judged, judged.keys())
+            yield partial(self._complete, reference, pending, pending.keys())
 
-    def _ask(
-        self, reference: Scorer, judged: SignalTable, keys: Set[bytes], batches: Sequence[Batch]
+    def _complete(
+        self, reference: Scorer, pending: SignalTable, keys: Set[bytes], batches: Sequence[Batch]
     ) -> Iterator[Callable[[], int]]:
-        gone = [sequence for batch in batches for sequence in batch if sequence.key not in keys]
-        if gone and (lost := missing_sequences(self.cache, self.scoring, gone)):
+        not_pending = [sequence for batch in batches for sequence in batch if sequence.key not in keys]
+        if not_pending and (lost := missing_sequences(self.cache, self.scoring, not_pending)):
             raise CacheError(
                 f"{self.cache}: the teacher's rows of {len(lost)} sequences are gone",
                 "see what removes files there, and run the same adpa precompute again",
             )
 
         def find(batch: Batch) -> list[SignalRow]:
-            numbers = judged.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
-            return [judged.row(int(number)) for number in numbers]
+            numbers = pending.locate(pa.array([sequence.key for sequence in batch], pa.binary(16)))
+            return [pending.row(int(number)) for number in numbers]
 
         unfinished = [[sequence for sequence in batch if sequence.key in keys] for batch in batches]
-        answers = complete(reference, [batch for batch in unfinished if batch], find, self.scoring)
+        rows = score_reference(reference, [batch for batch in unfinished if batch], find, self.scoring)
         for batch in unfinished:
-            yield partial(_write_signals, self.cache, self.scoring, next(answers) if batch else [])
+            yield partial(_write_signals, self.cache, self.scoring, next(rows) if batch else [])
 
 
 def _write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
@@ -172,13 +172,13 @@ def _write_pending(cache: Location, scoring: Scoring, rows: Sequence[SignalRow])
 
 
 def _remove_finished(cache: Location, scoring: Scoring) -> None:
-    """Removes what waited for the reference and is now complete, of this run, of those before it and beside it."""
-    done = None
+    """Removes the pending shards whose rows all have signals now, also those of earlier and concurrent runs."""
+    finished = None
     for path in list_shards(_pending_folder(cache, scoring), PENDING_PREFIX):
-        with suppress(FileNotFoundError):  # a run beside this one was first
+        with suppress(FileNotFoundError):  # a concurrent run removed it first
             keys = peek_shard(path)["key"].to_pylist()
-            done = done or read_signals(cache, scoring).keys()
-            if done.issuperset(keys):
+            finished = finished or read_signals(cache, scoring).keys()
+            if finished.issuperset(keys):
                 remove_file(path)
 
 
@@ -186,14 +186,14 @@ def _pending_folder(cache: Location, scoring: Scoring) -> Location:
     return scoring.folder(cache) / "pending"
 
 
-def judge(teacher: Scorer, batches: Sequence[Batch], scoring: Scoring) -> Iterator[list[SignalRow]]:
+def score_teacher(teacher: Scorer, batches: Sequence[Batch], scoring: Scoring) -> Iterator[list[SignalRow]]:
     """The teacher's part of the signal rows, batch by batch.
 
     Raises:
-        ModelError: its log-probabilities are not finite.
+        ModelError: the teacher's log-probabilities are not finite.
     """
     for rows in teacher.top_k(batches, scoring.top_k):
-        if not all(map(_has_numbers, rows)):
+        if not all(map(_is_finite, rows)):
             raise ModelError(
                 f"{scoring.teacher.name}: the teacher's log-probabilities are not finite",
                 "check the checkpoint, or use --dtype float32",
@@ -201,35 +201,35 @@ def judge(teacher: Scorer, batches: Sequence[Batch], scoring: Scoring) -> Iterat
         yield rows
 
 
-def _has_numbers(row: SignalRow) -> bool:
-    """Whether the response's tokens and the most probable ids are possible, and nothing is NaN."""
+def _is_finite(row: SignalRow) -> bool:
+    """Whether each response token and the most probable id have a probability above 0, and no number is NaN."""
     possible = np.isfinite(row.token_logprobs).all() and np.isfinite(row.topk_logprobs[:, 0]).all()
     return bool(possible and not np.isnan(row.topk_logprobs).any() and not np.isnan(row.tail_logprob).any())
 
 
-def complete(
+def score_reference(
     reference: Scorer, batches: Sequence[Batch], find: Callable[[Batch], list[SignalRow]], scoring: Scoring
 ) -> Iterator[list[SignalRow]]:
-    """Whole signal rows, batch by batch; ``find`` gives what ``judge`` made of a batch.
+    """Complete signal rows, batch by batch. ``find`` returns the rows of ``score_teacher`` for a batch.
 
     Raises:
         ModelError: the reference's log-probabilities are not finite.
     """
     topk_ids = ([row.topk_ids for row in find(batch)] for batch in batches)
-    for batch, given in zip(batches, reference.logprobs_at(batches, topk_ids), strict=True):
-        yield [_with_advantages(row, *logprobs, scoring) for row, logprobs in zip(find(batch), given, strict=True)]
+    for batch, answers in zip(batches, reference.logprobs_at(batches, topk_ids), strict=True):
+        yield [_with_advantages(row, *logprobs, scoring) for row, logprobs in zip(find(batch), answers, strict=True)]
 
 
 def _with_advantages(
     row: SignalRow, token_logprobs: NDArray[np.float32], topk_logprobs: NDArray[np.float32], scoring: Scoring
 ) -> SignalRow:
-    """Completes the teacher's row with teacher minus reference, subtracted in float32."""
+    """Adds advantages to the teacher's row: teacher minus reference, subtracted in float32."""
     assert scoring.reference is not None
     possible = np.isfinite(row.topk_logprobs)
     if not (np.isfinite(token_logprobs).all() and np.isfinite(topk_logprobs[possible]).all()):
         raise ModelError(
-            f"{scoring.reference.name}: the reference's log-probabilities are not finite at tokens that the teacher "
-            "may say, so that their advantage is not defined",
+            f"{scoring.reference.name}: the reference's log-probabilities are not finite at tokens to which the "
+            "teacher gives probability, so that their advantage is not defined",
             "check the checkpoint, or use --dtype float32",
         )
     advantages = np.where(possible, row.topk_logprobs - np.where(possible, topk_logprobs, 0), -np.inf)

@@ -1,8 +1,8 @@
-"""Scoring from hidden states: the decoder is an engine's, the head is ours and sees response rows only.
+"""Scores from hidden states: an engine runs the decoder, and adpa runs the head, on response rows only.
 
-The logits are float32 whatever the model's dtype: logits in bfloat16 leave the top K full of ties.
+The logits are float32 in every model dtype: with logits in bfloat16, the top K would be full of ties.
 
-Shapes: N response rows of a batch, d hidden width, V vocabulary rows, K ids, J = K + 1 ids asked for, C rows a chunk.
+Shapes: N response rows of a batch, d hidden width, V vocabulary rows, K ids, J = K + 1 requested ids, C rows a chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,13 +24,13 @@ CHUNK_BYTES = 1 << 30
 
 
 def chunk_rows(head: LmHead, top_k: int) -> int:
-    """Rows whose hidden states, logits and signals take `CHUNK_BYTES`; at least one."""
+    """Number of rows, at least 1, whose hidden states, logits and signals take `CHUNK_BYTES`."""
     V, d = head.weight.shape
     return max(1, CHUNK_BYTES // (4 * (d + V) + 16 * top_k))
 
 
 def bytes_beside_decoder(head: LmHead) -> int:
-    """What a `HeadScorer` takes of a GPU beside its decoder, whatever K is: the head, a chunk, work on its rows."""
+    """GPU memory of a `HeadScorer` without its decoder, for every K: the head, a chunk and the work on its rows."""
     return head.nbytes + CHUNK_BYTES + BLOCK_BYTES
 
 
@@ -38,16 +38,16 @@ class Decoder(Protocol):
     """A model without its head."""
 
     def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """For each batch, hidden states [N, d] of the positions that predict a response token, in the model's dtype."""
+        """For each batch, the hidden states [N, d] at positions that predict a response token, in the model's dtype."""
         ...
 
     def close(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         ...
 
 
 class HeadScorer:
-    """A ``Scorer`` made of a decoder and a head of the same dtype; the logits are float32."""
+    """A ``Scorer`` of a decoder and a head of the same dtype. The logits are float32."""
 
     def __init__(self, name: str, decoder: Decoder, head: LmHead) -> None:
         self._name = name
@@ -63,7 +63,7 @@ class HeadScorer:
             )
         hidden = self._decoder.response_hidden(batches)
         for batch in batches:
-            yield self._teacher_rows(batch, next(hidden), top_k)  # no name holds it while the next one is made
+            yield self._teacher_rows(batch, next(hidden), top_k)  # unnamed, so that it is freed before the next one
 
     def logprobs_at(
         self, batches: Sequence[Batch], topk_ids: Iterable[Sequence[NDArray[np.int32]]]
@@ -100,18 +100,19 @@ class HeadScorer:
                 f"has {len(self._head.weight)} tokens",
                 "use the reference that the teacher was made from",
             )
-        asked_NJ = torch.cat([_labels(batch)[:, None], torch.from_numpy(np.concatenate(topk_ids))], dim=1)
+        ids_NJ = torch.cat([_labels(batch)[:, None], torch.from_numpy(np.concatenate(topk_ids))], dim=1)
         (logprobs_NJ,) = self._by_chunks(
-            hidden_Nd, asked_NJ, asked_NJ.shape[1], lambda logits_CV, ids_CJ: (logprobs_at(logits_CV, ids_CJ),)
+            hidden_Nd, ids_NJ, ids_NJ.shape[1], lambda logits_CV, ids_CJ: (logprobs_at(logits_CV, ids_CJ),)
         )
         return [(logprobs_NJ[rows, 0], logprobs_NJ[rows, 1:]) for rows in _row_slices(batch)]
 
     def _by_chunks(
         self, hidden_Nd: Tensor, ids: Tensor, kept: int, read: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     ) -> list[NDArray[Any]]:
-        """What `read` makes of each chunk's logits [C, V] and ids, joined on the CPU; it keeps so many ids a row.
+        """Applies `read` to the logits [C, V] and the ids of each chunk, and joins the results on the CPU.
 
-        A GPU computes one chunk after the other without a wait: ids come from pinned memory, and results go there.
+        `kept` is the number of ids that `read` keeps for each row. A GPU computes all chunks without waiting for the
+        host: ids come from pinned memory, and results go to pinned memory.
         """
         device = self._head.weight.device
         if device.type == "cuda":
@@ -119,7 +120,7 @@ class HeadScorer:
         rows = chunk_rows(self._head, kept)
         chunks = []
         for hidden_Cd, ids_of_chunk in zip(chunks_on(device, hidden_Nd, rows), ids.split(rows), strict=True):
-            columns = read(  # no name holds the logits while the next ones are made
+            columns = read(  # unnamed logits are freed before the next ones
                 self._head.float32_logits(hidden_Cd.to(self._head.weight.dtype)),
                 ids_of_chunk.to(device, non_blocking=True),
             )
@@ -130,22 +131,22 @@ class HeadScorer:
 
 
 def chunks_on(device: torch.device, hidden_Nd: Tensor, rows: int) -> Iterator[Tensor]:
-    """The chunks [C, d] of hidden states on a device, of so many rows each.
+    """Yields the hidden states in chunks [C, d] of ``rows`` rows on a device. A chunk is valid until the next one.
 
-    From pinned memory a GPU copies a chunk, in a stream of its own, while it computes with the one before. There are
-    two buffers. A chunk is valid until the next one is taken.
+    A GPU copies a chunk from pinned memory, in a stream of its own, while it computes with the chunk before. Two
+    buffers take turns.
     """
     if device.type != "cuda" or hidden_Nd.is_cuda:
         yield from (hidden_Cd.to(device) for hidden_Cd in hidden_Nd.split(rows))
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     buffers = hidden_Nd.new_empty(2, min(rows, len(hidden_Nd)), hidden_Nd.shape[1], device=device)
-    copying.wait_stream(computing)  # what had the buffers' memory before may still be computed with
+    copying.wait_stream(computing)  # queued work may still use the buffers' memory
     released = (torch.cuda.Event(), torch.cuda.Event())
     for number, hidden_Cd in enumerate(hidden_Nd.split(rows)):
         buffer_Cd = buffers[number % 2, : len(hidden_Cd)]
         with torch.cuda.stream(copying):
-            copying.wait_event(released[number % 2])  # at once for the first two, whose events are not recorded
+            copying.wait_event(released[number % 2])  # returns at once for the first two: no event is recorded
             buffer_Cd.copy_(hidden_Cd, non_blocking=True)
         computing.wait_stream(copying)
         yield buffer_Cd
@@ -153,7 +154,7 @@ def chunks_on(device: torch.device, hidden_Nd: Tensor, rows: int) -> Iterator[Te
 
 
 def _labels(batch: Batch) -> Tensor:
-    """The response tokens of a batch, one sequence after the other, int32 [N]."""
+    """The response tokens of a batch, sequence after sequence, int32 [N]."""
     return torch.from_numpy(np.concatenate([sequence.response_ids for sequence in batch]))
 
 

@@ -1,10 +1,10 @@
 """Models on vLLM: a decoder, a scorer and a sampler.
 
-Requests go in as token ids, and while a batch of them is answered the next one is already queued, so that the engine
-is never idle. What comes back is turned into arrays of response rows as soon as it comes, and is checked: that it is
-about the tokens that were asked about, and that it has as many rows.
+Requests are token ids. The next batch is queued while the engine works on the current one, so that the engine is never
+idle. Each output becomes arrays of response rows as soon as it arrives. It must be about the requested tokens and must
+have the expected number of rows.
 
-Shapes: L tokens of a sequence, of which P are the prompt's and T the response's; d hidden width, K ids.
+Shapes: L tokens of a sequence, P of the prompt and T of the response; d hidden width, K ids.
 """
 
 import multiprocessing
@@ -48,7 +48,7 @@ MORE_MEMORY = (
     "give vLLM more memory (--gpu-memory-utilization, --tensor-parallel), or make it need less (--max-length, "
     "--quantization, --engine-arg max_num_batched_tokens=2048)"
 )
-# Graphs are for steps of few tokens, which scoring has none of; compiled code stays. It is no part of the numerics.
+# CUDA graphs speed up steps of few tokens; scoring has none. Code is compiled as before, and no number changes.
 NO_GRAPHS = {"cudagraph_mode": "NONE"}
 SMALLEST_TAIL = 1e-7  # float32 log-probabilities of the top K sum to at most 1 + this
 
@@ -83,7 +83,7 @@ class VllmModel:
 
     @property
     def v2_runner(self) -> bool:
-        """Whether vLLM's V2 model runner runs it."""
+        """Whether vLLM's V2 model runner runs the model."""
         return bool(self._engine.vllm_config.use_v2_model_runner)
 
     def answers(
@@ -92,28 +92,28 @@ class VllmModel:
         ask: Callable[[Item], tuple[TokenIds, SamplingParams | PoolingParams]],
         read: Callable[[Item, Any], Answer],
     ) -> Iterator[list[Answer]]:
-        """Asks about every item and gives what ``read`` makes of the answers, batch after batch, in order.
+        """Yields the answers of each batch, in order. ``ask`` makes an item's request, ``read`` reads its output.
 
         Raises:
             EngineError: the engine failed.
         """
-        asked: dict[str, Item] = {}
+        open_requests: dict[str, Item] = {}
         answered: dict[str, Answer] = {}
 
         def submit(item: Item) -> str:
             request = str(next(self._numbers))
             token_ids, params = ask(item)
             self._engine.add_request(request, tokens_input(token_ids.tolist()), params)
-            asked[request] = item
+            open_requests[request] = item
             return request
 
         def finish(requests: list[str]) -> list[Answer]:
             waiting = set(requests) - answered.keys()
             while waiting:
-                self.check(self._engine.has_unfinished_requests(), "fewer answers than questions")
+                self.check(self._engine.has_unfinished_requests(), "fewer answers than requests")
                 for output in self._engine.step():
                     if output.finished:
-                        answered[output.request_id] = read(asked.pop(output.request_id), output)
+                        answered[output.request_id] = read(open_requests.pop(output.request_id), output)
                         waiting.discard(output.request_id)
             return [answered.pop(request) for request in requests]
 
@@ -126,24 +126,24 @@ class VllmModel:
             while queue:
                 yield finish(queue.popleft())
 
-    def check(self, correct: bool, found: str) -> None:
-        """Refuses an answer that is not about what was asked.
+    def check(self, correct: bool, problem: str) -> None:
+        """Checks an answer of the engine.
 
         Raises:
-            EngineError: saying what was found.
+            EngineError: the answer is not correct; the message names the problem.
         """
         if not correct:
-            raise EngineError(f"{self.name}: vLLM answered with {found}", "report it, and use --engine hf meanwhile")
+            raise EngineError(f"{self.name}: vLLM answered with {problem}", "report it, and use --engine hf meanwhile")
 
     def close(self) -> None:
-        """Stops the engine and gives its memory back."""
+        """Stops the engine and frees its memory."""
         self._engine.engine_core.shutdown(timeout=SECONDS_TO_STOP)
         del self._engine
         release_memory()
 
 
 class VllmDecoder:
-    """A ``Decoder``: the hidden states after the final norm, by vLLM's pooling runner."""
+    """A ``Decoder`` on vLLM's pooling runner: hidden states after the final norm."""
 
     def __init__(self, checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
         self._model = VllmModel(
@@ -153,7 +153,7 @@ class VllmDecoder:
                 "convert": "embed",
                 "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
                 "compilation_config": NO_GRAPHS,
-                **_with_head_dtype(arguments, "model"),  # or else the hidden states are widened on their way
+                **_with_head_dtype(arguments, "model"),  # else vLLM converts the hidden states to float32
             },
         )
 
@@ -177,9 +177,9 @@ class VllmDecoder:
 
 
 class VllmLogprobsScorer:
-    """A ``Scorer`` of vLLM's own prompt log-probabilities, for heads that adpa cannot run itself.
+    """A ``Scorer`` that uses vLLM's own prompt log-probabilities, for heads that adpa cannot run itself.
 
-    The tail is 1 − Σp, clamped at ``SMALLEST_TAIL``: vLLM does not give the log-sum-exp over the complement.
+    The tail is 1 − Σp, at least ``SMALLEST_TAIL``: vLLM does not return the log-sum-exp over the other tokens.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class VllmLogprobsScorer:
         if with_reference and not self._model.v2_runner:
             self.close()
             raise OptionError(
-                f"{checkpoint.name}: log-probabilities at given ids need vLLM's V2 model runner, which is off here",
+                f"{checkpoint.name}: log-probabilities at requested ids need vLLM's V2 model runner, which is off here",
                 "use a GPU, unset VLLM_USE_V2_MODEL_RUNNER, heed vLLM's own messages above, or use --engine hf",
             )
 
@@ -231,8 +231,8 @@ class VllmLogprobsScorer:
     ) -> Iterator[list[ReferenceLogprobs]]:
         """See ``Scorer.logprobs_at``."""
 
-        def ask(question: tuple[TokenSequence, NDArray[np.int32]]) -> tuple[TokenIds, SamplingParams]:
-            sequence, ids_TK = question
+        def ask(request: tuple[TokenSequence, NDArray[np.int32]]) -> tuple[TokenIds, SamplingParams]:
+            sequence, ids_TK = request
             if ids_TK.max() >= self._vocabulary:
                 raise ModelError(
                     f"{self._model.name}: the teacher gives probability to the token id {ids_TK.max()}, which this "
@@ -247,15 +247,15 @@ class VllmLogprobsScorer:
                 detokenize=False,
             )
 
-        def read(question: tuple[TokenSequence, NDArray[np.int32]], output: Any) -> ReferenceLogprobs:
-            _, ids_TK = question
+        def read(request: tuple[TokenSequence, NDArray[np.int32]], output: Any) -> ReferenceLogprobs:
+            _, ids_TK = request
             logprobs_TK = np.asarray(output.prompt_token_id_logprobs, dtype=np.float32)
             expected = (len(ids_TK), ids_TK.shape[1] + 1)
             self._model.check(logprobs_TK.shape == expected, "another number of log-probabilities than ids")
             return logprobs_TK[:, 0], logprobs_TK[:, 1:]
 
-        questions = (list(zip(*batch, strict=True)) for batch in zip(batches, topk_ids, strict=True))
-        return self._model.answers(questions, ask, read)
+        requests = (list(zip(*batch, strict=True)) for batch in zip(batches, topk_ids, strict=True))
+        return self._model.answers(requests, ask, read)
 
     def close(self) -> None:
         """See ``Scorer.close``."""
@@ -263,7 +263,7 @@ class VllmLogprobsScorer:
 
 
 class VllmSampler:
-    """A ``Sampler``; every response has a seed of its own."""
+    """A ``Sampler`` on vLLM. Every response has its own seed."""
 
     def __init__(self, checkpoint: Checkpoint, sampling: Sampling, arguments: dict[str, Any]) -> None:
         self._model = VllmModel(checkpoint, {"runner": "generate", **arguments})
@@ -299,8 +299,8 @@ class VllmSampler:
 
 
 def _wake_when_it_dies(engine: LLMEngine, processes: Collection[multiprocessing.process.BaseProcess]) -> None:
-    """Ends the wait for an answer when a process of the engine dies; vLLM itself would wait forever."""
-    answers = getattr(engine.engine_core, "outputs_queue", None)  # None where the engine is in this process
+    """Raises an error from the engine if one of its processes dies. vLLM itself would wait forever."""
+    answers = getattr(engine.engine_core, "outputs_queue", None)  # None if the engine runs in this process
     if answers is None or not processes:
         return
 
@@ -312,7 +312,7 @@ def _wake_when_it_dies(engine: LLMEngine, processes: Collection[multiprocessing.
 
 
 def _join(rows: Sequence[Tensor]) -> Tensor:
-    """The rows of a batch, [N, d]; where there is a GPU, in memory from which copies to it need not be waited for."""
+    """The rows of a batch, [N, d]; with a GPU, in pinned memory, so that copies to it do not block."""
     joined_Nd = torch.empty(
         sum(map(len, rows)), rows[0].shape[1], dtype=rows[0].dtype, pin_memory=torch.cuda.is_available()
     )
@@ -328,7 +328,7 @@ def _with_head_dtype(arguments: dict[str, Any], head_dtype: str) -> dict[str, An
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C while vLLM starts; it catches KeyboardInterrupt there and goes on waiting for its processes."""
+    """Ctrl-C while vLLM starts. vLLM would catch a KeyboardInterrupt and keep waiting for its processes."""
 
 
 def _interrupt(*_: object) -> None:
@@ -337,7 +337,7 @@ def _interrupt(*_: object) -> None:
 
 @contextmanager
 def _starting(name: str) -> Iterator[None]:
-    """What vLLM raises while it starts, as errors of adpa."""
+    """Turns vLLM's errors at its start into errors of adpa."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, _interrupt) if in_main_thread else None
     try:
@@ -363,14 +363,14 @@ def _starting(name: str) -> Iterator[None]:
 
 @contextmanager
 def _running(name: str) -> Iterator[None]:
-    """What vLLM raises while it works, as errors of adpa."""
+    """Turns vLLM's errors while it runs into errors of adpa."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise EngineError(f"{name}: vLLM ran out of memory; what was answered is kept", MORE_MEMORY) from error
+        raise EngineError(f"{name}: vLLM ran out of memory; finished batches are kept", MORE_MEMORY) from error
     except (RuntimeError, VLLMServerError, VLLMClientError) as error:
         raise EngineError(
-            f"{name}: vLLM failed ({_reason(error)}); what was answered is kept",
+            f"{name}: vLLM failed ({_reason(error)}); finished batches are kept",
             "run the same command again to go on, with a lower --gpu-memory-utilization or --engine-arg "
             "max_num_batched_tokens=2048 if it ran out of memory",
         ) from error

@@ -1,20 +1,15 @@
-"""What a user says about vLLM: options, and arguments of vLLM's own engine."""
+"""The user's options for vLLM, checked without importing torch or vLLM."""
 
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
 from adpa.errors import OptionError
+from adpa.pipeline.options import HeadDtype, ModelName
 
-if TYPE_CHECKING:
-    import torch
-
-HeadDtype = Literal["auto", "float32", "model"]
-Role = Literal["teacher", "reference", "student"]
-
-# What adpa itself decides about an engine, and what changes nothing but speed and memory. Everything else that a user
-# sets can change a number and is part of a scoring's identity.
+# adpa sets the first group itself. The second changes only speed and memory. Any other argument may change a number, so
+# that it is part of a scoring's identity.
 OWN_ARGUMENTS = {
     *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "pooler_config", "dtype", "max_model_len"),
     *("max_logprobs", "logprobs_mode", "enable_prefix_caching", "generation_config", "data_parallel_size"),
@@ -31,7 +26,7 @@ NUMBERS = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utiliza
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """What a user says about vLLM; the defaults of ``precompute``."""
+    """The options of vLLM, with the defaults of ``precompute``."""
 
     tensor_parallel: int = 1
     quantization: str | None = None
@@ -41,10 +36,10 @@ class VllmOptions:
     engine_arg: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Checks what can be checked without vLLM.
+        """Checks the values as far as possible without vLLM.
 
         Raises:
-            OptionError: an option has no meaning.
+            OptionError: a value is out of range or has the wrong type, or adpa sets this argument itself.
         """
         if self.tensor_parallel < 1:
             raise OptionError(f"--tensor-parallel {self.tensor_parallel}; expected at least 1")
@@ -64,53 +59,44 @@ class VllmOptions:
             if key == "hf_overrides" and "head_dtype" in value:
                 raise OptionError("--engine-arg hf_overrides: found head_dtype", "use --head-dtype")
 
-    def arguments(self, role: Role) -> dict[str, Any]:
-        """The engine arguments of a model; tensor parallelism and quantization are for the large ones."""
+    def arguments(self, model: ModelName) -> dict[str, Any]:
+        """The engine arguments of a model. Only teacher and reference get tensor parallelism and quantization."""
         arguments: dict[str, Any] = {"gpu_memory_utilization": self.gpu_memory_utilization}
-        if role != "student":
+        if model != "student":
             arguments["tensor_parallel_size"] = self.tensor_parallel
             if self.quantization is not None:
                 arguments["quantization"] = self.quantization
-        for wanted in (None, role):  # what is said of one model outranks what is said of all
-            arguments |= {key: value for owner, key, value in self._engine_args if owner == wanted}
+        for owner in (None, model):  # an argument of one model overrides the argument of all models
+            arguments |= {key: value for target, key, value in self._engine_args if target == owner}
         return arguments
 
-    def memory(self, role: Role, device: "torch.device") -> int:
-        """Bytes that the weights of a model may take at most."""
-        from adpa.pipeline.models.checkpoint import device_memory  # torch: options are checked before it is imported
-
-        arguments = self.arguments(role)
-        share = device_memory(device) * arguments["gpu_memory_utilization"]
-        room = int(self.gpus(role) * (share + arguments.get("cpu_offload_gb", 0) * 2**30))
-        # vLLM quantizes weights as it loads them, to four bits at least.
-        return 4 * room if "quantization" in arguments else room
-
-    def gpus(self, role: Role) -> int:
-        """GPUs that a model is spread over."""
-        arguments = self.arguments(role)
+    def gpus(self, model: ModelName) -> int:
+        """Number of GPUs that a model runs on."""
+        arguments = self.arguments(model)
         return int(arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1))
 
-    def numerics(self, role: Role) -> list[str]:
-        """The engine arguments of a model that can change a number, as ``role:key=value``."""
+    def numerics(self, model: ModelName) -> list[str]:
+        """The engine arguments of a model that may change a number, as ``model:key=value``."""
         return [
-            f"{role}:{key}={json.dumps(value, sort_keys=True)}"
-            for key, value in sorted(self.arguments(role).items())
+            f"{model}:{key}={json.dumps(value, sort_keys=True)}"
+            for key, value in sorted(self.arguments(model).items())
             if key not in PLACEMENT_ARGUMENTS
         ]
 
     @cached_property
     def _engine_args(self) -> list[tuple[str | None, str, Any]]:
+        """Model (None for all models), key and value of each ``--engine-arg``."""
         return [_parse_engine_arg(text) for text in self.engine_arg]
 
 
 def _parse_engine_arg(text: str) -> tuple[str | None, str, Any]:
-    """``[role:]key=value``; the value is JSON, or else the text itself."""
-    name, equals, given = text.partition("=")
-    owner, colon, key = name.rpartition(":")
-    if not (equals and key) or (colon and owner not in get_args(Role)):
-        raise OptionError(f"--engine-arg {text}; expected key=value, or {'|'.join(get_args(Role))}:key=value")
+    """Parses ``[model:]key=value``. A value that is not JSON stays text."""
+    name, equals, literal = text.partition("=")
+    model, colon, key = name.rpartition(":")
+    if not (equals and key) or (colon and model not in get_args(ModelName)):
+        raise OptionError(f"--engine-arg {text}; expected key=value, or {'|'.join(get_args(ModelName))}:key=value")
     try:
-        value = json.loads(given)
+        value = json.loads(literal)
     except json.JSONDecodeError:
-        value = given
-    return owner or None, key.replace("-", "_"), value
+        value = literal
+    return model or None, key.replace("-", "_"), value

@@ -64,7 +64,7 @@ def _losses(report: ProbeReport) -> str:
 def _hours(report: ProbeReport) -> str:
     hours = {"teacher": report.teacher_hours, "reference": report.reference_hours or 0.0}
     whole, missing = f"{sum(hours.values()):.3g}", f"{report.missing_hours:.3g}"
-    parts = [f"{role} {share:.3g}" for role, share in hours.items() if report.reference_hours is not None]
+    parts = [f"{model} {share:.3g}" for model, share in hours.items() if report.reference_hours is not None]
     if missing != whole:
         parts.append(f"{missing} for what the cache lacks")
     return f"{whole} ({', '.join(parts)})" if parts else whole

@@ -1,4 +1,4 @@
-"""The formulae of what scoring and training cost: against counted FLOP, published counts, and laws that must hold."""
+"""The cost formulae agree with counted FLOP and published parameter counts, and obey simple laws."""
 
 import math
 import re
@@ -184,7 +184,7 @@ def test_packing_leaves_no_padding_and_computes_a_shared_prompt_once() -> None:
     padded, packed, shared = (
         slowest_rank_flops(student, sets, 1, replace(ASSUMED, packing=packing)) for packing in cost_tables.PACKINGS
     )
-    assert packed == pytest.approx(needed_flops(student, sets, ASSUMED), rel=0.02)  # its examples are drawn
+    assert packed == pytest.approx(needed_flops(student, sets, ASSUMED), rel=0.02)  # its examples are random
     assert shared < packed < padded
     whole, rows = np.array([200]), 2 * student.head_flops(100)
     once = student.decoder_flops(whole) + 2 * student.matrices * 100 + 4 * 24 * 14 * 64 * 100 * 200

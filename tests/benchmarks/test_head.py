@@ -1,4 +1,4 @@
-"""What the benchmark of the loss head measures, and what it makes of it."""
+"""The benchmark of the loss head: its measurements, tables and goals."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def small_inputs(case: Case = SMALL, dtype: torch.dtype = torch.float64, seed: i
 
 
 def measurements(case: Case, **milliseconds: list[float]) -> list[Measurement]:
-    """Of ways named by their first words; bytes are as many as milliseconds of the first round."""
+    """Measurements of heads by the first words of their names. Bytes equal the milliseconds of the first round."""
     names = {"adpa": OURS, "products": PRODUCTS, "eager": EAGER, "liger": LIGER_DEFAULT, "best": LIGER_CHUNKS[1]}
     return [
         Measurement(case, names[name], times, int(times[0]) if times else 0) for name, times in milliseconds.items()
@@ -65,7 +65,7 @@ def test_in_bfloat16_our_head_errs_little_more_than_eager_losses() -> None:
 def test_eager_logits_take_more_memory_than_a_chunk_of_them() -> None:
     case = Case(1024, 32768, 8, 5)
     chosen: dict[str, ways.Way] = {OURS: ways.adpa_head, EAGER: ways.eager}
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # it has no freed memory at hand
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a new process has no freed memory to reuse
         measured = process.submit(benchmark.measure_cpu, case, chosen, 1).result()
     ours, theirs = (one.memory for one in measured)
     logits = 4 * case.N * case.V
@@ -119,7 +119,7 @@ def test_a_ratio_of_times_is_the_median_of_those_of_the_rounds() -> None:
 
 
 def gpu_findings() -> Findings:
-    """Times and memory of a machine on which d = 2048 and eager losses at 32,768 rows were too much."""
+    """Results of a machine whose memory was too small for d = 2048 and for eager losses at 32,768 rows."""
     found = [
         *measurements(
             Case(16384, 128256, 896, 50), adpa=[14.0], products=[10.0], eager=[140.0], liger=[40.0], best=[20.0]

@@ -1,4 +1,4 @@
-"""Changed advantages: what they are, and that a changed scoring is a scoring like any other."""
+"""Changed advantages have the right values, and a changed scoring works like any other."""
 
 from dataclasses import replace
 from pathlib import Path

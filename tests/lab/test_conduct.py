@@ -1,4 +1,4 @@
-"""``adpa lab`` on a laboratory that is too small to learn anything, but real."""
+"""``adpa lab`` on a real laboratory that is too small to learn anything."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_a_study_of_another_version_is_not_gone_on_with(
 @pytest.mark.parametrize(
     ("seeds", "workers", "message"),
     [
-        ([3, 4, 3], 2, "--seed: seed 3 is there twice"),
+        ([3, 4, 3], 2, "--seed: seed 3 occurs twice"),
         ([1], 2, "seed 1 is both tuned on and reported"),
         ([3], 0, "--workers 0; expected at least 1"),
     ],

@@ -14,7 +14,7 @@ PROMPTS = ENVIRONMENT.evaluation_prompts(30, seed=0)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights."""
+    """A model with random weights."""
     directory: Path = tmp_path_factory.mktemp("random")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(directory)

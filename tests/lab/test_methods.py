@@ -1,4 +1,4 @@
-"""What a method of a study asks of the cache follows from the objective that ``distill`` trains with."""
+"""The signals that a method of a study needs follow from its objective."""
 
 from typing import Any
 

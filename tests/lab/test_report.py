@@ -1,4 +1,4 @@
-"""The tables of a study, from rewards that are easy to check, and its pictures."""
+"""The tables of a study, from rewards that are easy to check, and its plots."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_method_is_compared_with_the_sft_student_and_with_its_control(report: 
     assert adpa.wins.mean == pytest.approx(0.5)  # both prompts of one seed, none of the other
     assert adpa.gain is not None
     assert adpa.gain.mean == pytest.approx(np.mean([0.3, 0.3, -0.1, -0.1]))
-    assert adpa.gain.low == pytest.approx(-0.1)  # a difference between seeds is what the interval is about
+    assert adpa.gain.low == pytest.approx(-0.1)  # the interval covers the difference between seeds
     assert adpa.gain.high == pytest.approx(0.3)
     assert (adpa.worse_seeds, sft.worse_seeds) == ([12], [])
     assert len(report.variants) == 4

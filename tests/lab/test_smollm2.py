@@ -44,7 +44,7 @@ def test_the_four_commands_align_a_layer_dropped_smollm2(
         assert adpa_plus[-1][term] < adpa_plus[0][term]
     assert any(entry["advantage/sampled"] != 0 for entry in adpa_plus)
 
-    # What was stored is what the models say, sequence by sequence, on the whole vocabulary in float32.
+    # The stored signals agree with the models' float32 log-probabilities over the whole vocabulary.
     scoring = next(found for found in read_scorings(cache) if found.reference is not None)
     sampled = next(found for found in read_response_sets(cache) if found.info.name == "sampled")
     signals = read_signals(cache, scoring)

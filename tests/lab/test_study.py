@@ -1,4 +1,4 @@
-"""Study files: what they may say, and what is said about those that may not."""
+"""Study files: valid ones, and the errors of invalid ones."""
 
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def test_the_laboratory_is_an_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("seeds: [5, 5]", "seeds: seed 5 is there twice; name every seed once"),
+        ("seeds: [5, 5]", "seeds: seed 5 occurs twice; name every seed once"),
         ("seeds: 5", "seeds 5; expected a list"),
         ("seeds: [-1]", r"seeds: \[-1\]; expected a list of numbers of at least 0"),
         ("seeds: []", r"seeds: \[\]; expected at least one"),
@@ -157,7 +157,7 @@ def test_the_settings_of_a_study_leave_out_what_may_grow(tmp_path: Path) -> None
 
 def test_seeds_are_numbers_of_their_own() -> None:
     assert check_seeds([0, 7], "--seed") == (0, 7)
-    with pytest.raises(OptionError, match="--seed: seed 7 is there twice"):
+    with pytest.raises(OptionError, match="--seed: seed 7 occurs twice"):
         check_seeds([7, 1, 7], "--seed")
 
 
@@ -168,7 +168,7 @@ def test_the_own_study_gives_every_method_as_many_trials_and_reports_eight_other
     assert not set(own.seeds) & set(own.tuning_seeds)
     after = {name for name, method in own.methods.items() if method.after}
     assert after == {"ADPA+", "ADPA+ as published"}
-    # A control is trained for as many epochs, what comes before it among them.
+    # A control trains for as many epochs in total, its predecessor's included.
     for name, method in own.methods.items():
         if method.control:
             epochs = method.options["num_train_epochs"] * (2 if name in after else 1)

@@ -11,7 +11,7 @@ PAIRS = Environment().preference_pairs(50, seed=0)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """As a user gets it: saved, and loaded by `AutoTokenizer`."""
+    """The tokenizer, saved and loaded by `AutoTokenizer`, as users get it."""
     directory: Path = tmp_path_factory.mktemp("tokenizer")
     build_tokenizer().save_pretrained(directory)
     return AutoTokenizer.from_pretrained(directory)

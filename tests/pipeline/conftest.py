@@ -161,8 +161,8 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> InstallVllm:
         packages = {"vllm": [distribution]} if installed else {}
         monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.packages_distributions", lambda: packages)
         monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine.version", version)
-        for module in ("engine", "engine_vllm"):  # and a GPU of 80 GB
-            monkeypatch.setattr(f"adpa.pipeline.{module}.device_memory", lambda _: 80 * 10**9)
+        for module in ("engine", "vllm_engine"):  # and a GPU of 80 GB
+            monkeypatch.setattr(f"adpa.pipeline.scoring.{module}.device_memory", lambda _: 80 * 10**9)
 
     return install
 

@@ -1,4 +1,4 @@
-"""A precompute run that is killed at any moment goes on where it stopped, and leaves no damage."""
+"""A precompute run that is killed at any moment leaves no damage, and a rerun goes on where it stopped."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from adpa.data.cache.shards import list_shards, read_shard
 from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.pipeline.scoring.jobs import make_batches
 
-# The real command, noting on disk every sequence that a model is asked about, before it is asked.
+# The real command. It notes every sequence on disk before a model scores it.
 SCRIPT = """
 from adpa.cli import main
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
@@ -58,7 +58,7 @@ def test_twenty_kills_damage_nothing_and_cost_two_batches_each(
     command = [sys.executable, "-c", SCRIPT, "precompute", *(str(part) for pair in options.items() for part in pair)]
     generator = random.Random(0)
 
-    share = 2 * 2 * len(rows) // (KILLS + 5)  # of all that two models are asked, whatever the machine's speed
+    share = 2 * 2 * len(rows) // (KILLS + 5)  # of all sequences for both models, at any speed of the machine
     for _ in range(KILLS):
         noted = lines(tmp_path / "asked")
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -256,16 +256,16 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_written(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("role", ["teacher", "reference", "student"])
+@pytest.mark.parametrize("model", ["teacher", "reference", "student"])
 def test_a_model_that_does_not_fit_is_refused_before_the_data_is_read(
-    role: str, filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: dict[str, Any] = {name: str(getattr(filled.models, name)) for name in ("teacher", "reference", "student")}
     size = Checkpoint.weight_bytes
     monkeypatch.setattr(
-        Checkpoint, "weight_bytes", lambda self, dtype: 10**15 if self.name == models[role] else size(self, dtype)
+        Checkpoint, "weight_bytes", lambda self, dtype: 10**15 if self.name == models[model] else size(self, dtype)
     )
-    with pytest.raises(ModelError, match=rf"{models[role]}: its weights take about 1000000\.0 GB in float32"):
+    with pytest.raises(ModelError, match=rf"{models[model]}: its weights take about 1000000\.0 GB in float32"):
         precompute(**models, data="./nowhere.jsonl", cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -305,14 +305,14 @@ def test_sequences_longer_than_max_model_len_are_counted_and_refused(
         precompute(**options, max_model_len=longest - 1)
 
 
-@pytest.mark.parametrize("role", ["reference", "student"])
+@pytest.mark.parametrize("model", ["reference", "student"])
 def test_a_model_of_another_vocabulary_is_refused_by_the_token(
-    role: str, make_model: MakeModel, filled: Filled, tmp_path: Path
+    model: str, make_model: MakeModel, filled: Filled, tmp_path: Path
 ) -> None:
     other = make_model(30)
     swap_two_tokens(other)
     with pytest.raises(ModelError, match=r"different vocabularies: the token '.*' has the id 100[01]"):
-        precompute(str(filled.models.teacher), str(filled.data), tmp_path, **{role: str(other)})  # type: ignore[arg-type]
+        precompute(str(filled.models.teacher), str(filled.data), tmp_path, **{model: str(other)})  # type: ignore[arg-type]
 
 
 def test_a_teacher_without_a_chat_template_is_refused(make_model: MakeModel, filled: Filled, tmp_path: Path) -> None:

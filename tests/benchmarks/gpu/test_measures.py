@@ -1,4 +1,4 @@
-"""How measures are taken: failures, time, turns."""
+"""Taking measures: failures, time limits, turns."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.gpu import measures as gpu_measures
-from benchmarks.gpu.measures import figure_of, give_version, in_turns, take
+from benchmarks.gpu.measures import figure_of, in_turns, provide_version, take
 from benchmarks.gpu.part import Failure, Figure, Measure, Report, Setting, Skipped
 
 
@@ -72,8 +72,8 @@ def test_of_several_values_the_median_and_the_ends_are_kept() -> None:
 
 
 def test_sources_that_are_not_installed_have_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_measures, "find", lambda package: None)
+    monkeypatch.setattr(gpu_measures, "installed_version", lambda package: None)
     monkeypatch.setattr("sys.path", [])
-    give_version(tmp_path)
+    provide_version(tmp_path)
     (found,) = distributions(path=[str(tmp_path)])
     assert (found.name, found.version) == ("adpa", "0.1.0")

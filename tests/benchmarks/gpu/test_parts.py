@@ -1,4 +1,4 @@
-"""What the parts compute of what they measure: known answers."""
+"""The parts' computations on known answers."""
 
 import warnings
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_host_waits_are_counted_for_a_micro_batch(dry: Setting, monkeypatch: pyt
     modes: list[str] = []
 
     def distill(self: Runs, max_steps: int, logging_steps: int) -> None:
-        for wait in range(5 + 3 * self.micro_batches * max_steps):  # five at the start, three in a micro-batch
+        for wait in range(5 + 3 * self.micro_batches * max_steps):  # five waits at the start, three in each micro-batch
             warnings.warn(f"called a synchronizing CUDA operation {wait}", stacklevel=1)
             warnings.warn("something else", stacklevel=1)
 

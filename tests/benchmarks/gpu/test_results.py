@@ -1,4 +1,4 @@
-"""Figures beside predictions: known answers."""
+"""Figures beside predictions, on known answers."""
 
 import json
 from pathlib import Path

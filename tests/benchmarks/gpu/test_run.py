@@ -19,7 +19,7 @@ from benchmarks.gpu.run import PARTS, benchmark
 
 from adpa.errors import OptionError
 
-# Of shapes and things that a CPU has not.
+# Predictions about shapes and hardware that a dry run lacks.
 ON_A_GPU_ALONE = {
     "time / three products, d = 896",
     "time / three products, d = 2048",
@@ -30,7 +30,7 @@ ON_A_GPU_ALONE = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run printed and wrote."""
+    """The output and the files of a run."""
 
     exit_code: int
     printed: str
@@ -93,7 +93,7 @@ def test_what_was_predicted_is_measured_under_the_same_name(dry_run: Run) -> Non
 
 def test_what_a_dry_run_leaves_out_is_named(dry_run: Run) -> None:
     skipped = {one["name"]: one["reason"] for part in dry_run.found["parts"].values() for one in part["skipped"]}
-    assert skipped["host waits"] == "the GPU is not there to be waited for"
+    assert skipped["host waits"] == "it needs a GPU"
     assert "vLLM: skipped, a dry run starts no engine" in dry_run.printed
 
 
@@ -132,9 +132,9 @@ def test_what_does_not_fit_into_the_time_is_skipped_and_named(tmp_path: Path) ->
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that has measured something, and is measuring."""
+    """A run that has written a first figure and goes on measuring."""
     options = command("--dry-run", "--output", tmp_path, "--parts", "bd")
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed run cannot remove what it has there
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed run leaves temporary files
     with subprocess.Popen(
         options, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:

@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu.run`` measures of vLLM, with a real vLLM on the CPU."""
+"""The measures of vLLM in ``benchmarks.gpu.run``, with a real vLLM on the CPU."""
 
 from pathlib import Path
 

@@ -218,10 +218,10 @@ def stop(before: str, path: object = "") -> None:
         run.stop(before)
 
 
-def note_asked(role: str, keys: Iterable[bytes]) -> None:
+def note_asked(model: str, keys: Iterable[bytes]) -> None:
     run = Run.by_thread.get(threading.get_ident())
     if run is not None:
-        run.asked += [(role, key) for key in keys]
+        run.asked += [(model, key) for key in keys]
 
 
 class Write:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.data.makers import INFO, SAMPLING, TURN_END, token_ids
-from tests.pipeline.test_faults import DIGEST, SCORING, SCORING_BATCH, TOKENIZER, Model, Point, Watched
+from tests.pipeline.faults import DIGEST, SCORING, SCORING_BATCH, TOKENIZER, Model, Point, Watched
 from upath import UPath
 
 from adpa import collect_garbage, list_cache, merge_cache, verify_cache

@@ -169,9 +169,9 @@ def test_any_interleaving_of_runs_ends_in_the_rows_of_one_run(
         rerun = Run(whole, cache, reference)
         rerun.go_on()
         missing = expected_rows.keys() - rows.keys()
-        asked = [key for role, key in rerun.asked if role == "teacher"]
+        asked = [key for model, key in rerun.asked if model == "teacher"]
         assert sorted(asked) == sorted(missing - waiting)
-        asked = [key for role, key in rerun.asked if role == "reference"]
+        asked = [key for model, key in rerun.asked if model == "reference"]
         assert sorted(asked) == (sorted(missing) if reference else [])
 
         assert read_rows(cache) == expected_rows

@@ -31,10 +31,10 @@ from adpa.pipeline.models.batch_memory import (
     sampling_tokens,
     scoring_tokens,
 )
+from adpa.pipeline.options import ModelName
 from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_sampler import sample
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
-from adpa.pipeline.scoring.vllm_options import Role
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -115,7 +115,7 @@ def test_a_model_without_sdpa_keeps_the_batches_of_a_cpu() -> None:
 def test_batches_follow_a_gpu_and_every_model_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adpa.pipeline.scoring.engine.free_memory", {GPU: 24 * GB}.__getitem__)
     engine = HfEngine(GPU, "")
-    both: dict[Role, str] = {"teacher": "bfloat16", "reference": "float32"}
+    both: dict[ModelName, str] = {"teacher": "bfloat16", "reference": "float32"}
     alone = engine.scoring_tokens({"teacher": TEACHER}, both)
     assert alone == scoring_tokens(TEACHER, "bfloat16", 24 * GB)
     assert engine.scoring_tokens({"teacher": STUDENT, "reference": TEACHER}, both) < alone

@@ -1,4 +1,4 @@
-"""Which engine runs the models, why it is this one, and what does not fit into its memory."""
+"""The choice of an engine, its reason, and the check that the models fit into memory."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from tests.pipeline.conftest import InstallVllm
 
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.options import EngineName
+from adpa.pipeline.options import EngineName, ModelName
 from adpa.pipeline.scoring.engine import Engine, HfEngine, choose_engine
 from adpa.pipeline.scoring.vllm_engine import VllmEngine
-from adpa.pipeline.scoring.vllm_options import Role, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9
@@ -28,10 +28,10 @@ def choose(
     device: torch.device,
     teacher: Checkpoint,
     options: VllmOptions | None = None,
-    role: Role = "teacher",
+    model: ModelName = "teacher",
     dtype: str = "float32",
 ) -> Engine:
-    return choose_engine(name, options or VllmOptions(), device, {role: teacher}, {role: dtype})
+    return choose_engine(name, options or VllmOptions(), device, {model: teacher}, {model: dtype})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_student_runs_as_it_is_on_one_gpu(
     install_vllm("0.33.0")
     monkeypatch.setattr(Checkpoint, "weight_bytes", lambda *_: 140 * GB)
     with pytest.raises(ModelError, match=r"there is room for 72\.0 GB"):
-        choose("vllm", GPU, teacher, VllmOptions(tensor_parallel=8, quantization="fp8"), role="student")
+        choose("vllm", GPU, teacher, VllmOptions(tensor_parallel=8, quantization="fp8"), model="student")
 
 
 def test_a_model_is_measured_in_the_dtype_that_it_is_loaded_in(

@@ -1,4 +1,4 @@
-"""Which options of an executor go together, and what is refused before anything is started."""
+"""Options of the executor: which combinations are refused before anything starts."""
 
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 def test_more_workers_than_batches_are_refused_by_the_whole_work_and_not_by_what_is_missing(
     few_words: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command that a finished run ended with can be given again; then there is nothing to start Ray for."""
+    """A finished command can be run again. Then no work is left, and Ray does not start."""
     monkeypatch.setattr("adpa.pipeline.scoring.ray_executor._join", lambda _: pytest.fail("Ray was started"))
     options: dict[str, Any] = {
         "teacher": str(few_words.models.teacher),
@@ -51,7 +51,7 @@ def test_more_workers_than_batches_are_refused_by_the_whole_work_and_not_by_what
         "top_k": 10,
         "executor": "ray",
     }
-    with pytest.raises(OptionError, match="--workers 2: the work is 1 batches at most; lower --workers, or --batch-to"):
+    with pytest.raises(OptionError, match="--workers 2: the work has 1 batches at most; lower --workers, or"):
         precompute(**options, workers=2)
     done = precompute(**options, workers=2, batch_tokens=60)
     assert (done.scored, done.reused, done.workers) == (0, 16, 2)

@@ -1,5 +1,5 @@
-"""Sampling with transformers: reproducible from the seed whatever the batch, truly the student's distribution, and
-without a wait for the device at a token."""
+"""Sampling with transformers: reproducible from the seed in any batch, from the student's exact distribution, and
+without a wait for the device at every token."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.scoring.hf_sampler import HfSampler, _uniforms, _until, draw, make_masks_unseen, sample
+from adpa.pipeline.scoring.hf_sampler import HfSampler, _cut_after, _uniforms, avoid_mask_sync, draw, sample
 
 END = SAMPLING.turn_end
 
@@ -120,11 +120,11 @@ def test_the_sampler_answers_batch_after_batch(student: Path, model: PreTrainedM
     assert as_lists([*answers[0], *answers[1]]) == as_lists(sample(model, SAMPLING, wanted))
 
 
-# The loop, and what a token is drawn by.
+# The loop, and the draw of a token.
 
 
 def transformers_sample(model: PreTrainedModel, sampling: Sampling, wanted: Sequence[SampleRequest]) -> list[TokenIds]:
-    """The oracle: the loop of transformers, with the tokens forced by a processor of logits."""
+    """The oracle: the loop of transformers, with a logits processor that forces the tokens."""
     width = max(len(request.prompt_ids) for request in wanted)
     input_ids, mask = (torch.full((len(wanted), width), fill) for fill in (sampling.turn_end, 0))
     for row, request in enumerate(wanted):
@@ -143,12 +143,12 @@ def transformers_sample(model: PreTrainedModel, sampling: Sampling, wanted: Sequ
     output = loop.generate(
         input_ids=input_ids, attention_mask=mask, logits_processor=[force] if sampling.temperature else []
     )
-    return [_until(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
+    return [_cut_after(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
 
 
 @pytest.fixture(scope="module")
 def windows() -> PreTrainedModel:
-    """A model whose layers see a window or everything, in bfloat16."""
+    """A model in bfloat16 with sliding-window and full-attention layers."""
     torch.manual_seed(0)
     config = Gemma2Config(**SMALL | {"vocab_size": 24}, head_dim=8, sliding_window=4, initializer_range=0.2)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -171,10 +171,10 @@ def test_the_loop_says_what_that_of_transformers_says(
 
 @pytest.fixture
 def as_on_a_gpu(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
-    """The model, prepared and asked as it is on a GPU."""
-    monkeypatch.setattr("adpa.pipeline.scoring.hf_sampler.steps_between_looks", lambda _: 16)
+    """The model is prepared as on a GPU, and checks for ended responses as seldom."""
+    monkeypatch.setattr("adpa.pipeline.scoring.hf_sampler.steps_between_checks", lambda _: 16)
     prepared = copy.deepcopy(model)
-    make_masks_unseen(prepared)
+    avoid_mask_sync(prepared)
     return prepared
 
 
@@ -188,12 +188,12 @@ def test_a_gpu_that_looks_seldom_says_the_same(
     assert max(map(len, responses)) > 16
 
 
-# What gives Python a number, or a tensor of as many rows as there are such numbers.
+# Operations whose result or shape Python needs, so that the host waits.
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
+    """Counts the operations that make the host wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,20 +260,20 @@ def test_a_token_is_the_first_whose_share_reaches_beyond_the_number(temperature:
 
 def test_logits_that_are_not_finite_at_one_token_of_one_row_are_refused_after_the_batch(student: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(student).eval()
-    spoilt: list[float] = []  # the number at one place of each token's logits
+    injected: list[float] = []  # replaces one logit of each token
 
     def spoil(module: Any, arguments: Any, output: Any) -> None:
-        output.logits[3, -1, 7] = spoilt.pop(0)
+        output.logits[3, -1, 7] = injected.pop(0)
 
     model.register_forward_hook(spoil)
     for bad in (torch.nan, torch.inf):
         for temperature, top_p in ((1.0, 1.0), (1.0, 0.5), (0.0, 1.0)):
-            spoilt[:] = [0, 0, 0, 0, bad, *[0] * 7]
+            injected[:] = [0, 0, 0, 0, bad, *[0] * 7]
             settings = replace(SAMPLING, turn_end=0, temperature=temperature, top_p=top_p)
             with pytest.raises(ModelError, match="not finite"):
                 sample(model, settings, PADDED)
-            assert spoilt == [], "the batch was drawn to its end"
-    spoilt[:] = [-torch.inf] * 12  # a token that is not possible
+            assert injected == [], "the batch was drawn to its end"
+    injected[:] = [-torch.inf] * 12  # a token with probability 0
     assert len(sample(model, replace(SAMPLING, turn_end=0), PADDED)) == len(PADDED)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adpa.pipeline.scoring.jobs import make_batches, write_batches
 
-LONG = 10.0  # seconds after which a test fails that would otherwise wait for ever
+LONG = 10.0  # seconds until a hanging test fails
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 300))
@@ -30,7 +30,7 @@ def test_a_batch_is_closed_only_when_the_next_item_does_not_fit(lengths: list[in
 
 
 def numbered(count: int) -> Sequence[Sequence[int]]:
-    """So many batches of one item."""
+    """``count`` batches of one item."""
     return [[number] for number in range(count)]
 
 

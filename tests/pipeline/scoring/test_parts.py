@@ -1,4 +1,4 @@
-"""Parts of the data: together they are the whole, in whatever order they are done, and no two do the same work."""
+"""Parts of the data: in any order, all parts together give the whole cache, and no two do the same work."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def whole(few_words: Filled, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def check_same(cache: Path, whole: Path) -> None:
-    """The same response sets to the byte, and the same rows up to rounding: other batches have other paddings."""
+    """Checks that response sets have the same bytes and rows agree up to rounding: padding differs between batches."""
     sets, expected = ({found.id: found for found in read_response_sets(folder)} for folder in (cache, whole))
     assert sets.keys() == expected.keys()
     assert all(sets[name].table.equals(expected[name].table) for name in sets)

@@ -1,4 +1,4 @@
-"""A probe: it writes nothing, sees what a dense forward sees, and predicts what the run then costs."""
+"""The probe: it writes nothing, agrees with a dense forward pass, and predicts the cost of the run."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
-from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, complete, judge
+from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, score_reference, score_teacher
 
 
 def options(filled: Filled, cache: Path, **others: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def options(filled: Filled, cache: Path, **others: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe that sorts 200 ids of a token instead of 1,000."""
+    """A probe with K = 200 instead of 1,000."""
     monkeypatch.setattr("adpa.pipeline.scoring.probe.PROBE_TOP_K", 200)
 
 
@@ -45,7 +45,7 @@ def probe(filled: Filled, cache: Path, count: int, **others: Any) -> ProbeReport
 
 
 def sequences_of(filled: Filled, *names: str) -> list[TokenSequence]:
-    """The distinct sequences of some response sets."""
+    """The distinct sequences of these response sets."""
     sets = [found for found in read_response_sets(filled.cache) if found.info.name in names]
     return list({sequence.key: sequence for found in sets for sequence in found.sequences()}.values())
 
@@ -115,10 +115,10 @@ def test_a_row_of_the_probe_cut_to_k_is_what_a_run_with_k_says(models: Models, f
     batches = [sequences_of(filled, "chosen")[:4], sequences_of(filled, "rejected")[:3]]
     scored = []
     for scoring in (narrow, replace(narrow, top_k=200)):
-        judged = judge(open_hf_scorer(teacher, "float32", torch.device("cpu")), batches, scoring)
-        rows = {row.key: row for shard in judged for row in shard}
+        shards = score_teacher(open_hf_scorer(teacher, "float32", torch.device("cpu")), batches, scoring)
+        rows = {row.key: row for shard in shards for row in shard}
         scorer = open_hf_scorer(reference, "float32", torch.device("cpu"))
-        whole = complete(scorer, batches, lambda batch, rows=rows: [rows[s.key] for s in batch], scoring)  # type: ignore[misc]
+        whole = score_reference(scorer, batches, lambda batch, rows=rows: [rows[s.key] for s in batch], scoring)  # type: ignore[misc]
         scored.append([row for shard in whole for row in shard])
     for own, large in zip(*scored, strict=True):
         (found,) = cut_row(large, [10])
@@ -130,7 +130,7 @@ def test_a_row_of_the_probe_cut_to_k_is_what_a_run_with_k_says(models: Models, f
 def test_with_a_student_the_kl_is_its_own(filled: Filled, tmp_path: Path) -> None:
     student = str(filled.models.student)
     of_student = probe(filled, tmp_path, 3, student=student, responses="chosen,sampled", max_new_tokens=6)
-    # A run with that model as reference measures the same ratios.
+    # A run with the student as reference gives the same ratios.
     as_reference = probe(filled, tmp_path, 3, reference=student, responses="chosen")
     assert (of_student.kl_against, as_reference.kl_against) == ("student", "reference")
     for one, other in zip(of_student.by_top_k, as_reference.by_top_k, strict=True):
@@ -185,7 +185,7 @@ SLOW, FAST = 0.25, 0.01
 
 @dataclass
 class Engine:
-    """Opens slow scorers, one at a time, whose first pass is slow too."""
+    """Opens slow scorers, one at a time. Their first pass is even slower."""
 
     asked: list[str] = field(default_factory=list)
     loaded: int = 0
@@ -233,11 +233,13 @@ class WarmingUp:
         self.warm = True
 
 
-def probe_with(engine: Engine, wanted: Sequence[TokenSequence], missing: Sequence[TokenSequence], **others: Any) -> Any:
+def probe_with(
+    engine: Engine, requested: Sequence[TokenSequence], missing: Sequence[TokenSequence], **others: Any
+) -> Any:
     return probe_signals(
         others.pop("count", 64),
-        Work(wanted, missing, [], 8),
-        wanted,
+        Work(requested, missing, [], 8),
+        requested,
         SCORING,
         engine.open,
         vocabulary=90,

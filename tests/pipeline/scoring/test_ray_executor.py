@@ -1,4 +1,4 @@
-"""Workers of a real Ray cluster of two CPUs: the same cache as one process makes, whatever becomes of a worker."""
+"""Workers of a real Ray cluster with two CPUs write the same cache as one process, even if workers die."""
 
 import os
 import pickle
@@ -44,9 +44,9 @@ NUMBERS = [[number] for number in range(20)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A cluster that this process is in already, so that the tests need not start one each."""
+    """A cluster that this process has joined, so that all tests share it."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    # Workers cannot import the tests; what is defined here travels whole.
+    # Workers cannot import the tests: definitions of this file are pickled by value.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -54,17 +54,17 @@ def cluster() -> Iterator[None]:
 
 
 def nothing() -> None:
-    """What mostly happens."""
+    """The usual event: nothing."""
 
 
 def die() -> None:
-    """As the system ends a process that takes too much memory."""
+    """Kills the process, as the system does if memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Squares:
-    """A job without a model: something happens when it is opened, or at one of its numbers."""
+    """A job without a model. An event happens when it opens, or at one of its numbers."""
 
     opening: Callable[[], object] = nothing
     at_seven: Callable[[], object] = nothing
@@ -93,7 +93,7 @@ def do(job: Squares, cache: Location, workers: int = 1) -> list[int]:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Says the same of all sequences, after something has happened."""
+    """A scorer that gives all sequences the same numbers, after an event."""
 
     happen: Callable[[bytes], object]
 
@@ -122,7 +122,7 @@ class Teacher:
 
 
 def fill(cache: Path, run: Executor, happen: Callable[[bytes], object] = lambda _: None, count: int = 24) -> None:
-    """Scores those of so many sequences that the cache lacks."""
+    """Scores the sequences that the cache lacks, of the first ``count``."""
     prepare_cache(cache)
     missing = missing_sequences(cache, SCORING, SEQUENCES[:count])
     score(cache, SCORING, missing, lambda _: Teacher(happen), BATCH_TOKENS, run)
@@ -135,7 +135,7 @@ def files(cache: Path) -> dict[str, bytes]:
 def test_two_workers_make_the_cache_that_one_process_makes(
     cluster: None, few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples, teacher and reference; every file has the same name and the same bytes."""
+    """Samples, pending rows and signals: every file has the same name and the same bytes."""
     options: dict[str, Any] = {
         "teacher": str(few_words.models.teacher),
         "reference": str(few_words.models.reference),
@@ -159,7 +159,7 @@ def test_two_workers_make_the_cache_that_one_process_makes(
 def test_a_second_job_adds_to_the_cache_and_the_block_of_a_killed_worker_is_done_by_another(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It dies in the middle of a block; what it had written is written again, under the same names."""
+    """It dies in the middle of a block. Another worker writes its files again, under the same names."""
     fill(tmp_path / "here", run_here)
     fill(tmp_path / "there", run_here, count=4)
     first = files(tmp_path / "there")
@@ -177,7 +177,7 @@ def test_a_second_job_adds_to_the_cache_and_the_block_of_a_killed_worker_is_done
     assert died.exists()
     assert asked.read_text().split().count(SEQUENCES[-1].key.hex()) == 2
     assert not {sequence.key.hex() for sequence in SEQUENCES[:4]} & set(asked.read_text().split())
-    assert "a worker died; its batches were done by another, at try 2" in caplog.messages
+    assert "a worker died; another one did its batches, at try 2" in caplog.messages
 
     assert first.items() < files(tmp_path / "there").items()
     assert files(tmp_path / "there") == files(tmp_path / "here")
@@ -196,12 +196,12 @@ def test_work_that_kills_every_worker_ends_the_run(cluster: None, tmp_path: Path
 
 
 def test_workers_that_die_while_they_load_a_model_end_the_run(cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="workers died again and again while they loaded a model"):
+    with pytest.raises(EngineError, match="several workers died while they loaded a model"):
         do(Squares(opening=die), tmp_path)
 
 
 class StubbornError(Exception):
-    """Cannot be pickled and read back."""
+    """An error that pickles but cannot be unpickled."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} {two}")
@@ -241,7 +241,7 @@ def test_a_cache_in_the_memory_of_one_process_is_seen_by_no_worker(cluster: None
 
 
 def test_workers_that_begin_after_a_day_know_the_cache_too(cluster: None, tmp_path: Path) -> None:
-    """The sign by which they know it looks like what a killed run has left."""
+    """The marker file in it looks like a leftover of a killed run."""
     prepare_cache(tmp_path)
 
     def wait_and_collect() -> None:
@@ -259,19 +259,23 @@ def test_workers_that_begin_after_a_day_know_the_cache_too(cluster: None, tmp_pa
 def test_a_busy_cluster_is_told_of_and_a_worker_takes_what_there_is(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One of two CPUs is another's: one worker has the other, and of two one waits."""
+    """Another job holds one of the two CPUs: a single worker takes the other, and a second worker waits."""
     wait_for_free_cpus(2)
     other: Any = ray.remote(object).options(num_cpus=1).remote()
     for workers in (1, 2):
         wait_for_free_cpus(1)
         assert sorted(do(Squares(), tmp_path, workers)) == [number**2 for (number,) in NUMBERS]
-        said = ["the cluster is busy: 1 of 2 workers can begin, the rest when others end"] if workers == 2 else []
+        said = (
+            ["the cluster is busy: 1 of 2 workers can start now, the others when resources are free"]
+            if workers == 2
+            else []
+        )
         assert caplog.messages == said
     ray.kill(other)
 
 
 def wait_for_free_cpus(count: int) -> None:
-    """Ray learns a little late of workers that ended."""
+    """Waits, because Ray notices ended workers late."""
     while ray.available_resources().get("CPU", 0) != count:
         time.sleep(0.1)
 
@@ -313,19 +317,19 @@ def test_a_process_that_is_in_a_cluster_joins_no_other(cluster: None) -> None:
 
 @pytest.mark.parametrize("address", ["cluster", "ray://head:10001", "head:", ":6379", "auto:x"])
 def test_what_is_no_address_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever cluster the tests beside it have
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # ignores the cluster of the other tests
     with pytest.raises(OptionError, match=f"--ray-address {address}; expected auto or host:port"):
         check_address(address)
 
 
 def test_an_address_that_does_not_answer_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever lies in the working directory."""
+    """Modules in the working directory do not shadow Ray's."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ray.py").write_text("open('imported', 'w')")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr("adpa.pipeline.scoring.ray_executor.PATIENCE", 1)
+        monkeypatch.setattr("adpa.pipeline.scoring.ray_executor.CONNECT_SECONDS", 1)
         with pytest.raises(OptionError, match=f"--ray-address {address}: no Ray cluster answers"):
             check_address(address)
     with pytest.raises(OptionError, match=f"--ray-address {address}: it does not answer: .*refused"):

@@ -1,4 +1,4 @@
-"""The sampling loop: only what is missing is sampled, batch by batch, and what was sampled survives a failure."""
+"""The sampling loop: it samples only missing responses, batch by batch, and finished batches survive a failure."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ def requests(count: int) -> list[SampleRequest]:
 
 
 class Echo:
-    """A sampler that answers with the prompt, records what it was asked, and fails on demand."""
+    """A sampler that returns the prompt, records its requests, and fails on demand."""
 
     def __init__(self, fail_after: int = 10**9) -> None:
         self.fail_after = fail_after

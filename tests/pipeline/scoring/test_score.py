@@ -1,4 +1,4 @@
-"""Signals in the cache against a dense float32 forward, and the scoring loop's behaviour under failure."""
+"""Signals in the cache agree with a dense float32 forward pass, and the scoring loop survives failures."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, missin
 
 
 def half_ulp(values: NDArray[np.float16]) -> NDArray[np.float32]:
-    """What rounding to float16 can cost."""
+    """The largest error of rounding to float16."""
     return np.asarray(np.spacing(np.abs(values)) / 2, dtype=np.float32)
 
 
@@ -59,7 +59,7 @@ def test_stored_signals_are_those_of_a_dense_forward(filled: Filled) -> None:
 
 
 class ScriptedScorer:
-    """Uniform log-probabilities, a record of what was asked, and a failure on demand."""
+    """A scorer with uniform log-probabilities, a record of its requests, and a failure on demand."""
 
     opened: ClassVar[list[str]] = []
     asked: ClassVar[list[tuple[str, int]]] = []
@@ -151,12 +151,12 @@ def test_a_run_beside_another_does_not_lose_what_the_other_removes(
     tmp_path: Path, scripted: type[ScriptedScorer]
 ) -> None:
     class Interrupting(ScriptedScorer):
-        """A teacher in whose pass another run scores everything from start to end."""
+        """A teacher during whose pass another run scores everything."""
 
         def _note(self, batch: Batch) -> None:
             if ScriptedScorer.asked == [("teacher", 1)] * 3:
                 ScriptedScorer.loaded = 0
-                # The third batch is perhaps still being written, the first two are there.
+                # The first two batches are written; the third one may still be open.
                 run(tmp_path, {}, SEQUENCES[:2])
                 ScriptedScorer.loaded = 1
             super()._note(batch)

@@ -1,4 +1,4 @@
-"""Scoring with a head of our own: exact tails, float32 throughout, and response rows only."""
+"""Scoring with adpa's own head: exact tails, float32 logits, and response rows only."""
 
 import gc
 import weakref
@@ -79,7 +79,7 @@ def test_signals_do_not_depend_on_the_batch(make_model: MakeModel) -> None:
 
 @pytest.fixture
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows go through the head, chunk by chunk."""
+    """The number of rows in each chunk of the head."""
     found: list[int] = []
     logits = LmHead.float32_logits
 
@@ -193,7 +193,7 @@ def test_a_row_that_is_larger_than_a_chunk_is_one(monkeypatch: pytest.MonkeyPatc
 
 
 class KnownHidden:
-    """A decoder of hidden states that are there already."""
+    """A decoder that returns prepared hidden states."""
 
     def __init__(self, hidden_Nd: Tensor) -> None:
         self.hidden_Nd = hidden_Nd
@@ -211,20 +211,20 @@ def test_scoring_takes_no_more_memory_beside_the_decoder_than_is_reserved(
     head: tuple[Tensor | None, float | None, float], K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adpa.pipeline.scoring.scorer_head.CHUNK_BYTES", 2 << 20)
-    for module in ("pipeline.scorer_head", "kernels.teacher_rows"):
+    for module in ("pipeline.scoring.scorer_head", "kernels.teacher_rows"):
         monkeypatch.setattr(f"adpa.{module}.BLOCK_BYTES", 1 << 20)
     lm_head = LmHead(torch.randn(4096, 16), *head)
     scorer = HeadScorer("teacher", KnownHidden(torch.randn(500, 16)), lm_head)
     batch = [synthetic([1], np.arange(500))]
     (row,) = top_k(scorer, batch, K)
-    results = 2 * 500 * (8 * K + 8)  # they stay on a CPU, and are joined there
+    results = 2 * 500 * (8 * K + 8)  # on a CPU the results stay in memory until they are joined
     limit = bytes_beside_decoder(lm_head) - lm_head.nbytes + results
     assert peak_bytes(lambda: top_k(scorer, batch, K)) <= limit
     assert peak_bytes(lambda: logprobs_at(scorer, batch, [row.topk_ids])) <= limit
 
 
 def test_teacher_and_reference_are_asked_the_same_way(make_model: MakeModel) -> None:
-    """A model beside itself has no advantage anywhere."""
+    """A model has no advantage over itself at any token."""
     scorer = scorer_of(make_model(44, vocab_size=512))
     batches = [[synthetic([1, 2], [3, 4, 5]), synthetic([6], [7])], [synthetic([8], [9, 10])]]
     rows = list(scorer.top_k(batches, 6))
@@ -236,7 +236,7 @@ def test_teacher_and_reference_are_asked_the_same_way(make_model: MakeModel) -> 
 
 
 class Streams:
-    """Stands for CUDA's streams and events, and tells in which order they let each other work."""
+    """Stands in for CUDA's streams and events, and records which work waits for which."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.said: list[str] = []
@@ -270,14 +270,14 @@ class Streams:
 
 
 class OnTheHost(Tensor):
-    """Makes its buffers here, whatever device is named."""
+    """Hidden states that make their buffers on the CPU for every device."""
 
     def new_empty(self, *shape: int, device: object) -> Tensor:  # type: ignore[override]
         return torch.empty(shape)
 
 
 def test_a_gpu_copies_a_chunk_while_it_computes_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy waits for the computation two chunks before it, whose buffer it takes, and for no other."""
+    """A copy waits only for the computation two chunks earlier, whose buffer it reuses."""
     said = Streams(monkeypatch).said
     hidden_Nd = torch.randn(11, 3)
     taken = [chunk.clone() for chunk in chunks_on(torch.device("cuda"), hidden_Nd.as_subclass(OnTheHost), 3)]
@@ -303,7 +303,7 @@ def test_chunks_on_a_gpu_are_those_of_the_host() -> None:
 def test_a_closed_scorer_holds_no_weights(make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(str(make_model(45, vocab_size=64)))
     model = checkpoint.load("float32", CPU)
-    vars(model)["itself"] = model  # models are in cycles
+    vars(model)["itself"] = model  # real models contain reference cycles
     left = weakref.ref(model)
     scorer = HeadScorer("teacher", HfDecoder(model), read_head(model))
     del model

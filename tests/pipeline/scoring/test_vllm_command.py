@@ -1,4 +1,4 @@
-"""``adpa precompute --engine vllm`` as users run it: its cache beside transformers', and what it survives."""
+"""``adpa precompute --engine vllm`` as users run it: its cache agrees with transformers', also after failures."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TOP_K = 10
 
 @pytest.fixture(scope="module")
 def wide_models(make_model: MakeModel) -> Models:
-    """Tiny models whose heads have the width that vLLM's attention on CPUs needs."""
+    """Tiny models with the head width that vLLM's attention on CPUs needs."""
     teacher, reference, student = (make_model(seed, width=128, initializer_range=0.1) for seed in (70, 71, 72))
     return Models(teacher, reference, student, student)
 
@@ -103,7 +103,7 @@ def test_sequences_longer_than_the_engines_limit_are_counted_and_refused(
 
 
 class Running:
-    """The command in a process, in a process group of its own."""
+    """The command, running in its own process group."""
 
     def __init__(self, models: Models, data: Path, cache: Path, processes: bool, *more: object) -> None:
         options = {
@@ -134,7 +134,7 @@ class Running:
             )
 
     def wait_for_files(self, count: int, pattern: str = "scorings/*/pending/*.arrow") -> None:
-        """Until there are so many files, the teacher's unless told otherwise."""
+        """Waits for ``count`` files, by default the teacher's."""
         while len(list(self.cache.glob(pattern))) < count:
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.05)
@@ -145,13 +145,13 @@ class Running:
 
 @pytest.fixture
 def pairs(preference_rows: list[Row], tmp_path: Path) -> Path:
-    """800 sequences, of which a batch has about 40."""
+    """800 sequences, about 40 in a batch."""
     return write_pairs(preference_rows, tmp_path / "prefs.jsonl", repetitions=20)
 
 
 @pytest.fixture
 def started(wide_models: Models, pairs: Path, tmp_path: Path) -> Iterator[Any]:
-    """Starts the command; nothing of it is left after the test."""
+    """Starts the command. All its processes end with the test."""
     runs: list[Running] = []
 
     def start(*more: object, processes: bool = False) -> Running:
@@ -165,7 +165,7 @@ def started(wide_models: Models, pairs: Path, tmp_path: Path) -> Iterator[Any]:
 
 
 def finish_and_check(models: Models, data: Path, cache: Path) -> None:
-    """A plain rerun completes the cache, and no row is in it twice."""
+    """Checks that a plain rerun completes the cache without duplicate rows."""
     kept = len(list(cache.glob("scorings/*/pending/*.arrow")))
     assert kept > 0
     report = precompute(
@@ -229,7 +229,7 @@ def test_an_engine_that_dies_keeps_what_was_scored(wide_models: Models, pairs: P
     assert run.process.wait(120) == 1
     last = [line for line in run.output.read_text().splitlines() if line.startswith("adpa: ")]
     assert len(last) == 1
-    assert "what was answered is kept; run the same command again" in last[0]
+    assert "finished batches are kept; run the same command again" in last[0]
     finish_and_check(wide_models, pairs, run.cache)
 
 
@@ -249,7 +249,7 @@ def test_a_stop_leaves_no_process_behind(stop: str, moment: str, started: Any) -
             time.sleep(0.05)
     children = run.children()
     number, exit_code = STOPS[stop]
-    if number == signal.SIGINT:  # a terminal sends it to the whole group, a scheduler to the process it started
+    if number == signal.SIGINT:  # a terminal signals the whole group, a scheduler only the process it started
         os.killpg(run.process.pid, number)
     else:
         run.process.send_signal(number)

@@ -1,28 +1,20 @@
-"""What a scoring says of vLLM, and which way of scoring fits which models."""
+"""The name of a vLLM engine in a scoring, and its choice between the two methods of scoring."""
 
-import json
-import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel, Models
-from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized, synthetic
+from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized
 from transformers import Gemma3Config, LlamaConfig, RecurrentGemmaConfig
 
-from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import ModelError, OptionError
-from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.models.lm_head import LmHead
-from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
-from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES
+from adpa.pipeline.options import HeadDtype, ModelName
 from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
-from adpa.pipeline.scoring.vllm_options import HeadDtype, Role, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 10**9
@@ -52,13 +44,13 @@ def opened(
     reason: str = "",
     dtype: str = "float32",
 ) -> VllmEngine:
-    models: dict[Role, Checkpoint] = {"teacher": teacher}
+    models: dict[ModelName, Checkpoint] = {"teacher": teacher}
     if reference is not None:
         models["reference"] = reference
     return open_vllm(options, device, models, dict.fromkeys(models, dtype), reason)
 
 
-# What a scoring says.
+# The name in a scoring.
 
 
 def engine(
@@ -133,7 +125,7 @@ def test_a_generated_token_needs_a_position_after_the_sequence_where_vllms_own_h
     assert (engine().max_tokens, engine(max_model_len=100).max_tokens) == (None, 100)
 
 
-# Which way fits.
+# The choice of the method.
 
 
 def test_vllm_that_is_not_installed_is_refused_with_how_to_get_it(
@@ -279,7 +271,7 @@ def test_a_model_that_is_more_than_a_language_model_is_refused(teacher: Checkpoi
 
 @pytest.fixture
 def packed(make_model: MakeModel) -> Checkpoint:
-    """A checkpoint whose head is quantized: its weight lies there packed, under another name."""
+    """A checkpoint with a quantized head: its packed weight has another name."""
     checkpoint = open_checkpoint(str(make_model(50, vocab_size=96, tie_word_embeddings=False)))
     change_weights(checkpoint, lambda weights: weights.update({"lm_head.weight_packed": weights.pop("lm_head.weight")}))
     say_quantized(checkpoint)
@@ -308,173 +300,3 @@ def test_a_checkpoint_with_quantized_layers_and_a_plain_head_is_scored_from_hidd
     checkpoint = open_checkpoint(str(make_model(51, vocab_size=96, tie_word_embeddings=False)))
     say_quantized(checkpoint)
     assert opened(VllmOptions(), GPU, open_checkpoint(checkpoint.name), None, "").head_dtype is None
-
-
-# What vLLM is started with.
-
-
-class StandIn:
-    """The module that imports vLLM, with transformers in its place and a record of how its models were opened."""
-
-    def __init__(self) -> None:
-        self.opened: list[dict[str, Any]] = []
-
-    def VllmDecoder(self, checkpoint: Checkpoint, arguments: dict[str, Any]) -> HfDecoder:  # noqa: N802
-        self.opened.append(arguments)
-        return HfDecoder(checkpoint.load(arguments["dtype"], CPU).eval())
-
-    def VllmLogprobsScorer(self, *arguments: Any) -> SimpleNamespace:  # noqa: N802
-        self.opened.append(arguments[1])
-        return SimpleNamespace(checkpoint=arguments[0], rest=arguments[2:])
-
-    def VllmSampler(self, checkpoint: Checkpoint, sampling: Sampling, arguments: dict[str, Any]) -> object:  # noqa: N802
-        self.opened.append(arguments)
-        return checkpoint, sampling
-
-
-@pytest.fixture
-def vllm_models(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    stand_in = StandIn()
-    monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine._models", lambda: stand_in)
-    return stand_in
-
-
-def scoring_of(teacher: Checkpoint, reference: Checkpoint | None = None, dtype: str = "float32") -> Scoring:
-    return Scoring(teacher.identity, reference.identity if reference else None, "v", 8, dtype, "")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hidden_states_meet_the_head_that_transformers_has(
-    dtype: str, vllm_models: StandIn, teacher: Checkpoint
-) -> None:
-    batches = [[synthetic([1, 2, 3], [4, 5]), synthetic([6], [7, 8, 9])], [synthetic([10, 11], [12])]]
-    scorer = engine().open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
-    oracle = open_hf_scorer(teacher, dtype, CPU)
-    for rows, expected in zip(scorer.top_k(batches, 8), oracle.top_k(batches, 8), strict=True):
-        for row, other in zip(rows, expected, strict=True):
-            assert row.key == other.key
-            np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
-            np.testing.assert_array_equal(row.topk_logprobs, other.topk_logprobs)
-    scorer.close()
-
-
-def test_every_model_is_opened_with_its_own_arguments(
-    vllm_models: StandIn, teacher: Checkpoint, reference: Checkpoint
-) -> None:
-    scoring = scoring_of(teacher, reference)
-    runs_on = engine("float32", with_reference=True, device=GPU, engine_arg=("teacher:seed=1", "reference:seed=2"))
-    for checkpoint in (teacher, reference):
-        scorer: Any = runs_on.open_scorer(checkpoint, scoring, longest=9)
-        assert (scorer.checkpoint, scorer.rest) == (checkpoint, ("float32", 8, True))
-    common = LARGE_MODEL | {"dtype": "float32", "max_model_len": 10}
-    assert vllm_models.opened == [common | {"seed": 1}, common | {"seed": 2}]
-
-
-def test_a_student_that_is_asked_beside_the_scoring_has_its_own_arguments(
-    vllm_models: StandIn, teacher: Checkpoint, models: Models
-) -> None:
-    runs_on = engine("float32", device=GPU, tensor_parallel=2, quantization="fp8", engine_arg=("student:seed=3",))
-    student = open_checkpoint(str(models.student))
-    scorer: Any = runs_on.open_scorer(student, scoring_of(teacher), longest=9)
-    assert (scorer.checkpoint, scorer.rest) == (student, ("float32", 8, True)), "it is asked at given ids"
-    expected = {"dtype": "float32", "max_model_len": 10, "gpu_memory_utilization": 0.9, "seed": 3}
-    assert vllm_models.opened == [expected]
-
-
-def test_the_student_is_opened_with_the_samplings_dtype(vllm_models: StandIn, models: Models) -> None:
-    sampling = Sampling("s", 2, 1.0, 1.0, 12, 1, 0, "bfloat16", "vllm")
-    runs_on = engine(device=GPU, tensor_parallel=2, quantization="fp8", engine_arg=("student:seed=3", "teacher:seed=1"))
-    runs_on.open_sampler(open_checkpoint(str(models.student)), sampling, longest=20)
-    expected = {"dtype": "bfloat16", "max_model_len": 20, "gpu_memory_utilization": 0.9, "seed": 3}
-    assert vllm_models.opened == [expected]
-
-
-def test_room_is_made_for_the_longest_sequence_whatever_the_limit(vllm_models: StandIn, teacher: Checkpoint) -> None:
-    engine(max_model_len=777).open_scorer(teacher, scoring_of(teacher), longest=9)
-    assert vllm_models.opened[0]["max_model_len"] == 9, "with LongRoPE a longer one changes numbers"
-
-
-def test_a_temperature_that_vllm_would_change_is_refused(vllm_models: StandIn, teacher: Checkpoint) -> None:
-    sampling = Sampling("s", 2, 0.003, 1.0, 12, 1, 0, "float32", "vllm")
-    with pytest.raises(OptionError, match=r"--temperature 0\.003; expected 0 or at least 0\.01 with vLLM"):
-        engine().open_sampler(teacher, sampling, longest=20)
-
-
-def test_on_a_cpu_the_cache_of_keys_and_values_has_a_size_that_a_user_may_change(
-    vllm_models: StandIn, teacher: Checkpoint
-) -> None:
-    for runs_on in (engine(), engine(engine_arg=("kv_cache_memory_bytes=4096",))):
-        runs_on.open_scorer(teacher, scoring_of(teacher), longest=9)
-    assert [arguments["kv_cache_memory_bytes"] for arguments in vllm_models.opened] == [2 << 30, 4096]
-
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models whose head is read from the disk, in their order."""
-    names: list[str] = []
-    load = Checkpoint.load_head
-
-    def load_head(checkpoint: Checkpoint, dtype: str, device: torch.device) -> LmHead:
-        names.append(checkpoint.name)
-        return load(checkpoint, dtype, CPU)
-
-    monkeypatch.setattr(Checkpoint, "load_head", load_head)
-    return names
-
-
-@pytest.mark.usefixtures("vllm_models")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_head_that_was_checked_is_the_first_scorers_and_is_kept_no_longer(
-    dtype: str, teacher: Checkpoint, reference: Checkpoint, install_vllm: InstallVllm, loaded: list[str]
-) -> None:
-    install_vllm("0.33.0+cpu")
-    runs_on = opened(VllmOptions(), CPU, teacher, reference, dtype=dtype)
-    assert loaded == [teacher.name, reference.name]
-    assert {head.weight.dtype for head in runs_on.heads.values()} == {getattr(torch, dtype)}
-    scoring = scoring_of(teacher, reference, dtype)
-    for checkpoint in (teacher, reference):
-        runs_on.open_scorer(checkpoint, scoring, longest=9)
-    assert (loaded[2:], runs_on.heads) == ([], {})
-    runs_on.open_scorer(teacher, scoring, longest=9)
-    assert loaded[2:] == [teacher.name]
-
-
-@pytest.mark.usefixtures("vllm_models")
-def test_another_process_gets_no_weights_and_loads_them_itself(
-    teacher: Checkpoint, install_vllm: InstallVllm, loaded: list[str]
-) -> None:
-    install_vllm("0.33.0+cpu")
-    runs_on = opened(VllmOptions(), CPU, teacher, dtype="bfloat16")
-    (head,) = runs_on.heads.values()
-    pickled = pickle.dumps(runs_on)
-    assert len(pickled) < 4096 < head.nbytes
-    there = pickle.loads(pickled)
-    assert (there, there.name, there.heads) == (runs_on, runs_on.name, {})
-    batch = [synthetic([1, 2, 3], [4, 5])]
-    here, found = (
-        list(one.open_scorer(teacher, scoring_of(teacher, dtype="bfloat16"), longest=9).top_k([batch], 8))
-        for one in (runs_on, there)
-    )
-    assert loaded == [teacher.name] * 2
-    np.testing.assert_array_equal(found[0][0].topk_logprobs, here[0][0].topk_logprobs)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("memory", "share"), [(80 * GB, 0.9), (16 * GB, 0.896), (4 * GB, 0.644)])
-def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
-    memory: int,
-    share: float,
-    dtype: str,
-    vllm_models: StandIn,
-    teacher: Checkpoint,
-    loaded: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("adpa.pipeline.scoring.vllm_options.device_memory", lambda _: memory)
-    monkeypatch.setattr(LmHead, "to", lambda head, *_: head)
-    engine(device=GPU).open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
-    (arguments,) = vllm_models.opened
-    assert arguments["gpu_memory_utilization"] == pytest.approx(share, abs=0.003)
-    needed = 49_152 * 32 * getattr(torch, dtype).itemsize + CHUNK_BYTES + BLOCK_BYTES
-    assert arguments["gpu_memory_utilization"] * memory + needed <= 0.98 * memory
-    assert json.dumps(arguments)

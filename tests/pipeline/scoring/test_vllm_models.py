@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU against transformers: both ways of scoring, every kind of head, sampling."""
+"""Scoring with a real vLLM on the CPU, against transformers: both methods, every kind of head."""
 
 import os
 import subprocess
@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.conftest import MakeModel
-from tests.pipeline.conftest import assert_drawn_from
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -27,18 +26,17 @@ from transformers import (
 )
 
 from adpa.data.cache.responses import Sampling
-from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import Scoring
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.options import HeadDtype
 from adpa.pipeline.scoring.engine import HfEngine
 from adpa.pipeline.scoring.hf_scorer import HfDecoder
-from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
-from adpa.pipeline.scoring.vllm_options import HeadDtype, VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 pytestmark = pytest.mark.vllm
 
@@ -70,7 +68,7 @@ def vllm_engine(checkpoint: Checkpoint, head_dtype: HeadDtype = "auto", *argumen
 
 @pytest.fixture
 def opened() -> Iterator[list[Any]]:
-    """Scorers and samplers that a test opens; vLLM can run one model at a time in a process."""
+    """Scorers and samplers of a test. All are closed: vLLM runs only one model at a time in a process."""
     models: list[Any] = []
     yield models
     for model in models:
@@ -78,7 +76,7 @@ def opened() -> Iterator[list[Any]]:
 
 
 def top_k(scorer: Scorer, sequences: list[TokenSequence], k: int) -> list[SignalRow]:
-    """Asked in batches of three."""
+    """Scores in batches of three."""
     batches = [sequences[start : start + 3] for start in range(0, len(sequences), 3)]
     rows = [row for answered in scorer.top_k(batches, k) for row in answered]
     scorer.close()
@@ -92,7 +90,7 @@ def logprobs_at(scorer: Scorer, sequences: list[TokenSequence], ids: list[NDArra
 
 
 def assert_rows_agree(rows: list[SignalRow], oracle: list[SignalRow], bound: float) -> None:
-    """The same ids wherever the oracle's next id is not within the bound, and log-probabilities within the bound."""
+    """Log-probabilities agree within the bound, and so do ids unless the oracle's next id is within the bound."""
     for row, expected in zip(rows, oracle, strict=True):
         assert row.key == expected.key
         np.testing.assert_allclose(row.token_logprobs, expected.token_logprobs, atol=bound)
@@ -189,13 +187,13 @@ def test_every_kind_of_head_is_as_in_the_model(kind: str, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def tiny(make_model: MakeModel) -> Callable[[int], Path]:
-    """Random Llamas whose heads have the width that vLLM's attention on CPUs needs."""
+    """Random Llamas with the head width that vLLM's attention on CPUs needs."""
     return lambda seed: make_model(seed, width=128, vocab_size=512, initializer_range=0.1)
 
 
 @dataclass(frozen=True)
 class OnV2:
-    """What the V2 runner, the one that GPUs run, said of some sequences."""
+    """Results of the V2 runner, which GPUs use, for some sequences."""
 
     teacher: Checkpoint
     reference: Checkpoint
@@ -250,14 +248,14 @@ def test_the_v2_runner_answers_for_teacher_and_reference(way: str, on_v2: OnV2) 
 def opened_with(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, head_dtype: Any, *engine_arg: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What vLLM is started with: for scoring, and for sampling."""
+    """The arguments of vLLM for scoring and for sampling."""
     from adpa.pipeline.scoring import vllm_models
 
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(vllm_models, "VllmModel", lambda _, arguments: started.append(arguments))
     engine = VllmEngine(VllmOptions(engine_arg=engine_arg), CPU, head_dtype, with_reference=False, reason="")
     engine.open_scorer(checkpoint, scoring_of(checkpoint, 4), 16)
-    engine.open_sampler(checkpoint, SAMPLING, 64)
+    engine.open_sampler(checkpoint, Sampling("s", 2, 1.0, 1.0, 12, 1, 0, "float32", "vllm"), 64)
     return started[0], started[1]
 
 
@@ -388,69 +386,3 @@ def test_more_ids_than_vllm_gives_by_default(tiny: Callable[[int], Path]) -> Non
     engine = replace(vllm_engine(checkpoint), head_dtype="float32")
     rows = top_k(engine.open_scorer(checkpoint, scoring, 64), sequences, 128)
     assert_rows_agree(rows, top_k(HF.open_scorer(checkpoint, scoring, 64), sequences, 128), 1e-5)
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-END = 2
-SAMPLING = Sampling("s", END, 1.0, 1.0, 12, 1, 0, "float32", "vllm")
-
-
-@pytest.fixture(scope="module")
-def student(make_model: MakeModel) -> Checkpoint:
-    return open_checkpoint(str(make_model(62, width=128, layers=1, vocab_size=24, initializer_range=0.1)))
-
-
-def requests(count: int, prompts: int = 10) -> list[SampleRequest]:
-    """So many responses to each of some prompts."""
-    generator = np.random.default_rng(1)
-    drawn = [generator.integers(3, 24, generator.integers(1, 20)).astype(np.int32) for _ in range(prompts)]
-    return [SampleRequest(prompt, index) for prompt in drawn for index in range(count)]
-
-
-def sample(student: Checkpoint, sampling: Sampling, *batches: list[SampleRequest]) -> list[list[int]]:
-    sampler: Sampler = vllm_engine(student).open_sampler(student, sampling, 64)
-    responses = [response.tolist() for answered in sampler.sample(batches) for response in answered]
-    sampler.close()
-    return responses
-
-
-def test_a_response_depends_on_seed_prompt_and_index_and_not_on_its_batch(student: Checkpoint) -> None:
-    wanted = requests(3)
-    together = sample(student, SAMPLING, wanted)
-    assert sample(student, SAMPLING, wanted[:7], wanted[7:8], wanted[8:]) == together
-    assert sample(student, SAMPLING, wanted[::-1])[::-1] == together
-    other_seed = sample(student, replace(SAMPLING, seed=1), wanted)
-    assert sum(one == two for one, two in zip(together, other_seed, strict=True)) <= 3
-    assert len({tuple(response) for response in together[:3]}) > 1, "several of one prompt differ"
-
-
-def test_more_prompts_than_a_step_of_the_engine_takes(student: Checkpoint) -> None:
-    generator = np.random.default_rng(2)
-    wanted = [SampleRequest(generator.integers(3, 24, 50).astype(np.int32), 0) for _ in range(120)]
-    together = sample(student, SAMPLING, wanted)  # 6,000 tokens
-    assert sample(student, SAMPLING, wanted[:10]) == together[:10]
-
-
-def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(student: Checkpoint) -> None:
-    responses = sample(student, SAMPLING, requests(6))
-    ended = [response for response in responses if response[-1] == END]
-    assert 0 < len(ended) < len(responses)
-    assert all(END not in response[:-1] for response in responses)
-    assert all(len(response) == 12 for response in responses if response[-1] != END)
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_tokens_follow_the_students_distribution(student: Checkpoint, temperature: float, top_p: float) -> None:
-    settings = replace(SAMPLING, max_new_tokens=1, temperature=temperature, top_p=top_p)
-    prompt, draws = np.array([7, 3], dtype=np.int32), 2000
-    drawn = np.concatenate(sample(student, settings, [SampleRequest(prompt, index) for index in range(draws)]))
-    with torch.inference_mode():
-        logits = student.load("float32", CPU)(input_ids=torch.from_numpy(prompt).long()[None]).logits[0, -1].double()
-    assert_drawn_from(drawn, logits, settings)
-
-
-def test_greedy_responses_are_those_of_transformers(student: Checkpoint) -> None:
-    greedy, wanted = replace(SAMPLING, temperature=0.0), requests(1)
-    (expected,) = HF.open_sampler(student, greedy, 64).sample([wanted])
-    assert sample(student, greedy, wanted) == [response.tolist() for response in expected]

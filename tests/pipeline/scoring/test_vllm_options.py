@@ -1,4 +1,4 @@
-"""What a user says about vLLM, and which of it can change a number."""
+"""The options of vLLM: their meaning, their checks, and which of them can change a number."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Scores with vLLM's V2 model runner on a CPU, both ways: ``python vllm_v2.py TEACHER REFERENCE SEQUENCES OUTPUT``.
+"""Scores with vLLM's V2 model runner on a CPU, both methods: ``python vllm_v2.py TEACHER REFERENCE SEQUENCES OUTPUT``.
 
 Only that runner, which is written for GPUs, answers ``prompt_logprob_token_ids``. Much of it is Triton kernels, which
 Triton's interpreter (``TRITON_INTERPRET=1``, set before anything imports Triton) runs on a CPU; but vLLM for CPUs
@@ -30,7 +30,7 @@ from adpa.pipeline.scoring.vllm_engine import VllmEngine  # noqa: E402
 from adpa.pipeline.scoring.vllm_options import VllmOptions  # noqa: E402
 
 TOP_K = 20
-CHUNK = 32  # tokens of a prefill step, so that longer prompts are split
+CHUNK = 32  # tokens of a prefill step; longer prompts are split
 
 
 def main(teacher: str, reference: str, sequences: str, output: str) -> None:
