@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data.batches import Packing
+from adpa.data.sequences import Packing
 
 FP8, BFLOAT16, FLOAT32 = 1, 2, 4  # bytes
 ADAMW_BYTES = 7 * FLOAT32  # reads weight, gradient and two moments; writes weight and two moments

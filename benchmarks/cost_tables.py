@@ -24,7 +24,7 @@ from benchmarks.cost_model import (
     training_seconds,
 )
 
-from adpa.data.batches import Packing
+from adpa.data.sequences import Packing
 
 GPUS = (1, 8, 64)
 PACKINGS: tuple[Packing, ...] = get_args(Packing)

@@ -113,7 +113,7 @@ def count_flops(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> Flops:
     """
     attach_distill_head(model)
     batch = collate([[TrainingSequence(role, text, None) for role, text in enumerate(texts(pair))] for pair in pairs])
-    none = torch.zeros(batch.pop("role").shape)
+    none = torch.zeros(batch.pop("part").shape)
     with torch.no_grad():
         with FlopCounterMode(display=False) as decoder:
             hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])

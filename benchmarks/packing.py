@@ -31,7 +31,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adpa.data.batches import (
-    Packing,
     TrainingExamples,
     TrainingSequence,
     collate,
@@ -43,7 +42,7 @@ from adpa.data.cache.selection import Need, select
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.packing import pack_sequences
 from adpa.data.preferences import read_rows
-from adpa.data.sequences import TokenSequence
+from adpa.data.sequences import Packing, TokenSequence
 from adpa.data.vocabulary import find_turn_end, load_tokenizer
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.packed_attention import allow_packing
@@ -142,7 +141,7 @@ def step(
     model.set_attn_implementation(layout.attention)
     started, cpu_started = time.perf_counter(), time.process_time()
     batch = collate(micro_batch, layout.packing)
-    rejected_N = batch.pop("role") == 1
+    rejected_N = batch.pop("part") == 1
     weight_N = torch.full(rejected_N.shape, 1 / len(rejected_N))
     nll_N = weight_N.masked_fill(rejected_N, 0)
     loss, _ = model(**batch, nll_weight=nll_N, kl_weight=weight_N, advantage_weight=torch.zeros_like(weight_N))

@@ -90,7 +90,7 @@ def measure(examples: TrainingExamples, generator: np.random.Generator) -> list[
         start = time.perf_counter()
         batch = collate([examples[int(index)] for index in generator.integers(0, len(examples), BATCH)])
         read = time.perf_counter()
-        weight = torch.full(batch.pop("role").shape, 1e-3)
+        weight = torch.full(batch.pop("part").shape, 1e-3)
         loss, _ = model(**batch, nll_weight=weight, kl_weight=weight, advantage_weight=weight)
         loss.backward()
         model.zero_grad()

@@ -1,14 +1,13 @@
 """From joined rows to the tensors of a step.
 
-An example is a preference pair as training sees it: one token sequence for each response set that the objective
-uses, with its signal row where a term needs one. A response set's place in the list of parts is its role.
+A part of training is a response set that the objective uses, with its signals where a term needs them. An example is a
+preference pair as training sees it: one token sequence of each part, or several. Batches number the parts from 0.
 
 Shapes: B sequences, L tokens of the longest, N response tokens of the batch, K ids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 from adpa.data.cache.selection import TrainingPart
 from adpa.data.cache.signal_rows import SignalRow, check_length
 from adpa.data.packing import pack_sequences
-from adpa.data.sequences import TokenSequence
+from adpa.data.sequences import Packing, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class PaddedSequences:
     Attributes:
         input_ids: int64 [B, L].
         attention_mask: int64 [B, L], 1 on tokens and 0 on padding.
-        predicts: int64 [N], the places, counted through [B · L], whose next token is a response token.
+        predicts: int64 [N], the places in [B · L] whose next token is a response token.
         labels: int64 [N], those response tokens, sequence by sequence.
     """
 
@@ -62,17 +61,17 @@ def pad_sequences(sequences: Sequence[TokenSequence]) -> PaddedSequences:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One response of an example; ``role`` is the number of the part it comes from."""
+    """One response of an example; ``part`` is the number of its part."""
 
-    role: int
+    part: int
     tokens: TokenSequence
     signals: SignalRow | None
 
 
 class TrainingExamples(Dataset[list[TrainingSequence]]):
-    """The examples of a run, each read from the memory-mapped cache when it is asked for.
+    """The examples of a run, each read from the memory-mapped cache on access.
 
-    Every part has every example, some several times (several samples of one prompt).
+    Every part has every example, and several times with several samples for one prompt.
     """
 
     def __init__(self, parts: Sequence[TrainingPart]) -> None:
@@ -86,9 +85,9 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
         examples = [set(part.responses.table["example_id"].to_pylist()) for part in parts]
         assert all(ids == examples[0] for ids in examples), "parts of different examples"
         places: dict[str, list[tuple[int, int]]] = {}
-        for role, part in enumerate(parts):
+        for number, part in enumerate(parts):
             for row, example_id in enumerate(part.responses.table["example_id"].to_pylist()):
-                places.setdefault(example_id, []).append((role, row))
+                places.setdefault(example_id, []).append((number, row))
         self._places = list(places.values())
         self._lengths = [
             (
@@ -102,33 +101,38 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
         return len(self._places)
 
     def lengths(self, index: int) -> list[int]:
-        """Tokens of each sequence of an example, which is not read."""
-        return [self._lengths[role][row] for role, row in self._places[index]]
+        """Tokens of each sequence of an example, without reading it."""
+        return [self._lengths[part][row] for part, row in self._places[index]]
 
     def __getitem__(self, index: int) -> list[TrainingSequence]:
-        return [self._read(role, row) for role, row in self._places[index]]
+        return [self._read(part, row) for part, row in self._places[index]]
 
-    def _read(self, role: int, row: int) -> TrainingSequence:
-        signals, rows = self._signals[role], self._signal_rows[role]
-        tokens = self._sequences[role][row]
+    def _read(self, part: int, row: int) -> TrainingSequence:
+        signals, rows = self._signals[part], self._signal_rows[part]
+        tokens = self._sequences[part][row]
         if signals is None or rows is None:
-            return TrainingSequence(role, tokens, None)
+            return TrainingSequence(part, tokens, None)
         signal_row = signals.row(int(rows[row]))
         check_length(signal_row, len(tokens.response_ids))
-        return TrainingSequence(role, tokens, signal_row)
+        return TrainingSequence(part, tokens, signal_row)
 
 
 Collator = Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]
-Packing = Literal["none", "sequences", "prompts"]
 
 
 def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "none") -> dict[str, Tensor]:
     """Turns examples into the tensors of a batch.
 
-    These are the tensors of ``PaddedSequences``, or with packing those of ``PackedSequences`` (whose equal prompts are
-    shared if it is that of prompts), and, for the N response tokens: ``role`` int64 [N]; ``topk_ids`` int32 [N, K], −1
-    in rows without signals and where a row has fewer ids; ``teacher_logprobs`` float32 [N, K]; ``tail_logprob`` float32
-    [N]; ``advantages`` float32 [N, K], 0 in rows without a reference. K is that of the rows, 0 where none has signals.
+    A batch has the tensors of ``PaddedSequences``, or with packing those of ``PackedSequences``, and for the N response
+    tokens:
+
+    - ``part``: int64 [N].
+    - ``topk_ids``: int32 [N, K]; −1 in rows without signals, and where a row has fewer ids.
+    - ``teacher_logprobs``: float32 [N, K].
+    - ``tail_logprob``: float32 [N].
+    - ``advantages``: float32 [N, K]; 0 in rows without a reference.
+
+    K is the K of the signals, or 0 if no sequence has signals.
     """
     sequences = [sequence for example in examples for sequence in example]
     token_sequences = [sequence.tokens for sequence in sequences]
@@ -139,7 +143,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
     )
     tokens = len(placed.labels)
     top_k = max((sequence.signals.topk_ids.shape[1] for sequence in sequences if sequence.signals), default=0)
-    role_N = np.empty(tokens, dtype=np.int64)
+    part_N = np.empty(tokens, dtype=np.int64)
     topk_ids_NK = np.full((tokens, top_k), -1, dtype=np.int32)
     logprobs_NK = np.full((tokens, top_k), -np.inf, dtype=np.float32)
     tail_N = np.full(tokens, -np.inf, dtype=np.float32)
@@ -147,7 +151,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
     start = 0
     for sequence in sequences:
         rows = slice(start, start + len(sequence.tokens.response_ids))
-        role_N[rows] = sequence.role
+        part_N[rows] = sequence.part
         if sequence.signals is not None:
             topk_ids_NK[rows] = sequence.signals.topk_ids
             logprobs_NK[rows] = sequence.signals.topk_logprobs
@@ -156,7 +160,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
                 advantages_NK[rows] = sequence.signals.topk_advantages
         start = rows.stop
     return vars(placed) | {
-        "role": torch.from_numpy(role_N),
+        "part": torch.from_numpy(part_N),
         "topk_ids": torch.from_numpy(topk_ids_NK),
         "teacher_logprobs": torch.from_numpy(logprobs_NK),
         "tail_logprob": torch.from_numpy(tail_N),
@@ -165,10 +169,10 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
 
 
 def computed_tokens(lengths: Sequence[int], packing: Packing) -> int:
-    """Tokens that a decoder computes for sequences of these lengths, padding included; at most, with shared prompts."""
+    """Tokens that a decoder computes for these sequences, padding included; an upper bound with shared prompts."""
     return len(lengths) * max(lengths) if packing == "none" else sum(lengths)
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Tokens of the sequences of a batch, int64 scalar: without padding, a prompt with each of its responses."""
+    """Tokens of the sequences of a batch, int64 scalar, without padding. A prompt counts with each of its responses."""
     return batch["key_starts"][-1].long() if "key_starts" in batch else batch["attention_mask"].sum()

@@ -18,7 +18,7 @@ from adpa.data.sequences import TokenIds, TokenSequence
 
 @dataclass(frozen=True)
 class HostLengths:
-    """Lengths that stay on the host wherever the batch goes, so that nobody waits for a device to read them.
+    """Lengths that stay on the host wherever the batch goes: reading them from a device would wait for it.
 
     Attributes:
         queries: tokens of each piece, in the order of the row; T in all.
@@ -29,7 +29,7 @@ class HostLengths:
     keys: tuple[int, ...]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "HostLengths":
-        """The same: it is on no device."""
+        """Returns itself, because it is on no device."""
         return self
 
 
@@ -37,17 +37,18 @@ class HostLengths:
 class PackedSequences:
     """A row of sequences. Each adds one piece to it: its tokens that are not in the row yet.
 
-    A piece attends, causally, to the places of its whole sequence, the last of which are its own. That is the
-    variable-length attention with ``causal`` of FlashAttention (from 2.1), whose last query sees the last key.
+    A piece attends, causally, to the places of its whole sequence; its own places are the last of them. FlashAttention
+    (from 2.1) computes this as its variable-length attention with ``causal``: the last query sees the last key.
 
     Attributes:
         input_ids: int64 [1, T].
         position_ids: int64 [1, T], the position of each token in its sequence.
-        query_starts: int32 [S + 1], where each piece begins in the row; the last number is T.
-        key_starts: int32 [S + 1], where each sequence begins in ``key_places``; the last number is M.
+        query_starts: int32 [S + 1], the start of each piece in the row, and then T.
+        key_starts: int32 [S + 1], the start of each sequence in ``key_places``, and then M.
         key_places: int64 [M], the place in the row of each token of each sequence.
         lengths: of pieces and sequences.
-        predicts: int64 [N], the places whose next token is a response token: a shared prompt's last one several times.
+        predicts: int64 [N], the places whose next token is a response token; the last place of a shared prompt occurs
+            once for each of its responses.
         labels: int64 [N], those response tokens, sequence by sequence.
     """
 
@@ -66,11 +67,11 @@ class PackedSequences:
 
 
 def pack_sequences(sequences: Sequence[TokenSequence], share_prompts: bool) -> PackedSequences:
-    """Packs a batch of sequences, in their order; every prompt has at least one token.
+    """Packs a batch of sequences in their order; every prompt has at least one token.
 
     Args:
         sequences: the sequences.
-        share_prompts: have the prompts that are equal, token by token, once.
+        share_prompts: place equal prompts once.
     """
     first_of: dict[bytes, NDArray[np.int64]] = {}
     row: list[TokenIds] = []

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 from adpa.errors import OptionError
 
 TokenIds = NDArray[np.int32]
+
+# How a batch places its sequences: padded side by side, end to end, or end to end with equal prompts once.
+Packing = Literal["none", "sequences", "prompts"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Which examples make an optimizer step, and which of them a rank takes at a time.
+"""Which examples make an optimizer step, and which of them each rank takes at a time.
 
-The step is the unit: it has the same examples on one rank and on many, however few fit in memory at a time. So a run on
-other ranks computes the same, and can go on where one on these ranks was stopped.
+A step has the same examples on one rank and on many, with small micro-batches and large ones. So a run computes the
+same on any number of ranks, and can resume on another number.
 """
 
 import math
@@ -12,19 +12,19 @@ from torch.utils.data import Sampler
 
 
 class StepSampler(Sampler[list[int]]):
-    """Gives one rank its micro-batches, the numbers of their examples, through one epoch after the other.
+    """Yields the micro-batches of one rank for one epoch, each as the numbers of its examples.
 
-    Every epoch has an order of its own. A step takes the next ``micro_batch_size · micro_batches · ranks`` examples of
-    it, the last one of an epoch what is left. All ranks get as many micro-batches, because calling a model that is
-    spread over ranks takes all of them; where the examples do not reach, a micro-batch is empty.
+    Every epoch has an order of its own. A step takes its next ``micro_batch_size · micro_batches · ranks`` examples;
+    the last step of an epoch takes the rest. All ranks get the same number of micro-batches, because a sharded model
+    needs every rank for each call. If the examples run out, a micro-batch is empty.
 
     Args:
-        examples: how many there are.
+        examples: number of examples.
         micro_batch_size: examples of a micro-batch.
-        micro_batches: micro-batches that a rank has in a step.
-        ranks: how many there are.
-        rank: which of them this is.
-        seed: of the orders.
+        micro_batches: micro-batches of a rank in a step.
+        ranks: number of ranks.
+        rank: number of this rank.
+        seed: seed of the orders.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class StepSampler(Sampler[list[int]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next."""
+        """Sets the epoch whose order comes next."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -16,9 +16,11 @@ from adpa.data.cache.selection import ScoredSet
 from adpa.data.cache.signal_rows import PADDING
 
 QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
-PLAUSIBLE = 0.05  # the teacher's probability from which a token counts as plausible; the default of --plausibility
+# A token is plausible if the teacher's probability of it is at least this; the default of --plausibility. The watch on
+# training has a lower bound and another word: an unlikely token, in adpa.kernels.student_statistics.
+PLAUSIBLE = 0.05
 
-# All numbers that float16 has: counts of them hold a distribution of any number of values exactly.
+# All values of float16: with a count of each, a distribution of any size is exact.
 FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
@@ -32,13 +34,13 @@ class Distribution:
 
 @dataclass(frozen=True)
 class AdvantageGroup:
-    """Advantages of plausible, or of implausible, tokens among the top K.
+    """Advantages of the plausible, or of the implausible, tokens of the top K.
 
     Attributes:
-        entries: how many there are.
-        positive: how many of them are positive.
-        mean_positive: the mean of the positive ones; none without any.
-        largest: the largest; none without entries.
+        entries: number of advantages.
+        positive: number of positive ones.
+        mean_positive: mean of the positive ones; None if there are none.
+        largest: the largest; None without entries.
     """
 
     entries: int
@@ -49,7 +51,7 @@ class AdvantageGroup:
 
 @dataclass(frozen=True)
 class SignalSummary:
-    """What a scoring says of a response set, in natural logarithms.
+    """The signals of a response set, in natural logarithms.
 
     Attributes:
         response_set: name and id of the set.
@@ -59,13 +61,13 @@ class SignalSummary:
         top_k: K.
         in_top_k: share of the response tokens that are in the teacher's top K.
         captured_mass: per token, the teacher's probability of its top K.
-        tail: per token, its probability of everything else.
-        token_logprob: its log-probability of the response's own tokens.
-        token_advantage: advantage of the response's own tokens; none without a reference, as what follows.
+        tail: per token, the teacher's probability of all other tokens.
+        token_logprob: the teacher's log-probability of the response's own tokens.
+        token_advantage: advantage of the response's own tokens; this and the rest are None without a reference.
         topk_advantage: advantage of all tokens of the top K.
-        plausible: those to which the teacher gives a probability of at least ``PLAUSIBLE``.
-        implausible: all others. Where these are large, the advantage term pulls the student towards tokens that the
-            teacher does not want.
+        plausible: tokens of the top K whose teacher probability is at least ``PLAUSIBLE``.
+        implausible: the other tokens of the top K. If their advantages are large, the advantage term pulls the student
+            towards tokens that the teacher does not want.
     """
 
     response_set: str
@@ -84,18 +86,18 @@ class SignalSummary:
 
     @property
     def colour_scale(self) -> float:
-        """The size of advantage (without a reference, of log-probability) from which a colour is full."""
+        """The advantage (without a reference, the log-probability) at which a colour reaches full strength."""
         quantiles = (self.token_advantage or self.token_logprob).quantiles
         return max(abs(quantiles["5%"]), abs(quantiles["95%"])) or 1.0
 
     @property
     def legend(self) -> list[float]:
-        """Values over the whole range of colours."""
+        """Values across the whole range of colours."""
         shares = (-1.0, -0.5, 0.0) if self.token_advantage is None else (-1.0, -0.5, 0.0, 0.5, 1.0)
         return [share * self.colour_scale for share in shares]
 
     def distributions(self) -> dict[str, Distribution]:
-        """Those that there are, by what people call them."""
+        """The distributions that are not None, by their usual names."""
         named = {
             f"top-{self.top_k} mass": self.captured_mass,
             "tail": self.tail,
@@ -107,12 +109,12 @@ class SignalSummary:
 
 
 def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummary:
-    """Summarises a response set, a response at a time; ``advance`` is told of responses that were read."""
+    """Summarises a response set, one response at a time; calls ``advance(1)`` after each."""
     numbers = scored.signals.locate(scored.responses.table["key"])
     sequences = scored.responses.sequences()
     in_top_k = 0
     tails, logprobs, advantages = [], [], []
-    # Of advantages, by the bits of float16: implausible, plausible.
+    # Counts of advantages by their float16 bits: implausible, plausible.
     counts = np.zeros((2, len(FLOAT16)), dtype=np.int64)
     for place in np.argsort(numbers, kind="stable"):  # in the order of the files
         row, response_ids_T = scored.signals.row(int(numbers[place])), sequences[place].response_ids
@@ -147,16 +149,14 @@ def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummar
 
 
 def _distribution(values: NDArray[Any], counts: NDArray[np.int64] | None = None) -> Distribution:
-    """The distribution of values that occur as often as ``counts`` says; default: once."""
+    """The distribution of values; each occurs ``counts`` times, by default once."""
     if counts is not None:
         values, counts = values[counts > 0], counts[counts > 0]
     order = np.argsort(values)
     reached = np.cumsum(np.ones(len(values), dtype=np.int64) if counts is None else counts[order])
     places = np.searchsorted(reached, np.array(list(QUANTILES.values())) * reached[-1])
-    found = values[order][places].tolist()
-    return Distribution(
-        float(np.average(values.astype(np.float64), weights=counts)), dict(zip(QUANTILES, found, strict=True))
-    )
+    mean = float(np.average(values.astype(np.float64), weights=counts))
+    return Distribution(mean, dict(zip(QUANTILES, values[order][places].tolist(), strict=True)))
 
 
 def _advantage_group(counts: NDArray[np.int64]) -> AdvantageGroup:

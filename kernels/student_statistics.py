@@ -1,4 +1,4 @@
-"""What a student's distribution looks like beside its teacher's: numbers to watch in training, without gradients.
+"""Statistics of a student's distribution against its teacher's, to watch in training; without gradients.
 
 Shapes: N rows; C rows of a chunk; d hidden size; V vocabulary; K teacher ids.
 """
@@ -12,8 +12,9 @@ from torch.special import entr
 
 from adpa.kernels.torch_head import CHUNK_ROWS, scale_and_cap_, select_targets
 
-# At temperature 1 the teacher itself would say such a token at fewer than one in a hundred positions.
-IMPLAUSIBLE = 0.01
+# A token is unlikely if the teacher's probability of it is less than this: at temperature 1 the teacher samples it at
+# fewer than one in a hundred positions. --plausibility, of the loss, is another bound.
+UNLIKELY = 0.01
 
 
 class StudentStatistics(NamedTuple):
@@ -22,15 +23,16 @@ class StudentStatistics(NamedTuple):
     Attributes:
         entropy: −Σ_V q log q, in nats.
         mass_on_topk: Σ_S q.
-        implausible_mass: the share of q that is on tokens to which the teacher gives less than ``IMPLAUSIBLE``. What is
-            outside S counts, though the cache knows only that it is less than the least of S; but not where S is a
-            nucleus of fewer than K ids, all plausible, that leaves ``IMPLAUSIBLE`` or more to others.
-        advantage: Σ_S q·A, what the advantage term of ADPA raises.
+        unlikely_mass: Σ q over the tokens whose teacher probability is less than ``UNLIKELY``. Tokens outside S count
+            as unlikely; the cache says only that each is less probable than every token of S. One exception: S is a
+            nucleus of fewer than K ids, none of them unlikely, and leaves ``UNLIKELY`` or more to the others. Then the
+            others may be likely, and do not count.
+        advantage: Σ_S q·A, which the advantage term of ADPA raises.
     """
 
     entropy: Tensor
     mass_on_topk: Tensor
-    implausible_mass: Tensor
+    unlikely_mass: Tensor
     advantage: Tensor
 
 
@@ -45,10 +47,10 @@ def student_statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> StudentStatistics:
-    """The statistics of each row, in chunks of rows: [N, V] is never held.
+    """The statistics of each row, computed in chunks of rows, so that [N, V] is never in memory.
 
-    The arguments, and what in them counts, are those of ``adpa.kernels.head.distill_head``: an id that is negative, at
-    least V or a repetition is not in S, and an advantage that is not finite is 0.
+    Arguments are read as ``adpa.kernels.head.distill_head`` reads them: an id that is negative, at least V or a
+    repetition is not in S, and an advantage that is not finite is 0.
 
     Args:
         hidden: [N, d] float32, bfloat16, float16 or float64; the matrix product runs in this dtype, all else in float32
@@ -58,7 +60,7 @@ def student_statistics(
         teacher_logprobs: [N, K] log p_k.
         advantages: [N, K] A_k.
         bias: [V] or None.
-        softcap: bound of the logits; None or 0 = none.
+        softcap: bound of the logits; None or 0 for no bound.
         logit_scale: factor of the logits.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -67,14 +69,14 @@ def student_statistics(
     all_terms_N3 = torch.ones(len(hidden), 3, dtype=dtype, device=hidden.device)
     _, targets = select_targets(
         len(weight), zeros_N, topk_ids, teacher_logprobs, zeros_N, advantages, all_terms_N3, rows_N
-    )  # labels and tail are of no account here
-    plausible_NK = targets.logprobs[:, :-1] >= math.log(IMPLAUSIBLE)
+    )  # labels and tail do not matter here
+    likely_NK = targets.logprobs[:, :-1] >= math.log(UNLIKELY)
     outside_N = 1 - targets.logprobs[:, :-1].exp().sum(dim=1)
-    unknown_N = (topk_ids < 0).any(dim=1) & (outside_N >= IMPLAUSIBLE) & (plausible_NK == targets.counts).all(dim=1)
-    table = (hidden, targets.ids, targets.counts, plausible_NK, unknown_N, targets.advantages[:, :-1])
+    unknown_N = (topk_ids < 0).any(dim=1) & (outside_N >= UNLIKELY) & (likely_NK == targets.counts).all(dim=1)
+    table = (hidden, targets.ids, targets.counts, likely_NK, unknown_N, targets.advantages[:, :-1])
     with torch.autocast(hidden.device.type, enabled=False):
         chunks = []
-        for hidden_Cd, ids_CK, counts_CK, plausible_CK, unknown_C, advantages_CK in zip(
+        for hidden_Cd, ids_CK, counts_CK, likely_CK, unknown_C, advantages_CK in zip(
             *(rows.split(CHUNK_ROWS) for rows in table), strict=True
         ):
             logits_CV = (hidden_Cd @ weight.T).to(dtype)
@@ -84,7 +86,7 @@ def student_statistics(
             q_CV = logits_CV.softmax(dim=1)
             q_CK = q_CV.gather(1, ids_CK).masked_fill_(~counts_CK, 0)
             known_C = torch.where(unknown_C, q_CK.sum(dim=1), 1)
-            implausible_C = known_C - (q_CK * plausible_CK).sum(dim=1)
-            columns = (entr(q_CV).sum(dim=1), q_CK.sum(dim=1), implausible_C, (q_CK * advantages_CK).sum(dim=1))
+            unlikely_C = known_C - (q_CK * likely_CK).sum(dim=1)
+            columns = (entr(q_CV).sum(dim=1), q_CK.sum(dim=1), unlikely_C, (q_CK * advantages_CK).sum(dim=1))
             chunks.append(torch.stack(columns))
     return StudentStatistics(*torch.cat(chunks, dim=1))

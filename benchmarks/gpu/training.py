@@ -28,7 +28,7 @@ from benchmarks.gpu.part import Figure, Measure, Setting
 from benchmarks.gpu.trace import mask_cost, profiled_steps
 from torch import Tensor
 
-from adpa.data.batches import Packing
+from adpa.data.sequences import Packing
 from adpa.kernels.head import HeadLosses
 from adpa.pipeline.distill import distill
 from adpa.pipeline.precompute import precompute

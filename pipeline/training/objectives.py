@@ -1,4 +1,4 @@
-"""The objectives: which terms each one puts on which responses.
+"""The objectives: the terms of each one, and the responses that they are on. Imports no torch.
 
 Source: Gao et al., "Advantage-Guided Distillation for Preference Alignment in Small Language Models", ICLR 2025
 (arXiv 2502.17927). With y_w chosen, y_l rejected and ŷ sampled:
@@ -13,9 +13,6 @@ KL(p‖q) beside the advantages, which the paper does without.
 """
 
 from typing import Literal, NamedTuple, get_args
-
-import torch
-from torch import Tensor
 
 from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
@@ -43,7 +40,7 @@ def objective_terms(
         advantage_weight: γ of adpa.
 
     Raises:
-        OptionError: there is no such objective or response set, or the objective has no use for one of the others.
+        OptionError: an unknown objective or response set, a negative weight, or an option that the objective lacks.
     """
     if objective not in get_args(ObjectiveName):
         raise OptionError(f"objective {objective!r}; expected one of {', '.join(get_args(ObjectiveName))}")
@@ -69,27 +66,10 @@ def objective_terms(
 
 
 def check_plausibility(plausibility: float) -> None:
-    """Checks what ``plausible_advantages`` is given.
+    """Checks the value of ``--plausibility``.
 
     Raises:
         OptionError: it is no probability below 1.
     """
     if not 0 <= plausibility < 1:
         raise OptionError(f"--plausibility {plausibility:g}; expected at least 0 and less than 1")
-
-
-def plausible_advantages(advantages: Tensor, teacher_logprobs: Tensor, plausibility: float) -> Tensor:
-    """Keeps a positive advantage only where the teacher's probability is at least ``plausibility``.
-
-    log π_dpo − log π_ref can be large and positive for a token that both models find implausible; where it is, the
-    published advantage term pulls the student towards a token that nobody would say.
-
-    Args:
-        advantages: [N, K].
-        teacher_logprobs: [N, K].
-        plausibility: a probability; 0 keeps everything.
-    """
-    if plausibility == 0:
-        return advantages
-    implausible = teacher_logprobs < torch.tensor(plausibility).log()
-    return torch.where(implausible, advantages.clamp(max=0), advantages)

@@ -1,4 +1,4 @@
-"""Several ranks, one run: what they must agree on before they begin."""
+"""Several ranks, one run: errors that all ranks raise, and the check that all do the same run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -12,10 +12,10 @@ Result = TypeVar("Result")
 
 
 def on_all_ranks(prepare: Callable[[], Result]) -> Result:
-    """Runs a function on every rank, and raises on all of them what one of them raised: nobody waits for who has left.
+    """Runs a function on every rank. An error of one rank is raised on all, so that no rank waits for one that stopped.
 
     Raises:
-        AdpaError: the lowest such rank's; a ``RankError`` where it raised something else.
+        AdpaError: the error of the lowest rank that has one; a ``RankError`` for an error that is not adpa's.
     """
     if number_of_ranks() == 1:
         return prepare()
@@ -27,20 +27,20 @@ def on_all_ranks(prepare: Callable[[], Result]) -> Result:
         error = raised
     except Exception as raised:
         error = RankError(f"{type(raised).__name__}: {raised}")
-    for rank, found in enumerate(gather_object([error])):
-        if found is not None:
-            raise type(found)(f"rank {rank}: {found.args[0]}", found.args[1])
+    for rank, raised_there in enumerate(gather_object([error])):
+        if raised_there is not None:
+            raise type(raised_there)(f"rank {rank}: {raised_there.args[0]}", raised_there.args[1])
     return result[0]
 
 
 def check_agreement(view: Mapping[str, Any]) -> None:
-    """Checks that all ranks see the same.
+    """Checks that all ranks have the same options, files and cache.
 
     Args:
-        view: what this rank sees, by name.
+        view: this rank's values, by name.
 
     Raises:
-        OptionError: on all ranks, if one of them sees something else than rank 0.
+        OptionError: a rank has another value than rank 0; raised on all ranks.
     """
     views = gather_object([dict(view)])
     for rank, other in enumerate(views[1:], start=1):
@@ -48,5 +48,5 @@ def check_agreement(view: Mapping[str, Any]) -> None:
             if other[name] != value:
                 raise OptionError(
                     f"rank {rank} has the {name} {other[name]}; rank 0 has {value}",
-                    "give all ranks the same options, the same files and the same cache",
+                    "start all ranks with the same options, the same files and the same cache",
                 )

@@ -1,4 +1,4 @@
-"""The directory of a training run: the record of what it is, its checkpoints, and going on from one of them."""
+"""The directory of a training run: its record adpa.json, its checkpoints, and the one that a run resumes from."""
 
 import json
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ LAST = "last"
 
 
 def write_record(output: Path, record: Mapping[str, Any]) -> None:
-    """Writes how the student in a directory was made, or is being made."""
+    """Writes adpa.json, which says how the student in this directory was made, or is being made."""
     write_file(output / RECORD, json.dumps(record, indent=2).encode() + b"\n")
 
 
 def check_output(output: Path, resume_from_checkpoint: str | None) -> None:
-    """Checks that a run can be written there: the directory must be empty unless the run goes on.
+    """Checks that a run can write to a directory, which must be empty unless the run resumes.
 
     Raises:
         OptionError: it cannot.
@@ -32,31 +32,31 @@ def check_output(output: Path, resume_from_checkpoint: str | None) -> None:
         raise OptionError(
             f"--output {output}: not empty, found {contents[0]}"
             + ("" if resume_from_checkpoint is None else f" and no {RECORD} of its run"),
-            "name another directory, or go on with --resume-from-checkpoint last",
+            "name another directory, or resume with --resume-from-checkpoint last",
         )
 
 
 def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that a run goes on from; None where it begins at its first step.
+    """The checkpoint that a run resumes from; None if it begins at its first step.
 
-    ``last`` is the newest checkpoint that was written to its end; a run that was stopped before it had one begins anew.
+    ``last`` is the newest complete checkpoint. A run that stopped before its first checkpoint begins anew.
 
     Args:
         output: the run's directory.
         resume_from_checkpoint: a checkpoint directory, or ``last``.
-        origin: what the run is: its objective, its student and its data.
+        origin: the run's objective, student, data and training, as in adpa.json.
 
     Raises:
-        OptionError: there is no such checkpoint, or it is another run's.
+        OptionError: no such checkpoint, or a checkpoint of another run.
     """
     if resume_from_checkpoint is None:
         return None
     if resume_from_checkpoint != LAST:
         checkpoint = Path(resume_from_checkpoint)
-        if lack := _lack(checkpoint, origin):
+        if missing := _missing_file(checkpoint, origin):
             raise OptionError(
-                f"--resume-from-checkpoint {checkpoint}: found no {lack} that can be read",
-                "name a checkpoint that was written to its end, or last",
+                f"--resume-from-checkpoint {checkpoint}: found no {missing} that can be read",
+                "name a complete checkpoint, or last",
             )
         if (output / RECORD).exists() and checkpoint.resolve().parent != output.resolve():
             raise OptionError(
@@ -71,14 +71,17 @@ def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping
     numbers = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
     steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
     checkpoints = (output / f"checkpoint-{step}" for step in steps)
-    start = next((checkpoint for checkpoint in checkpoints if not _lack(checkpoint, origin)), None)
+    start = next((checkpoint for checkpoint in checkpoints if not _missing_file(checkpoint, origin)), None)
     if finished and start is None:
         raise OptionError(f"--output {output}: its run is finished", "start anew in another --output")
     return start
 
 
-def _lack(checkpoint: Path, origin: Mapping[str, Any]) -> str:
-    """The file that a checkpoint lacks, or none; Trainer writes its state last, and would do without the others."""
+def _missing_file(checkpoint: Path, origin: Mapping[str, Any]) -> str:
+    """A file that a checkpoint lacks, or an empty string.
+
+    Trainer writes its state last. It resumes without the other files, but then the optimizer would start anew.
+    """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
@@ -88,25 +91,25 @@ def _lack(checkpoint: Path, origin: Mapping[str, Any]) -> str:
 
 
 def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """A run goes on as it began: with its objective, student, data and training. Gives its record."""
-    begun: dict[str, Any]
+    """Checks that a run resumes with its own objective, student, data and training; returns its record."""
+    record: dict[str, Any]
     try:
-        begun = json.loads((run / RECORD).read_text())
+        record = json.loads((run / RECORD).read_text())
     except (OSError, ValueError) as error:
         raise OptionError(
             f"--resume-from-checkpoint {resume_from_checkpoint}: found no {RECORD} of its run in {run}",
             "name a checkpoint that adpa distill wrote, or start without it",
         ) from error
     for field, value in origin.items():
-        found, expected = begun.get(field), value
-        if isinstance(found, dict) and isinstance(expected, dict):  # where they differ; a student may have moved
-            both = (key for key in found | expected if (field, key) != ("student", "name"))
-            keys = [key for key in both if found.get(key) != expected.get(key)]
-            found, expected = ({key: side.get(key) for key in keys} for side in (found, expected))
-        if found != expected:
+        before, now = record.get(field), value
+        if isinstance(before, dict) and isinstance(now, dict):  # show only the difference; a student may have moved
+            both = (key for key in before | now if (field, key) != ("student", "name"))
+            keys = [key for key in both if before.get(key) != now.get(key)]
+            before, now = ({key: side.get(key) for key in keys} for side in (before, now))
+        if before != now:
             raise OptionError(
-                f"--resume-from-checkpoint {resume_from_checkpoint}: its run has the {field} {found}; "
-                f"this one has {expected}",
-                "go on with the same options, or start anew in another --output",
+                f"--resume-from-checkpoint {resume_from_checkpoint}: its run has the {field} {before}; "
+                f"this one has {now}",
+                "resume with the same options, or start anew in another --output",
             )
-    return begun
+    return record

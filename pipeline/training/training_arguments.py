@@ -12,21 +12,20 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import resolve_device
-from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.yaml_options import as_number
 
-_BATCHES = "a step's examples are those of --batch-size, and --micro-batch-size says how many fit in memory at a time"
+_BATCHES = "--batch-size sets the examples of a step, and --micro-batch-size says how many fit in memory at a time"
 _EVALUATION = "adpa evaluate compares students"
 _ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
-# What adpa decides itself, so that a step is the same however it is cut and spread over ranks.
+# Fields of TrainingArguments that adpa sets itself, so that a step does not depend on micro-batches and ranks.
 OWN_ARGUMENTS = {
     "output_dir": "--output says where",
     "use_cpu": "--device says where",
     "fp16": "float16 loses small gradients in the loss head",
-    "save_only_model": "a run could not go on from such a checkpoint",
+    "save_only_model": "a run could not resume from such a checkpoint",
     "remove_unused_columns": "a batch has columns that no model's forward names",
     "logging_nan_inf_filter": "it would hide a loss that is not finite",
-    "disable_tqdm": "there is a progress bar where there is a terminal",
+    "disable_tqdm": "a terminal shows a progress bar",
     "average_tokens_across_devices": "losses are means over the tokens of all ranks",
     "per_device_train_batch_size": _BATCHES,
     "gradient_accumulation_steps": _BATCHES,
@@ -36,14 +35,14 @@ OWN_ARGUMENTS = {
     "data_seed": _ORDER,
     "accelerator_config": _ORDER,
     "ignore_data_skip": _ORDER,
-    "parallelism_config": "ranks share a student by fsdp or deepspeed",
+    "parallelism_config": "fsdp or deepspeed shards a student over ranks",
     "label_smoothing_factor": "losses are adpa's own",
     "eval_strategy": _EVALUATION,
     "eval_on_start": _EVALUATION,
     "load_best_model_at_end": _EVALUATION,
     "resume_from_checkpoint": "--resume-from-checkpoint says it",
 }
-# What makes a run another one, so that a resumed run may not change it.
+# A resumed run must have the same values of these.
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm",
     "num_train_epochs", "max_steps", "seed", "bf16", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
@@ -51,33 +50,16 @@ TRAINING = (
 )  # fmt: skip
 
 
-def batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, int]:
-    """Trainer's names for examples per optimizer step over all ranks, and examples at a time.
-
-    Raises:
-        OptionError: they do not divide.
-    """
-    if batch_size < 1:
-        raise OptionError(f"--batch-size {batch_size}; expected at least 1")
-    ranks = number_of_ranks()
-    per_rank, rest = divmod(batch_size, ranks)
-    if rest:
-        raise OptionError(f"--batch-size {batch_size} on {ranks} ranks; expected a multiple of {ranks}")
-    fitting = max(size for size in (1, 2, 3, 4) if per_rank % size == 0)
-    micro = fitting if micro_batch_size is None else micro_batch_size
-    if micro < 1 or per_rank % micro:
-        raise OptionError(
-            f"--micro-batch-size {micro} does not divide the {per_rank} examples of a step and rank",
-            "choose one that does",
-        )
-    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": per_rank // micro}
-
-
 def make_training_arguments(overrides: Sequence[str], device: str, **arguments: Any) -> TrainingArguments:
-    """Trainer's arguments: some, what ``--set`` says beside them, and what adpa sets for every run.
+    """Trainer's arguments: those of ``distill``'s options, those of ``--set``, and those that adpa sets for every run.
+
+    Args:
+        overrides: key=value of each ``--set``.
+        device: auto, cpu or cuda.
+        arguments: arguments from options, by Trainer's names.
 
     Raises:
-        OptionError: Trainer has no such argument or refuses it, or it is not the user's to set.
+        OptionError: Trainer has no such argument or refuses it, or adpa sets it itself.
     """
     known = {field.name for field in fields(TrainingArguments)}
     options = {name: f"--{name.replace('_', '-')} says it" for name in arguments if name != "save_strategy"}

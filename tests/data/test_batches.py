@@ -81,26 +81,26 @@ def write_shuffled(cache: Path, rows: Sequence[SignalRow], seed: int, scoring: A
     return read_signals(cache, scoring)
 
 
-ROLES = ("chosen", "rejected", "sampled")
+NAMES = ("chosen", "rejected", "sampled")
 
 
 @pytest.mark.parametrize(
-    "roles_with_signals",
-    [(), ("chosen",), ("chosen", "rejected"), ("sampled",), ROLES],
-    ids=lambda roles: "+".join(roles) or "none",
+    "with_signals",
+    [(), ("chosen",), ("chosen", "rejected"), ("sampled",), NAMES],
+    ids=lambda names: "+".join(names) or "none",
 )
 @pytest.mark.parametrize("reference", [True, False], ids=["with advantages", "without advantages"])
 def test_every_token_has_its_own_signals_in_its_row(
-    roles_with_signals: tuple[str, ...], reference: bool, tmp_path: Path
+    with_signals: tuple[str, ...], reference: bool, tmp_path: Path
 ) -> None:
     sets = {
         "chosen": response_set("chosen", 0),
         "rejected": response_set("rejected", 1, EXAMPLES[::-1]),
         "sampled": response_set("sampled", 2, [*EXAMPLES, *EXAMPLES[::2]]),
     }
-    rows = [row for number, name in enumerate(ROLES) for row in signal_rows(sets[name], 100 * number, reference)]
+    rows = [row for number, name in enumerate(NAMES) for row in signal_rows(sets[name], 100 * number, reference)]
     signals = write_shuffled(tmp_path, rows, seed=3)
-    parts = [TrainingPart(sets[name], signals if name in roles_with_signals else None) for name in ROLES]
+    parts = [TrainingPart(sets[name], signals if name in with_signals else None) for name in NAMES]
     examples = TrainingExamples(parts)
     assert len(examples) == len(EXAMPLES)
     batch = collate([examples[index] for index in (4, 0, 3)])
@@ -108,17 +108,17 @@ def test_every_token_has_its_own_signals_in_its_row(
     by_key = {row.key: row for row in rows}
     expected = []
     for example_id in (EXAMPLES[4], EXAMPLES[0], EXAMPLES[3]):
-        for role, name in enumerate(ROLES):
+        for part, name in enumerate(NAMES):
             for row in sets[name].table.to_pylist():
                 if row["example_id"] == example_id:
                     for position, token in enumerate(row["response_ids"]):
-                        expected.append((role, name, by_key[row["key"]], position, token))
+                        expected.append((part, name, by_key[row["key"]], position, token))
     assert len(batch["labels"]) == len(expected) == len(batch["predicts"])
-    width = K if roles_with_signals else 0
-    for number, (role, name, row, position, token) in enumerate(expected):
+    width = K if with_signals else 0
+    for number, (part, name, row, position, token) in enumerate(expected):
         assert batch["labels"][number] == token
-        assert batch["role"][number] == role
-        if name in roles_with_signals:
+        assert batch["part"][number] == part
+        if name in with_signals:
             assert batch["topk_ids"][number].tolist() == row.topk_ids[position].tolist()
             assert batch["teacher_logprobs"][number].tolist() == row.topk_logprobs[position].tolist()
             assert batch["tail_logprob"][number].item() == row.tail_logprob[position]
@@ -126,12 +126,12 @@ def test_every_token_has_its_own_signals_in_its_row(
             assert batch["topk_ids"][number].tolist() == [-1] * width
             assert batch["teacher_logprobs"][number].tolist() == [-np.inf] * width
             assert batch["tail_logprob"][number].item() == -np.inf
-        advantages = row.topk_advantages if name in roles_with_signals else None
+        advantages = row.topk_advantages if name in with_signals else None
         assert batch["advantages"][number].tolist() == (
             [0] * width if advantages is None else advantages[position].tolist()
         )
-    assert {name: batch[name].dtype for name in ("role", "topk_ids", "teacher_logprobs", "tail_logprob")} == {
-        "role": torch.int64,
+    assert {name: batch[name].dtype for name in ("part", "topk_ids", "teacher_logprobs", "tail_logprob")} == {
+        "part": torch.int64,
         "topk_ids": torch.int32,
         "teacher_logprobs": torch.float32,
         "tail_logprob": torch.float32,
@@ -139,7 +139,7 @@ def test_every_token_has_its_own_signals_in_its_row(
 
 
 def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
-    examples = TrainingExamples([TrainingPart(response_set(name, seed), None) for seed, name in enumerate(ROLES)])
+    examples = TrainingExamples([TrainingPart(response_set(name, seed), None) for seed, name in enumerate(NAMES)])
     chosen = [examples[5], examples[1]]
     batch = collate(chosen)
     padded = pad_sequences([item.tokens for example in chosen for item in example])
@@ -148,7 +148,7 @@ def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
 
 
 def test_packing_places_the_tokens_otherwise_and_changes_nothing_else(tmp_path: Path) -> None:
-    sets = [response_set(name, seed) for seed, name in enumerate(ROLES)]
+    sets = [response_set(name, seed) for seed, name in enumerate(NAMES)]
     signals = write_shuffled(tmp_path, [row for responses in sets for row in signal_rows(responses, 7)], seed=3)
     examples = TrainingExamples([TrainingPart(responses, signals) for responses in sets])
     chosen = [examples[5], examples[1]]
@@ -177,7 +177,7 @@ def test_an_example_with_several_sampled_responses_has_them_all_in_their_order(t
     chosen = make_response_set(INFO, [(name, prompt, token_ids(5, 2)) for name in "ab"])
     signals = write_shuffled(tmp_path, signal_rows(sampled, seed=0), seed=1)
     examples = TrainingExamples([TrainingPart(chosen, None), TrainingPart(sampled, signals)])
-    assert [[(item.role, item.tokens.response_ids[0]) for item in examples[index]] for index in range(2)] == [
+    assert [[(item.part, item.tokens.response_ids[0]) for item in examples[index]] for index in range(2)] == [
         [(0, 5), (1, 30), (1, 10), (1, 20)],
         [(0, 5), (1, 40)],
     ]

@@ -21,11 +21,11 @@ def scored_set(cache: Path, responses: ResponseSet, *shards: list[SignalRow]) ->
     return ScoredSet(responses, SCORING, read_signals(cache, SCORING))
 
 
-def assert_distribution(found: Distribution | None, values: NDArray[Any]) -> None:
-    assert found is not None
-    assert found.mean == pytest.approx(values.astype(np.float64).mean(), rel=1e-6)
+def assert_distribution(distribution: Distribution | None, values: NDArray[Any]) -> None:
+    assert distribution is not None
+    assert distribution.mean == pytest.approx(values.astype(np.float64).mean(), rel=1e-6)
     expected = np.quantile(values.astype(np.float64), list(QUANTILES.values()), method="inverted_cdf")
-    np.testing.assert_allclose(list(found.quantiles.values()), expected, rtol=1e-6)
+    np.testing.assert_allclose(list(distribution.quantiles.values()), expected, rtol=1e-6)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Stage two as its users see it: a trained student that loads anywhere, its record, and what is refused."""
 
+import inspect
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from adpa.data.cache.signals import read_scorings
 from adpa.data.vocabulary import render
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
+from adpa.pipeline.options import Group
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 12, "learning_rate": 3e-3, "logging_steps": 1}
 
@@ -117,11 +121,11 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"packing": "tight"}, r"--packing 'tight'; expected one of none, sequences, prompts"),
         ({"batch_size": 0}, r"--batch-size 0; expected at least 1"),
         ({"micro_batch_size": 0}, r"--micro-batch-size 0 does not divide"),
-        ({"set": ["save_only_model=true"]}, r"--set save_only_model=true: a run could not go on"),
+        ({"set": ["save_only_model=true"]}, r"--set save_only_model=true: a run could not resume"),
         ({"set": ["seed=3"]}, r"--set seed=3: --seed says it"),
         ({"set": ["max_steps=0"]}, r"--set max_steps=0: --max-steps says it"),
         ({"set": ["adam_beta1={a: ]"]}, r"--set adam_beta1={a: \]: while parsing a flow node"),
-        ({"set": ["parallelism_config=x"]}, r"--set parallelism_config=x: ranks share a student by fsdp"),
+        ({"set": ["parallelism_config=x"]}, r"--set parallelism_config=x: fsdp or deepspeed shards a student"),
         ({"set": ["eval_strategy=steps"]}, r"--set eval_strategy=steps: adpa evaluate compares students"),
         ({"learning_rate": -1.0}, r"--learning-rate -1; expected 0 or more"),
         ({"learning_rate": float("nan")}, r"--learning-rate nan; expected 0 or more"),
@@ -235,3 +239,50 @@ def test_nothing_is_written_when_the_cache_does_not_fit(filled: Filled, tmp_path
     with pytest.raises(OptionError):
         distill("dckd", str(filled.models.student), filled.cache, tmp_path / "out2", set=["bad"])
     assert not list(tmp_path.iterdir())
+
+
+MODEL_PACKAGES = ("torch", "transformers", "datasets")
+
+
+@pytest.mark.parametrize("option", ["learning_rate=-1", "batch_size=0", "lora_rank=0", "packing='x'", "kl_weight=-1"])
+def test_a_wrong_value_is_refused_before_a_model_package_is_imported(option: str) -> None:
+    call = f"""
+import sys
+from pathlib import Path
+from adpa.errors import OptionError
+from adpa.pipeline.distill import distill
+def imported():
+    return [name for name in {MODEL_PACKAGES} if name in sys.modules]
+assert not imported(), imported()
+try:
+    distill("kd", "student", Path("cache"), Path("out"), {option})
+except OptionError as error:
+    print(error)
+assert not imported(), imported()
+"""
+    process = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+    assert process.stdout.startswith(f"--{option.partition('=')[0].replace('_', '-')} ")
+
+
+def test_the_command_refuses_a_wrong_value_before_a_model_package_is_imported() -> None:
+    words = "adpa distill --objective kd --student s --cache c --output o --learning-rate -1"
+    call = f"""
+import sys
+from adpa import cli
+sys.argv = "{words}".split()
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, [name for name in {MODEL_PACKAGES} if name in sys.modules])
+"""
+    process = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+    assert process.stderr == "adpa: --learning-rate -1; expected 0 or more\n"
+    assert process.stdout == "2 []\n"
+
+
+def test_every_option_is_in_a_group_of_the_help_and_the_first_ones_must_be_decided() -> None:
+    parameters = inspect.signature(distill).parameters.values()
+    groups = {parameter.name: get_args(parameter.annotation)[2] for parameter in parameters}
+    assert all(isinstance(group, Group) for group in groups.values())
+    required = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+    assert [name for name, group in groups.items() if group is Group.DECIDE] == required

@@ -102,7 +102,7 @@ def test_a_step_of_training_is_the_one_with_masks(
     few_words: Filled, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, gradient = one_step(few_words, tmp_path / "without", objective="dckd")
-    monkeypatch.setattr("adpa.pipeline.distill.leave_out_padding_mask", lambda _: None)
+    monkeypatch.setattr("adpa.pipeline.training.run.leave_out_padding_mask", lambda _: None)
     masked, expected = one_step(few_words, tmp_path / "with", objective="dckd")
     assert report.first_loss == pytest.approx(masked.first_loss, rel=1e-5)
     assert relative_error(gradient, expected) < 1e-5

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from adpa import cli, distill
-from adpa.pipeline import distill as stage
+from adpa.pipeline.training import run
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
 
@@ -71,7 +71,7 @@ def main() -> None:
         counter = CountGathers()
         SHARDS[0] = "fsdp=true" in call.get("set", [])
         attach = attach_with_idle_parameter if call.pop("idle", False) else attach_distill_head
-        vars(stage)["attach_distill_head"] = attach
+        vars(run)["attach_distill_head"] = attach
 
         def step(self: DistillTrainer, *arguments: Any, **options: Any) -> Any:
             nonlocal steps

@@ -18,9 +18,9 @@ from adpa import distill, precompute
 from adpa.data.batches import collate
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scorings, read_signals
-from adpa.kernels.student_statistics import IMPLAUSIBLE
+from adpa.kernels.student_statistics import UNLIKELY
 from adpa.pipeline.distill import DistillReport
-from adpa.pipeline.training.collapse import Probe, collapse
+from adpa.pipeline.training.collapse import Watch, collapse
 
 BRIEF: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1}
 KEYS = {"student/entropy", "student/mass_on_topk", "student/implausible_mass"}
@@ -55,12 +55,12 @@ def test_the_first_statistics_are_those_of_the_student_before_training(filled: F
         row = signals.row(int(number))
         assert row.topk_advantages is not None
         q_TK = logq_TV.gather(1, torch.from_numpy(row.topk_ids.astype("int64"))).exp()
-        plausible_TK = torch.from_numpy(row.topk_logprobs.astype("float64")) >= math.log(IMPLAUSIBLE)
+        likely_TK = torch.from_numpy(row.topk_logprobs.astype("float64")) >= math.log(UNLIKELY)
         entropy_T, gain_TK = -(logq_TV.exp() * logq_TV).sum(1), torch.from_numpy(row.topk_advantages.astype("float64"))
-        rows.append([entropy_T, q_TK.sum(1), 1 - (q_TK * plausible_TK).sum(1), (q_TK * gain_TK).sum(1)])
+        rows.append([entropy_T, q_TK.sum(1), 1 - (q_TK * likely_TK).sum(1), (q_TK * gain_TK).sum(1)])
     expected = [torch.cat(column).mean().item() for column in zip(*rows, strict=True)]
-    found = watched(json.loads((tmp_path / "adpa.json").read_text())["student_before"])
-    assert list(found.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    first = watched(json.loads((tmp_path / "adpa.json").read_text())["student_before"])
+    assert list(first.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_watching_changes_no_bit_of_the_training(
@@ -79,14 +79,14 @@ def test_watching_changes_no_bit_of_the_training(
         return load_file(output / "model.safetensors")
 
     seen = train(tmp_path / "watched")
-    monkeypatch.setattr(Probe, "measure", lambda *_: {})
+    monkeypatch.setattr(Watch, "measure", lambda *_: {})
     unseen = train(tmp_path / "alone")
     assert all(torch.equal(seen[name], unseen[name]) for name in unseen)
 
 
 @pytest.fixture(scope="module")
 def own_teacher(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose teacher is the student itself, so that the student has mass on plausible tokens."""
+    """A cache whose teacher is the student itself, so that the student has mass on likely tokens."""
     folder = tmp_path_factory.mktemp("own-teacher")
     data = folder / "prefs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows[:2]))
@@ -118,16 +118,16 @@ def train(own_teacher: Path, models: Models, tmp_path: Path) -> Train:
     return run
 
 
-def praise_the_implausible(examples: Any, **options: Any) -> dict[str, Tensor]:
+def praise_the_unlikely(examples: Any, **options: Any) -> dict[str, Tensor]:
     batch = collate(examples, **options)
-    implausible_NK = batch["teacher_logprobs"] < math.log(IMPLAUSIBLE)
-    return batch | {"advantages": torch.where(implausible_NK, 5.0, -5.0)}
+    unlikely_NK = batch["teacher_logprobs"] < math.log(UNLIKELY)
+    return batch | {"advantages": torch.where(unlikely_NK, 5.0, -5.0)}
 
 
 def test_a_run_that_collapses_warns_once(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.distill.collate", praise_the_implausible)
+    monkeypatch.setattr("adpa.pipeline.training.run.collate", praise_the_unlikely)
     with caplog.at_level(logging.WARNING, "adpa"):
         report = train(advantage_weight=50.0, plausibility=0.0)
     (warning,) = report.warnings

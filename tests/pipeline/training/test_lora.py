@@ -19,7 +19,8 @@ from adpa import distill
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.distill import DistillReport
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.training.lora import add_adapters, load_base, lora_settings, merge_adapters
+from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
+from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.student import attach_distill_head
 
 RANK, SCALE = 4, 2.0  # alpha is twice the rank
@@ -64,8 +65,8 @@ def adapters(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=torch.arange(5, 45)[None]).logits
-    return found
+        logits: Tensor = model.eval()(input_ids=torch.arange(5, 45)[None]).logits
+    return logits
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "qlora"])
@@ -106,7 +107,7 @@ def test_the_gradient_of_the_adapters_is_that_of_the_weights_by_the_chain_rule(
         for name, (a, b) in before.items():
             parameters[name].add_(SCALE * b @ a)
     dense_loss(few_words, model, {"chosen": (1.0, 1.0, 0.0), "rejected": (0.0, 1.0, 0.0)}).backward()
-    found, expected = {}, {}
+    result, expected = {}, {}
     for name, (a, b) in before.items():
         gradient = parameters[name].grad
         assert gradient is not None
@@ -114,10 +115,10 @@ def test_the_gradient_of_the_adapters_is_that_of_the_weights_by_the_chain_rule(
             ("A", a, after[name][0], SCALE * b.T @ gradient),
             ("B", b, after[name][1], SCALE * gradient @ a.T),
         ):
-            found[f"{which} of {name}"], expected[f"{which} of {name}"] = (was - became) / rate, true
+            result[f"{which} of {name}"], expected[f"{which} of {name}"] = (was - became) / rate, true
     for which in "AB":
-        names = [name for name in found if name[0] == which]
-        error = relative_error({n: found[n] for n in names}, {n: expected[n] for n in names})
+        names = [name for name in result if name[0] == which]
+        error = relative_error({n: result[n] for n in names}, {n: expected[n] for n in names})
         assert error < 1e-4
 
 
@@ -155,9 +156,9 @@ def test_it_has_the_configuration_and_tokenizer_of_a_fully_trained_student(
 ) -> None:
     train(few_words, tmp_path, lora_rank=None, max_steps=1)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        found, expected = (json.loads((folder / name).read_text()) for folder in (trained, tmp_path))
-        expected |= {key: found[key] for key in ("use_cache",) if key in found}  # Trainer's, of no model
-        assert found == expected, name
+        result, expected = (json.loads((folder / name).read_text()) for folder in (trained, tmp_path))
+        expected |= {key: result[key] for key in ("use_cache",) if key in result}  # Trainer's, of no model
+        assert result == expected, name
 
 
 def test_the_next_stage_takes_the_output_as_its_student(trained: Path, few_words: Filled, tmp_path: Path) -> None:
@@ -336,8 +337,8 @@ def test_qlora_trains_as_lora_does_on_the_dequantized_student(few_words: Filled,
     train(few_words, tmp_path / "original")
     assert losses(tmp_path / "qlora") == pytest.approx(losses(tmp_path / "lora"), rel=1e-5)
     assert losses(tmp_path / "qlora")[0] != pytest.approx(losses(tmp_path / "original")[0], rel=1e-3)
-    found, expected = (load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("qlora", "lora"))
-    assert relative_error(found, expected) < 1e-3
+    result, expected = (load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("qlora", "lora"))
+    assert relative_error(result, expected) < 1e-3
 
 
 def test_qlora_computes_in_bfloat16_where_the_run_does(few_words: Filled, tmp_path: Path) -> None:
@@ -358,7 +359,7 @@ def test_qlora_computes_in_bfloat16_where_the_run_does(few_words: Filled, tmp_pa
         ({"lora_rank": None, "load_in_4bit": True}, r"--load-in-4bit without --lora-rank"),
         ({"lora_target": "q_proj,"}, r"--lora-target q_proj,; expected all-linear, or names"),
         ({"lora_target": "q_proj,all-linear"}, r"expected all-linear, or names"),
-        ({"lora_target": "q_prj"}, r"q_prj: no linear layer.*there are down_proj, gate_proj, k_proj, .*v_proj$"),
+        ({"lora_target": "q_prj"}, r"q_prj: no linear layer.*expected one of down_proj, gate_proj, k_proj, .*v_proj$"),
         ({"lora_target": "q_proj,q_prj"}, r"q_prj: no linear layer"),
         ({"lora_target": "self_attn"}, r"self_attn: no linear layer"),
         ({"lora_target": "lm_head"}, r"lm_head: the head and the embeddings stay"),
@@ -377,7 +378,8 @@ def test_targets_and_ranks_that_cannot_be_used_are_refused(
 def test_a_package_that_is_not_installed_is_asked_for(
     missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.training.lora.find_spec", lambda name: None if name == missing else object())
+    installed = {"peft": object(), "bitsandbytes": object(), missing: None}
+    monkeypatch.setattr("adpa.pipeline.training.lora_settings.find_spec", installed.get)
     with pytest.raises(OptionError, match=rf"needs {missing}, which is not installed; pip install 'adpa\[{extra}\]'"):
         lora_settings(16, None, load_in_4bit=True)
 

@@ -1,11 +1,10 @@
-"""Which terms an objective has, and which advantages are plausible."""
+"""The terms of each objective."""
 
 import pytest
-import torch
 
 from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
-from adpa.pipeline.training.objectives import ObjectiveName, TermWeights, objective_terms, plausible_advantages
+from adpa.pipeline.training.objectives import ObjectiveName, TermWeights, objective_terms
 
 
 def test_the_objectives_are_those_of_the_paper() -> None:
@@ -48,15 +47,3 @@ def test_what_an_objective_has_no_use_for_is_refused(
 def test_an_unknown_objective_is_refused_with_those_there_are() -> None:
     with pytest.raises(OptionError, match=r"'dpo'; expected one of sft, kd, dckd, adpa"):
         objective_terms("dpo", "sampled", 1.0, 1.0)  # type: ignore[arg-type]
-
-
-def test_a_positive_advantage_needs_a_plausible_token() -> None:
-    advantages = torch.tensor([[2.0, 2.0, -2.0, -2.0]])
-    probabilities = torch.tensor([[0.06, 0.04, 0.06, 0.04]])
-    kept = plausible_advantages(advantages, probabilities.log(), 0.05)
-    assert kept.tolist() == [[2.0, 0.0, -2.0, -2.0]]
-
-
-def test_no_plausibility_is_the_published_form() -> None:
-    advantages = torch.randn(4, 3)
-    assert plausible_advantages(advantages, torch.full((4, 3), -50.0), 0.0) is advantages

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
 from adpa import distill
-from adpa.data.batches import Packing, TrainingSequence, collate
+from adpa.data.batches import TrainingSequence, collate
 from adpa.data.cache.responses import read_response_sets
+from adpa.data.sequences import Packing
 from adpa.errors import ModelError
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.training.student import attach_distill_head
@@ -65,8 +66,8 @@ def test_a_packed_step_is_the_padded_one(
         assert relative_error(packed, padded) < 1e-5
         logs = [json.loads((tmp_path / name / "adpa.json").read_text())["student_before"] for name in ("padded", way)]
         for name in ("entropy", "mass_on_topk", "implausible_mass", "advantage"):
-            before, found = (log[f"student/{name}"] for log in logs)
-            assert found == pytest.approx(before, rel=1e-5, abs=1e-6)
+            before, now = (log[f"student/{name}"] for log in logs)
+            assert now == pytest.approx(before, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -137,7 +138,8 @@ def test_logs_and_record_have_the_tokens_of_the_sequences_whatever_the_packing(
     few_words: Filled, tmp_path: Path
 ) -> None:
     sets = read_response_sets(few_words.cache)
-    expected = sum(len(sequence) for found in sets if found.info.name != "sampled" for sequence in found.sequences())
+    trained = [responses for responses in sets if responses.info.name != "sampled"]
+    expected = sum(len(sequence) for responses in trained for sequence in responses.sequences())
     for packing in get_args(Packing):
         report = distill(
             "dckd",

@@ -80,10 +80,10 @@ def losses(output: Path) -> list[float]:
     return [log["loss"] for log in json.loads((output / "adpa.json").read_text())["losses"]]
 
 
-def assert_same_training(found: Path, expected: Path, before: Path) -> None:
+def assert_same_training(result: Path, expected: Path, before: Path) -> None:
     """The same losses, and the same change of every parameter, up to 1e-5."""
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
-    was, is_, should = trained(before), trained(found), trained(expected)
+    assert losses(result) == pytest.approx(losses(expected), rel=1e-5)
+    was, is_, should = trained(before), trained(result), trained(expected)
     assert is_.keys() == should.keys()
     difference = sum(float((is_[name].double() - should[name].double()).square().sum()) for name in should)
     change = sum(float((should[name].double() - was[name].double()).square().sum()) for name in should)
@@ -229,7 +229,7 @@ def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["fsdp=true"], r"fsdp with the ranks that are there \(NO\).*torchrun on GPUs"),
+        (["fsdp=true"], "fsdp with ranks of the type NO, .*; expected a rank on each GPU; start it with torchrun"),
         (["fsdp=true", "fsdp_config={version: 1}"], "FSDP in version 1; adpa trains with FSDP2"),
         (["gradient_accumulation_steps=2"], "--micro-batch-size says how many fit"),
     ],

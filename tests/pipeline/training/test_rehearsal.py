@@ -13,9 +13,10 @@ from tests.pipeline.conftest import Filled
 from torch import Tensor, nn
 
 from adpa import distill
-from adpa.data.batches import Packing
+from adpa.data.sequences import Packing
 from adpa.errors import OptionError
 from adpa.pipeline.distill import DistillReport
+from adpa.pipeline.training.rehearsal import copies_to_come
 from adpa.pipeline.training.trainer import DistillTrainer
 
 Train = Callable[..., DistillReport]
@@ -40,8 +41,8 @@ def test_a_rehearsal_leaves_no_trace(train: Train, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(DistillTrainer, "_rehearse", lambda *_: False)
     alone = train("alone")
     assert rehearsed.first_loss == alone.first_loss
-    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("rehearsed", "alone"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    rehearsed_weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("rehearsed", "alone"))
+    assert all(torch.equal(rehearsed_weights[name], expected[name]) for name in expected)
     logs = [json.loads((tmp_path / name / "adpa.json").read_text())["losses"] for name in ("rehearsed", "alone")]
     terms = [{key: value for key, value in each[-1].items() if "/" in key} for each in logs]
     assert terms[0] == terms[1]
@@ -82,13 +83,13 @@ def test_a_run_that_does_not_fit_says_so_before_its_first_step(
 def test_there_is_room_for_what_the_optimizer_will_keep(
     optim: str, copies: int, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies_to_come, asked = DistillTrainer._copies_to_come, []
+    asked = []
 
-    def watched(self: DistillTrainer) -> int:
-        asked.append(copies_to_come(self))
+    def watched(*arguments: Any) -> int:
+        asked.append(copies_to_come(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr(DistillTrainer, "_copies_to_come", watched)
+    monkeypatch.setattr("adpa.pipeline.training.trainer.copies_to_come", watched)
     train("out", set=[f"optim={optim}"], max_steps=1)
     assert asked == [copies]
 

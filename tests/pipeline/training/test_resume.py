@@ -59,9 +59,9 @@ def train(seven: Filled, output: Path, resume: str | None = None, **options: Any
 
 
 def assert_same_student(output: Path, whole: Path) -> None:
-    found, expected = load_file(output / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    resumed, expected = load_file(output / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("micro_batch", range(21))

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adpa import distill
-from adpa.data.batches import Packing
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scorings, read_signals
+from adpa.data.sequences import Packing
 from adpa.errors import ModelError
 from adpa.kernels.head import HeadLosses, distill_head
 from adpa.pipeline.distill import DistillReport
@@ -96,8 +96,8 @@ OBJECTIVES = {
 }
 
 
-def relative_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    difference = sum((found[name] - expected[name]).square().sum() for name in found)
+def relative_error(result: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    difference = sum((result[name] - expected[name]).square().sum() for name in result)
     return float((difference / sum(tensor.square().sum() for tensor in expected.values())) ** 0.5)
 
 
@@ -220,7 +220,7 @@ def test_frozen_parameters_stay(filled: Filled, tmp_path: Path, monkeypatch: pyt
         attach_distill_head(model)
 
     _, plain = one_step(filled, tmp_path / "plain", objective="dckd")
-    monkeypatch.setattr("adpa.pipeline.distill.attach_distill_head", freeze_embeddings_and_attach)
+    monkeypatch.setattr("adpa.pipeline.training.run.attach_distill_head", freeze_embeddings_and_attach)
     _, frozen = one_step(filled, tmp_path / "frozen", objective="dckd")
     embedding = "model.embed_tokens.weight"
     assert (frozen.pop(embedding) == 0).all()
@@ -270,7 +270,7 @@ def test_workers_that_read_the_cache_change_no_bit(filled: Filled, tmp_path: Pat
     expected = train(tmp_path / "none", 0)
     gc.disable()
     try:
-        found = train(tmp_path / "two", 2)
+        result = train(tmp_path / "two", 2)
         assert not multiprocessing.active_children(), "left to the garbage collector"
     finally:
         gc.enable()
@@ -278,7 +278,7 @@ def test_workers_that_read_the_cache_change_no_bit(filled: Filled, tmp_path: Pat
     for kept in ("checkpoint-6", "adpa.json"):
         (tmp_path / "two" / kept).rename(tmp_path / "resumed" / kept)
     resumed = train(tmp_path / "resumed", 2, resume_from_checkpoint="last")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
@@ -287,17 +287,17 @@ def test_a_run_has_the_same_losses_with_either_backend(
     objective: Literal["dckd", "adpa"], filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losses(backend: Literal["torch", "triton"]) -> list[float]:
-        found = []
+        values = []
 
         def watched_head(hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, HeadLosses]:
             result = distill_head(hidden, weight, **options, backend=backend)
-            found.append(result[0].item())
+            values.append(result[0].item())
             return result
 
         monkeypatch.setattr("adpa.pipeline.training.student.distill_head", watched_head)
         student, output = str(filled.models.student), tmp_path / backend
         distill(objective, student, filled.cache, output, batch_size=2, max_steps=3, learning_rate=1e-3, warmup_steps=0)
-        return found[1:]  # the first is the rehearsal's
+        return values[1:]  # the first is the rehearsal's
 
     monkeypatch.setattr("adpa.kernels.loss_rows.TILE_BYTES", 2**18)  # one tile a row: Triton's interpreter is slow
     by_torch = losses("torch")

@@ -1,4 +1,4 @@
-"""What a run on a GPU is given that a run on a CPU is not."""
+"""Arguments that a run on a GPU has and a run on a CPU has not."""
 
 from typing import Any
 

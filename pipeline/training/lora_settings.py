@@ -1,0 +1,63 @@
+"""The options of low-rank adapters, checked. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from adpa.errors import OptionError
+
+ALL_LINEAR = "all-linear"
+ALPHA_PER_RANK = 2  # as in TRL's defaults
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapters that are trained.
+
+    Attributes:
+        rank: rank of each adapter.
+        alpha: alpha / rank scales an adapter's product.
+        targets: names, or last parts of names, of the linear layers that get adapters; empty for all but the head.
+        load_in_4bit: whether the layers' own weights are in 4 bits.
+    """
+
+    rank: int
+    alpha: int
+    targets: Sequence[str]
+    load_in_4bit: bool
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The optional packages that these settings need."""
+        return ("peft", "bitsandbytes") if self.load_in_4bit else ("peft",)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings as adpa.json has them; a resumed run must have the same."""
+        targets = list(self.targets) or ALL_LINEAR
+        return {"rank": self.rank, "alpha": self.alpha, "targets": targets, "load_in_4bit": self.load_in_4bit}
+
+
+def lora_settings(rank: int | None, target: str | None, load_in_4bit: bool) -> LoraSettings | None:
+    """The adapters that the options ask for; None to train all weights.
+
+    Raises:
+        OptionError: the options contradict each other, or a package is not installed.
+    """
+    if rank is None:
+        for option, is_set in {"--lora-target": target is not None, "--load-in-4bit": load_in_4bit}.items():
+            if is_set:
+                raise OptionError(f"{option} without --lora-rank", "add a rank, such as --lora-rank 16")
+        return None
+    if rank < 1:
+        raise OptionError(f"--lora-rank {rank}; expected at least 1")
+    targets = sorted({name.strip() for name in (target or ALL_LINEAR).split(",")})
+    if "" in targets or (ALL_LINEAR in targets and len(targets) > 1):
+        raise OptionError(f"--lora-target {target}; expected {ALL_LINEAR}, or names of layers with commas between them")
+    settings = LoraSettings(rank, ALPHA_PER_RANK * rank, [] if targets == [ALL_LINEAR] else targets, load_in_4bit)
+    for package in settings.packages:
+        if find_spec(package) is None:
+            option, extra = ("--lora-rank", "lora") if package == "peft" else ("--load-in-4bit", "qlora")
+            raise OptionError(f"{option} needs {package}, which is not installed", f"pip install 'adpa[{extra}]'")
+    return settings

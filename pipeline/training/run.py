@@ -1,0 +1,273 @@
+"""The steps of a training run: open its sources, find its start, load the student, train, save.
+
+Every rank takes every step.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy, align_special_tokens
+
+from adpa.data.batches import TrainingExamples, collate
+from adpa.data.cache.locations import Location
+from adpa.data.cache.responses import ResponseName
+from adpa.data.cache.selection import Need, Selection, select
+from adpa.data.sequences import Packing
+from adpa.data.vocabulary import check_same_vocabulary, read_tokenizer
+from adpa.errors import OptionError
+from adpa.pipeline.models.attention_mask import leave_out_padding_mask
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.models.launcher import number_of_ranks, this_rank
+from adpa.pipeline.models.packed_attention import allow_packing
+from adpa.pipeline.options import DtypeName
+from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
+from adpa.pipeline.training.lora_settings import LoraSettings
+from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
+from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
+from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
+from adpa.pipeline.training.run_directory import check_output, find_start, write_record
+from adpa.pipeline.training.student import attach_distill_head
+from adpa.pipeline.training.trainer import DistillTrainer
+from adpa.pipeline.training.training_arguments import TRAINING
+
+ADAPTER = "adapter"
+# The fields of a report that adpa.json has too.
+REPORTED = (
+    "examples", "trained_parameters", "compute_dtype", "weights_dtype", "steps", "seconds", "tokens_per_second",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options of a run, checked.
+
+    Attributes:
+        objective: name of the objective.
+        terms: its terms by response set.
+        plausibility: see ``plausible_advantages``.
+        lora: the adapters; None to train all weights.
+        dtype: dtype of the weights.
+        batch_size: examples of an optimizer step, over all ranks.
+        packing: how a micro-batch places its sequences.
+        output: directory of the trained student.
+        resume_from_checkpoint: see ``find_start``.
+        arguments: Trainer's arguments.
+    """
+
+    objective: ObjectiveName
+    terms: Mapping[ResponseName, TermWeights]
+    plausibility: float
+    lora: LoraSettings | None
+    dtype: DtypeName
+    batch_size: int
+    packing: Packing
+    output: Path
+    resume_from_checkpoint: str | None
+    arguments: TrainingArguments
+
+    @property
+    def needs(self) -> dict[ResponseName, Need]:
+        """The signals that the terms need of each response set."""
+        return {
+            name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in self.terms.items()
+        }
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The student before training, its data, and the teacher's tokenizer."""
+
+    checkpoint: Checkpoint
+    selection: Selection
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student in training.
+
+    Attributes:
+        model: the student, with the distill head.
+        trained: ``model``, or the PeftModel around it.
+        trained_parameters: count of the numbers that are trained.
+        compute_dtype: dtype of the matrix products.
+    """
+
+    model: PreTrainedModel
+    trained: Any
+    trained_parameters: int
+    compute_dtype: str
+
+    @property
+    def weights_dtype(self) -> str:
+        """Dtype of the weights now: DeepSpeed may have changed it."""
+        return str(self.model.get_output_embeddings().weight.dtype).removeprefix("torch.")
+
+
+def open_sources(run: Run, student: str, cache: Location, scoring: str | None, response_sets: Sequence[str]) -> Sources:
+    """Opens the student and selects its data.
+
+    Args:
+        run: the run.
+        student: a directory, or org/name[@revision] of the Hub.
+        cache: the cache's directory.
+        scoring: the beginning of a scoring's id, to choose among several.
+        response_sets: beginnings of ids of response sets, to choose among several.
+
+    Raises:
+        AdpaError: an error of ``open_checkpoint`` or ``select``, an output that is not empty, or a student that does
+            not fit the data.
+    """
+
+    def open_on_this_rank() -> Sources:
+        check_output(run.output, run.resume_from_checkpoint)
+        checkpoint = open_checkpoint(student)
+        if checkpoint.dtype_name(run.dtype) == "float16":
+            raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
+        selection = select(cache, run.needs, checkpoint.identity.digest, scoring, response_sets)
+        return Sources(checkpoint, selection, _check_student(checkpoint, cache, selection))
+
+    return on_all_ranks(open_on_this_rank)
+
+
+def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection) -> PreTrainedTokenizerBase:
+    """Checks that the student fits the data; returns the teacher's tokenizer."""
+    info = next(iter(selection.sets.values())).info
+    tokenizer = read_tokenizer(cache, info.tokenizer)
+    check_same_vocabulary(tokenizer, checkpoint.tokenizer, "the cache's teacher", checkpoint.name)
+    sequences = [sequence for responses in selection.sets.values() for sequence in responses.sequences()]
+    checkpoint.check_positions([len(sequence) for sequence in sequences])
+    checkpoint.check_ids(max(int(max(s.prompt_ids.max(), s.response_ids.max())) for s in sequences))
+    return tokenizer
+
+
+def describe_origin(run: Run, sources: Sources) -> dict[str, Any]:
+    """The beginning of adpa.json: everything that a resumed run must have in common with its first part."""
+    selection = sources.selection
+    arguments = {name: value for name, value in run.arguments.to_dict().items() if name in TRAINING}
+    return {
+        "objective": run.objective,
+        "terms": {name: term._asdict() for name, term in run.terms.items()},
+        "plausibility": run.plausibility,
+        "student": vars(sources.checkpoint.identity),
+        "scoring": selection.scoring.id if selection.scoring else None,
+        "responses": {name: responses.id for name, responses in selection.sets.items()},
+        "lora": run.lora and run.lora.record,
+        "training": arguments | {"batch_size": run.batch_size, "dtype": run.dtype},
+        "sharding": sharding_name(run.arguments),
+    }
+
+
+def find_common_start(run: Run, origin: Mapping[str, Any]) -> Path | None:
+    """The checkpoint to resume from, if any, after checking that all ranks do the same run.
+
+    Raises:
+        OptionError: an error of ``find_start`` or ``check_shards``, or ranks that differ.
+    """
+
+    def find_on_this_rank() -> Path | None:
+        start = find_start(run.output, run.resume_from_checkpoint, origin)
+        if start is not None:
+            check_shards(start, run.arguments)
+        return start
+
+    start = on_all_ranks(find_on_this_rank)
+    view = {**origin, "packing": run.packing, "checkpoint to resume from": start, **run.arguments.to_dict()}
+    local = ("local_rank", "disable_tqdm")  # some ranks have a terminal
+    check_agreement({name: value for name, value in view.items() if name not in local})
+    return start
+
+
+def load_student(run: Run, sources: Sources) -> Student:
+    """Loads the student, whole on every rank, and prepares it for the loss.
+
+    Raises:
+        ModelError: the student cannot be loaded, or not trained in this way.
+        OptionError: it lacks a layer that ``--lora-target`` names.
+    """
+    set_seed(run.arguments.seed)
+    checkpoint = sources.checkpoint
+    dtype = checkpoint.dtype_name(run.dtype)
+    compute_dtype = "bfloat16" if run.arguments.bf16 else dtype
+    with loading_whole(run.arguments):
+        if run.lora is None:
+            model = checkpoint.load(dtype, torch.device("cpu"))
+        else:
+            model = load_base(checkpoint, run.lora, dtype, compute_dtype, run.arguments.device)
+    attach_distill_head(model)
+    if run.packing == "none":
+        leave_out_padding_mask(model)
+    else:
+        allow_packing(model)
+    trained = model if run.lora is None else add_adapters(model, run.lora)
+    trained_parameters = sum(each.numel() for each in trained.parameters() if each.requires_grad)
+    return Student(model, trained, trained_parameters, compute_dtype)
+
+
+def train_student(
+    run: Run, sources: Sources, student: Student, start: Path | None, origin: Mapping[str, Any]
+) -> DistillTrainer:
+    """Trains the student; returns the trainer, whose logs tell how it went.
+
+    Raises:
+        OptionError: a micro-batch does not fit in memory.
+        ModelError: a loss is not finite.
+    """
+    trainer = DistillTrainer(
+        terms=list(run.terms.items()),
+        plausibility=run.plausibility,
+        model=student.trained,
+        args=run.arguments,
+        train_dataset=TrainingExamples(sources.selection.parts(run.needs)),
+        data_collator=partial(collate, packing=run.packing),
+        packing=run.packing,
+        processing_class=sources.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if run.arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
+        write_record(run.output, origin)  # a killed run can only resume with it
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return trainer
+
+
+def save_student(run: Run, sources: Sources, student: Student, trainer: DistillTrainer) -> None:
+    """Writes the trained student as an ordinary checkpoint; with LoRA merged, and the adapters in a folder of it."""
+    # Trainer has set the tokenizer's end of text as end of generation; a student's answer ends with its turn.
+    generation_config = student.model.generation_config
+    generation_config.eos_token_id = next(iter(sources.selection.sets.values())).info.turn_end
+    if run.lora is None:
+        trainer.save_student(run.output)
+        return
+    trainer.save_student(run.output / ADAPTER)
+    if this_rank() != 0:
+        return
+    with loading_whole(run.arguments):
+        dtype = sources.checkpoint.dtype_name(run.dtype)
+        merged = merge_adapters(sources.checkpoint, run.output / ADAPTER, dtype)
+    align_special_tokens(merged, sources.tokenizer)
+    merged.generation_config = generation_config
+    merged.save_pretrained(run.output)
+    sources.tokenizer.save_pretrained(run.output)
+
+
+def write_result(run: Run, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer) -> None:
+    """Writes adpa.json of a finished run: its origin, its report, and its logs."""
+    if this_rank() != 0:
+        return
+    packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
+    result = {name: report[name] for name in REPORTED} | {
+        "packing": run.packing,
+        "ranks": number_of_ranks(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "warnings": trainer.warnings,
+        "student_before": trainer.student_before,
+        "losses": trainer.losses,
+    }
+    write_record(run.output, {**origin, **result})
