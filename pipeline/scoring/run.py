@@ -65,7 +65,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
             sets["sampled"] = plan.sampled_set(answers)
             others = {sample.key for _, sample in plan.samples if sample.prompt_ids not in plan.own}
             awaited = len(others - answers.keys())
-        # A set is never made of some of its samples: the last part of the data to sample makes it.
+        # A set is never made of some of its samples: the part that samples last makes it.
         finished = {name: one for name, one in sets.items() if name != "sampled" or not awaited}
         if not request.dry_run:  # before the search for what is missing: no gc removes rows that a set needs
             for responses in finished.values():

@@ -43,9 +43,12 @@ def is_location(parameter: inspect.Parameter) -> bool:
 
 
 def _with(parameter: inspect.Parameter, shown: Any) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    annotation = Annotated[_option_type(parameter), shown]
-    return inspect.Parameter(parameter.name, kind, default=parameter.default, annotation=annotation)
+    return inspect.Parameter(
+        parameter.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=parameter.default,
+        annotation=Annotated[_option_type(parameter), shown],
+    )
 
 
 def _annotated(parameter: inspect.Parameter) -> Any:
