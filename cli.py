@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from tqdm.contrib import DummyTqdmFile
 
-from adpa.commands import Commands, as_command, print_error
+from adpa.commands import MARKUP, Commands, as_command, print_error
+from adpa.parameters import NO_VALUE
 from adpa.pipeline.terminal.report import show_report
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals that are closed
@@ -23,9 +24,9 @@ app = typer.Typer(
     cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=MARKUP,
 )
-cache_app = typer.Typer(cls=Commands, help="Look after a cache.", rich_markup_mode=None)
+cache_app = typer.Typer(cls=Commands, help="Look after a cache.", rich_markup_mode=MARKUP)
 
 
 def main() -> None:
@@ -73,7 +74,10 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _app(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True, metavar=NO_VALUE
+        ),
     ] = False,
 ) -> None:
     """Advantage-guided distillation: align a small language model from the signals of a large one."""
@@ -117,9 +121,14 @@ def _inspect() -> Callable[..., None]:
 def _lab() -> Callable[..., None]:
     """Measure the methods where a formula computes the preferences: no judge, no network."""
     from adpa.lab.conduct import lab
-    from adpa.lab.report import show_study
 
-    return as_command(lab, show_study)
+    return as_command(lab, _show_study)
+
+
+def _show_study(report: Any) -> Any:
+    from adpa.lab.report import show_study  # imports torch
+
+    return show_study(report)
 
 
 app.add_typer(cache_app, name="cache")

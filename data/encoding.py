@@ -14,9 +14,9 @@ import numpy as np
 from jinja2 import TemplateError
 
 from adpa.data.preferences import Message, PreferencePair, parse_pair
-from adpa.data.sequences import TokenIds
+from adpa.data.sequences import TokenIds, check_lengths
 from adpa.data.vocabulary import TurnEnd, render
-from adpa.errors import DataError, OptionError
+from adpa.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,12 +61,7 @@ class Encoder:
     counts: EncodingCounts = field(default_factory=EncodingCounts)
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_prompt_length < self.max_length:
-            raise OptionError(
-                f"--max-prompt-length {self.max_prompt_length} with --max-length {self.max_length}; "
-                "expected 0 < max-prompt-length < max-length",
-                "leave room for the response",
-            )
+        check_lengths(self.max_prompt_length, self.max_length)
 
     def encode(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[EncodedPair]:
         """Yields every (where, row) as token ids. A repeated pair gets its occurrence appended to its example id.

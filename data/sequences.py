@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from adpa.errors import OptionError
+
 TokenIds = NDArray[np.int32]
 
 # How a batch places its sequences: padded side by side, end to end, or end to end with equal prompts once.
@@ -29,6 +31,20 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def check_lengths(max_prompt_length: int, max_length: int) -> None:
+    """Checks the limits of a prompt and of prompt and response together, in tokens.
+
+    Raises:
+        OptionError: they leave no room for a prompt or for a response.
+    """
+    if not 0 < max_prompt_length < max_length:
+        raise OptionError(
+            f"--max-prompt-length {max_prompt_length} with --max-length {max_length}; "
+            "expected 0 < max-prompt-length < max-length",
+            "leave room for the response",
+        )
 
 
 def sequence_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:

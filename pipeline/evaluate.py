@@ -24,7 +24,6 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.options import (
     BatchTokensOption,
     DeviceOption,
@@ -33,6 +32,7 @@ from adpa.pipeline.options import (
     EngineArgOption,
     EngineOption,
     GpuMemoryUtilizationOption,
+    Group,
     MaxNewTokensOption,
     MaxPromptLengthOption,
     QuantizationOption,
@@ -75,7 +75,7 @@ class AnswerSummary:
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """What ``evaluate`` found. Intervals are of 95 %, of the bootstrap over the prompts, which both models share.
+    """The result of ``evaluate``. Intervals are of 95 %, of the bootstrap over the prompts, which both models share.
 
     Attributes:
         student: what the student's responses are like.
@@ -115,14 +115,19 @@ class EvaluateReport:
 
 
 def evaluate(
-    student: Annotated[str, Doc("The trained model: a directory, or org/name[@revision] of the Hub.")],
-    baseline: Annotated[str, Doc("The model that it is compared with, such as the student before training.")],
+    student: Annotated[str, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE],
+    baseline: Annotated[
+        str, Doc("The model that it is compared with, such as the student before training."), Group.DECIDE
+    ],
     teacher: TeacherOption,
-    reference: Annotated[str, Doc("The large model before preference training.")],
-    data: Annotated[str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered.")],
+    reference: Annotated[str, Doc("The large model before preference training."), Group.DECIDE],
+    data: Annotated[
+        str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."), Group.DECIDE
+    ],
     cache: Annotated[
         Location | None,
         Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),
+        Group.SAVING,
     ] = None,
     split: SplitOption = None,
     max_prompt_length: MaxPromptLengthOption = 1024,
@@ -151,11 +156,6 @@ def evaluate(
         AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
     """
     started = time.perf_counter()
-    if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
-        raise OptionError(
-            f"--baseline {baseline}: it has the weights of --student {student}, so that there is nothing to compare",
-            "name the model before training, or another one",
-        )
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
         folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
@@ -183,7 +183,8 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
-        ask(student=baseline, dry_run=True)  # what is wrong with it is said before the student's long work
+        ask(student=baseline, dry_run=True)  # checks everything before the student's long work
+        _check_different(student, baseline)
         by_student, by_baseline = ask(student=student), ask(student=baseline)
         mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
     assert mine.prompts == theirs.prompts, "both answer the same data"
@@ -207,6 +208,16 @@ def evaluate(
         note=NOTE,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_different(student: str, baseline: str) -> None:
+    from adpa.pipeline.models.checkpoint import open_checkpoint  # torch, after the dry run has checked all values
+
+    if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
+        raise OptionError(
+            f"--baseline {baseline}: it has the weights of --student {student}, so that there is nothing to compare",
+            "name the model before training, or another one",
+        )
 
 
 def repetition(response_ids: TokenIds) -> float:
@@ -248,7 +259,7 @@ class _Answers:
 
 def _read_answers(cache: Location, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
     """What a run of ``precompute`` sampled and scored; the first one of several pairs with the same prompt."""
-    responses = next(found for found in read_response_sets(cache) if found.id == done.responses["sampled"])
+    responses = next(one for one in read_response_sets(cache) if one.id == done.responses["sampled"])
     signals = read_signals(cache, read_scoring(cache, done.scoring))
     sequences, numbers = responses.sequences(), signals.locate(responses.table["key"])
     firsts: dict[bytes, int] = {}  # where the M responses to a prompt begin; they stand together

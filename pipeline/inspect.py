@@ -8,20 +8,21 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from adpa.data.cache.files import write_file
-from adpa.data.cache.locations import Location, check_writable_file
+from adpa.data.cache.locations import check_writable_file
 from adpa.data.cache.responses import ResponseSet
 from adpa.data.cache.selection import ScoredSet, select_scored, several_fit
 from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """What ``inspect_cache`` found.
+    """The result of ``inspect_cache``.
 
     Attributes:
         summaries: one for each response set and scoring.
@@ -37,14 +38,16 @@ class InspectReport:
 
 
 def inspect_cache(
-    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
-    response_set: Annotated[
-        str | None, Doc("Response set to show: chosen, rejected or sampled, or the beginning of its id.")
+    cache: CacheArgument,
+    response_set: ResponseSetOption = None,
+    scoring: ScoringOption = None,
+    example: Annotated[
+        str | None, Doc("Example to show (the beginning of its id); default: the first ones."), Group.SIGNALS
     ] = None,
-    scoring: Annotated[str | None, Doc("Scoring to show (the beginning of its id).")] = None,
-    example: Annotated[str | None, Doc("Example to show (the beginning of its id); default: the first ones.")] = None,
-    count: Annotated[int, Doc("Responses to show, unless --example names one.")] = 3,
-    html: Annotated[Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token.")] = None,
+    count: Annotated[int, Doc("Responses to show, unless --example names one."), Group.SIGNALS] = 3,
+    html: Annotated[
+        Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token."), Group.SIGNALS
+    ] = None,
 ) -> InspectReport:
     """Show what a cache says: its signals in a few numbers, and responses token by token.
 
@@ -77,14 +80,14 @@ def _rows(responses: ResponseSet, example: str | None, count: int) -> Sequence[i
     if example is None:
         return range(min(count, len(responses)))
     example_ids = responses.table["example_id"].to_pylist()
-    matching = {found for found in example_ids if found.startswith(example)}
+    matching = {name for name in example_ids if name.startswith(example)}
     chosen = {example} & matching or matching
     if len(chosen) != 1:
         several = sorted(chosen or set(example_ids))
         listing = ", ".join(several[:5]) + (f" and {len(several) - 5} more" if len(several) > 5 else "")
         problem = f"{len(chosen)} examples fit: {listing}" if chosen else f"no such example; found {listing}"
         raise CacheError(f"--example {example}: {problem}", "name one of them")
-    return [row for row, found in enumerate(example_ids) if found in chosen]
+    return [row for row, name in enumerate(example_ids) if name in chosen]
 
 
 def _summarize(scored: ScoredSet) -> SignalSummary:

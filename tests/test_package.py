@@ -24,14 +24,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.cache.tokenizers": {"data.cache", "data.vocabulary"},
     "pipeline.terminal": {"pipeline.terminal", "pipeline.cache", *CACHE_FILES}
     | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect", "scoring.probe")},
-    "pipeline.cache": {"pipeline.cache", *CACHE_FILES},
+    "pipeline.cache": {"pipeline.cache", "pipeline.options", *CACHE_FILES},
     "pipeline.models": {"pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
     "pipeline.scoring": {"pipeline.scoring", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
     "pipeline.training": {"pipeline.training", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
     "pipeline": {"pipeline", "pipeline.scoring", "pipeline.training", "pipeline.models", "pipeline.terminal"}
     | {"kernels", *CACHE_FILES},
     "lab": {"lab", "pipeline", "pipeline.models", "pipeline.training", "kernels", *CACHE_FILES},
-    "cli": {"commands", "lab", "pipeline", "pipeline.cache", "pipeline.terminal"},
+    "cli": {"commands", "parameters", "lab", "pipeline", "pipeline.cache", "pipeline.terminal"},
 }
 OWN_MODULE_ONLY = ("vllm", "ray", "peft", "bitsandbytes", "trl")
 MODEL_PACKAGES = ("torch", "transformers")  # no room of files imports them

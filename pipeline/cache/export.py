@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Doc
 
 from adpa.data.cache.format import check_cache
-from adpa.data.cache.locations import Location, check_writable_file
+from adpa.data.cache.locations import check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.progress import progress
 
 
@@ -46,14 +46,14 @@ class ExportReport:
 
 
 def export_cache(
-    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
+    cache: CacheArgument,
     output: Annotated[
-        Path, Doc("What to write, locally: a Parquet file if it ends with .parquet, or else a directory of datasets.")
+        Path,
+        Doc("What to write, locally: a Parquet file if it ends with .parquet, or else a directory of datasets."),
+        Group.DECIDE,
     ],
-    response_set: Annotated[
-        str | None, Doc("Response set to export: chosen, rejected or sampled, or the beginning of its id.")
-    ] = None,
-    scoring: Annotated[str | None, Doc("Scoring to export (the beginning of its id).")] = None,
+    response_set: ResponseSetOption = None,
+    scoring: ScoringOption = None,
 ) -> ExportReport:
     """Write a response set and its signals as plain columns.
 
@@ -116,6 +116,8 @@ def _write(pieces: Iterator[pa.Table], write: Callable[[pa.Table], None]) -> int
 
 
 def _save_dataset(rows: Path, directory: Path) -> None:
+    import datasets  # takes a second, and only this form needs it
+
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -31,6 +31,7 @@ from adpa.data.cache.shards import (
 )
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError
+from adpa.pipeline.options import CacheArgument, Group
 from adpa.progress import progress
 
 DAY = 24 * 60 * 60
@@ -80,8 +81,8 @@ class GarbageReport:
 
 
 def collect_garbage(
-    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
-    yes: Annotated[bool, Doc("Remove what is listed.")] = False,
+    cache: CacheArgument,
+    yes: Annotated[bool, Doc("Remove what is listed."), Group.DECIDE] = False,
 ) -> GarbageReport:
     """List what no response set needs; --yes removes it.
 

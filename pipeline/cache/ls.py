@@ -6,11 +6,9 @@ It reads file sizes, Arrow metadata and the column ``key``. It decodes no signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from typing_extensions import Doc
 
 from adpa.data.cache.compact import RoundingErrors, rounding_errors
 from adpa.data.cache.format import check_cache
@@ -21,6 +19,7 @@ from adpa.data.cache.samples import samples_folder
 from adpa.data.cache.shards import join_keys, list_again, peek_keys, peek_shard
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import DamagedFileError
+from adpa.pipeline.options import CacheArgument
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class CacheListing:
     total: ListedFiles
 
 
-def list_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> CacheListing:
+def list_cache(cache: CacheArgument) -> CacheListing:
     """List what a cache holds, and who made it.
 
     The list has the response sets and scorings with their rows, tokens and bytes, and everything else that takes

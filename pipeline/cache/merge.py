@@ -27,6 +27,7 @@ from adpa.data.cache.shards import (
 from adpa.data.cache.signals import read_scoring_file, write_scoring
 from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.errors import DamagedFileError, OptionError
+from adpa.pipeline.options import Group
 from adpa.progress import progress
 
 
@@ -83,8 +84,10 @@ class MergeReport:
 
 
 def merge_cache(
-    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache that is added to.")],
-    other: Annotated[Location, Doc("Directory or URL of the cache whose files are taken; it is not changed.")],
+    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache that is added to."), Group.DECIDE],
+    other: Annotated[
+        Location, Doc("Directory or URL of the cache whose files are taken; it is not changed."), Group.DECIDE
+    ],
 ) -> MergeReport:
     """Take another cache's sets, signals, samples and tokenizers.
 

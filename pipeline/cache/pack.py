@@ -15,13 +15,11 @@ file, B listed the folder after A; the files of the process that listed last sur
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from typing_extensions import Doc
 
 from adpa.data.cache import samples, signals
 from adpa.data.cache.compact import compact_schema, compact_table
@@ -39,6 +37,7 @@ from adpa.data.cache.shards import (
     write_replacement,
 )
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings
+from adpa.pipeline.options import CacheArgument
 from adpa.progress import progress
 
 GOAL = 256 << 20  # bytes of a file; a file of half this size stays as it is
@@ -75,7 +74,7 @@ class PackReport:
     untouched: int
 
 
-def pack_cache(cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")]) -> PackReport:
+def pack_cache(cache: CacheArgument) -> PackReport:
     """Write many small files as few large ones; no row changes.
 
     Signals in older versions of the format are rewritten in the newest, and of repeated rows one stays. Packing needs

@@ -30,6 +30,7 @@ from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_sc
 from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import DamagedFileError
+from adpa.pipeline.options import CacheArgument, Group
 from adpa.progress import progress
 
 # Embedding matrices may be padded: models may give probability to ids that the tokenizer lacks.
@@ -93,9 +94,11 @@ class VerifyReport:
 
 
 def verify_cache(
-    cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache.")],
+    cache: CacheArgument,
     repair: Annotated[
-        bool, Doc("Move damaged files to CACHE/damaged, so that the next adpa precompute makes them again.")
+        bool,
+        Doc("Move damaged files to CACHE/damaged, so that the next adpa precompute makes them again."),
+        Group.DECIDE,
     ] = False,
 ) -> VerifyReport:
     """Check every digest, every row and every file's name.

@@ -4,15 +4,12 @@ import importlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.scoring.jobs import Executor, run_here
-
-if TYPE_CHECKING:  # commands declare these options without importing torch
-    import torch
 
 ExecutorName = Literal["here", "ray"]
 
@@ -25,8 +22,8 @@ class ExecutorOptions:
     workers: int | None = None
     ray_address: str | None = None
 
-    def check(self, device: "torch.device") -> None:
-        """Checks the options without starting anything.
+    def check(self, device: str) -> None:
+        """Checks the options, and the value of ``--device`` beside them, without starting anything.
 
         Raises:
             OptionError: an option is out of range or does not fit the others, or Ray is not installed.
@@ -44,7 +41,7 @@ class ExecutorOptions:
             raise OptionError("--executor ray without --workers", "set the number of workers")
         if self.workers < 1:
             raise OptionError(f"--workers {self.workers}; expected at least 1")
-        if device.index:
+        if device.partition(":")[2] not in ("", "0"):
             raise OptionError(f"--device {device}: Ray gives every worker its own GPU", "use --device cuda")
         ray_module = _import_ray()
         if self.ray_address is not None:

@@ -1,4 +1,4 @@
-"""From a function to a command: its parameters become options, their help is the ``Doc`` beside the type."""
+"""From a function to a command: it takes its options, calls the function and shows the report or one line of error."""
 
 import dataclasses
 import inspect
@@ -8,20 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 from rich.console import Console, RenderableType
-from upath import UPath
+from rich.markup import escape
 
 from adpa.data.cache.locations import check_writable_file, find_location
 from adpa.errors import AdpaError, OptionError
+from adpa.parameters import NO_VALUE, as_argument, as_option, group_of, is_location
 from adpa.pipeline.models.launcher import this_rank
+from adpa.pipeline.options import Group
 from adpa.pipeline.terminal.report import show_report
 from adpa.yaml_options import read_options
 
+MARKUP: Literal["rich"] = "rich"  # groups of options need a mode
 OUT_OF_MEMORY = "out of memory; lower --batch-tokens, --micro-batch-size or, with vLLM, --gpu-memory-utilization"
 
 
@@ -31,6 +33,12 @@ class Command(typer.core.TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """The pieces of the line of usage."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help``, in the last group."""
+        option: Any = super().get_help_option(ctx)
+        option.rich_help_panel, option.metavar = Group.OTHER, NO_VALUE
+        return option
 
 
 class Commands(typer.core.TyperGroup):
@@ -46,11 +54,17 @@ class Commands(typer.core.TyperGroup):
 
 
 def load(command: Any) -> Any:
-    """The command that a registered function gives; a group as it is."""
+    """The command that a registered function gives; a group as it is.
+
+    Its help is the first paragraph of its docstring, then the options, then the other paragraphs: the first screen
+    shows the options that must be decided.
+    """
     if isinstance(command, Commands):
         return command
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(command.name, cls=Command)(command.callback())
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=MARKUP)
+    function = command.callback()
+    first, *details = [" ".join(paragraph.split()) for paragraph in escape(function.__doc__).split("\n\n")]
+    single.command(command.name, cls=Command, help=first, epilog="\n\n".join(details))(function)
     return typer.main.get_command(single)
 
 
@@ -65,28 +79,15 @@ def as_command(
     Args:
         stage: the function.
         show: how its report looks in a terminal; default: a table of its fields.
-        arguments: the parameters that are given by their place instead of as options.
+        arguments: the parameters that have a place instead of a name.
         failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
     """
     show = show or partial(show_report, stage.__name__)
-    locations = {name for name, parameter in inspect.signature(stage).parameters.items() if UPath in _types(parameter)}
+    declared = inspect.signature(stage).parameters.values()
+    locations = {parameter.name for parameter in declared if is_location(parameter)}
     parameters = [
-        inspect.Parameter(
-            parameter.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=parameter.default,
-            annotation=Annotated[
-                _option_type(parameter),
-                typer.Argument(help=_documentation(parameter), metavar=parameter.name.upper())
-                if parameter.name in arguments
-                else typer.Option(
-                    *_flag(parameter),
-                    help=_documentation(parameter),
-                    metavar="PATH|URL" if parameter.name in locations else _metavar(parameter),
-                ),
-            ],
-        )
-        for parameter in inspect.signature(stage).parameters.values()
+        as_argument(parameter) if parameter.name in arguments else as_option(parameter)
+        for parameter in sorted(declared, key=lambda parameter: list(Group).index(group_of(parameter)))
     ]
 
     def command(
@@ -94,11 +95,21 @@ def as_command(
         config: Annotated[
             Path | None,
             typer.Option(
-                help="YAML file of options; the command line outranks it.", callback=_read_config, is_eager=True
+                help="YAML file of options; the command line outranks it.",
+                callback=_read_config,
+                is_eager=True,
+                rich_help_panel=Group.OTHER,
             ),
         ] = None,
-        report: Annotated[Path | None, typer.Option(help="File for the summary as JSON.")] = None,
-        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        report: Annotated[
+            Path | None, typer.Option(help="File for the summary as JSON.", rich_help_panel=Group.OTHER)
+        ] = None,
+        debug: Annotated[
+            bool,
+            typer.Option(
+                "--debug", help="Show the traceback of an error.", metavar=NO_VALUE, rich_help_panel=Group.OTHER
+            ),
+        ] = False,
         **options: Any,
     ) -> None:
         try:
@@ -117,8 +128,8 @@ def as_command(
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
             _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")
         Console().print(show(done))
-        if failure is not None and (found := failure(done)):
-            print_error(found)
+        if failure is not None and (problem := failure(done)):
+            print_error(problem)
             raise typer.Exit(1)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -126,37 +137,6 @@ def as_command(
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *own]}
     command.__doc__ = (inspect.getdoc(stage) or "").partition("\n\nRaises:")[0].partition("\n\nArgs:")[0]
     return command
-
-
-def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
-    """The types that a parameter of a stage may have."""
-    annotated = get_args(parameter.annotation)[0]
-    return get_args(annotated) or (annotated,)
-
-
-def _option_type(parameter: inspect.Parameter) -> Any:
-    """The type of the option of a parameter; a location is read as text, so that a URL keeps its slashes."""
-    if UPath not in _types(parameter):
-        return get_args(parameter.annotation)[0]
-    return str | None if NoneType in _types(parameter) else str
-
-
-def _flag(parameter: inspect.Parameter) -> list[str]:
-    """The name of an option that is off unless it is named: it needs no other name that says so."""
-    is_flag = bool in _types(parameter) and parameter.default is False
-    return [f"--{parameter.name.replace('_', '-')}"] if is_flag else []
-
-
-def _documentation(parameter: inspect.Parameter) -> str:
-    documentation: str = get_args(parameter.annotation)[1].documentation
-    return documentation
-
-
-def _metavar(parameter: inspect.Parameter) -> str | None:
-    """What a repeatable option takes each time; of all others the parser says it well."""
-    annotation = get_args(parameter.annotation)[0]
-    lists = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is list]
-    return f"<{get_args(lists[0])[0].__name__}>" if lists else None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

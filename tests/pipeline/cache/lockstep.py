@@ -31,7 +31,6 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.pipeline import precompute as stage
 from adpa.pipeline.cache.gc import collect_garbage
 from adpa.pipeline.cache.pack import pack_cache, pack_folder
 from adpa.pipeline.precompute import PrecomputeReport
@@ -363,7 +362,7 @@ def models_and_steps() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adpa.pipeline.scoring.opened_models.open_checkpoint", open_checkpoint)
-        patch.setattr(stage, "choose_engine", lambda *_: engine)
+        patch.setattr("adpa.pipeline.scoring.plan.choose_engine", lambda *_: engine)
         patch.setattr("adpa.pipeline.scoring.jobs.ThreadPoolExecutor", Writer)
         for name, owner in OPERATIONS.items():
             patch.setattr(owner, name, stopping(name, getattr(owner, name)))

@@ -27,7 +27,6 @@ from adpa.data.cache.responses import ResponseSet, make_response_set, read_respo
 from adpa.data.cache.shards import read_shard
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
-from adpa.pipeline import precompute as stage
 from adpa.pipeline.scoring.sample import sample_responses
 
 
@@ -255,7 +254,7 @@ def test_samples_that_a_gc_removes_before_their_set_is_made_are_sampled_again(
             gone.extend(cache.glob("samples/*/*"))
             gone[0].unlink()
 
-    monkeypatch.setattr(stage, "sample_responses", sample)
+    monkeypatch.setattr("adpa.pipeline.scoring.run.sample_responses", sample)
     job.run(cache, None)
     check_same_sets(read_sets(cache), alone_as(job, None)[0])
     assert len(gone) > 1

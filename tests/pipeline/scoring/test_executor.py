@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.pipeline.conftest import Filled
 
 from adpa import precompute
 from adpa.errors import OptionError
 from adpa.pipeline.scoring.executor import ExecutorOptions
 
-CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
+CPU, SECOND_GPU = "cpu", "cuda:1"
 
 
 @pytest.mark.parametrize(
@@ -26,7 +25,7 @@ CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
         (ExecutorOptions("ray", 2, "head"), CPU, "--ray-address head; expected auto or host:port"),
     ],
 )
-def test_options_without_meaning_are_refused(options: ExecutorOptions, device: torch.device, message: str) -> None:
+def test_options_without_meaning_are_refused(options: ExecutorOptions, device: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         options.check(device)
 

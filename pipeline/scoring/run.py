@@ -1,0 +1,125 @@
+"""Carries a plan out: samples, writes the response sets, scores; a dry run only counts, or probes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from adpa.data.cache.format import prepare_cache
+from adpa.data.cache.locations import Location
+from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.tokenizers import write_tokenizer
+from adpa.data.sequences import TokenIds, TokenSequence
+from adpa.errors import CacheError
+from adpa.pipeline.scoring.jobs import Executor
+from adpa.pipeline.scoring.plan import Plan, Setup
+from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
+from adpa.pipeline.scoring.request import Request
+from adpa.pipeline.scoring.sample import Sampler, sample_responses
+from adpa.pipeline.scoring.score import missing_sequences, score
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did; of a dry run, what is to be done.
+
+    Attributes:
+        sets: the response sets, the sampled one with the responses that are sampled already.
+        finished: those of them that are whole.
+        unsampled: responses that the cache lacked.
+        awaited: responses that other parts of the data have still to sample.
+        wanted: the sequences that the part scores.
+        missing: those whose signals the cache lacked.
+        bytes: size of the files with their signals.
+    """
+
+    sets: Mapping[ResponseName, ResponseSet]
+    finished: Mapping[ResponseName, ResponseSet]
+    unsampled: Sequence[SampleRequest]
+    awaited: int
+    wanted: Sequence[TokenSequence]
+    missing: Sequence[TokenSequence]
+    bytes: int
+
+
+def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
+    """Samples, writes and scores what the cache lacks; a dry run looks what that is.
+
+    Raises:
+        AdpaError: a file of the cache is damaged, samples disappear, or the engine fails.
+    """
+    cache = request.cache
+    if not request.dry_run:
+        prepare_cache(cache)
+    sets, unsampled, awaited, written = dict(plan.sets), list[SampleRequest](), 0, 0
+    with request.executor.open(setup.engine.gpus, cache) as execute:
+        if plan.sampling is not None:
+            unsampled = missing_requests(cache, plan.sampling, plan.own_samples())
+            if request.dry_run:
+                answers = read_samples(cache, plan.sampling)
+            else:
+                open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, plan.sampling)
+                answers = _sample(
+                    cache, plan.sampling, plan.own_samples(), unsampled, open_sampler, setup.sampling_tokens, execute
+                )
+            sets["sampled"] = plan.sampled_set(answers)
+            others = {sample.key for _, sample in plan.samples if sample.prompt_ids not in plan.own}
+            awaited = len(others - answers.keys())
+        # A set is never made of some of its samples: the part that samples last makes it.
+        finished = {name: one for name, one in sets.items() if name != "sampled" or not awaited}
+        if not request.dry_run:  # before the search for what is missing: no gc removes rows that a set needs
+            for responses in finished.values():
+                write_response_set(cache, responses)
+            write_tokenizer(cache, plan.encoder.tokenizer, sets["chosen"].info.tokenizer)
+        wanted = plan.sequences(sets)
+        missing = missing_sequences(cache, plan.scoring, wanted)
+        if not request.dry_run:
+            open_scorer = partial(setup.models.open_scorer, setup.engine, plan.longest, plan.scoring)
+            written = score(cache, plan.scoring, missing, open_scorer, setup.scoring_tokens, execute)
+    return Outcome(sets, finished, unsampled, awaited, wanted, missing, written)
+
+
+def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: Outcome) -> ProbeReport:
+    """Scores so many of the wanted responses in memory, after a dry run.
+
+    Raises:
+        AdpaError: the engine fails.
+    """
+    models = setup.models
+    return probe_signals(
+        count,
+        Work(outcome.wanted, outcome.missing, outcome.unsampled, request.sampling.max_new_tokens),
+        plan.sets["chosen"].sequences(),
+        plan.scoring,
+        partial(models.open_scorer, setup.engine, plan.longest),
+        student=models.student.identity if models.student else None,
+        vocabulary=models.teacher.config.vocab_size,
+        batch_tokens=setup.scoring_tokens,
+        pads=setup.engine.pads,
+    )
+
+
+def _sample(
+    cache: Location,
+    sampling: Sampling,
+    samples: Sequence[SampleRequest],
+    missing: Sequence[SampleRequest],
+    open_sampler: Callable[[], Sampler],
+    batch_tokens: int,
+    execute: Executor,
+) -> dict[bytes, TokenIds]:
+    """Samples the missing ones of a part's samples; gives the responses to all of them, and those of other parts."""
+    sample_responses(cache, sampling, missing, open_sampler, batch_tokens, execute)
+    answers = read_samples(cache, sampling)
+    lost = _unanswered(samples, answers)
+    if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
+        sample_responses(cache, sampling, lost, open_sampler, batch_tokens, execute)
+        answers |= read_samples(cache, sampling)
+        lost = _unanswered(samples, answers)
+    if lost:
+        raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
+    return answers
+
+
+def _unanswered(samples: Sequence[SampleRequest], answers: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
+    return list({sample.key: sample for sample in samples if sample.key not in answers}.values())
