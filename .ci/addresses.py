@@ -19,9 +19,7 @@ def main() -> None:
     address, tag = sys.argv[1:]
     readme, pyproject = Path("README.md"), Path("pyproject.toml")
     readme.write_text(RELATIVE_LINK.sub(lambda link: f"]({absolute(link[1], address, tag)}", readme.read_text()))
-    urls = (
-        f'Repository = "{address}"\nIssues = "{address}/issues"\nChangelog = "{address}/blob/{tag}/CHANGELOG.md"\n'
-    )
+    urls = f'Repository = "{address}"\nIssues = "{address}/issues"\nChangelog = "{address}/blob/{tag}/CHANGELOG.md"\n'
     content, tables = URLS.subn(lambda table: table[0] + urls, pyproject.read_text())
     if tables != 1:
         sys.exit(f"pyproject.toml: {tables} tables [project.urls]; expected one")
