@@ -1,7 +1,7 @@
 """The site's API pages: mkdocs calls ``on_config`` before it builds, griffe calls the extensions.
 
-griffe reads no folder without ``__init__.py`` inside a package, and the rooms of adpa have none. So it reads a copy that
-has them.
+Inside a package griffe skips folders without ``__init__.py``, and the rooms of adpa have none. So it reads a copy with
+these files.
 """
 
 import shutil
@@ -29,7 +29,7 @@ def on_config(config: Any) -> Any:
 
 
 class SharedOptions(griffe.Extension):
-    """Before griffe_typingdoc: a shared option's name becomes the ``Annotated[type, Doc("help")]`` that it stands for."""
+    """Before griffe_typingdoc: the name of a shared option becomes its ``Annotated[type, Doc("help")]``."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
         """Visits the parameters of the commands."""
