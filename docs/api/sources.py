@@ -35,7 +35,7 @@ class SharedOptions(griffe.Extension):
         """Visits the parameters of the commands."""
         for parameter in parameters(pkg):
             name = parameter.annotation
-            if isinstance(name, griffe.ExprName) and name.name.endswith("Option"):
+            if isinstance(name, griffe.ExprName) and name.canonical_path.startswith("adpa.pipeline.options."):
                 parameter.annotation = loader.modules_collection[name.canonical_path].value
 
 
