@@ -1,5 +1,6 @@
 """Real parts for the tests: SmolLM2's weights, tokenizer and template, and tiny models that speak its tokens."""
 
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,9 @@ Row = dict[str, Any]
 # One thread a process: the tests run side by side, and their models are too small to gain from more.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# adpa collects garbage between models. Torch and transformers are a million objects, which stay anyway.
+gc.freeze()
 
 
 @pytest.fixture(scope="session")
