@@ -21,6 +21,7 @@ def losses(run: Path) -> list[dict[str, float]]:
     return logged
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_four_commands_align_a_layer_dropped_smollm2(
     smollm2: Path, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path

@@ -152,6 +152,7 @@ def test_the_two_models_may_change_places_and_nothing_is_sampled_again(
     assert turned.difference.low == pytest.approx(-report.difference.high)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     report: EvaluateReport, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

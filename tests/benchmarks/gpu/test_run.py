@@ -110,6 +110,7 @@ def test_a_dry_run_is_never_taken_for_a_gpu(dry_run: Run) -> None:
     assert dry_run.table.startswith("# Measured on a CPU: a dry run, whose numbers mean nothing\n")
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     found = run(tmp_path, "--parts", "ac", PYTEST_ADDOPTS="--no-such-option")
     assert found.exit_code == 1
@@ -144,6 +145,7 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_keeps_what_it_has_and_leaves_no_process(
     running: subprocess.Popen[str], tmp_path: Path, ending: signal.Signals

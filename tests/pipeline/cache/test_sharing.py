@@ -95,6 +95,7 @@ def test_several_precomputes_at_once_make_what_one_makes_and_several_students_re
     assert len(list(tmp_path.glob("trained-*/adpa.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_cache_in_an_object_store_is_filled_by_two_at_once_and_trained_from(
     models: Models, preference_rows: list[Row], write_rows: WriteRows, bucket: str, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_parts_done_one_after_the_other_are_the_whole(
     assert reports[-1].responses == whole[1].responses
 
 
+@pytest.mark.slow
 def test_parts_done_at_the_same_time_are_the_whole(
     few_words: Filled, whole: tuple[Path, PrecomputeReport], tmp_path: Path
 ) -> None:

@@ -67,7 +67,14 @@ def test_a_probe_of_everything_predicts_the_size_of_the_files_and_writes_none(fi
         assert kept.bytes == sum(path.stat().st_size for path in shards)
 
 
-@pytest.mark.parametrize("others", [{}, {"top_p": 0.1}, {"lossy": True}], ids=["exact", "a nucleus", "lossy"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({}, id="exact"),
+        pytest.param({"top_p": 0.1}, id="a nucleus", marks=pytest.mark.slow),
+        pytest.param({"lossy": True}, id="lossy", marks=pytest.mark.slow),
+    ],
+)
 def test_the_summary_has_the_bytes_that_the_probe_predicts_for_what_is_missing(
     others: dict[str, Any], filled: Filled, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def files(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_cache_that_one_process_makes(
     cluster: None, few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_second_job_adds_to_the_cache_and_the_block_of_a_killed_worker_is_done
     assert Counter(keys) == Counter(sequence.key for sequence in SEQUENCES)
 
 
+@pytest.mark.slow
 def test_work_that_kills_every_worker_ends_the_run(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="3 workers died over the same batches, one after the other") as caught:
         do(Squares(at_seven=die), tmp_path)
@@ -195,6 +197,7 @@ def test_work_that_kills_every_worker_ends_the_run(cluster: None, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_workers_that_die_while_they_load_a_model_end_the_run(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="several workers died while they loaded a model"):
         do(Squares(opening=die), tmp_path)
@@ -207,6 +210,7 @@ class StubbornError(Exception):
         super().__init__(f"{one} {two}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "error", "kind", "message"),
     [
@@ -240,6 +244,7 @@ def test_a_cache_in_the_memory_of_one_process_is_seen_by_no_worker(cluster: None
         do(Squares(), UPath("memory://cache"))
 
 
+@pytest.mark.slow
 def test_workers_that_begin_after_a_day_know_the_cache_too(cluster: None, tmp_path: Path) -> None:
     """The marker file in it looks like a leftover of a killed run."""
     prepare_cache(tmp_path)
@@ -256,6 +261,7 @@ def test_workers_that_begin_after_a_day_know_the_cache_too(cluster: None, tmp_pa
     assert not list(tmp_path.glob(".workers.*"))
 
 
+@pytest.mark.slow
 def test_a_busy_cluster_is_told_of_and_a_worker_takes_what_there_is(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,6 +286,7 @@ def wait_for_free_cpus(count: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_signal_while_ray_starts_leaves_no_cluster_behind(tmp_path: Path) -> None:
     program = """
 import os, signal, sys
@@ -322,6 +329,7 @@ def test_what_is_no_address_is_refused(address: str, monkeypatch: pytest.MonkeyP
         check_address(address)
 
 
+@pytest.mark.slow
 def test_an_address_that_does_not_answer_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules in the working directory do not shadow Ray's."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -351,6 +359,7 @@ def test_blocks_hold_every_batch_once_and_shrink_with_what_is_left_for_a_worker(
     assert len(blocks) >= min(batches, 4 * workers)
 
 
+@pytest.mark.slow
 def test_a_stop_leaves_no_process_behind(few_words: Filled, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "adpa", "precompute", "--executor", "ray", "--workers", "2", "--batch-tokens", "9"]
     command += ["--teacher", str(few_words.models.teacher), "--data", str(few_words.data), "--cache", str(tmp_path)]

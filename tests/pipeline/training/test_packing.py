@@ -95,7 +95,7 @@ def weighted_step(name: str, batch: Mapping[str, Tensor]) -> tuple[float, dict[s
         f"{term}_weight": torch.linspace(0.1 + place, 1, len(batch["labels"]))
         for place, term in enumerate(("nll", "kl", "advantage"))
     }
-    loss, _ = model(**{key: tensor for key, tensor in batch.items() if key != "role"}, **weights)
+    loss, _ = model(**{key: tensor for key, tensor in batch.items() if key != "part"}, **weights)
     loss.backward()
     return loss.item(), {key: each.grad.double() for key, each in model.named_parameters() if each.grad is not None}
 

@@ -166,6 +166,7 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(
     assert_same_training(output, alone["dckd"], seven.models.student)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(
     together: Path, alone: Mapping[str, Path], seven: Filled, tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(
     assert_same_training(output, alone["dckd"], seven.models.student)
 
 
+@pytest.mark.slow
 def test_when_a_rank_is_killed_the_others_stop_and_the_run_goes_on_from_its_checkpoint(
     seven: Filled, tmp_path: Path
 ) -> None:
@@ -199,6 +201,7 @@ def test_when_a_rank_is_killed_the_others_stop_and_the_run_goes_on_from_its_chec
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["another cache", "no cache"])
 def test_ranks_that_see_different_caches_stop_at_once(
     other: str, seven: Filled, few_words: Filled, tmp_path: Path
@@ -217,6 +220,7 @@ def test_ranks_that_see_different_caches_stop_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
     options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
     command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]

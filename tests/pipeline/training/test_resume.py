@@ -64,7 +64,13 @@ def assert_same_student(output: Path, whole: Path) -> None:
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("micro_batch", range(21))
+SOON = (0, 9, 17)  # in the first step, between two checkpoints, in the last step; the others take minutes
+
+
+@pytest.mark.parametrize(
+    "micro_batch",
+    [pytest.param(number, marks=() if number in SOON else pytest.mark.slow) for number in range(21)],
+)
 def test_killed_at_any_micro_batch(
     micro_batch: int, seven: Filled, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +136,7 @@ def test_a_finished_run_that_is_queued_again_does_no_further_step(seven: Filled,
     assert_same_student(tmp_path / "again", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_by_a_signal(seven: Filled, whole: Path, tmp_path: Path) -> None:
     kill = """
 import os, signal

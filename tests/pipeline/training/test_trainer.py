@@ -122,7 +122,7 @@ def test_loss_and_gradient_of_a_step_are_the_definitions(objective: Any, filled:
     assert_a_step_is_the_definitions(filled, tmp_path / "out", objective)
 
 
-@pytest.mark.parametrize("objective", ["dckd", "adpa"])
+@pytest.mark.parametrize("objective", ["adpa", pytest.param("dckd", marks=pytest.mark.slow)])
 def test_the_gradient_does_not_depend_on_how_the_step_is_cut(objective: Any, filled: Filled, tmp_path: Path) -> None:
     report, whole = one_step(filled, tmp_path / "whole", objective=objective, micro_batch_size=8)
     for micro_batch_size in (1, 2, 4):
@@ -282,7 +282,7 @@ def test_workers_that_read_the_cache_change_no_bit(filled: Filled, tmp_path: Pat
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("objective", ["dckd", "adpa"])
+@pytest.mark.parametrize("objective", ["adpa", pytest.param("dckd", marks=pytest.mark.slow)])
 def test_a_run_has_the_same_losses_with_either_backend(
     objective: Literal["dckd", "adpa"], filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
