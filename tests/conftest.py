@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -52,17 +53,36 @@ def tokenizer(smollm2: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(smollm2)
 
 
+SMALL_VOCABULARY = 8192
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer with its first 8,192 tokens, which have the same ids: it loads in a fraction of the time."""
+    directory = tmp_path_factory.mktemp("small-tokenizer")
+    for path in smollm2.glob("*token*"):
+        shutil.copy(path, directory)
+    description = json.loads((directory / "tokenizer.json").read_text())
+    model = description["model"]
+    model["vocab"] = {token: index for token, index in model["vocab"].items() if index < SMALL_VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    (directory / "tokenizer.json").write_text(json.dumps(description))
+    for path in smollm2.glob("chat_template*"):
+        shutil.copy(path, directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
 MakeModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Makes a tiny random Llama with SmolLM2's tokenizer: ``make_model(seed, layers=…, width=…, **config)``."""
+def make_model(small_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes a tiny random Llama with the small tokenizer: ``make_model(seed, layers=…, width=…, **config)``."""
 
     def make(seed: int, layers: int = 2, width: int = 32, **config: Any) -> Path:
         torch.manual_seed(seed)
         settings: dict[str, Any] = {
-            "vocab_size": 49152,
+            "vocab_size": SMALL_VOCABULARY,
             "hidden_size": width,
             "intermediate_size": 2 * width,
             "num_hidden_layers": layers,
@@ -76,7 +96,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.Temp
         settings |= config
         model = LlamaForCausalLM(LlamaConfig(**settings))
         torch.nn.Module.to(model, getattr(torch, settings["dtype"])).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        small_tokenizer.save_pretrained(directory)
         return directory
 
     return make

@@ -227,7 +227,7 @@ def test_a_flipped_byte_and_a_truncated_shard_are_refused_by_name(filled: Filled
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 50000}, r"--top-k 50000: .* has 49152 tokens"),
+        ({"top_k": 50000}, r"--top-k 50000: .* has 8192 tokens"),
         ({"top_k": 0}, r"--top-k 0; expected at least 1"),
         ({"temperature": -1.0}, r"--temperature -1; expected 0 or more"),
         ({"top_p": 0.0}, r"--top-p 0; expected more than 0"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import Models
+from tests.conftest import SMALL_VOCABULARY, Models
 from tests.pipeline.conftest import InstallVllm, synthetic
 
 from adpa.data.cache.responses import Sampling
@@ -224,6 +224,6 @@ def test_vllms_share_of_a_gpu_leaves_room_for_adpas_head(
     engine(device=GPU).open_scorer(teacher, scoring_of(teacher, dtype=dtype), longest=9)
     (arguments,) = vllm_models.opened
     assert arguments["gpu_memory_utilization"] == pytest.approx(share, abs=0.003)
-    needed = 49_152 * 32 * getattr(torch, dtype).itemsize + CHUNK_BYTES + BLOCK_BYTES
+    needed = SMALL_VOCABULARY * 32 * getattr(torch, dtype).itemsize + CHUNK_BYTES + BLOCK_BYTES
     assert arguments["gpu_memory_utilization"] * memory + needed <= 0.98 * memory
     assert json.dumps(arguments)
