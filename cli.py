@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from io import TextIOWrapper
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -31,6 +32,9 @@ cache_app = typer.Typer(cls=Commands, help="Look after a cache.", rich_markup_mo
 
 def main() -> None:
     """The entry point of the ``adpa`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without α shows ? instead
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for ending in ENDINGS:
         if signal.getsignal(ending) != signal.SIG_IGN:  # nohup

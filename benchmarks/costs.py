@@ -112,8 +112,10 @@ def count_flops(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> Flops:
     product in place, which the counter misses.
     """
     attach_distill_head(model)
-    batch = collate([[TrainingSequence(role, text, None) for role, text in enumerate(texts(pair))] for pair in pairs])
-    none = torch.zeros(batch.pop("part").shape)
+    batch = collate(
+        [[TrainingSequence(number, text, None) for number, text in enumerate(texts(pair))] for pair in pairs]
+    )
+    none = torch.zeros(batch.pop("set_number").shape)
     with torch.no_grad():
         with FlopCounterMode(display=False) as decoder:
             hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])

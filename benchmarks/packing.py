@@ -107,7 +107,7 @@ def main() -> None:
             max_length=arguments.max_length,
         )
         needs: dict[ResponseName, Need] = {"chosen": Need(True, False), "rejected": Need(True, False)}
-        examples = TrainingExamples(select(cache, needs, student="").parts(needs))
+        examples = TrainingExamples(select(cache, needs, student="").training_sets(needs))
         tokenizer = load_tokenizer(smollm2)
         whole_pairs = [
             list(Encoder(tokenizer, find_turn_end(tokenizer), *limits).encode(read_rows(str(whole))))
@@ -141,7 +141,7 @@ def step(
     model.set_attn_implementation(layout.attention)
     started, cpu_started = time.perf_counter(), time.process_time()
     batch = collate(micro_batch, layout.packing)
-    rejected_N = batch.pop("part") == 1
+    rejected_N = batch.pop("set_number") == 1
     weight_N = torch.full(rejected_N.shape, 1 / len(rejected_N))
     nll_N = weight_N.masked_fill(rejected_N, 0)
     loss, _ = model(**batch, nll_weight=nll_N, kl_weight=weight_N, advantage_weight=torch.zeros_like(weight_N))

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adpa.data.batches import TrainingExamples, collate
 from adpa.data.cache.responses import ResponseName, ResponseSet, ResponseSetInfo, make_response_set
-from adpa.data.cache.selection import TrainingPart
+from adpa.data.cache.selection import TrainingSet
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import ModelIdentity, Scoring, read_signals, write_signals
 from adpa.data.sequences import TokenIds
@@ -34,9 +34,9 @@ def main() -> None:
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
-        parts = [write_part(cache, name, generator) for name in ("chosen", "rejected")]
+        sets = [write_set(cache, name, generator) for name in ("chosen", "rejected")]
         signals = read_signals(cache, SCORING)
-        examples = TrainingExamples([TrainingPart(part, signals) for part in parts])
+        examples = TrainingExamples([TrainingSet(one, signals) for one in sets])
         ratios = measure(examples, generator)
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
     print(
@@ -46,7 +46,7 @@ def main() -> None:
     )
 
 
-def write_part(cache: Path, name: ResponseName, generator: np.random.Generator) -> ResponseSet:
+def write_set(cache: Path, name: ResponseName, generator: np.random.Generator) -> ResponseSet:
     """A response set of random tokens, its signals written in eight shards."""
 
     def tokens(count: int) -> TokenIds:
@@ -90,7 +90,7 @@ def measure(examples: TrainingExamples, generator: np.random.Generator) -> list[
         start = time.perf_counter()
         batch = collate([examples[int(index)] for index in generator.integers(0, len(examples), BATCH)])
         read = time.perf_counter()
-        weight = torch.full(batch.pop("part").shape, 1e-3)
+        weight = torch.full(batch.pop("set_number").shape, 1e-3)
         loss, _ = model(**batch, nll_weight=weight, kl_weight=weight, advantage_weight=weight)
         loss.backward()
         model.zero_grad()

@@ -1,7 +1,8 @@
 """From joined rows to the tensors of a step.
 
-A part of training is a response set that the objective uses, with its signals where a term needs them. An example is a
-preference pair as training sees it: one token sequence of each part, or several. Batches number the parts from 0.
+A training set is a response set that the objective uses, with its signals where a term needs them. An example is a
+preference pair as training sees it: one token sequence of each training set, or several. Batches number the training
+sets from 0.
 
 Shapes: B sequences, L tokens of the longest, N response tokens of the batch, K ids.
 """
@@ -16,7 +17,7 @@ from pyarrow.compute import list_value_length
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adpa.data.cache.selection import TrainingPart
+from adpa.data.cache.selection import TrainingSet
 from adpa.data.cache.signal_rows import SignalRow, check_length
 from adpa.data.packing import pack_sequences
 from adpa.data.sequences import Packing, TokenSequence
@@ -61,9 +62,9 @@ def pad_sequences(sequences: Sequence[TokenSequence]) -> PaddedSequences:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One response of an example; ``part`` is the number of its part."""
+    """One response of an example; ``set_number`` is the number of its training set."""
 
-    part: int
+    set_number: int
     tokens: TokenSequence
     signals: SignalRow | None
 
@@ -71,30 +72,30 @@ class TrainingSequence:
 class TrainingExamples(Dataset[list[TrainingSequence]]):
     """The examples of a run, each read from the memory-mapped cache on access.
 
-    Every part has every example, and several times with several samples for one prompt.
+    Every training set has every example, and several times with several samples for one prompt.
     """
 
-    def __init__(self, parts: Sequence[TrainingPart]) -> None:
-        self._sequences = [part.responses.sequences() for part in parts]
-        self._signals = [part.signals for part in parts]
+    def __init__(self, sets: Sequence[TrainingSet]) -> None:
+        self._sequences = [one.responses.sequences() for one in sets]
+        self._signals = [one.signals for one in sets]
         self._signal_rows = [
-            None if part.signals is None else part.signals.locate(part.responses.table["key"]) for part in parts
+            None if one.signals is None else one.signals.locate(one.responses.table["key"]) for one in sets
         ]
         for rows in self._signal_rows:
             assert rows is None or (rows >= 0).all(), "a response without its signal row"
-        examples = [set(part.responses.table["example_id"].to_pylist()) for part in parts]
-        assert all(ids == examples[0] for ids in examples), "parts of different examples"
+        examples = [set(one.responses.table["example_id"].to_pylist()) for one in sets]
+        assert all(ids == examples[0] for ids in examples), "training sets of different examples"
         places: dict[str, list[tuple[int, int]]] = {}
-        for number, part in enumerate(parts):
-            for row, example_id in enumerate(part.responses.table["example_id"].to_pylist()):
+        for number, one in enumerate(sets):
+            for row, example_id in enumerate(one.responses.table["example_id"].to_pylist()):
                 places.setdefault(example_id, []).append((number, row))
         self._places = list(places.values())
         self._lengths = [
             (
-                list_value_length(part.responses.table["prompt_ids"]).to_numpy()
-                + list_value_length(part.responses.table["response_ids"]).to_numpy()
+                list_value_length(one.responses.table["prompt_ids"]).to_numpy()
+                + list_value_length(one.responses.table["response_ids"]).to_numpy()
             ).tolist()
-            for part in parts
+            for one in sets
         ]
 
     def __len__(self) -> int:
@@ -102,19 +103,19 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
 
     def lengths(self, index: int) -> list[int]:
         """Tokens of each sequence of an example, without reading it."""
-        return [self._lengths[part][row] for part, row in self._places[index]]
+        return [self._lengths[number][row] for number, row in self._places[index]]
 
     def __getitem__(self, index: int) -> list[TrainingSequence]:
-        return [self._read(part, row) for part, row in self._places[index]]
+        return [self._read(number, row) for number, row in self._places[index]]
 
-    def _read(self, part: int, row: int) -> TrainingSequence:
-        signals, rows = self._signals[part], self._signal_rows[part]
-        tokens = self._sequences[part][row]
+    def _read(self, number: int, row: int) -> TrainingSequence:
+        signals, rows = self._signals[number], self._signal_rows[number]
+        tokens = self._sequences[number][row]
         if signals is None or rows is None:
-            return TrainingSequence(part, tokens, None)
+            return TrainingSequence(number, tokens, None)
         signal_row = signals.row(int(rows[row]))
         check_length(signal_row, len(tokens.response_ids))
-        return TrainingSequence(part, tokens, signal_row)
+        return TrainingSequence(number, tokens, signal_row)
 
 
 Collator = Callable[[Sequence[Sequence[TrainingSequence]]], dict[str, Tensor]]
@@ -126,7 +127,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
     A batch has the tensors of ``PaddedSequences``, or with packing those of ``PackedSequences``, and for the N response
     tokens:
 
-    - ``part``: int64 [N].
+    - ``set_number``: int64 [N].
     - ``topk_ids``: int32 [N, K]; −1 in rows without signals, and where a row has fewer ids.
     - ``teacher_logprobs``: float32 [N, K].
     - ``tail_logprob``: float32 [N].
@@ -143,7 +144,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
     )
     tokens = len(placed.labels)
     top_k = max((sequence.signals.topk_ids.shape[1] for sequence in sequences if sequence.signals), default=0)
-    part_N = np.empty(tokens, dtype=np.int64)
+    set_N = np.empty(tokens, dtype=np.int64)
     topk_ids_NK = np.full((tokens, top_k), -1, dtype=np.int32)
     logprobs_NK = np.full((tokens, top_k), -np.inf, dtype=np.float32)
     tail_N = np.full(tokens, -np.inf, dtype=np.float32)
@@ -151,7 +152,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
     start = 0
     for sequence in sequences:
         rows = slice(start, start + len(sequence.tokens.response_ids))
-        part_N[rows] = sequence.part
+        set_N[rows] = sequence.set_number
         if sequence.signals is not None:
             topk_ids_NK[rows] = sequence.signals.topk_ids
             logprobs_NK[rows] = sequence.signals.topk_logprobs
@@ -160,7 +161,7 @@ def collate(examples: Sequence[Sequence[TrainingSequence]], packing: Packing = "
                 advantages_NK[rows] = sequence.signals.topk_advantages
         start = rows.stop
     return vars(placed) | {
-        "part": torch.from_numpy(part_N),
+        "set_number": torch.from_numpy(set_N),
         "topk_ids": torch.from_numpy(topk_ids_NK),
         "teacher_logprobs": torch.from_numpy(logprobs_NK),
         "tail_logprob": torch.from_numpy(tail_N),

@@ -96,8 +96,8 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     marker = "adpa"
     conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": marker}]
     try:
-        _, content, suffix = render(tokenizer, conversation).rpartition(marker)
-        problem = "" if content else "changes the assistant's text"
+        _, seen, suffix = render(tokenizer, conversation).rpartition(marker)
+        problem = "" if seen else "changes the assistant's text"
     except TemplateError as error:
         problem = f"refuses a question and its answer: {error}"
     if problem:

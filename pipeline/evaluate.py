@@ -45,6 +45,8 @@ from adpa.pipeline.options import (
     TensorParallelOption,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
+from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 NGRAM = 4
 NOTE = (
@@ -156,6 +158,12 @@ def evaluate(
         AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
     """
     started = time.perf_counter()
+    max_length = max_prompt_length + max_new_tokens
+    SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
+    DataOptions(data, split, max_prompt_length, max_length, drop_invalid).check()
+    vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
+    EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
+    _check_different(student, baseline)
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
         folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
@@ -167,7 +175,7 @@ def evaluate(
             split=split,
             top_k=1,  # only the response's own tokens are read
             max_prompt_length=max_prompt_length,
-            max_length=max_prompt_length + max_new_tokens,
+            max_length=max_length,
             drop_invalid=drop_invalid,
             samples_per_prompt=samples_per_prompt,
             temperature=temperature,
@@ -183,8 +191,7 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
-        ask(student=baseline, dry_run=True)  # checks everything before the student's long work
-        _check_different(student, baseline)
+        ask(student=baseline, dry_run=True)  # checks everything else before the student's long work
         by_student, by_baseline = ask(student=student), ask(student=baseline)
         mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
     assert mine.prompts == theirs.prompts, "both answer the same data"
@@ -211,7 +218,7 @@ def evaluate(
 
 
 def _check_different(student: str, baseline: str) -> None:
-    from adpa.pipeline.models.checkpoint import open_checkpoint  # torch, after the dry run has checked all values
+    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all values are checked
 
     if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
         raise OptionError(

@@ -54,7 +54,7 @@ SamplingSeedOption = Annotated[int, Doc("Seed of the sampling."), Group.SAMPLING
 
 EngineOption = Annotated[
     EngineName,
-    Doc("What runs the models: vllm, hf (transformers), or auto: vllm where it is installed and there is a GPU."),
+    Doc("What runs the models: vllm, hf (transformers), or auto: vllm if it is installed and there is a GPU."),
     Group.ENGINE,
 ]
 TensorParallelOption = Annotated[int, Doc("vLLM: GPUs that share the teacher, and the reference."), Group.ENGINE]
@@ -76,4 +76,4 @@ BatchTokensOption = Annotated[
     Group.MEMORY,
 ]
 DtypeOption = Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own."), Group.MEMORY]
-DeviceOption = Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU where there is one."), Group.MEMORY]
+DeviceOption = Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU if there is one."), Group.MEMORY]

@@ -154,11 +154,11 @@ def precompute(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     dry_run: Annotated[
-        bool, Doc("Count rows, tokens and bytes; write nothing, and ask no model without --probe."), Group.DRY_RUN
+        bool, Doc("Count rows, tokens and bytes; write nothing, and load no model without --probe."), Group.DRY_RUN
     ] = False,
     executor: Annotated[
         ExecutorName,
-        Doc("Where the models are asked: here, in this process, or by several workers of a Ray cluster."),
+        Doc("Where the models run: here, in this process, or in several workers of a Ray cluster."),
         Group.SCALE,
     ] = "here",
     workers: Annotated[

@@ -243,6 +243,13 @@ def adpa(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
+def test_help_is_shown_by_a_terminal_that_knows_ascii_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = adpa("distill", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--kl-weight" in done.stdout
+
+
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, models: Models) -> None:
     done = adpa("precompute", "--teacher", models.teacher, "--data", "no.jsonl", "--cache", "c", cwd=tmp_path)
     assert done.returncode == 2

@@ -33,7 +33,7 @@ def read_document(path: Location) -> tuple[dict[str, Any], bool]:
         The fields without the checksum, and whether a checksum confirmed them.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         DamagedFileError: it is larger than ``SIZE_LIMIT``, is not a JSON object, or does not match its checksum.
     """
     with path.open("rb") as file:

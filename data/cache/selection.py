@@ -21,7 +21,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class TrainingPart:
+class TrainingSet:
     """A response set in training, and its signals if a term needs them."""
 
     responses: ResponseSet
@@ -36,9 +36,9 @@ class Selection:
     scoring: Scoring | None
     signals: SignalTable | None
 
-    def parts(self, needs: Mapping[ResponseName, Need]) -> list[TrainingPart]:
-        """The parts of training, in the order of ``needs``."""
-        return [TrainingPart(self.sets[name], self.signals if need.signals else None) for name, need in needs.items()]
+    def training_sets(self, needs: Mapping[ResponseName, Need]) -> list[TrainingSet]:
+        """The training sets, in the order of ``needs``."""
+        return [TrainingSet(self.sets[name], self.signals if need.signals else None) for name, need in needs.items()]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def select_scored(
         The scored sets, and a line about each set that no scoring covers whole.
 
     Raises:
-        CacheError: there is none.
+        CacheError: no set or scoring fits.
         DamagedFileError: a file of the cache is damaged.
     """
     check_cache(cache)
@@ -146,7 +146,7 @@ def select_one_scored(
     """Finds the one response set with the one scoring that has all its signals; arguments as in ``select_scored``.
 
     Raises:
-        CacheError: there is none, or more than one.
+        CacheError: none fits, or more than one.
         DamagedFileError: a file of the cache is damaged.
     """
     scored, left_out = select_scored(cache, scoring, response_set)

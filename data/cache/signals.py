@@ -161,7 +161,7 @@ def read_scoring_file(path: Location) -> Scoring:
     """Reads the description of a scoring.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         CacheError: it is of a newer format.
         DamagedFileError: it differs from what was written, or from the id of its folder.
     """

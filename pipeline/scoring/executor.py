@@ -41,7 +41,8 @@ class ExecutorOptions:
             raise OptionError("--executor ray without --workers", "set the number of workers")
         if self.workers < 1:
             raise OptionError(f"--workers {self.workers}; expected at least 1")
-        if device.partition(":")[2] not in ("", "0"):
+        number = device.partition(":")[2]
+        if number.isdigit() and int(number) != 0:
             raise OptionError(f"--device {device}: Ray gives every worker its own GPU", "use --device cuda")
         ray_module = _import_ray()
         if self.ray_address is not None:

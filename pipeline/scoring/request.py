@@ -23,6 +23,10 @@ class DataOptions:
     max_length: int
     drop_invalid: bool
 
+    def check(self) -> None:
+        """Raises an ``OptionError`` for lengths out of range."""
+        check_lengths(self.max_prompt_length, self.max_length)
+
 
 @dataclass(frozen=True)
 class SignalOptions:
@@ -43,6 +47,13 @@ class SamplingOptions:
     max_new_tokens: int
     seed: int
 
+    def check(self) -> None:
+        """Raises an ``OptionError`` for a value out of range."""
+        _check_at_least_one({"--samples-per-prompt": self.samples_per_prompt, "--max-new-tokens": self.max_new_tokens})
+        _check_probabilities({"--sampling-top-p": self.top_p})
+        if self.temperature < 0:
+            raise OptionError(f"--temperature {self.temperature:g}; expected 0 or more")
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -61,6 +72,11 @@ class EngineOptions:
     batch_tokens: int | None
     dtype: DtypeName
     device: str
+
+    def check(self) -> None:
+        """Raises an ``OptionError`` for a value out of range."""
+        _check_at_least_one({"--batch-tokens": self.batch_tokens})
+        self.vllm.check()
 
 
 @dataclass(frozen=True)
@@ -103,24 +119,15 @@ class Request:
         Raises:
             OptionError: one is out of its range, or has no meaning beside the others.
         """
-        _check_at_least_one(
-            {
-                "--top-k": self.signals.top_k,
-                "--samples-per-prompt": self.sampling.samples_per_prompt,
-                "--max-new-tokens": self.sampling.max_new_tokens,
-                "--batch-tokens": self.engine.batch_tokens,
-                "--probe": self.probe,
-            }
-        )
-        _check_probabilities({"--top-p": self.signals.top_p, "--sampling-top-p": self.sampling.top_p})
-        if self.sampling.temperature < 0:
-            raise OptionError(f"--temperature {self.sampling.temperature:g}; expected 0 or more")
+        _check_at_least_one({"--top-k": self.signals.top_k, "--probe": self.probe})
+        _check_probabilities({"--top-p": self.signals.top_p})
+        self.sampling.check()
         if self.probe is not None and not self.dry_run:
             raise OptionError(
                 f"--probe {self.probe} without --dry-run", "a probe scores a few responses and writes nothing"
             )
-        check_lengths(self.data.max_prompt_length, self.data.max_length)
-        self.engine.vllm.check()
+        self.data.check()
+        self.engine.check()
         self.executor.check(self.engine.device)
 
 
@@ -139,7 +146,7 @@ def parse_responses(responses: str | None, student: str | None) -> list[Response
     if ("sampled" in named) != (student is not None):
         raise OptionError(
             f"--responses {responses} {'without' if student is None else 'with'} --student",
-            "sampled responses need the student that samples them, and a student is for nothing else",
+            "sampled responses need the student that samples them; a student only samples",
         )
     return [name for name in RESPONSE_NAMES if name in named]
 

@@ -19,7 +19,7 @@ from adpa.pipeline.training.objectives import TermWeights
 
 WATCHED_EXAMPLES = 32  # over all ranks, spread evenly over the data
 MICRO_BATCHES = 4  # in a batch
-UNUSED = ("labels", "part", "rows", "tail_logprob")
+UNUSED = ("labels", "set_number", "rows", "tail_logprob")
 # The ``StudentStatistics`` in logs and in adpa.json. The third is the unlikely mass: its key keeps an older name.
 KEYS = ("student/entropy", "student/mass_on_topk", "student/implausible_mass", "student/advantage")
 MASS, ADVANTAGE = KEYS[2:]
@@ -44,20 +44,22 @@ class Watch:
         accelerator: Accelerator,
     ) -> None:
         self._accelerator = accelerator
-        with_advantage = {part for part, weights in enumerate(terms) if weights.advantage != 0}
+        with_advantage = {number for number, weights in enumerate(terms) if weights.advantage != 0}
         self._has_advantage = bool(with_advantage)
-        parts = with_advantage or {part for part, weights in enumerate(terms) if weights.kl != 0}
+        watched_sets = with_advantage or {number for number, weights in enumerate(terms) if weights.kl != 0}
         watched_examples = min(WATCHED_EXAMPLES, len(examples))
         numbers = [place * len(examples) // watched_examples for place in range(watched_examples)]
         ranks = accelerator.num_processes
         mine = numbers[accelerator.process_index :: ranks]
         batch_size = MICRO_BATCHES * micro_batch_size
-        starts = range(0, math.ceil(watched_examples / ranks), batch_size) if parts else ()
+        starts = range(0, math.ceil(watched_examples / ranks), batch_size) if watched_sets else ()
         self._batches = []
         for start in starts:
             counted = mine[start : start + batch_size]
             shown = [examples[number] for number in counted or numbers[:1]]
-            batch = collate([[sequence for sequence in example if sequence.part in parts] for example in shown])
+            batch = collate(
+                [[sequence for sequence in example if sequence.set_number in watched_sets] for example in shown]
+            )
             self._batches.append(
                 (
                     {name: tensor.to(accelerator.device) for name, tensor in batch.items() if name not in UNUSED},

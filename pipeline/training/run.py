@@ -226,7 +226,7 @@ def train_student(
         plausibility=run.plausibility,
         model=student.trained,
         args=run.arguments,
-        train_dataset=TrainingExamples(sources.selection.parts(run.needs)),
+        train_dataset=TrainingExamples(sources.selection.training_sets(run.needs)),
         data_collator=partial(collate, packing=run.packing),
         packing=run.packing,
         processing_class=sources.tokenizer,

@@ -1,6 +1,6 @@
 """The training step: transformers' Trainer with the loss of adpa, normalised over the whole optimizer step.
 
-Shapes: N response tokens of a micro-batch; P parts of the data, and one more for tokens that do not count; 3 terms.
+Shapes: N response tokens of a micro-batch; S training sets, and one more for tokens that do not count; 3 terms.
 """
 
 import logging
@@ -73,7 +73,7 @@ class DistillTrainer(Trainer):
     the gradient do not depend on how the step is cut into micro-batches or spread over ranks.
 
     Args:
-        terms: name and term weights of each part of the data, in the order of the parts.
+        terms: name and term weights of each training set, in their order.
         plausibility: see ``plausible_advantages``.
         model: the student.
         train_dataset: the examples.
@@ -106,11 +106,11 @@ class DistillTrainer(Trainer):
         self._packing = packing
         self._plausibility = plausibility
         self._names = [name for name, _ in terms]
-        # One part more than the data has: its tokens count for nothing.
-        weights_P3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
-        self._counts_P = (weights_P3 != 0).any(dim=1)
-        self._weights_P3 = weights_P3.to(self.args.device)
-        self._term_sums_P3 = torch.zeros_like(self._weights_P3)
+        # One set more than the data has: its tokens count for nothing.
+        weights_S3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
+        self._counts_S = (weights_S3 != 0).any(dim=1)
+        self._weights_S3 = weights_S3.to(self.args.device)
+        self._term_sums_S3 = torch.zeros_like(self._weights_S3)
         self._steps_summed = 0
         self._tokens = 0  # of this rank
         self._loader: StepLoader | None = None
@@ -165,8 +165,8 @@ class DistillTrainer(Trainer):
         """The batch of a micro-batch, with the rows that count: no rows for an empty micro-batch."""
         batch = self._make_batch(examples or [self.examples[0]])
         if not examples:
-            batch["part"] = torch.full_like(batch["part"], len(self._names))
-        return batch | {"rows": self._counts_P[batch["part"]].nonzero().squeeze(1)}
+            batch["set_number"] = torch.full_like(batch["set_number"], len(self._names))
+        return batch | {"rows": self._counts_S[batch["set_number"]].nonzero().squeeze(1)}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -178,17 +178,17 @@ class DistillTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        counts_P = torch.stack([self._count_parts(batch) for batch in batches]).sum(0)
-        counts_P = self.accelerator.reduce(self._prepare_input(counts_P), reduction="sum")
+        counts_S = torch.stack([self._count_tokens(batch) for batch in batches]).sum(0)
+        counts_S = self.accelerator.reduce(self._prepare_input(counts_S), reduction="sum")
         for batch in batches:
-            batch["step_tokens"] = counts_P
-            if batch["part"][0] < len(self._names):
+            batch["step_tokens"] = counts_S
+            if batch["set_number"][0] < len(self._names):
                 self._tokens += int(count_tokens(batch))
         self._steps_summed += 1
         return batches, None
 
-    def _count_parts(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["part"].bincount(minlength=len(self._counts_P))
+    def _count_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["set_number"].bincount(minlength=len(self._counts_S))
 
     def _prepare_input(self, data: Any) -> Any:
         """Sends a tensor to the device without waiting, in its own dtype; Trainer would cast signals to DeepSpeed's."""
@@ -205,15 +205,15 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The micro-batch's share of the step's loss."""
         batch = dict(inputs)
-        part_N = batch.pop("part")
-        per_token_P1 = 1 / batch.pop("step_tokens").clamp(min=1)[:, None]
-        weights_N3 = (self._weights_P3 * per_token_P1)[part_N]
+        set_N = batch.pop("set_number")
+        per_token_S1 = 1 / batch.pop("step_tokens").clamp(min=1)[:, None]
+        weights_N3 = (self._weights_S3 * per_token_S1)[set_N]
         batch["advantages"] = plausible_advantages(batch["advantages"], batch["teacher_logprobs"], self._plausibility)
         nll, kl, advantage = weights_N3.unbind(1)
-        loss, parts = model(**batch, nll_weight=nll, kl_weight=kl, advantage_weight=advantage)
-        self._term_sums_P3.index_add_(0, part_N, torch.stack(parts, dim=1) * per_token_P1[part_N])
+        loss, terms = model(**batch, nll_weight=nll, kl_weight=kl, advantage_weight=advantage)
+        self._term_sums_S3.index_add_(0, set_N, torch.stack(terms, dim=1) * per_token_S1[set_N])
         loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
-        return (loss, parts) if return_outputs else loss
+        return (loss, terms) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """Computes one micro-batch; gathers the head and embeddings of a sharded student only once in a step."""
@@ -242,7 +242,7 @@ class DistillTrainer(Trainer):
         """
         numbers = largest_micro_batch(self._sampler(), self.examples, self.state.num_train_epochs, self._packing)
         batch = self._collate([self.examples[number] for number in numbers])
-        batch["step_tokens"] = self._count_parts(batch)
+        batch["step_tokens"] = self._count_tokens(batch)
 
         def compute_loss() -> Tensor:
             with self.accelerator.autocast():
@@ -254,7 +254,7 @@ class DistillTrainer(Trainer):
         fits = fits_in_memory(model, compute_loss, passes, copies, self.args.device)
         unused = any(each.grad is None for each in model.parameters() if each.requires_grad)
         model.zero_grad()
-        self._term_sums_P3.zero_()
+        self._term_sums_S3.zero_()
         if not fits:  # raised after the tensors are gone: telling the other ranks needs memory, on a full GPU
             raise no_memory(self.examples, numbers, self.args.per_device_train_batch_size, self.args.device)
         return unused
@@ -327,14 +327,14 @@ class DistillTrainer(Trainer):
                 logger.warning(warning)
 
     def _take_terms(self) -> dict[str, float]:
-        means_P3 = self.accelerator.reduce(self._term_sums_P3, reduction="sum") / max(self._steps_summed, 1)
+        means_S3 = self.accelerator.reduce(self._term_sums_S3, reduction="sum") / max(self._steps_summed, 1)
         means = {
-            f"{term}/{name}": means_P3[part, column].item()
-            for part, name in enumerate(self._names)
+            f"{term}/{name}": means_S3[number, column].item()
+            for number, name in enumerate(self._names)
             for column, term in enumerate(TermWeights._fields)
-            if self._weights_P3[part, column] != 0
+            if self._weights_S3[number, column] != 0
         }
-        self._term_sums_P3.zero_()
+        self._term_sums_S3.zero_()
         self._steps_summed = 0
         return means
 

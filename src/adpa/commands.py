@@ -95,7 +95,7 @@ def as_command(
         config: Annotated[
             Path | None,
             typer.Option(
-                help="YAML file of options; the command line outranks it.",
+                help="YAML file of options; the command line overrides it.",
                 callback=_read_config,
                 is_eager=True,
                 rich_help_panel=Group.OTHER,

@@ -12,7 +12,7 @@ from tests.data.makers import INFO, SAMPLING, SCORING, K, response_rows, signal_
 
 from adpa.data.batches import TrainingExamples, collate, count_tokens, pad_sequences
 from adpa.data.cache.responses import ResponseSet, make_response_set
-from adpa.data.cache.selection import TrainingPart
+from adpa.data.cache.selection import TrainingSet
 from adpa.data.cache.shards import write_shard
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.cache.signals import SignalTable, read_signals, write_signals
@@ -100,7 +100,7 @@ def test_every_token_has_its_own_signals_in_its_row(
     }
     rows = [row for number, name in enumerate(NAMES) for row in signal_rows(sets[name], 100 * number, reference)]
     signals = write_shuffled(tmp_path, rows, seed=3)
-    parts = [TrainingPart(sets[name], signals if name in with_signals else None) for name in NAMES]
+    parts = [TrainingSet(sets[name], signals if name in with_signals else None) for name in NAMES]
     examples = TrainingExamples(parts)
     assert len(examples) == len(EXAMPLES)
     batch = collate([examples[index] for index in (4, 0, 3)])
@@ -108,16 +108,16 @@ def test_every_token_has_its_own_signals_in_its_row(
     by_key = {row.key: row for row in rows}
     expected = []
     for example_id in (EXAMPLES[4], EXAMPLES[0], EXAMPLES[3]):
-        for part, name in enumerate(NAMES):
+        for set_number, name in enumerate(NAMES):
             for row in sets[name].table.to_pylist():
                 if row["example_id"] == example_id:
                     for position, token in enumerate(row["response_ids"]):
-                        expected.append((part, name, by_key[row["key"]], position, token))
+                        expected.append((set_number, name, by_key[row["key"]], position, token))
     assert len(batch["labels"]) == len(expected) == len(batch["predicts"])
     width = K if with_signals else 0
-    for number, (part, name, row, position, token) in enumerate(expected):
+    for number, (set_number, name, row, position, token) in enumerate(expected):
         assert batch["labels"][number] == token
-        assert batch["part"][number] == part
+        assert batch["set_number"][number] == set_number
         if name in with_signals:
             assert batch["topk_ids"][number].tolist() == row.topk_ids[position].tolist()
             assert batch["teacher_logprobs"][number].tolist() == row.topk_logprobs[position].tolist()
@@ -130,8 +130,8 @@ def test_every_token_has_its_own_signals_in_its_row(
         assert batch["advantages"][number].tolist() == (
             [0] * width if advantages is None else advantages[position].tolist()
         )
-    assert {name: batch[name].dtype for name in ("part", "topk_ids", "teacher_logprobs", "tail_logprob")} == {
-        "part": torch.int64,
+    assert {name: batch[name].dtype for name in ("set_number", "topk_ids", "teacher_logprobs", "tail_logprob")} == {
+        "set_number": torch.int64,
         "topk_ids": torch.int32,
         "teacher_logprobs": torch.float32,
         "tail_logprob": torch.float32,
@@ -139,7 +139,7 @@ def test_every_token_has_its_own_signals_in_its_row(
 
 
 def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
-    examples = TrainingExamples([TrainingPart(response_set(name, seed), None) for seed, name in enumerate(NAMES)])
+    examples = TrainingExamples([TrainingSet(response_set(name, seed), None) for seed, name in enumerate(NAMES)])
     chosen = [examples[5], examples[1]]
     batch = collate(chosen)
     padded = pad_sequences([item.tokens for example in chosen for item in example])
@@ -150,7 +150,7 @@ def test_the_tokens_of_a_batch_are_those_of_its_sequences() -> None:
 def test_packing_places_the_tokens_otherwise_and_changes_nothing_else(tmp_path: Path) -> None:
     sets = [response_set(name, seed) for seed, name in enumerate(NAMES)]
     signals = write_shuffled(tmp_path, [row for responses in sets for row in signal_rows(responses, 7)], seed=3)
-    examples = TrainingExamples([TrainingPart(responses, signals) for responses in sets])
+    examples = TrainingExamples([TrainingSet(responses, signals) for responses in sets])
     chosen = [examples[5], examples[1]]
     padded, placed = collate(chosen), {"input_ids", "attention_mask", "predicts"}
     for packing, share_prompts in (("sequences", False), ("prompts", True)):
@@ -164,7 +164,7 @@ def test_packing_places_the_tokens_otherwise_and_changes_nothing_else(tmp_path: 
 
 def test_tokens_are_counted_alike_whatever_the_packing() -> None:
     responses = make_response_set(INFO, [("a", token_ids(1, 3), token_ids(5, 2)), ("a", token_ids(1, 3), token_ids(2))])
-    examples = [TrainingExamples([TrainingPart(responses, None)])[0]]
+    examples = [TrainingExamples([TrainingSet(responses, None)])[0]]
     assert [int(count_tokens(collate(examples, packing))) for packing in ("none", "sequences", "prompts")] == [7, 7, 7]
 
 
@@ -176,8 +176,8 @@ def test_an_example_with_several_sampled_responses_has_them_all_in_their_order(t
     )
     chosen = make_response_set(INFO, [(name, prompt, token_ids(5, 2)) for name in "ab"])
     signals = write_shuffled(tmp_path, signal_rows(sampled, seed=0), seed=1)
-    examples = TrainingExamples([TrainingPart(chosen, None), TrainingPart(sampled, signals)])
-    assert [[(item.part, item.tokens.response_ids[0]) for item in examples[index]] for index in range(2)] == [
+    examples = TrainingExamples([TrainingSet(chosen, None), TrainingSet(sampled, signals)])
+    assert [[(item.set_number, item.tokens.response_ids[0]) for item in examples[index]] for index in range(2)] == [
         [(0, 5), (1, 30), (1, 10), (1, 20)],
         [(0, 5), (1, 40)],
     ]
@@ -188,7 +188,7 @@ def test_equal_responses_of_several_examples_share_one_signal_row(tmp_path: Path
     responses = make_response_set(INFO, [(name, token_ids(1), token_ids(5, 2)) for name in "abc"])
     (row, *_) = signal_rows(responses, seed=0)
     write_signals(tmp_path, SCORING, [row])
-    examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
+    examples = TrainingExamples([TrainingSet(responses, read_signals(tmp_path, SCORING))])
     batch = collate([examples[index] for index in range(3)])
     assert batch["topk_ids"].tolist() == row.topk_ids.tolist() * 3
 
@@ -203,7 +203,7 @@ def test_signals_of_another_length_are_refused_instead_of_repeated(encoding: str
         write_signals(tmp_path, SCORING, [row])
     else:
         write_shard(SCORING.folder(tmp_path), "signals", plain_table([row], plain_schema(K)))
-    examples = TrainingExamples([TrainingPart(responses, read_signals(tmp_path, SCORING))])
+    examples = TrainingExamples([TrainingSet(responses, read_signals(tmp_path, SCORING))])
     with pytest.raises(DamagedFileError, match=f"{key.hex()} is of 1 tokens; its response has 3"):
         examples[0]
 
@@ -217,7 +217,7 @@ def test_padding_of_ragged_rows_is_padding_of_the_batch(tmp_path: Path) -> None:
     assert any((row.topk_ids == -1).any() for row in rows)
     ragged = replace(SCORING, top_p=0.5)
     write_signals(tmp_path, ragged, rows)
-    batch = collate([TrainingExamples([TrainingPart(responses, read_signals(tmp_path, ragged))])[0]])
+    batch = collate([TrainingExamples([TrainingSet(responses, read_signals(tmp_path, ragged))])[0]])
     padding = batch["topk_ids"] == -1
     assert torch.equal(padding, torch.from_numpy(rows[0].topk_ids == -1))
     assert batch["teacher_logprobs"][padding].isneginf().all()

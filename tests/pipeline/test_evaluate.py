@@ -184,6 +184,7 @@ def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: Ev
         (lambda o: {"reference": o["teacher"]}, r"--reference .*: it has the teacher's weights"),
         (lambda _: {"baseline": "./nowhere"}, r"\./nowhere: no such directory"),
         (lambda _: {"data": "./nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+        (lambda _: {"student": "./nowhere", "data": "./nowhere.jsonl"}, r"\./nowhere: no such directory"),
         (lambda _: {"drop_invalid": False}, "line 10"),
         (lambda _: {"samples_per_prompt": 0}, "--samples-per-prompt 0; expected at least 1"),
         (lambda _: {"max_new_tokens": 0}, "--max-new-tokens 0; expected at least 1"),

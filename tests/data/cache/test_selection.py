@@ -68,7 +68,7 @@ def test_the_one_combination_that_fits_is_found(tmp_path: Path) -> None:
 def test_parts_come_in_the_order_of_the_needs_with_signals_where_they_are_needed(tmp_path: Path) -> None:
     chosen, sampled = add_set(tmp_path, "chosen"), add_set(tmp_path, "sampled", 1)
     add_signals(tmp_path, SCORING, sampled)
-    first, second = select(tmp_path, ADPA, STUDENT).parts(ADPA)
+    first, second = select(tmp_path, ADPA, STUDENT).training_sets(ADPA)
     assert (first.responses.id, first.signals) == (chosen.id, None)
     assert second.responses.id == sampled.id
     assert second.signals is not None

@@ -95,7 +95,7 @@ def weighted_step(name: str, batch: Mapping[str, Tensor]) -> tuple[float, dict[s
         f"{term}_weight": torch.linspace(0.1 + place, 1, len(batch["labels"]))
         for place, term in enumerate(("nll", "kl", "advantage"))
     }
-    loss, _ = model(**{key: tensor for key, tensor in batch.items() if key != "part"}, **weights)
+    loss, _ = model(**{key: tensor for key, tensor in batch.items() if key != "set_number"}, **weights)
     loss.backward()
     return loss.item(), {key: each.grad.double() for key, each in model.named_parameters() if each.grad is not None}
 
@@ -121,8 +121,8 @@ def test_odd_sequences_have_the_loss_and_the_gradient_of_padded_ones(
         sequences = [synthetic(np.array(prompt), np.array(response)) for prompt, response in example]
         examples.append(
             [
-                TrainingSequence(role, each, teacher_row(each.key, len(each.response_ids), role, 5, vocabulary=96))
-                for role, each in enumerate(sequences)
+                TrainingSequence(number, each, teacher_row(each.key, len(each.response_ids), number, 5, vocabulary=96))
+                for number, each in enumerate(sequences)
             ]
         )
     loss, gradient = weighted_step(name, collate(examples))

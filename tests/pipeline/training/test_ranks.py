@@ -220,7 +220,6 @@ def test_ranks_that_see_different_caches_stop_at_once(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
     options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
     command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
