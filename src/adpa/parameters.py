@@ -28,7 +28,7 @@ def as_option(parameter: inspect.Parameter) -> inspect.Parameter:
 
 
 def as_argument(parameter: inspect.Parameter) -> inspect.Parameter:
-    """The parameter as an argument of a command: it has a place instead of a name, and a panel of arguments in the help."""
+    """The parameter as an argument of a command: it has a place instead of a name, and the help lists it apart."""
     return _with(parameter, typer.Argument(help=_help(parameter), metavar=parameter.name.upper()))
 
 
