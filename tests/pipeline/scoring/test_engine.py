@@ -4,23 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Models
 from tests.pipeline.conftest import InstallVllm
+from tests.pipeline.scoring.conftest import CPU, GB, GPU
 
 from adpa.errors import ModelError, OptionError
-from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.options import EngineName, ModelName
 from adpa.pipeline.scoring.engine import Engine, HfEngine, choose_engine
 from adpa.pipeline.scoring.vllm_engine import VllmEngine
 from adpa.pipeline.scoring.vllm_options import VllmOptions
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-GB = 10**9
-
-
-@pytest.fixture
-def teacher(models: Models) -> Checkpoint:
-    return open_checkpoint(str(models.teacher))
 
 
 def choose(

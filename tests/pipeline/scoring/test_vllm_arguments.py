@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.conftest import SMALL_VOCABULARY, Models
 from tests.pipeline.conftest import InstallVllm, synthetic
+from tests.pipeline.scoring.conftest import CPU, GB, GPU, LARGE_MODEL, engine, opened
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import Scoring
@@ -17,49 +18,9 @@ from adpa.errors import OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead
-from adpa.pipeline.options import ModelName
 from adpa.pipeline.scoring.hf_scorer import HfDecoder, open_hf_scorer
 from adpa.pipeline.scoring.scorer_head import CHUNK_BYTES
-from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
 from adpa.pipeline.scoring.vllm_options import VllmOptions
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-GB = 10**9
-LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
-
-
-@pytest.fixture
-def teacher(models: Models) -> Checkpoint:
-    return open_checkpoint(str(models.teacher))
-
-
-@pytest.fixture
-def reference(models: Models) -> Checkpoint:
-    return open_checkpoint(str(models.reference))
-
-
-def opened(
-    options: VllmOptions,
-    device: torch.device,
-    teacher: Checkpoint,
-    reference: Checkpoint | None = None,
-    reason: str = "",
-    dtype: str = "float32",
-) -> VllmEngine:
-    models: dict[ModelName, Checkpoint] = {"teacher": teacher}
-    if reference is not None:
-        models["reference"] = reference
-    return open_vllm(options, device, models, dict.fromkeys(models, dtype), reason)
-
-
-def engine(
-    head_dtype: Any = None,
-    with_reference: bool = False,
-    device: torch.device = CPU,
-    rounded_to: str | None = None,
-    **options: Any,
-) -> VllmEngine:
-    return VllmEngine(VllmOptions(**options), device, head_dtype, with_reference, "", rounded_to)
 
 
 class StandIn:

@@ -1,34 +1,20 @@
 """The name of a vLLM engine in a scoring, and its choice between the two methods of scoring."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tests.conftest import MakeModel, Models
+from tests.conftest import MakeModel
 from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized
+from tests.pipeline.scoring.conftest import CPU, GPU, engine, opened
 from transformers import Gemma3Config, LlamaConfig, RecurrentGemmaConfig
 
 from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.options import HeadDtype, ModelName
-from adpa.pipeline.scoring.vllm_engine import VllmEngine, open_vllm
+from adpa.pipeline.options import HeadDtype
+from adpa.pipeline.scoring.vllm_engine import VllmEngine
 from adpa.pipeline.scoring.vllm_options import VllmOptions
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-GB = 10**9
-LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
-
-
-@pytest.fixture
-def teacher(models: Models) -> Checkpoint:
-    return open_checkpoint(str(models.teacher))
-
-
-@pytest.fixture
-def reference(models: Models) -> Checkpoint:
-    return open_checkpoint(str(models.reference))
 
 
 @pytest.fixture
@@ -36,31 +22,7 @@ def installed(install_vllm: InstallVllm) -> None:
     install_vllm("0.33.0")
 
 
-def opened(
-    options: VllmOptions,
-    device: torch.device,
-    teacher: Checkpoint,
-    reference: Checkpoint | None = None,
-    reason: str = "",
-    dtype: str = "float32",
-) -> VllmEngine:
-    models: dict[ModelName, Checkpoint] = {"teacher": teacher}
-    if reference is not None:
-        models["reference"] = reference
-    return open_vllm(options, device, models, dict.fromkeys(models, dtype), reason)
-
-
 # The name in a scoring.
-
-
-def engine(
-    head_dtype: Any = None,
-    with_reference: bool = False,
-    device: torch.device = CPU,
-    rounded_to: str | None = None,
-    **options: Any,
-) -> VllmEngine:
-    return VllmEngine(VllmOptions(**options), device, head_dtype, with_reference, "", rounded_to)
 
 
 @pytest.mark.parametrize(

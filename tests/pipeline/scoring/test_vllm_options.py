@@ -3,11 +3,10 @@
 from typing import Any
 
 import pytest
+from tests.pipeline.scoring.conftest import LARGE_MODEL
 
 from adpa.errors import OptionError
 from adpa.pipeline.scoring.vllm_options import VllmOptions
-
-LARGE_MODEL = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1}
 
 
 def test_the_large_models_share_gpus_and_are_quantized_and_the_student_is_not() -> None:
