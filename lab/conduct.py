@@ -41,7 +41,7 @@ def lab(
     the study, each through adpa precompute and adpa distill, and what the students say is scored by the formula.
 
     Raises:
-        AdpaError: something about the arguments, the study or the directory that the caller can put right.
+        AdpaError: a problem with the arguments, the study or the directory that the caller can solve.
     """
     started = time.perf_counter()
     if workers < 1:

@@ -150,12 +150,12 @@ def evaluate(
 ) -> EvaluateReport:
     """Compare a student with a baseline on held-out prompts, without a judge.
 
-    Both answer every prompt, with the same seed; teacher and reference score the answers. The implicit reward of an
-    answer, log π_teacher − log π_reference, is also what ADPA trains on: a win is no proof of better answers. Lengths
-    and repetition are reported beside it, because they show what a reward of this kind is won by when it goes wrong.
+    Both answer every prompt, with the same seed. Teacher and reference score the answers. The implicit reward of an
+    answer, log π_teacher − log π_reference, is also what ADPA trains on: a win does not prove better answers. The
+    report also has lengths and repetition, because a student can raise such a reward by long or repeated text.
 
     Raises:
-        AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
+        AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
     """
     started = time.perf_counter()
     max_length = max_prompt_length + max_new_tokens

@@ -56,7 +56,7 @@ def inspect_cache(
     log-probability).
 
     Raises:
-        AdpaError: something about the arguments or the cache that the caller can put right.
+        AdpaError: a problem with the arguments or the cache that the caller can solve.
     """
     if count < 1:
         raise OptionError(f"--count {count}; expected at least 1")

@@ -184,12 +184,13 @@ def precompute(
 ) -> PrecomputeReport:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache.
 
-    What the cache already has is not scored again: a killed run is resumed by running it again, and grown data costs
-    only its new rows. With a student, its own responses to the prompts are sampled and scored; the chosen responses
-    are then stored too, unscored, for the SFT term. A dry run with a probe says what it would cost and what K keeps.
+    Sequences with rows in the cache are not scored again. To resume a killed run, run it again; when data grows, only
+    its new rows are scored. With a student, its own responses to the prompts are sampled and scored. The chosen
+    responses are then stored too, unscored, for the SFT term. A dry run with a probe predicts the cost and says how
+    much of the teacher's probability each K keeps.
 
     Raises:
-        AdpaError: something about the arguments, the data, the checkpoints or the cache that the caller can put right.
+        AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
     """
     started = time.perf_counter()
     vllm = VllmOptions(
