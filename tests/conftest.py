@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 from adpa.lab.smollm2 import save_smollm2
 
@@ -144,6 +145,13 @@ def preference_rows() -> list[Row]:
         }
         for number in range(20)
     ]
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    """Runs commands in this process, in a terminal of 80 columns."""
+    monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", None)  # CI may ask for colours
+    return CliRunner(env={"COLUMNS": "80"})
 
 
 WriteRows = Callable[..., Path]

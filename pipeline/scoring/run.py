@@ -43,7 +43,7 @@ class Outcome:
 
 
 def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
-    """Samples, writes and scores what the cache lacks; a dry run looks what that is.
+    """Samples, writes and scores what the cache lacks; a dry run only counts it.
 
     Raises:
         AdpaError: a file of the cache is damaged, samples disappear, or the engine fails.
@@ -54,13 +54,14 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
     sets, unsampled, awaited, written = dict(plan.sets), list[SampleRequest](), 0, 0
     with request.executor.open(setup.engine.gpus, cache) as execute:
         if plan.sampling is not None:
-            unsampled = missing_requests(cache, plan.sampling, plan.own_samples())
+            own_samples = plan.own_samples()
+            unsampled = missing_requests(cache, plan.sampling, own_samples)
             if request.dry_run:
                 answers = read_samples(cache, plan.sampling)
             else:
                 open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, plan.sampling)
                 answers = _sample(
-                    cache, plan.sampling, plan.own_samples(), unsampled, open_sampler, setup.sampling_tokens, execute
+                    cache, plan.sampling, own_samples, unsampled, open_sampler, setup.sampling_tokens, execute
                 )
             sets["sampled"] = plan.sampled_set(answers)
             others = {sample.key for _, sample in plan.samples if sample.prompt_ids not in plan.own}

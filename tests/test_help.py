@@ -1,0 +1,203 @@
+"""The help of every command: what it says, how it is grouped, and that it does not wait for torch."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from tests.commands import COMMANDS, adpa, options_of, registered_as
+from typer.testing import CliRunner
+from typing_extensions import Doc
+
+from adpa import cli, evaluate, precompute
+from adpa.commands import Commands, as_command, load
+from adpa.data.cache.format import prepare_cache
+from adpa.parameters import group_of
+from adpa.pipeline.options import Group
+
+
+def test_the_programme_names_its_commands(runner: CliRunner) -> None:
+    output = runner.invoke(cli.app, ["--help"]).output + runner.invoke(cli.app, ["cache", "--help"]).output
+    assert all(name.split()[-1] in output for name in COMMANDS)
+
+
+def run_light(commands: Iterable[str], folder: Path) -> list[str]:
+    """What each of some commands says on standard error; all run in one process, none imports a slow package."""
+    program = (
+        "import json, sys; from typer.testing import CliRunner; from adpa import cli; said = []\n"
+        "for words in sys.argv[1:]:\n"
+        "    said.append(CliRunner().invoke(cli.app, words.split()).stderr)\n"
+        "    slow = {'torch', 'transformers', 'datasets'} & sys.modules.keys()\n"
+        "    if slow: sys.exit(f'{words}: imports {slow}')\n"
+        "print(json.dumps(said))"
+    )
+    command = [sys.executable, "-c", program, *commands]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return list(json.loads(done.stdout))
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    said = run_light([f"{name} --help" for name in ("", "cache", *COMMANDS)], tmp_path)
+    assert set(said) == {""}
+
+
+def test_what_looks_after_a_cache_does_not_wait_for_torch(tmp_path: Path) -> None:
+    prepare_cache(tmp_path)
+    assert set(run_light([f"cache {name} ." for name in ("ls", "gc", "verify", "pack")], tmp_path)) == {""}
+
+
+PRECOMPUTE = "precompute --teacher T --data D --cache C"
+DISTILL = "distill --objective sft --student S --cache C --output O"
+EVALUATE = "evaluate --student S --baseline B --teacher T --reference R --data D"
+OUT_OF_RANGE = {
+    f"{PRECOMPUTE} --top-k 0": "--top-k 0; expected at least 1",
+    f"{PRECOMPUTE} --max-length 3": "--max-prompt-length 1024 with --max-length 3; expected 0 < max-prompt-length",
+    f"{PRECOMPUTE} --tensor-parallel 0": "--tensor-parallel 0; expected at least 1",
+    f"{PRECOMPUTE} --workers 2": "--workers 2 without --executor ray",
+    f"{PRECOMPUTE} --part 3/2": "--part 3/2; expected i/n",
+    f"{PRECOMPUTE} --responses best": "--responses best: found 'best'; expected chosen, rejected, sampled",
+    f"{EVALUATE} --temperature -1": "--temperature -1; expected 0 or more",
+    "inspect C --count 0": "--count 0; expected at least 1",
+    "lab --output O --workers 0": "--workers 0; expected at least 1",
+    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected 0 or more",
+    f"{DISTILL} --plausibility 1": "--plausibility 1; expected at least 0 and less than 1",
+}
+
+
+def test_a_value_out_of_range_is_refused_in_one_line_before_torch_is_imported(tmp_path: Path) -> None:
+    for message, said in zip(OUT_OF_RANGE.values(), run_light(OUT_OF_RANGE, tmp_path), strict=True):
+        assert said.startswith(f"adpa: {message}")
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_parameter_is_an_option_with_help(name: str) -> None:
+    registered = registered_as(name)
+    command, options = load(registered), options_of(name)
+    assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
+    assert all(option.help for option in options.values())
+    first_line = inspect.getdoc(COMMANDS[name]).splitlines()[0]  # type: ignore[union-attr]
+    assert command.help.startswith(first_line)
+    assert registered.help == first_line, "the group's help says the same"
+    assert "Raises" not in command.help
+
+
+def test_the_help_names_the_options_of_the_workflow(runner: CliRunner) -> None:
+    output = runner.invoke(cli.app, ["precompute", "--help"]).output
+    for option in ("--teacher", "--reference", "--student", "--data", "--cache", "--responses", "--top-k", "--dry-run"):
+        assert option in output
+    for option in ("--engine", "--tensor-parallel", "--quantization", "--max-model-len", "--engine-arg"):
+        assert option in output
+    output = runner.invoke(cli.app, ["distill", "--help"]).output
+    for option in ("--objective", "--on", "--plausibility", "--batch-size", "--micro-batch-size", "--set", "--output"):
+        assert option in output
+    output = runner.invoke(cli.app, ["inspect", "--help"]).output
+    assert "CACHE" in output.splitlines()[1]
+    for option in ("--response-set", "--scoring", "--example", "--count", "--html"):
+        assert option in output
+    output = runner.invoke(cli.app, ["evaluate", "--help"]).output
+    for option in (
+        "--student",
+        "--baseline",
+        "--teacher",
+        "--reference",
+        "--data",
+        "--cache",
+        "--temperature",
+        "--engine",
+    ):
+        assert option in output
+
+
+@pytest.mark.parametrize(("command", "option"), [("lab", "--seed <int>"), ("distill", "--set <str>")])
+def test_a_repeatable_option_is_shown_with_what_it_takes_each_time(
+    command: str, option: str, runner: CliRunner
+) -> None:
+    lines = runner.invoke(cli.app, [command, "--help"]).output.splitlines()
+    assert any(line.strip("│ ").split()[:2] == option.split() for line in lines)
+
+
+def panels(text: str) -> list[str]:
+    """The titles of the groups in a help text."""
+    return [line.strip("╭─╮ ") for line in text.splitlines() if line.startswith("╭─")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_shown_in_groups_what_must_be_decided_on_the_first_screen(name: str, runner: CliRunner) -> None:
+    text = runner.invoke(cli.app, [*name.split(), "--help"]).output
+    titles = [title for title in panels(text) if title != "Arguments"]
+    assert titles == [group for group in Group if group in titles], "a group is shown once, in the order of Group"
+    assert titles[-1] == "Other"
+    first_screen = "\n".join(text.splitlines()[:24])
+    for option in options_of(name).values():
+        if option.required:
+            assert (option.opts[0] if option.opts[0].startswith("-") else option.metavar) in first_screen
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_has_a_group(name: str) -> None:
+    for parameter in inspect.signature(COMMANDS[name]).parameters.values():
+        assert group_of(parameter) is not Group.OTHER, parameter.name
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_name_is_cut_in_any_width(name: str, columns: int, runner: CliRunner) -> None:
+    text = runner.invoke(cli.app, [*name.split(), "--help"], env={"COLUMNS": str(columns)}).output
+    assert max(map(len, text.splitlines())) <= columns
+    assert {word for option in options_of(name).values() for word in option.opts if word[0] == "-"} <= {*text.split()}
+
+
+def test_brackets_are_text_and_no_markup(runner: CliRunner) -> None:
+    def stage(model: Annotated[str, Doc("A [bold]model[/bold]: org/name[@revision]."), Group.DECIDE]) -> None:
+        """Take [one] model.
+
+        Or org/name[@revision].
+        """
+
+    app = typer.Typer(cls=Commands)
+    app.command("stage")(lambda: as_command(stage))
+    app.command("other")(lambda: None)
+    text = runner.invoke(app, ["stage", "--help"]).output
+    assert "Take [one] model." in text
+    assert "A [bold]model[/bold]: org/name[@revision]." in text
+    assert "Or org/name[@revision]." in text
+    for command, option in (("precompute", "teacher"), ("evaluate", "student"), ("distill", "student")):
+        help_text = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).output
+        (line,) = [line for line in help_text.splitlines() if f" --{option} " in line]
+        assert "org/name[@revision] of the Hub." in line
+
+
+def test_the_names_of_a_choice_are_in_the_help(runner: CliRunner) -> None:
+    text = " ".join(runner.invoke(cli.app, ["precompute", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert "One of auto, float32, bfloat16, float16." in text
+
+
+def test_an_option_means_the_same_when_samples_are_evaluated_as_when_they_are_trained_on() -> None:
+    of_precompute, of_evaluate = (inspect.signature(stage).parameters for stage in (precompute, evaluate))
+    differing = [
+        name for name in of_evaluate.keys() & of_precompute.keys() if str(of_evaluate[name]) != str(of_precompute[name])
+    ]
+    assert sorted(differing) == ["cache", "data", "reference", "student"]
+
+
+def test_help_is_shown_by_a_terminal_that_knows_ascii_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = adpa("distill", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--kl-weight" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "gc", "pack", "export", "merge"])
+def test_the_help_of_a_cache_command_names_its_arguments_plainly(command: str, runner: CliRunner) -> None:
+    shown = runner.invoke(cli.app, ["cache", command, "--help"]).stdout
+    arguments = "CACHE OTHER" if command == "merge" else "CACHE"
+    assert shown.split("\n")[1].strip() == f"Usage: {shown.split()[1]} cache {command} [OPTIONS] {arguments}"
+    assert "Directory or URL of" in " ".join(shown.split())
+    assert "--no-" not in shown
