@@ -68,15 +68,20 @@ def imports(source: str, typing: bool = True) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module == "adpa":
+            names |= {f"adpa.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
     return names
 
 
 def upward(module: str, source: str) -> set[str]:
     """The imports of a source that the rule of its module, or else of its room, does not allow."""
     rule = module if module in MAY_IMPORT else module.rpartition(".")[0]
-    own = {name.removeprefix("adpa.") for name in imports(source) if name.startswith("adpa.")}
+    names = imports(source)
+    if hidden := {name for name in names if name == "adpa" or name.startswith(".")}:
+        return hidden  # of these nobody sees to which room they lead
+    own = {name.removeprefix("adpa.") for name in names if name.startswith("adpa.")}
     allowed = MAY_IMPORT[rule] | BASE
     return {name for name in own if name not in allowed and name.rpartition(".")[0] not in allowed}
 
@@ -103,7 +108,9 @@ def long_functions(source: str) -> dict[str, int]:
     """The functions with more lines of statements than allowed; signatures, docstrings and Triton kernels are free."""
     long = {}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "triton.jit" not in map(
+            ast.unparse, node.decorator_list
+        ):
             statements = node.body[ast.get_docstring(node) is not None :]
             lines = (node.end_lineno or 0) - statements[0].lineno + 1 if statements else 0
             if lines > MOST_STATEMENTS:
@@ -156,6 +163,11 @@ def test_an_import_that_goes_upward_is_seen(room: str, module: str) -> None:
         assert upward(room, line) == {module}
     if package:
         assert upward(room, f"from adpa.{package} import {name}") == {package}
+
+
+@pytest.mark.parametrize("line", ["import adpa", "from adpa import distill", "from ..pipeline import distill"])
+def test_an_import_that_hides_its_room_is_seen(line: str) -> None:
+    assert upward("kernels", line)
 
 
 @pytest.mark.parametrize("room", ["data.cache", "pipeline.cache", "pipeline.terminal"])

@@ -26,10 +26,10 @@ class Outcome:
     Attributes:
         sets: the response sets, the sampled one with the responses that are sampled already.
         finished: those of them that are whole.
-        unsampled: responses that the cache lacked.
+        unsampled: responses that the cache lacked before the run.
         awaited: responses that other parts of the data have still to sample.
         wanted: the sequences that the part scores.
-        missing: those whose signals the cache lacked.
+        missing: those whose signals the cache lacked before the run; a run has scored them.
         bytes: size of the files with their signals.
     """
 

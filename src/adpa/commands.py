@@ -62,7 +62,7 @@ def load(command: Any) -> Any:
     if isinstance(command, Commands):
         return command
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=MARKUP)
-    function = command.callback()
+    function = command.callback()  # the registered function, which imports the stage and gives its command
     first, *details = [" ".join(paragraph.split()) for paragraph in escape(function.__doc__).split("\n\n")]
     single.command(command.name, cls=Command, help=first, epilog="\n\n".join(details))(function)
     return typer.main.get_command(single)
