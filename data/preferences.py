@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from adpa.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -6,10 +6,10 @@ and of how it was made. So the same responses to the same prompts are the same s
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -34,7 +34,20 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses were sampled: ``student`` is the digest of the weights, ``turn_end`` the token that ends one."""
+    """How responses were sampled.
+
+    Attributes:
+        student: digest of the weights.
+        turn_end: id of the end-of-turn token, which ends a response.
+        temperature: 0 for greedy.
+        top_p: nucleus.
+        max_new_tokens: most tokens of a response.
+        samples_per_prompt: responses to each prompt.
+        seed: seed of all random numbers.
+        dtype: dtype of the computation.
+        engine: what ran the student.
+        stops: further ids that end a response, ascending.
+    """
 
     student: str
     turn_end: int
@@ -45,6 +58,17 @@ class Sampling:
     seed: int
     dtype: str
     engine: str
+    stops: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids that end a response; the first is ``turn_end``."""
+        return (self.turn_end, *self.stops)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as JSON has them: without ``stops`` where there are none, as before they existed."""
+        fields = asdict(self) | {"stops": list(self.stops)}
+        return {name: value for name, value in fields.items() if name != "stops" or value}
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,8 @@ class ResponseSetInfo:
         dropped: pairs of the data that are not in the set.
         examples: digest of the example ids; the sets of one data set have the same.
         sampling: how responses were sampled; none if they were not.
+        chat_template_kwargs: arguments of the chat template for all rows.
+        rendered: whether the prompts were rendered already.
     """
 
     name: ResponseName
@@ -78,6 +104,13 @@ class ResponseSetInfo:
     truncated_responses: int = 0
     examples: str = ""
     sampling: Sampling | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rendered: bool = False
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids that end a response; one without any of them was cut."""
+        return (self.turn_end,) if self.sampling is None else self.sampling.ends
 
 
 @dataclass(frozen=True)
@@ -134,7 +167,7 @@ def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds,
     keys = [sequence_key(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     info = replace(
         info,
-        truncated_responses=sum(int(response[-1]) != info.turn_end for response in responses),
+        truncated_responses=sum(int(response[-1]) not in info.ends for response in responses),
         examples=hashlib.blake2b("\n".join(sorted(set(example_ids))).encode(), digest_size=8).hexdigest(),
     )
     columns = [
@@ -197,7 +230,9 @@ def _interpret(path: Location, table: pa.Table) -> ResponseSet:
     try:
         made = json.loads(table.schema.metadata[b"adpa"])
         sampling = made.pop("sampling")
-        info = ResponseSetInfo(**made, sampling=Sampling(**sampling) if sampling else None)
+        if sampling:
+            sampling = Sampling(**sampling | {"stops": tuple(sampling.get("stops", ()))})
+        info = ResponseSetInfo(**made, sampling=sampling)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise damaged(path, STRANGER) from error
     if not table.schema.equals(SCHEMA):
@@ -206,4 +241,8 @@ def _interpret(path: Location, table: pa.Table) -> ResponseSet:
 
 
 def _canonical(info: ResponseSetInfo) -> bytes:
-    return json.dumps(asdict(info), sort_keys=True).encode()
+    fields = asdict(info) | {"sampling": info.sampling and info.sampling.settings()}
+    for name in ("chat_template_kwargs", "rendered"):  # a set without them is written as before they existed
+        if not fields[name]:
+            del fields[name]
+    return json.dumps(fields, sort_keys=True).encode()

@@ -6,7 +6,7 @@ is the digest of the prompt and the index of the sample.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -77,7 +77,7 @@ def write_samples(
 
 def samples_folder(cache: Location, sampling: Sampling) -> Location:
     """The folder of the samples of these settings; their number does not matter."""
-    settings = asdict(sampling)
+    settings = sampling.settings()
     del settings["samples_per_prompt"]  # a larger number reuses the existing samples
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
     return cache / "samples" / digest.hexdigest()

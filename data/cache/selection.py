@@ -1,5 +1,6 @@
 """Selects the response sets and the scoring of a cache that a run reads."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,9 @@ def _complete_groups(
     by_origin: dict[tuple[object, ...], dict[ResponseName, list[ResponseSet]]] = defaultdict(lambda: defaultdict(list))
     for responses in usable:
         info = responses.info
-        origin = (info.examples, info.tokenizer, info.chat_template, info.max_prompt_length, info.max_length)
+        arguments = json.dumps(info.chat_template_kwargs, sort_keys=True)
+        limits = (info.max_prompt_length, info.max_length)
+        origin = (info.examples, info.tokenizer, info.chat_template, arguments, info.rendered, *limits)
         by_origin[origin][info.name].append(responses)
     return [
         dict(zip(names, combination, strict=True))

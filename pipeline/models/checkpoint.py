@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -62,6 +63,20 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The configuration of the language model in the checkpoint."""
         return self._read_config()[1]
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end generation, in the order of generation_config.json or, without it, of config.json."""
+        if (self.directory / "generation_config.json").is_file():
+            try:
+                ids = GenerationConfig.from_pretrained(self.directory).eos_token_id
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"{self.name}: its generation_config.json cannot be read: {_first_line(error)}"
+                ) from error
+        else:
+            ids = getattr(self.config, "eos_token_id", None)
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
     @property
     def is_multimodal(self) -> bool:

@@ -1,7 +1,7 @@
 """The errors that adpa raises for mistakes in its input.
 
 Every message says what is wrong and where, what was expected, and what to do. The classes pickle (their arguments are
-the two strings), so that they cross process boundaries.
+strings), so that they cross process boundaries.
 """
 
 
@@ -19,7 +19,7 @@ class AdpaError(ValueError):
         super().__init__(problem, fix)
 
     def __str__(self) -> str:
-        return "; ".join(part for part in self.args if part)
+        return "; ".join(part for part in self.args[:2] if part)
 
 
 class OptionError(AdpaError):
@@ -28,6 +28,21 @@ class OptionError(AdpaError):
 
 class DataError(AdpaError):
     """Preference data that cannot be read or turned into tokens."""
+
+
+class RowError(DataError):
+    """A row that cannot be used, by its own fault. ``--drop-invalid`` leaves it out.
+
+    Args:
+        problem: as for every error; it begins with the place of the row.
+        fix: what to do.
+        reason: the kind of fault in a few words, under which a summary counts it.
+    """
+
+    def __init__(self, problem: str, fix: str = "", reason: str = "not a preference pair") -> None:
+        super().__init__(problem, fix)
+        self.args = (problem, fix, reason)  # all that pickling keeps
+        self.reason = reason
 
 
 class ModelError(AdpaError):
