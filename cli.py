@@ -91,9 +91,9 @@ def _app(
 def _precompute() -> Callable[..., None]:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache."""
     from adpa.pipeline.precompute import precompute
-    from adpa.pipeline.terminal.precompute import show_precompute
+    from adpa.pipeline.terminal.precompute import print_example, show_precompute
 
-    return as_command(precompute, show_precompute)
+    return as_command(precompute, show_precompute, fixed={"on_example": print_example})
 
 
 @app.command("distill")

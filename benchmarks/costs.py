@@ -39,9 +39,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from adpa import precompute
 from adpa.data.batches import TrainingSequence, collate
+from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.vocabulary import find_turn_end
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.lm_head import hidden_states, read_head
 from adpa.pipeline.training.student import attach_distill_head
@@ -68,10 +68,10 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     limits = inspect.signature(precompute).parameters
     lengths = [limits[name].default for name in ("max_prompt_length", "max_length")]
-    turn_end = find_turn_end(tokenizer)
+    template = ChatTemplate(tokenizer)
     numbered = [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
-    pairs = measure_pairs(Encoder(tokenizer, turn_end, *lengths).encode(numbered))
-    few = list(Encoder(tokenizer, turn_end, *FLOP_LIMITS).encode(numbered[:FLOP_PAIRS]))
+    pairs = measure_pairs(Encoder(template, *lengths).encode(numbered))
+    few = list(Encoder(template, *FLOP_LIMITS).encode(numbered[:FLOP_PAIRS]))
     print_lengths(pairs, assumed)
     print_flops(2 * len(few), count_flops(model, few), expected_flops(shape_of(model), few))
     print_shapes(pairs, assumed)

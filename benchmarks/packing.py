@@ -39,11 +39,12 @@ from adpa.data.batches import (
 )
 from adpa.data.cache.responses import ResponseName
 from adpa.data.cache.selection import Need, select
+from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.packing import pack_sequences
 from adpa.data.preferences import read_rows
 from adpa.data.sequences import Packing, TokenSequence
-from adpa.data.vocabulary import find_turn_end, load_tokenizer
+from adpa.data.vocabulary import load_tokenizer
 from adpa.lab.smollm2 import save_smollm2
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.precompute import precompute
@@ -110,8 +111,7 @@ def main() -> None:
         examples = TrainingExamples(select(cache, needs, student="").training_sets(needs))
         tokenizer = load_tokenizer(smollm2)
         whole_pairs = [
-            list(Encoder(tokenizer, find_turn_end(tokenizer), *limits).encode(read_rows(str(whole))))
-            for limits in LIMITS
+            list(Encoder(ChatTemplate(tokenizer), *limits).encode(read_rows(str(whole)))) for limits in LIMITS
         ]
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).train()
     attach_distill_head(model)

@@ -2,24 +2,29 @@
 
 The tokens of a prompt are the rendered conversation up to the assistant's text. The tokens of a response are those that
 the rendered conversation with the response adds, up to and including the end-of-turn token. The prompt's tokens must be
-a prefix of the tokens of the whole.
+a prefix of the tokens of the whole, and nothing that a row says may be missing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from itertools import chain, islice
 
 import numpy as np
-from jinja2 import TemplateError
 
-from adpa.data.preferences import Message, PreferencePair, parse_pair
+from adpa.data.chat_template import ChatTemplate
+from adpa.data.control_tokens import texts_of
+from adpa.data.preferences import PreferencePair, parse_pair
+from adpa.data.rendering import Rendered, Renderer
+from adpa.data.round_trip import check_round_trip
+from adpa.data.rows import Rows
 from adpa.data.sequences import TokenIds, check_lengths
-from adpa.data.vocabulary import TurnEnd, render
-from adpa.errors import DataError
+from adpa.data.vocabulary import token_ids
+from adpa.errors import RowError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+FIRST_ROWS = 1000  # whose texts are compared with their tokens
+BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,24 @@ class EncodedPair:
 
 @dataclass
 class EncodingCounts:
-    """The numbers of prompts that were cut to the limit, and of pairs that were left out."""
+    """What happened to the rows.
 
+    Attributes:
+        rows: rows read.
+        truncated_prompts: prompts cut to the limit.
+        thinking_left_out: rows whose earlier turns had thinking that the chat template leaves out.
+        invalid: rows that cannot be used, by reason.
+    """
+
+    rows: int = 0
     truncated_prompts: int = 0
-    dropped: int = 0
+    thinking_left_out: int = 0
+    invalid: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def dropped(self) -> int:
+        """Rows that cannot be used."""
+        return self.invalid.total()
 
 
 @dataclass(frozen=True)
@@ -45,94 +64,145 @@ class Encoder:
     """Turns rows of preference data into token ids.
 
     Attributes:
-        tokenizer: the teacher's, with its chat template.
-        turn_end: ``find_turn_end(tokenizer)``.
+        template: the teacher's chat template, with its tokenizer.
         max_prompt_length: most tokens of a prompt; the last ones are kept.
         max_length: most tokens of prompt and response together; the response is cut to the rest.
         drop_invalid: leave out a pair that cannot be used, and count it, instead of raising.
+        rendered: prompts are rendered already.
+        allow_control_tokens: take messages with control tokens in their text.
         counts: the counts so far.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
-    turn_end: TurnEnd
+    template: ChatTemplate
     max_prompt_length: int
     max_length: int
     drop_invalid: bool = False
+    rendered: bool = False
+    allow_control_tokens: bool = False
     counts: EncodingCounts = field(default_factory=EncodingCounts)
 
     def __post_init__(self) -> None:
         check_lengths(self.max_prompt_length, self.max_length)
 
-    def encode(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[EncodedPair]:
+    def encode(self, rows: Rows) -> Iterator[EncodedPair]:
         """Yields every (where, row) as token ids. A repeated pair gets its occurrence appended to its example id.
 
         Raises:
-            DataError: a row is malformed, or the rendered prompt is not a prefix of the whole.
+            RowError: rows cannot be used; after the last row, so that the message says how many and why.
+            ModelError: the tokenizer does not keep text.
         """
+        errors: list[RowError] = []
         seen: dict[str, int] = {}
-        pairs = self._parse(rows)
-        while batch := list(islice(pairs, 256)):
-            for pair, encoded in self._tokenize(batch):
+        rendered = self._render(self._parse(rows, errors), errors)
+        while batch := list(islice(rendered, BATCH)):
+            for pair, encoded in self._tokenize(batch, errors):
                 occurrence = seen[pair.example_id] = seen.get(pair.example_id, 0) + 1
                 example_id = pair.example_id if occurrence == 1 else f"{pair.example_id}:{occurrence}"
                 yield EncodedPair(example_id, *encoded)
+        if errors and not self.drop_invalid:
+            raise self._first_of_all(errors[0])
 
-    def _parse(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[PreferencePair, list[str]]]:
+    def _fault(self, error: RowError, errors: list[RowError]) -> None:
+        """Counts a row that cannot be used, and keeps the first one's error."""
+        self.counts.invalid[error.reason] += 1
+        if not errors:
+            errors.append(error)
+
+    def _first_of_all(self, error: RowError) -> RowError:
+        invalid = self.counts.invalid
+        if self.counts.dropped == 1:
+            return error
+        problem, fix, reason = error.args
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in invalid.most_common())
+        return RowError(f"{problem} (first of {self.counts.dropped:,} invalid rows; {reasons})", fix, reason)
+
+    def _parse(self, rows: Rows, errors: list[RowError]) -> Iterator[PreferencePair]:
         for where, row in rows:
+            self.counts.rows += 1
             try:
-                pair = parse_pair(where, row)
-                yield pair, self._render(pair)
-            except DataError:
-                if not self.drop_invalid:
-                    raise
-                self.counts.dropped += 1
+                yield parse_pair(where, row, self.rendered)
+            except RowError as error:
+                self._fault(error, errors)
 
-    def _render(self, pair: PreferencePair) -> list[str]:
-        """The conversation three times: up to the response, with the chosen one, with the rejected one."""
-        chosen: Message = {"role": "assistant", "content": pair.chosen}
-        rejected: Message = {"role": "assistant", "content": pair.rejected}
-        try:
-            return [
-                render(self.tokenizer, pair.prompt, add_generation_prompt=True),
-                render(self.tokenizer, [*pair.prompt, chosen]),
-                render(self.tokenizer, [*pair.prompt, rejected]),
-            ]
-        except TemplateError as error:
-            raise DataError(f"{pair.where}: the teacher's chat template refuses the conversation: {error}") from error
+    def _render(
+        self, pairs: Iterator[PreferencePair], errors: list[RowError]
+    ) -> Iterator[tuple[PreferencePair, Rendered]]:
+        first = list(islice(pairs, FIRST_ROWS))
+        lost = check_round_trip(self.template.tokenizer, [text for pair in first for text in _texts(pair)])
+        for pair in chain(first, pairs):
+            try:
+                for text in _texts(pair) if lost else ():
+                    if text in lost:
+                        raise RowError(
+                            f"{pair.where}: the tokenizer does not keep the text: it {lost[text]}",
+                            "change the text, or pass --drop-invalid",
+                            "text lost in tokens",
+                        )
+                yield pair, self._renderer.render(pair)
+            except RowError as error:
+                self._fault(error, errors)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.template, self.allow_control_tokens)
 
     def _tokenize(
-        self, batch: Sequence[tuple[PreferencePair, list[str]]]
+        self, batch: Sequence[tuple[PreferencePair, Rendered]], errors: list[RowError]
     ) -> Iterator[tuple[PreferencePair, tuple[TokenIds, TokenIds, TokenIds]]]:
-        texts = [text for _, rendered in batch for text in rendered]
-        token_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for row, (pair, _) in enumerate(batch):
-            prompt, chosen, rejected = (np.array(ids, dtype=np.int32) for ids in token_ids[3 * row : 3 * row + 3])
+        texts = [text for _, one in batch for text in (one.prompt, one.chosen, one.rejected)]
+        ids = token_ids(self.template.tokenizer, texts)
+        for row, (pair, one) in enumerate(batch):
+            prompt, chosen, rejected = (np.array(tokens, dtype=np.int32) for tokens in ids[3 * row : 3 * row + 3])
             try:
-                chosen_ids = self._response(pair, "chosen", prompt, chosen)
-                rejected_ids = self._response(pair, "rejected", prompt, rejected)
-            except DataError:
-                if not self.drop_invalid:
-                    raise
-                self.counts.dropped += 1
+                chosen_ids = self._response(pair, "chosen", one, prompt, chosen)
+                rejected_ids = self._response(pair, "rejected", one, prompt, rejected)
+                self._check_known(pair, one, chosen, rejected)
+            except RowError as error:
+                self._fault(error, errors)
                 continue
+            self.counts.thinking_left_out += one.thinking_left_out
             self.counts.truncated_prompts += len(prompt) > self.max_prompt_length
             prompt = prompt[-self.max_prompt_length :]
             room = self.max_length - len(prompt)
             yield pair, (prompt, chosen_ids[:room], rejected_ids[:room])
 
-    def _response(self, pair: PreferencePair, column: str, prompt_ids: TokenIds, whole_ids: TokenIds) -> TokenIds:
+    def _response(
+        self, pair: PreferencePair, column: str, rendered: Rendered, prompt_ids: TokenIds, whole_ids: TokenIds
+    ) -> TokenIds:
         if not np.array_equal(whole_ids[: len(prompt_ids)], prompt_ids):
-            raise DataError(
-                f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: the chat "
-                "template changes the prompt when the response follows, or the tokenizer merges the end of the prompt "
-                "with the beginning of the response (white space, most often)",
-                "use a template that only appends, strip the response, or pass --drop-invalid",
-            )
-        response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - self.turn_end.trailing]
-        if len(response_ids) == 0 or response_ids[-1] != self.turn_end.token_id:
-            raise DataError(
+            cause = "the tokenizer merges the end of the prompt with the response's beginning (white space, most often)"
+            raise self._renderer.no_prefix(pair, column, rendered.prompt, cause)
+        response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - rendered.trailing]
+        end = self.template.turn_end.token_id
+        if len(response_ids) == 0 or response_ids[-1] != end:
+            raise RowError(
                 f"{pair.where}: the tokens of `{column}` do not end with the end-of-turn token "
-                f"{self.tokenizer.convert_ids_to_tokens(self.turn_end.token_id)!r}",
+                f"{self.template.tokenizer.convert_ids_to_tokens(end)!r}",
                 "use a template that ends every assistant's turn alike, or pass --drop-invalid",
+                "no end of turn",
             )
         return response_ids
+
+    def _check_known(self, pair: PreferencePair, rendered: Rendered, *whole_ids: TokenIds) -> None:
+        """Checks that no text became the unknown token."""
+        tokenizer = self.template.tokenizer
+        if tokenizer.unk_token_id is None:
+            return
+        for text, ids in zip((rendered.chosen, rendered.rejected), whole_ids, strict=True):
+            unknown = np.count_nonzero(ids == tokenizer.unk_token_id)
+            if unknown and unknown > text.count(str(tokenizer.unk_token)):
+                raise RowError(
+                    f"{pair.where}: the tokenizer has no token for some of its text",
+                    "change the text, or pass --drop-invalid",
+                    "text lost in tokens",
+                )
+
+
+def _texts(pair: PreferencePair) -> Iterator[str]:
+    """The texts of a pair's messages."""
+    if isinstance(pair.prompt, str):
+        yield pair.prompt
+    else:
+        yield from (text for message in pair.prompt for text in texts_of(message))
+    yield from texts_of(pair.chosen)
+    yield from texts_of(pair.rejected)

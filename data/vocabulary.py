@@ -1,21 +1,15 @@
-"""Rules of tokenizers: rendering by the chat template, the end of a turn, digests, equal vocabularies."""
+"""Rules of tokenizers: loading, digests, equal vocabularies."""
 
-import datetime
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from jinja2 import TemplateError
 
 from adpa.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TEMPLATE_DATE = datetime.date(2024, 7, 26)  # the date that Llama's templates use by default
 
 
 @dataclass(frozen=True)
@@ -25,14 +19,6 @@ class TokenizerDigests:
     tokenizer: str
     vocabulary: str
     chat_template: str
-
-
-@dataclass(frozen=True)
-class TurnEnd:
-    """How the chat template ends an assistant's turn: the end-of-turn token, then ``trailing`` further tokens."""
-
-    token_id: int
-    trailing: int
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -63,57 +49,6 @@ def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerDigests:
     return TokenizerDigests(_digest([rules, vocabulary, chat_template]), vocabulary, chat_template)
 
 
-def render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    """A conversation as text, by the chat template; ``add_generation_prompt`` appends the start of an assistant's turn.
-
-    A template that writes the date (Llama 3.1 and later) gets ``TEMPLATE_DATE``: the same conversation must give the
-    same tokens on any day.
-    """
-    text = tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        strftime_now=TEMPLATE_DATE.strftime,
-    )
-    assert isinstance(text, str), "one conversation renders to one text"
-    return text
-
-
-def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
-    """Finds the token with which the chat template ends an assistant's turn.
-
-    Raises:
-        ModelError: the tokenizer has no chat template, or it cannot render an answer, or it ends the turn without a
-            special token.
-    """
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template",
-            "set tokenizer.chat_template and save it beside the teacher",
-        )
-    marker = "adpa"
-    conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": marker}]
-    try:
-        _, seen, suffix = render(tokenizer, conversation).rpartition(marker)
-        problem = "" if seen else "changes the assistant's text"
-    except TemplateError as error:
-        problem = f"refuses a question and its answer: {error}"
-    if problem:
-        raise ModelError(f"{tokenizer.name_or_path}: the chat template {problem}", "mend the teacher's chat template")
-    suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
-    special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special_ids.update(tokenizer.all_special_ids)
-    for position, token_id in enumerate(suffix_ids):
-        if token_id in special_ids:
-            return TurnEnd(token_id, len(suffix_ids) - position - 1)
-    raise ModelError(
-        f"{tokenizer.name_or_path}: the chat template ends the assistant's turn with no special token",
-        "end it with eos_token in the template",
-    )
-
-
 def check_same_vocabulary(
     teacher: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", teacher_name: str, other_name: str
 ) -> None:
@@ -136,3 +71,5 @@ def check_same_vocabulary(
 def _digest(value: object) -> str:
     canonical = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+

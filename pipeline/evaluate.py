@@ -25,7 +25,9 @@ from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.options import (
+    AllowControlTokensOption,
     BatchTokensOption,
+    ChatTemplateKwargsOption,
     DeviceOption,
     DropInvalidOption,
     DtypeOption,
@@ -36,6 +38,7 @@ from adpa.pipeline.options import (
     MaxNewTokensOption,
     MaxPromptLengthOption,
     QuantizationOption,
+    RenderedOption,
     SamplesPerPromptOption,
     SamplingSeedOption,
     SamplingTopPOption,
@@ -89,7 +92,8 @@ class EvaluateReport:
         prompts: distinct prompts.
         repeated_prompts: pairs left out because another one has the same prompt.
         truncated_prompts: prompts cut to ``max_prompt_length``.
-        dropped: pairs left out because of ``drop_invalid``.
+        dropped: rows left out because of ``drop_invalid``.
+        dropped_by_reason: the same by reason.
         sampled: responses sampled now, by both models.
         scored: responses scored now.
         engine: what ran the models.
@@ -108,6 +112,7 @@ class EvaluateReport:
     repeated_prompts: int
     truncated_prompts: int
     dropped: int
+    dropped_by_reason: dict[str, int]
     sampled: int
     scored: int
     engine: str
@@ -134,6 +139,9 @@ def evaluate(
     split: SplitOption = None,
     max_prompt_length: MaxPromptLengthOption = 1024,
     drop_invalid: DropInvalidOption = False,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
+    rendered: RenderedOption = False,
+    allow_control_tokens: AllowControlTokensOption = False,
     samples_per_prompt: SamplesPerPromptOption = 1,
     temperature: TemperatureOption = 1.0,
     sampling_top_p: SamplingTopPOption = 1.0,
@@ -160,7 +168,16 @@ def evaluate(
     started = time.perf_counter()
     max_length = max_prompt_length + max_new_tokens
     SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
-    DataOptions(data, split, max_prompt_length, max_length, drop_invalid).check()
+    DataOptions(
+        data,
+        split,
+        max_prompt_length,
+        max_length,
+        drop_invalid,
+        dict(chat_template_kwargs or {}),
+        rendered,
+        allow_control_tokens,
+    ).check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
     EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
     _check_different(student, baseline)
@@ -177,6 +194,9 @@ def evaluate(
             max_prompt_length=max_prompt_length,
             max_length=max_length,
             drop_invalid=drop_invalid,
+            chat_template_kwargs=chat_template_kwargs,
+            rendered=rendered,
+            allow_control_tokens=allow_control_tokens,
             samples_per_prompt=samples_per_prompt,
             temperature=temperature,
             sampling_top_p=sampling_top_p,
@@ -208,6 +228,7 @@ def evaluate(
         repeated_prompts=mine.repeated_prompts,
         truncated_prompts=by_student.truncated_prompts,
         dropped=by_student.dropped,
+        dropped_by_reason=by_student.dropped_by_reason,
         sampled=by_student.sampled + by_baseline.sampled,
         scored=by_student.scored + by_baseline.scored,
         engine=by_student.engine,

@@ -1,7 +1,8 @@
 """Options that commands share: one type, one help text and one group for all. Imports no model library."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
@@ -44,7 +45,18 @@ ScoringOption = Annotated[str | None, Doc("Scoring (the beginning of its id)."),
 
 SplitOption = Annotated[str | None, Doc("Split of a data set that has several."), Group.DATA]
 MaxPromptLengthOption = Annotated[int, Doc("Tokens of a prompt that are kept, from its end."), Group.DATA]
-DropInvalidOption = Annotated[bool, Doc("Leave out pairs that cannot be used, and count them."), Group.DATA]
+DropInvalidOption = Annotated[bool, Doc("Leave out rows that cannot be used, and count them by reason."), Group.DATA]
+ChatTemplateKwargsOption = Annotated[
+    Mapping[str, Any] | None,
+    Doc("Arguments of the chat template as a JSON object; a column chat_template_kwargs of a row goes before them."),
+    Group.DATA,
+]
+RenderedOption = Annotated[
+    bool, Doc("Prompts are text that a chat template has rendered already; they are taken as they are."), Group.DATA
+]
+AllowControlTokensOption = Annotated[
+    bool, Doc("Take messages with control tokens such as <|im_start|> in their text."), Group.DATA
+]
 
 SamplesPerPromptOption = Annotated[int, Doc("Responses sampled for each prompt."), Group.SAMPLING]
 TemperatureOption = Annotated[float, Doc("Sampling temperature; 0 is greedy."), Group.SAMPLING]

@@ -1,6 +1,7 @@
 """Stage one: asks the large models once and keeps what they said."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,9 @@ from adpa.data.cache.format import find_version
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
 from adpa.pipeline.options import (
+    AllowControlTokensOption,
     BatchTokensOption,
+    ChatTemplateKwargsOption,
     DeviceOption,
     DropInvalidOption,
     DtypeOption,
@@ -22,6 +25,7 @@ from adpa.pipeline.options import (
     MaxNewTokensOption,
     MaxPromptLengthOption,
     QuantizationOption,
+    RenderedOption,
     SamplesPerPromptOption,
     SamplingSeedOption,
     SamplingTopPOption,
@@ -44,6 +48,7 @@ from adpa.pipeline.scoring.request import (
 from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
+    from adpa.data.sequences import TokenIds
     from adpa.pipeline.scoring.plan import Plan, Setup
     from adpa.pipeline.scoring.run import Outcome
 
@@ -63,7 +68,9 @@ class PrecomputeReport:
         truncated_prompts: prompts cut to ``max_prompt_length``.
         truncated_responses: responses that lack their end-of-turn token: cut to ``max_length`` or ``max_new_tokens``;
             like ``truncated_prompts`` and ``dropped`` of the whole data, as far as it is sampled, and not of a part.
-        dropped: pairs left out because of ``drop_invalid``.
+        thinking_left_out: rows with thinking in earlier turns that the chat template leaves out.
+        dropped: rows left out because of ``drop_invalid``.
+        dropped_by_reason: the same by reason.
         engine: what ran the models, as in ``scoring.json``.
         engine_reason: why it was this one.
         workers: processes that ran each model, if there was work for all of them.
@@ -83,7 +90,9 @@ class PrecomputeReport:
     bytes: int
     truncated_prompts: int
     truncated_responses: int
+    thinking_left_out: int
     dropped: int
+    dropped_by_reason: dict[str, int]
     engine: str
     engine_reason: str
     workers: int
@@ -93,6 +102,23 @@ class PrecomputeReport:
     seconds: float
     dry_run: bool
     probe: ProbeReport | None = None
+
+
+@dataclass(frozen=True)
+class FirstExample:
+    """The first pair of the data as the models read it: text that was decoded from its tokens.
+
+    Attributes:
+        prompt: the prompt.
+        chosen: the chosen response without its end-of-turn token.
+        end: the end-of-turn token; none if the response was cut.
+        end_id: its id.
+    """
+
+    prompt: str
+    chosen: str
+    end: str | None
+    end_id: int
 
 
 def precompute(
@@ -130,6 +156,9 @@ def precompute(
     max_prompt_length: MaxPromptLengthOption = 1024,
     max_length: Annotated[int, Doc("Tokens of prompt and response together; the response is cut."), Group.DATA] = 2048,
     drop_invalid: DropInvalidOption = False,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
+    rendered: RenderedOption = False,
+    allow_control_tokens: AllowControlTokensOption = False,
     samples_per_prompt: SamplesPerPromptOption = 1,
     temperature: TemperatureOption = 1.0,
     sampling_top_p: SamplingTopPOption = 1.0,
@@ -181,13 +210,15 @@ def precompute(
         Doc("With --dry-run: score so many responses to see what each K would keep, and to predict bytes and hours."),
         Group.DRY_RUN,
     ] = None,
+    on_example: Callable[[FirstExample], None] | None = None,
 ) -> PrecomputeReport:
     """Score responses with the teacher, and the reference beside it, and keep the signals in a cache.
 
     Sequences with rows in the cache are not scored again. To resume a killed run, run it again; when data grows, only
     its new rows are scored. With a student, its own responses to the prompts are sampled and scored. The chosen
     responses are then stored too, unscored, for the SFT term. A dry run with a probe predicts the cost and says how
-    much of the teacher's probability each K keeps.
+    much of the teacher's probability each K keeps. ``on_example`` gets the first example after all rows were checked
+    and before a model is loaded.
 
     Raises:
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
@@ -202,7 +233,16 @@ def precompute(
         student=student,
         cache=cache,
         names=parse_responses(responses, student),
-        data=DataOptions(data, split, max_prompt_length, max_length, drop_invalid),
+        data=DataOptions(
+            data,
+            split,
+            max_prompt_length,
+            max_length,
+            drop_invalid,
+            dict(chat_template_kwargs or {}),
+            rendered,
+            allow_control_tokens,
+        ),
         signals=SignalOptions(top_k, top_p, lossy),
         sampling=SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed),
         engine=EngineOptions(engine, vllm, batch_tokens, dtype, device),
@@ -223,9 +263,27 @@ def precompute(
 
     setup = open_setup(request)
     plan = make_plan(request, setup)
+    if on_example is not None:
+        on_example(_first_example(plan))
     outcome = run_plan(request, setup, plan)
     probed = None if probe is None else probe_plan(request, probe, setup, plan, outcome)
     return _report(request, setup, plan, outcome, probed, time.perf_counter() - started)
+
+
+def _first_example(plan: "Plan") -> FirstExample:
+    template, pair = plan.encoder.template, plan.first
+    end_id = template.turn_end.token_id
+    ended = bool(pair.chosen_ids[-1] == end_id)
+
+    def decode(ids: "TokenIds") -> str:
+        return str(template.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    return FirstExample(
+        prompt=decode(pair.prompt_ids),
+        chosen=decode(pair.chosen_ids[:-1] if ended else pair.chosen_ids),
+        end=str(template.tokenizer.convert_ids_to_tokens(end_id)) if ended else None,
+        end_id=end_id,
+    )
 
 
 def _report(
@@ -247,7 +305,9 @@ def _report(
         bytes=size,
         truncated_prompts=plan.encoder.counts.truncated_prompts,
         truncated_responses=sum(outcome.sets[name].info.truncated_responses for name in request.names),
+        thinking_left_out=plan.encoder.counts.thinking_left_out,
         dropped=plan.encoder.counts.dropped,
+        dropped_by_reason=dict(plan.encoder.counts.invalid.most_common()),
         engine=setup.engine.name,
         engine_reason=setup.engine.reason,
         workers=request.executor.workers or 1,

@@ -28,10 +28,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.preferences import read_rows
 from adpa.data.sequences import TokenSequence, sequence_key
-from adpa.data.vocabulary import find_turn_end
 from adpa.lab.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START
 
 SMALL, MEDIUM, LARGE = "0.5B", "1.5B", "7B"
@@ -148,7 +148,7 @@ def limits(setting: Setting) -> dict[str, Any]:
 def encoded_pairs(setting: Setting, count: int) -> list[EncodedPair]:
     """``count`` pairs as tokens."""
     tokenizer = text_tokenizer()
-    encoder = Encoder(tokenizer, find_turn_end(tokenizer), **limits(setting))
+    encoder = Encoder(ChatTemplate(tokenizer), **limits(setting))
     return list(encoder.encode(read_rows(str(preferences(setting, count)))))
 
 

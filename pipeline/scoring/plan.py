@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from adpa.data.cache.responses import ResponseName, ResponseSet, ResponseSetInfo, Sampling, make_response_set
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signals import Scoring
+from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
+from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.data.vocabulary import digest_tokenizer, find_turn_end
-from adpa.errors import DataError
-from adpa.pipeline.models.checkpoint import resolve_device
+from adpa.data.vocabulary import digest_tokenizer
+from adpa.errors import DataError, OptionError
+from adpa.pipeline.models.checkpoint import Checkpoint, resolve_device
 from adpa.pipeline.scoring.engine import Engine, choose_engine
 from adpa.pipeline.scoring.jobs import make_batches
 from adpa.pipeline.scoring.opened_models import Models, open_models
@@ -50,6 +51,7 @@ class Plan:
         sampling: how the student answers; none without a student.
         samples: a response to sample and the id of its example, for all the data.
         longest: tokens that a sequence can have.
+        first: the first pair of the data.
     """
 
     encoder: Encoder
@@ -60,6 +62,7 @@ class Plan:
     sampling: Sampling | None
     samples: Sequence[tuple[str, SampleRequest]]
     longest: int
+    first: EncodedPair
 
     def own_samples(self) -> list[SampleRequest]:
         """The responses to sample for the part."""
@@ -104,11 +107,13 @@ def make_plan(request: Request, setup: Setup) -> Plan:
         AdpaError: the data cannot be read, the models cannot read it, or it is too little for the parts or workers.
     """
     models, data = setup.models, request.data
-    tokenizer = models.teacher.tokenizer
-    encoder = Encoder(tokenizer, find_turn_end(tokenizer), data.max_prompt_length, data.max_length, data.drop_invalid)
+    encoder = _open_encoder(request, models.teacher)
     pairs = list(encoder.encode(read_rows(data.source, data.split)))
     if not pairs:
-        raise DataError(f"{data.source}: all of its {encoder.counts.dropped} pairs were dropped", "mend the data")
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in encoder.counts.invalid.most_common())
+        raise DataError(
+            f"{data.source}: all of its {encoder.counts.dropped:,} rows are invalid ({reasons})", "mend them"
+        )
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
     sets = _preference_sets(pairs, encoder, request.names)
@@ -118,13 +123,14 @@ def make_plan(request: Request, setup: Setup) -> Plan:
         sets=sets,
         own=PartPrompts(request.part, (pair.prompt_ids for pair in pairs)),
         scoring=_scoring(request, setup, sets["chosen"].info.vocabulary),
-        sampling=_sampling(request, setup, encoder.turn_end.token_id),
+        sampling=_sampling(request, setup, encoder.template.turn_end.token_id),
         samples=[
             (pair.example_id, SampleRequest(pair.prompt_ids, index))
             for pair in pairs
             for index in range(samples_per_prompt)
         ],
         longest=longest,
+        first=pairs[0],
     )
     scored = make_batches(plan.sequences(sets), len, setup.scoring_tokens)
     sampled = sampling_batches(plan.own_samples(), request.sampling.max_new_tokens, setup.sampling_tokens)
@@ -132,20 +138,35 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     return plan
 
 
+def _open_encoder(request: Request, teacher: Checkpoint) -> Encoder:
+    data = request.data
+    template = ChatTemplate(teacher.tokenizer, data.chat_template_kwargs, teacher.eos_token_ids)
+    for name in data.chat_template_kwargs:
+        if not template.takes_argument(name):
+            raise OptionError(
+                f"--chat-template-kwargs: the chat template of {teacher.name} takes no {name!r}", "check the name"
+            )
+    return Encoder(
+        template, data.max_prompt_length, data.max_length, data.drop_invalid, data.rendered, data.allow_control_tokens
+    )
+
+
 def _preference_sets(
     pairs: Sequence[EncodedPair], encoder: Encoder, names: Sequence[ResponseName]
 ) -> dict[ResponseName, ResponseSet]:
-    digests = digest_tokenizer(encoder.tokenizer)
+    digests = digest_tokenizer(encoder.template.tokenizer)
     info = ResponseSetInfo(
         name="chosen",
         tokenizer=digests.tokenizer,
         vocabulary=digests.vocabulary,
         chat_template=digests.chat_template,
-        turn_end=encoder.turn_end.token_id,
+        turn_end=encoder.template.turn_end.token_id,
         max_prompt_length=encoder.max_prompt_length,
         max_length=encoder.max_length,
         truncated_prompts=encoder.counts.truncated_prompts,
         dropped=encoder.counts.dropped,
+        chat_template_kwargs=encoder.template.arguments,
+        rendered=encoder.rendered,
     )
     sets: dict[ResponseName, ResponseSet] = {
         "chosen": make_response_set(info, [(pair.example_id, pair.prompt_ids, pair.chosen_ids) for pair in pairs])

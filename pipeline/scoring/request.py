@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName
+from adpa.data.preferences import RESERVED_TEMPLATE_KWARGS
 from adpa.data.sequences import check_lengths
 from adpa.errors import OptionError
 from adpa.pipeline.options import DtypeName, EngineName
@@ -22,10 +24,19 @@ class DataOptions:
     max_prompt_length: int
     max_length: int
     drop_invalid: bool
+    chat_template_kwargs: Mapping[str, Any]
+    rendered: bool
+    allow_control_tokens: bool
 
     def check(self) -> None:
-        """Raises an ``OptionError`` for lengths out of range."""
+        """Raises an ``OptionError`` for lengths out of range, and for arguments that no chat template gets."""
         check_lengths(self.max_prompt_length, self.max_length)
+        if reserved := sorted(self.chat_template_kwargs.keys() & RESERVED_TEMPLATE_KWARGS):
+            raise OptionError(f"--chat-template-kwargs: {reserved[0]!r} is adpa's own to decide", "leave it out")
+        if self.rendered and self.chat_template_kwargs:
+            raise OptionError(
+                "--chat-template-kwargs with --rendered: no template renders the prompts", "leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
         if not request.dry_run:  # before the search for what is missing: no gc removes rows that a set needs
             for responses in finished.values():
                 write_response_set(cache, responses)
-            write_tokenizer(cache, plan.encoder.tokenizer, sets["chosen"].info.tokenizer)
+            write_tokenizer(cache, plan.encoder.template.tokenizer, sets["chosen"].info.tokenizer)
         wanted = plan.sequences(sets)
         missing = missing_sequences(cache, plan.scoring, wanted)
         if not request.dry_run:

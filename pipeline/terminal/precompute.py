@@ -1,10 +1,33 @@
 """Shows the report of ``precompute`` in a terminal."""
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.precompute import FirstExample, PrecomputeReport
 from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
+
+MOST_CHARACTERS = 600  # of a text
+
+
+def print_example(example: FirstExample) -> None:
+    """Prints the first example, so that a user sees what the models read before they run."""
+    table = Table("", "", title="First example, as the models read it", title_justify="left", show_header=False)
+    table.add_row("prompt", Text(_cut_beginning(example.prompt)))
+    table.add_row("chosen", Text(_cut_middle(example.chosen)))
+    end = "none: the response was cut" if example.end is None else f"{example.end} (id {example.end_id})"
+    table.add_row("end token", Text(end))
+    Console().print(table)
+
+
+def _cut_beginning(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"… {text[-MOST_CHARACTERS:]}"
+
+
+def _cut_middle(text: str) -> str:
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:

@@ -5,7 +5,7 @@ import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,6 +73,7 @@ def as_command(
     show: Callable[[Any], RenderableType] | None = None,
     arguments: Collection[str] = (),
     failure: Callable[[Any], str] | None = None,
+    fixed: Mapping[str, Any] = {},  # only read
 ) -> Callable[..., None]:
     """The command of a stage: its parameters as options, and what every command has beside them.
 
@@ -81,9 +82,10 @@ def as_command(
         show: how its report looks in a terminal; default: a table of its fields.
         arguments: the parameters that have a place instead of a name.
         failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
+        fixed: arguments of the stage that are no options.
     """
     show = show or partial(show_report, stage.__name__)
-    declared = inspect.signature(stage).parameters.values()
+    declared = [each for each in inspect.signature(stage).parameters.values() if each.name not in fixed]
     locations = {parameter.name for parameter in declared if is_location(parameter)}
     parameters = [
         as_argument(parameter) if parameter.name in arguments else as_option(parameter)
@@ -116,7 +118,7 @@ def as_command(
             if report is not None:
                 check_writable_file("--report", report)
             options |= {name: find_location(options[name]) for name in locations if options[name] is not None}
-            done = stage(**options)
+            done = stage(**options, **fixed)
             if this_rank() != 0:
                 return
             if report is not None:
@@ -155,6 +157,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         if unknown:
             raise OptionError(f"--config {path}: {context.info_name} has no option {unknown[0]!r}")
         for name, value in options.items():
+            if isinstance(value, dict):  # an option that is a JSON object
+                options[name] = json.dumps(value)
             if getattr(known[name], "multiple", False) and not isinstance(value, list):
                 options[name] = [value]
     except OptionError as error:

@@ -1,6 +1,9 @@
 """From a parameter of a stage to an option of its command: its type, and the ``Doc`` and ``Group`` beside it."""
 
 import inspect
+import json
+from collections.abc import Mapping
+from functools import partial
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -22,6 +25,7 @@ def as_option(parameter: inspect.Parameter) -> inspect.Parameter:
         *([flag] if is_switch else []),
         help=_help(parameter),
         metavar=_metavar(parameter),
+        parser=partial(_json_object, flag) if _is_mapping(parameter) else None,
         rich_help_panel=group_of(parameter),
     )
     return _with(parameter, option)
@@ -63,6 +67,8 @@ def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
 
 def _option_type(parameter: inspect.Parameter) -> Any:
     """The type of the option; a location is read as text, so that a URL keeps its slashes."""
+    if _is_mapping(parameter):
+        return dict | None
     if not is_location(parameter):
         return _annotated(parameter)
     return str | None if NoneType in _types(parameter) else str
@@ -77,6 +83,20 @@ def _help(parameter: inspect.Parameter) -> str:
     return escape(text)
 
 
+def _is_mapping(parameter: inspect.Parameter) -> bool:
+    return any(get_origin(one) is Mapping for one in _types(parameter))
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{text!r:.60} is no JSON; write {flag} '{{\"name\": value}}'") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r:.60} is no JSON object; write {flag} '{{\"name\": value}}'")
+    return value
+
+
 def _metavar(parameter: inspect.Parameter) -> str | None:
     """What stands for the value, short enough for 80 columns; by default the parser names the type."""
     for one in _types(parameter):
@@ -86,4 +106,6 @@ def _metavar(parameter: inspect.Parameter) -> str | None:
             return f"<{get_args(one)[0].__name__}>"
         if one is bool:
             return NO_VALUE
+    if _is_mapping(parameter):
+        return "<json>"
     return "PATH|URL" if is_location(parameter) else None

@@ -1,4 +1,4 @@
-"""Chat templates in the styles of common models, on SmolLM2's tokenizer."""
+"""Chat templates in the styles of common models, and with the habits of real ones, on SmolLM2's tokenizer."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -64,3 +64,72 @@ STYLES = {
         eos_token="</s>",
     ),
 }
+
+TURN = "'<|im_start|>' + m['role'] + '\n' + {content} + '<|im_end|>\n'"
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def chatml(content: str = "m['content']", before: str = "", skip: str = "false", generation: str = GENERATION) -> str:
+    """ChatML with a habit: what it writes as content, what comes first, which messages it skips."""
+    turn = TURN.replace("{content}", content)
+    turns = f"{{% for m in messages %}}{{% if not ({skip}) %}}{{{{ {turn} }}}}{{% endif %}}{{% endfor %}}"
+    return before + turns + generation
+
+
+TOOL_CALL = (
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ '<tool_call>\n' + ({'name': c.function.name, 'arguments': c.function.arguments} | tojson) + '\n</tool_call>' }}"
+    "{% endfor %}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+)
+# Thinking as in Qwen3: cut out of earlier turns, written in the last one, switched off by an empty one in the prompt.
+QWEN_THINKING = (
+    "{% for m in messages %}{% set text = m.content %}{% set thoughts = m.reasoning_content or '' %}"
+    "{% if m.role == 'assistant' and '</think>' in text %}"
+    "{% set thoughts = text.split('</think>')[0].split('<think>')[-1] %}{% set text = text.split('</think>')[-1] %}"
+    "{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' }}{% endif %}"
+    "{{ text.lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+HABITS = {
+    "plain": chatml(),
+    "strips": chatml("m['content'] | trim"),
+    "default system message": chatml(
+        before="{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe <b>kind</b>.<|im_end|>\n' }}{% endif %}"
+    ),
+    "writes the date": chatml(before="{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}"),
+    "skips system messages": chatml(skip="m['role'] == 'system'"),
+    "knows user and assistant": chatml(skip="m['role'] not in ['user', 'assistant']"),
+    "keeps the last question": chatml(
+        skip="m['role'] == 'user' and not loop.last and loop.index0 < messages | length - 2"
+    ),
+    "cuts thinking": chatml("m['content'].split('</think>')[-1]"),
+    "cuts thinking of earlier turns": QWEN_THINKING,
+    "opens thinking": chatml(generation=GENERATION.replace("assistant\n", "assistant\n<think>\n")),
+    "two ends": chatml().replace("<|im_end|>\n", "<|end_response|><|im_end|>"),
+    "two ends, one for assistants": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ '<|end_response|>' }}{% endif %}{{ '<|im_end|>' }}{% endfor %}" + GENERATION
+    ),
+    "counts the messages": chatml(before="{{ messages | length }}"),
+    "tools": TOOLS + chatml("m['content']").replace("+ m['content']", "+ m['content'] }}" + TOOL_CALL + "{{ ''"),
+    "raises": chatml(before="{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system!') }}{% endif %}"),
+    "undefined": chatml(before="{% if messages[0]['role'] == 'system' %}{{ messages[0].nothing.more }}{% endif %}"),
+    "type error": chatml(before="{% if messages[0]['role'] == 'system' %}{{ tools | length }}{% endif %}"),
+    "division by zero": chatml(before="{% if messages | length > 2 %}{{ 1 // 0 }}{% endif %}"),
+}
+
+
+def with_habit(tokenizer: PreTrainedTokenizerBase, habit: str) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer with the template of a habit."""
+    changed = deepcopy(tokenizer)
+    changed.add_tokens(["<|end_response|>"], special_tokens=True)
+    changed.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    changed.chat_template = HABITS[habit]
+    return changed

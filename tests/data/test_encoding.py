@@ -8,10 +8,10 @@ import pytest
 from tests.data.templates import STYLES
 from transformers import PreTrainedTokenizerBase
 
+from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
-from adpa.data.vocabulary import find_turn_end
-from adpa.errors import DataError, OptionError
+from adpa.data.rows import read_rows
+from adpa.errors import DataError, OptionError, RowError
 
 Row = dict[str, Any]
 
@@ -22,8 +22,9 @@ EARLIER_TURN = [{"role": "user", "content": "Hello."}, {"role": "assistant", "co
 PAIR: Row = {"prompt": [USER], "chosen": "Paris.", "rejected": "Lyon, of course."}
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Encoder:
-    return Encoder(tokenizer, find_turn_end(tokenizer), **({"max_prompt_length": 512, "max_length": 1024} | options))
+def make_encoder(tokenizer: PreTrainedTokenizerBase, arguments: Row | None = None, **options: Any) -> Encoder:
+    limits = {"max_prompt_length": 512, "max_length": 1024}
+    return Encoder(ChatTemplate(tokenizer, arguments or {}), **(limits | options))
 
 
 def encode(encoder: Encoder, *rows: Row) -> list[EncodedPair]:
@@ -190,3 +191,26 @@ def test_rows_of_a_file_are_encoded_as_they_are_read(tokenizer: PreTrainedTokeni
     path.write_text(json.dumps(PAIR) + "\n")
     (pair,) = make_encoder(tokenizer).encode(read_rows(str(path)))
     assert tokenizer.decode(pair.chosen_ids) == "Paris.<|im_end|>"
+
+
+def test_the_error_of_a_run_counts_all_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
+    forged = PAIR | {"prompt": "Hi<|im_end|>"}
+    with pytest.raises(RowError) as caught:
+        encode(make_encoder(tokenizer), PAIR, PAIR | {"chosen": " "}, forged, PAIR, forged)
+    assert str(caught.value).startswith("prefs.jsonl line 2: `chosen` is an empty response")
+    assert "(first of 3 invalid rows; control tokens: 2, empty response: 1)" in str(caught.value)
+
+
+def test_dropped_rows_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = make_encoder(tokenizer, drop_invalid=True)
+    encode(encoder, PAIR, PAIR | {"chosen": " "}, PAIR | {"chosen": "a<|im_start|>b"}, PAIR | {"rejected": ""})
+    assert encoder.counts.invalid == {"empty response": 2, "control tokens": 1}
+    assert (encoder.counts.rows, encoder.counts.dropped) == (4, 3)
+
+
+def test_a_text_without_tokens_is_refused_in_any_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [PAIR | {"chosen": f"City {number}."} for number in range(1100)]
+    rows[1050]["rejected"] = "a character of no token: \U00040000"
+    encoder = make_encoder(tokenizer, drop_invalid=True)
+    assert len(encode(encoder, *rows)) == 1099
+    assert encoder.counts.invalid == {"text lost in tokens": 1}

@@ -4,20 +4,10 @@ from pathlib import Path
 
 import pytest
 from tests.data.json_files import edit_json
-from tests.data.templates import STYLES
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.vocabulary import (
-    TurnEnd,
-    check_same_vocabulary,
-    digest_tokenizer,
-    find_turn_end,
-    load_tokenizer,
-    render,
-)
+from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, load_tokenizer
 from adpa.errors import ModelError
-
-CONVERSATION = [{"role": "user", "content": "Where is the Louvre?"}, {"role": "assistant", "content": "In Paris."}]
 
 
 def test_a_tokenizer_has_the_same_digests_in_any_directory(
@@ -70,41 +60,6 @@ def test_other_merges_of_the_same_tokens_change_the_tokenizers_digest_alone(
     tokenizer.save_pretrained(tmp_path)
     edit_json(tmp_path / "tokenizer.json", lambda content: content["model"]["merges"].pop())
     assert changed_digests(tokenizer, load_tokenizer(tmp_path)) == {"tokenizer"}
-
-
-def test_smollm2_ends_a_turn_with_im_end_and_a_newline_after_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert find_turn_end(tokenizer) == TurnEnd(tokenizer.get_vocab()["<|im_end|>"], trailing=1)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_the_end_of_a_turn_is_found_in_the_template(style: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    styled = STYLES[style](tokenizer)
-    end = TurnEnd(styled.get_vocab()[STYLES[style].end], STYLES[style].trailing)
-    assert find_turn_end(styled) == end
-    ids = styled(render(styled, CONVERSATION), add_special_tokens=False)["input_ids"]
-    assert ids[-1 - end.trailing] == end.token_id
-
-
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        (None, "the tokenizer has no chat template"),
-        (
-            "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}",
-            "the chat template ends the assistant's turn with no special token",
-        ),
-        ("{{ raise_exception('No Latin') }}", "the chat template refuses a question and its answer: No Latin"),
-        ("{{ messages[0]['content'] + eos_token }}", "the chat template changes the assistant's text"),
-    ],
-)
-def test_a_template_that_cannot_be_used_is_refused_with_the_checkpoints_name(
-    template: str | None, problem: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    changed = deepcopy(tokenizer)
-    changed.chat_template = template
-    with pytest.raises(ModelError) as caught:
-        find_turn_end(changed)
-    assert str(caught.value).startswith(f"{tokenizer.name_or_path}: {problem}")
 
 
 def test_a_directory_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from benchmarks.gpu.training import Runs, added, eager_losses
 from benchmarks.head_ways import Case, random_inputs
 
 from adpa.data.cache.signal_rows import SignalRow
-from adpa.data.vocabulary import find_turn_end
+from adpa.data.chat_template import ChatTemplate
 from adpa.kernels.head import distill_head
 
 PLAIN = """
@@ -134,7 +134,7 @@ def test_shapes_have_the_parameters_of_the_published_models(dry: Setting) -> Non
 
 def test_the_tokenizer_ends_turns_and_splits_the_repository_s_words_into_few_tokens() -> None:
     tokenizer = text_tokenizer()
-    assert find_turn_end(tokenizer).token_id == tokenizer.eos_token_id
+    assert ChatTemplate(tokenizer).turn_end.token_id == tokenizer.eos_token_id
     assert len(tokenizer) <= gpu_models.TOKENS
     text = "The teacher's top-K log-probabilities — größer 日本"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,216 @@
+"""Renders preference pairs as text, and checks that the chat template leaves nothing out.
+
+Texts are compared without white space: templates may trim what they write.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate, TemplateRefusalError
+from adpa.data.control_tokens import ControlTokens, leaves
+from adpa.data.preferences import Message, PreferencePair
+from adpa.errors import RowError
+
+OPEN_THINKING = re.compile(r"(<think\w*>|<\|START_THINKING\|>|\[THINK\]|<thought>|<reasoning>)\s*$")
+# Everything up to the end of an assistant's thinking, as templates cut it out of earlier turns.
+THINKING = re.compile(r"^.*(</think\w*>|<\|END_THINKING\|>|\[/THINK\]|</thought>|</reasoning>)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A preference pair as text.
+
+    Attributes:
+        prompt: the conversation up to the response.
+        chosen: the whole conversation with the chosen response.
+        rejected: the whole conversation with the rejected response.
+        trailing: tokens after the end-of-turn token of a whole conversation.
+        thinking_left_out: whether the template leaves out thinking of earlier turns.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    trailing: int
+    thinking_left_out: bool = False
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders pairs by a chat template; ``allow_control_tokens`` takes texts with control tokens."""
+
+    template: ChatTemplate
+    allow_control_tokens: bool = False
+
+    def render(self, pair: PreferencePair) -> Rendered:
+        """The pair as text.
+
+        Raises:
+            RowError: the template refuses the conversation, or leaves a part of it out; or a text has control tokens.
+        """
+        chosen, rejected = self._without_end(pair.chosen), self._without_end(pair.rejected)
+        self._check_control_tokens(pair, chosen, rejected)
+        end = self.template.turn_end
+        if isinstance(pair.prompt, str):
+            texts = (pair.prompt + response["content"] + end.text for response in (chosen, rejected))
+            return Rendered(pair.prompt, *texts, trailing=0)
+        self._check_template(pair)
+        prompt, with_chosen, with_rejected = self._conversations(pair, pair.prompt, chosen, rejected)
+        left_out = self._check_prompt(pair, pair.prompt, prompt)
+        for column, response, whole in (("chosen", chosen, with_chosen), ("rejected", rejected, with_rejected)):
+            if not whole.startswith(prompt):
+                cause = "the chat template changes the prompt when the response follows"
+                raise self.no_prefix(pair, column, prompt, cause)
+            opened = OPEN_THINKING.search(prompt)  # a response with its thinking begins in the prompt then
+            self._check_response(pair, column, response, whole[opened.start() if opened else len(prompt) :])
+        return Rendered(prompt, with_chosen, with_rejected, end.trailing, left_out)
+
+    def no_prefix(self, pair: PreferencePair, column: str, prompt: str, cause: str) -> RowError:
+        """The error of a prompt that is not the beginning of prompt and response."""
+        fix = "use a template that only appends, strip the response, or pass --drop-invalid"
+        opened = OPEN_THINKING.search(prompt)
+        if opened:
+            switch = self.template.thinking_switch
+            cause = f"the prompt ends with {opened[1]}, where the model begins to think"
+            fix = "give responses with their thinking (`reasoning_content`), or edit the template"
+            if switch is not None:
+                fix = f"pass --chat-template-kwargs '{{\"{switch}\": false}}', or {fix}"
+        return RowError(
+            f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: {cause}",
+            fix,
+            "prompt changes with the response",
+        )
+
+    def _without_end(self, response: Message) -> Message:
+        """The response without an end of turn in its text: the template writes it."""
+        text = response["content"]
+        while end := next(filter(text.rstrip().endswith, self.template.turn_end.texts), None):
+            text = text.rstrip().removesuffix(end)
+        return response if text is response["content"] else response | {"content": text}
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.template)
+
+    def _check_control_tokens(self, pair: PreferencePair, chosen: Message, rejected: Message) -> None:
+        if self.allow_control_tokens:
+            return
+        prompt = () if isinstance(pair.prompt, str) else pair.prompt
+        for message in (*prompt, chosen, rejected):
+            token = self._control_tokens.find(message)
+            if token is not None:
+                place = {id(chosen): "`chosen`", id(rejected): "`rejected`"}.get(id(message))
+                place = place or f"the {message['role']} message of the prompt"
+                raise self._has_control_token(pair, place, token)
+        if pair.tools and (token := self._control_tokens.find_in_tools(pair.tools)) is not None:
+            raise self._has_control_token(pair, "`tools`", token)
+
+    @staticmethod
+    def _has_control_token(pair: PreferencePair, place: str, token: str) -> RowError:
+        return RowError(
+            f"{pair.where}: {place} has the control token {token!r} in its text",
+            "remove it, pass --rendered if prompts are rendered already, or --allow-control-tokens to take it as it is",
+            "control tokens",
+        )
+
+    def _check_template(self, pair: PreferencePair) -> None:
+        """Checks that the template knows the roles, the tools and the arguments of a row."""
+        template = self.template
+        for role in dict.fromkeys(message["role"] for message in pair.prompt if isinstance(message, Mapping)):
+            if not template.writes_role(role):
+                raise RowError(
+                    f"{pair.where}: the chat template leaves out messages with the role {role!r}",
+                    "use another role or another template, or pass --drop-invalid",
+                    "role unknown to the template",
+                )
+        if pair.tools and not template.takes_argument("tools"):
+            raise RowError(
+                f"{pair.where}: the row has tools, and the chat template takes none",
+                "use a template with tools, or pass --drop-invalid",
+                "tools unknown to the template",
+            )
+        for name in pair.chat_template_kwargs:
+            if not template.takes_argument(name):
+                raise RowError(
+                    f"{pair.where}: `chat_template_kwargs` has {name!r}, which the chat template does not take",
+                    "check the name, or pass --drop-invalid",
+                    "argument unknown to the template",
+                )
+
+    def _conversations(
+        self, pair: PreferencePair, prompt: Sequence[Message], chosen: Message, rejected: Message
+    ) -> list[str]:
+        """The conversation three times: up to the response, with the chosen one, with the rejected one."""
+
+        def render(*response: Message) -> str:
+            messages = [*prompt, *response]
+            return self.template.render(messages, pair.tools, pair.chat_template_kwargs, not response)
+
+        try:
+            return [render(), render(chosen), render(rejected)]
+        except TemplateRefusalError as error:
+            raise RowError(
+                f"{pair.where}: the teacher's chat template refuses the conversation: {error}",
+                "mend the row or the template, or pass --drop-invalid",
+                "refused by the template",
+            ) from error
+
+    def _check_prompt(self, pair: PreferencePair, messages: Sequence[Message], prompt: str) -> bool:
+        """Checks that every message is in the rendered prompt; returns whether earlier thinking is left out."""
+        rendered, left_out = _squeeze(prompt), False
+        for message in messages:
+            missing = _missing(message, rendered)
+            if missing and message["role"] == "assistant":
+                later = message | {"content": THINKING.sub("", message["content"])}
+                fields = [name for name in THINKING_FIELDS if name in message and self.template.reads_field(name)]
+                missing = _missing({name: value for name, value in later.items() if name not in fields}, rendered)
+                left_out = True
+            if missing:
+                raise self._leaves_out(pair, f"the {message['role']} message of the prompt", *missing)
+        for tool in pair.tools or ():
+            name = tool.get("function", tool).get("name", "")
+            if _squeeze(name) not in rendered:
+                raise self._leaves_out(pair, "`tools`", "name", name)
+        return left_out
+
+    def _check_response(self, pair: PreferencePair, column: str, response: Message, text: str) -> None:
+        missing = _missing(response, _squeeze(text))
+        if missing:
+            raise self._leaves_out(pair, f"`{column}`", *missing)
+
+    def _leaves_out(self, pair: PreferencePair, place: str, name: str, text: str) -> RowError:
+        part = "" if name == "content" else f" `{name}`,"
+        fix = "use another template, change the text, or pass --drop-invalid"
+        if name in THINKING_FIELDS:
+            read = [field for field in THINKING_FIELDS if self.template.reads_field(field)]
+            fix = f"the template reads `{read[0]}`: rename it" if read else "put the thinking into the content"
+        return RowError(
+            f"{pair.where}: the chat template leaves out text of {place}:{part} {text!r:.60}",
+            fix,
+            "text left out by the template",
+        )
+
+
+def _missing(message: Mapping[str, Any], squeezed: str) -> tuple[str, str] | None:
+    """The name and the text of the first part of a message that a rendered text lacks."""
+    for name, text in _parts(message):
+        if _squeeze(text) not in squeezed and _squeeze(json.dumps(text, ensure_ascii=False)[1:-1]) not in squeezed:
+            return name, text
+    return None
+
+
+def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and texts of a message's parts."""
+    yield from ((name, message[name]) for name in ("content", *THINKING_FIELDS) if name in message)
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        yield "tool_calls", function["name"]
+        yield from (("tool_calls", text) for text in leaves(function["arguments"]))
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
