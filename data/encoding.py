@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from adpa.data.preferences import Message, PreferencePair, parse_pair
+from adpa.data.preferences import PreferencePair, parse_pair
 from adpa.data.sequences import TokenIds, check_lengths
 from adpa.data.vocabulary import TurnEnd, render
-from adpa.errors import DataError
+from adpa.errors import DataError, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Encoder:
     def __post_init__(self) -> None:
         check_lengths(self.max_prompt_length, self.max_length)
 
-    def encode(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[EncodedPair]:
+    def encode(self, rows: Iterable[tuple[str, Mapping[str, Any] | RowError]]) -> Iterator[EncodedPair]:
         """Yields every (where, row) as token ids. A repeated pair gets its occurrence appended to its example id.
 
         Raises:
@@ -77,7 +77,9 @@ class Encoder:
                 example_id = pair.example_id if occurrence == 1 else f"{pair.example_id}:{occurrence}"
                 yield EncodedPair(example_id, *encoded)
 
-    def _parse(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[PreferencePair, list[str]]]:
+    def _parse(
+        self, rows: Iterable[tuple[str, Mapping[str, Any] | RowError]]
+    ) -> Iterator[tuple[PreferencePair, list[str]]]:
         for where, row in rows:
             try:
                 pair = parse_pair(where, row)
@@ -89,13 +91,12 @@ class Encoder:
 
     def _render(self, pair: PreferencePair) -> list[str]:
         """The conversation three times: up to the response, with the chosen one, with the rejected one."""
-        chosen: Message = {"role": "assistant", "content": pair.chosen}
-        rejected: Message = {"role": "assistant", "content": pair.rejected}
+        assert not isinstance(pair.prompt, str), "rendered prompts are not asked for"
         try:
             return [
                 render(self.tokenizer, pair.prompt, add_generation_prompt=True),
-                render(self.tokenizer, [*pair.prompt, chosen]),
-                render(self.tokenizer, [*pair.prompt, rejected]),
+                render(self.tokenizer, [*pair.prompt, pair.chosen]),
+                render(self.tokenizer, [*pair.prompt, pair.rejected]),
             ]
         except TemplateError as error:
             raise DataError(f"{pair.where}: the teacher's chat template refuses the conversation: {error}") from error

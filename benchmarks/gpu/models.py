@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
+from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.data.vocabulary import find_turn_end
 from adpa.lab.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START

@@ -7,7 +7,7 @@ from adpa.data.cache.responses import ResponseName, ResponseSet, ResponseSetInfo
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signals import Scoring
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
+from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.vocabulary import digest_tokenizer, find_turn_end
 from adpa.errors import DataError

@@ -9,7 +9,7 @@ from tests.data.templates import STYLES
 from transformers import PreTrainedTokenizerBase
 
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
+from adpa.data.rows import read_rows
 from adpa.data.vocabulary import find_turn_end
 from adpa.errors import DataError, OptionError
 
