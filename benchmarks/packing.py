@@ -42,7 +42,7 @@ from adpa.data.cache.selection import Need, select
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.packing import pack_sequences
-from adpa.data.preferences import read_rows
+from adpa.data.rows import read_rows
 from adpa.data.sequences import Packing, TokenSequence
 from adpa.data.vocabulary import load_tokenizer
 from adpa.lab.smollm2 import save_smollm2

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from adpa.data.preferences import Message
+from adpa.data.messages import Message
 from adpa.errors import ModelError
 
 if TYPE_CHECKING:

@@ -1,28 +1,42 @@
-"""Reads preference pairs from files, directories and the Hub into one form.
+"""Turns a row of preference data into a prompt and two responses.
 
 A row has ``prompt``, ``chosen`` and ``rejected``, each chat messages or a string. Without ``prompt``, ``chosen`` and
 ``rejected`` are whole conversations, and the messages that both begin with are the prompt. A string is one message: the
-user's for a prompt, the assistant's for a response.
+user's for a prompt, the assistant's for a response. ``system`` becomes the first message; ``tools`` and
+``chat_template_kwargs`` are for the chat template.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from adpa.data.messages import DROP, Message, holds_messages, is_empty, parse_messages, unsupported
+from adpa.errors import RowError
 
-from adpa.errors import DataError
+RESPONSE_COLUMNS = ("chosen", "rejected")
+TEMPLATE_COLUMNS = ("system", "tools", "chat_template_kwargs")
+MEDIA_COLUMNS = (
+    *("image", "images", "image_url", "image_urls", "image_path", "image_paths", "pixel_values"),
+    *("video", "videos", "audio", "audios"),
+)
+# Columns that other programs make a part of the prompt, and what to do with them.
+PROMPT_COLUMNS = {
+    "system_prompt": "name it system",
+    "system_message": "name it system",
+    "functions": "name it tools",
+    "documents": "put it into chat_template_kwargs",
+    "history": "write it into `prompt` as messages",
+} | dict.fromkeys(("context", "instruction", "input", "query"), "write it into `prompt`")
+READ_COLUMNS = ("prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS)
 
-Message = dict[str, Any]
-
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
+# The arguments of a chat template that adpa decides itself, or that would change how it calls the tokenizer.
+RESERVED_TEMPLATE_KWARGS = {
+    *("self", "messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs", "strftime_now", "raise_exception"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,165 +46,125 @@ class PreferencePair:
     Attributes:
         where: the source of the pair, for messages: a file and its line, or a row number.
         example_id: digest of the pair's content; the same pair has the same id in any file.
-        prompt: the messages before the response; the last is not the assistant's.
-        chosen: the preferred response's text.
-        rejected: the other response's text.
+        prompt: the messages before the response, the last of which is not the assistant's; or, for a prompt that is
+            rendered already, its text.
+        chosen: the preferred response, a message of the assistant.
+        rejected: the other response, a message of the assistant.
+        tools: the tools' JSON schemas, for the chat template.
+        chat_template_kwargs: further arguments of the chat template.
     """
 
     where: str
     example_id: str
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
+    prompt: tuple[Message, ...] | str
+    chosen: Message
+    rejected: Message
+    tools: tuple[dict[str, Any], ...] | None
+    chat_template_kwargs: dict[str, Any]
 
 
-def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (where, row) for every row of a JSONL, JSON or Parquet file, a ``datasets`` directory, or a Hub dataset.
-
-    Raises:
-        DataError: the source does not exist, cannot be read, or has no rows.
-    """
-    path = Path(source)
-    if path.is_file():
-        if split is not None:
-            raise DataError(f"{source}: found --split {split}; a file has no splits", "leave --split out")
-        rows = _read_file(path)
-    elif path.is_dir():
-        rows = _number_rows(source, _read_directory(path, split))
-    elif path.suffix in FILE_SUFFIXES or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file or directory", "check --data")
-    else:
-        rows = _number_rows(source, _read_hub(source, split))
-    empty = True
-    try:
-        for where, row in rows:
-            empty = False
-            yield where, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: expected UTF-8 text; {error.reason}", "check --data") from error
-    if empty:
-        raise DataError(f"{source}: found no rows; expected at least one preference pair", "check --data")
-
-
-def parse_pair(where: str, row: Mapping[str, Any]) -> PreferencePair:
+def parse_pair(where: str, row: Mapping[str, Any] | RowError, rendered: bool = False) -> PreferencePair:
     """Turns one row of any of the supported forms into a ``PreferencePair``.
 
+    Args:
+        where: the place of the row, for errors.
+        row: the row, or the error with which it was read.
+        rendered: the prompt is a string with the chat template's markers, and stays as it is.
+
     Raises:
-        DataError: a column is missing, a role is wrong, a response is empty, or prompt and responses do not agree.
+        RowError: the row is no preference pair, or has something that adpa does not support.
     """
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: found a {type(row).__name__}; expected an object with `chosen` and `rejected`")
-    for column in ("chosen", "rejected"):
+        raise RowError(f"{where}: found a {type(row).__name__}; expected an object with `chosen` and `rejected`", DROP)
+    try:
+        _check_columns(where, row)
+        return _parse_rendered(where, row) if rendered else _parse_chat(where, row)
+    except RecursionError as error:
+        raise RowError(f"{where}: the row is nested too deeply", DROP, "broken JSON") from error
+
+
+def printable(names: Iterable[str]) -> str:
+    """The names of columns for one line of text."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
+
+
+def _check_columns(where: str, row: Mapping[str, Any]) -> None:
+    for column in RESPONSE_COLUMNS:
         if row.get(column) is None:
-            raise DataError(
-                f"{where}: found the columns {', '.join(row)}; expected `{column}`",
+            raise RowError(
+                f"{where}: found the columns {printable(row)}; expected `{column}`",
                 "name the columns prompt, chosen and rejected",
+                "missing column",
             )
-    chosen = _messages(where, "chosen", row["chosen"], "assistant")
-    rejected = _messages(where, "rejected", row["rejected"], "assistant")
+    for column in MEDIA_COLUMNS:
+        if not is_empty(row.get(column)):
+            raise unsupported(f"{where}: found the column `{column}`", column)
+    for column in ("prompt", "system", *RESPONSE_COLUMNS):
+        if isinstance(row.get(column), str):
+            _refuse_messages(where, column, row[column])
+
+
+def _refuse_messages(where: str, column: str, text: str) -> None:
+    if holds_messages(text):
+        raise RowError(
+            f"{where}: `{column}` is a string that holds chat messages",
+            "write the messages themselves (apply json.loads or ast.literal_eval to the column)",
+            "messages in a string",
+        )
+
+
+def _parse_chat(where: str, row: Mapping[str, Any]) -> PreferencePair:
+    chosen, rejected = (parse_messages(f"{where}: `{column}`", row[column], "assistant") for column in RESPONSE_COLUMNS)
     shared = _shared_prefix(chosen, rejected)
-    prompt = _prompt(where, row.get("prompt"), shared)
+    prompt = _with_system(where, row.get("system"), _parse_prompt(where, row.get("prompt"), shared))
     for column, conversation in (("chosen", chosen), ("rejected", rejected)):
         _check_response(where, column, conversation[len(shared) :])
-    chosen_text, rejected_text = chosen[-1]["content"], rejected[-1]["content"]
-    identity = json.dumps([prompt, chosen_text, rejected_text], ensure_ascii=False, sort_keys=True)
-    try:
-        example_id = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: the text has half of a surrogate pair, {identity[error.start]!r}, which is no character",
-            "mend the row, or pass --drop-invalid",
-        ) from error
-    return PreferencePair(where, example_id, tuple(prompt), chosen_text, rejected_text)
+    questions = [message["content"] for message in prompt if message["role"] == "user"]
+    if len(questions) == 1:
+        _refuse_messages(where, "prompt", questions[0])
+    _check_prompt_columns(where, row, " ".join(message["content"] for message in prompt))
+    tools = _parse_tools(where, row.get("tools"))
+    kwargs = _parse_kwargs(where, row.get("chat_template_kwargs"))
+    example_id = _example_id(where, prompt, chosen[-1], rejected[-1], tools, kwargs)
+    return PreferencePair(where, example_id, tuple(prompt), chosen[-1], rejected[-1], tools, kwargs)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.suffix == ".parquet":
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowInvalid, pa.ArrowIOError) as error:
-            raise DataError(f"{path}: expected a Parquet file; {_first_line(error)}", "check --data") from error
-        yield from _number_rows(str(path), Dataset(table))
-    elif path.suffix == ".json" and _is_json_list(path):
-        for number, row in enumerate(_parse_json(path, path.read_text(encoding="utf-8-sig")), start=1):
-            yield f"{path} row {number}", row
-    else:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path} line {number}", _parse_json(path, line.rstrip(), number)
-
-
-def _is_json_list(path: Path) -> bool:
-    with path.open(encoding="utf-8-sig") as file:
-        return file.read(4096).lstrip().startswith("[")
-
-
-def _parse_json(path: Path, text: str, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path} line {first_line + error.lineno - 1}"
-        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}", "mend the file") from error
-
-
-def _number_rows(source: str, dataset: Dataset) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, row in enumerate(dataset, start=1):
-        yield f"{source} row {number}", row
-
-
-def _read_directory(path: Path, split: str | None) -> Dataset:
-    try:
-        return _pick_split(str(path), load_from_disk(str(path)), split)
-    except (FileNotFoundError, IndexError, pa.ArrowException) as error:  # IndexError: it was saved without a row
-        raise DataError(
-            f"{path}: expected a directory saved by datasets.save_to_disk, with at least one row",
-            "or give --data one file",
-        ) from error
-
-
-def _read_hub(name: str, split: str | None) -> Dataset:
-    try:
-        return _pick_split(name, load_dataset(name), split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"{name}: no such file or directory, and the Hub does not give it ({_first_line(error)})", "check --data"
-        ) from error
-
-
-def _pick_split(source: str, dataset: Dataset | DatasetDict, split: str | None) -> Dataset:
-    if isinstance(dataset, Dataset):
-        if split is not None:
-            raise DataError(f"{source}: found --split {split}; this data set has no splits", "leave --split out")
-        return dataset
-    names = list(dataset)
-    if split is None and len(names) == 1:
-        split = names[0]
-    if split not in dataset:
-        choice = "no --split" if split is None else f"--split {split}"
-        raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", "name it with --split")
-    return dataset[split]
-
-
-def _messages(where: str, column: str, value: Any, role: str) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: `{column}` is {value!r:.60}; expected chat messages or a string")
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise DataError(
-                f"{where}: `{column}` has the message {message!r:.80}; "
-                "expected an object with `role` and `content`, both strings"
+def _parse_rendered(where: str, row: Mapping[str, Any]) -> PreferencePair:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise RowError(f"{where}: `prompt` is {prompt!r:.60}; expected a rendered prompt, a string", DROP, "no prompt")
+    for column in TEMPLATE_COLUMNS:
+        if not is_empty(row.get(column)):
+            raise RowError(
+                f"{where}: found the column `{column}`, but the prompt is rendered already",
+                "remove the column, or leave --rendered out",
+                "unsupported column",
             )
-        if message.get("role") not in PROMPT_ROLES:
-            raise DataError(
-                f"{where}: `{column}` has a message with the role {message.get('role')!r}; "
-                f"expected one of {', '.join(PROMPT_ROLES)}"
-            )
-        if message.get("tool_calls"):
-            raise DataError(f"{where}: `{column}` has a message with tool calls, which are not supported")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    _check_prompt_columns(where, row, prompt)
+    chosen, rejected = (_parse_rendered_response(where, column, row[column], prompt) for column in RESPONSE_COLUMNS)
+    example_id = _example_id(where, prompt, chosen, rejected, None, {})
+    return PreferencePair(where, example_id, prompt, chosen, rejected, None, {})
+
+
+def _parse_rendered_response(where: str, column: str, value: Any, prompt: str) -> Message:
+    messages = parse_messages(f"{where}: `{column}`", value, "assistant")
+    _check_response(where, column, messages)
+    response = messages[0]
+    if fields := [field for field in response if field not in ("role", "content")]:
+        raise RowError(
+            f"{where}: `{column}` has a message with `{fields[0]}`, but the prompt is rendered already",
+            "write the response as one string, or leave --rendered out",
+            "unsupported field",
+        )
+    if response["content"].startswith(prompt):
+        raise RowError(
+            f"{where}: `{column}` begins with the whole prompt",
+            "leave only the response in it",
+            "prompt in a response",
+        )
+    return response
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -200,38 +174,137 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
     return chosen[:length]
 
 
-def _prompt(where: str, value: Any, shared: list[Message]) -> list[Message]:
+def _parse_prompt(where: str, value: Any, shared: list[Message]) -> list[Message]:
     if value is None or value == []:
         prompt = shared
         if not prompt:
-            raise DataError(
+            raise RowError(
                 f"{where}: found no `prompt`, and `chosen` and `rejected` share no messages",
                 "add `prompt`, or make both whole conversations with the same beginning",
+                "no prompt",
             )
     else:
-        prompt = _messages(where, "prompt", value, "user")
+        prompt = parse_messages(f"{where}: `prompt`", value, "user")
         if shared and isinstance(value, str) and any(message["content"] == value for message in shared):
             prompt = shared
         elif shared and prompt != shared:
-            raise DataError(
+            raise RowError(
                 f"{where}: `prompt` is not what `chosen` and `rejected` begin with",
                 "drop `prompt`, or leave only the response in `chosen` and `rejected`",
+                "prompt and responses differ",
             )
     if prompt[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the prompt ends with the assistant's message; expected the user's")
+        raise RowError(
+            f"{where}: the prompt ends with the assistant's message; expected the user's", DROP, "wrong role"
+        )
+    return prompt
+
+
+def _with_system(where: str, system: Any, prompt: list[Message]) -> list[Message]:
+    if is_empty(system):
+        return prompt
+    if not isinstance(system, str):
+        raise RowError(f"{where}: `system` is {system!r:.60}; expected a string", DROP, "broken system column")
+    if prompt[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    if prompt[0]["content"] != system:
+        raise RowError(
+            f"{where}: `system` is not the system message that the conversation begins with",
+            "remove one of them",
+            "two system messages",
+        )
     return prompt
 
 
 def _check_response(where: str, column: str, response: list[Message]) -> None:
     roles = [message["role"] for message in response]
     if roles != ["assistant"]:
-        raise DataError(
+        raise RowError(
             f"{where}: after the prompt, `{column}` has messages of {', '.join(roles)}; "
-            "expected one message of the assistant"
+            "expected one message of the assistant",
+            DROP,
+            "wrong role",
         )
-    if not response[0]["content"].strip():
-        raise DataError(f"{where}: `{column}` is an empty response", "remove the row, or pass --drop-invalid")
+    if not response[0]["content"].strip() and "tool_calls" not in response[0]:
+        raise RowError(f"{where}: `{column}` is an empty response", DROP, "empty response")
+    _refuse_messages(where, column, response[0]["content"])
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _check_prompt_columns(where: str, row: Mapping[str, Any], prompt: str) -> None:
+    """Refuses a further column of the prompt, unless its text stands in the prompt already."""
+    for column, fix in PROMPT_COLUMNS.items():
+        value = row.get(column)
+        if is_empty(value) or (isinstance(value, str) and "".join(value.split()) in "".join(prompt.split())):
+            continue
+        raise RowError(
+            f"{where}: found the column `{column}`, which is not supported and is not in the prompt",
+            f"{fix}, or remove the column",
+            "unsupported column",
+        )
+
+
+def _parse_tools(where: str, value: Any) -> tuple[dict[str, Any], ...] | None:
+    if is_empty(value):
+        return None
+    tools = _decode(where, "tools", value)
+    tools = [_decode(where, "tools", tool) for tool in tools] if isinstance(tools, list) else tools
+    if is_empty(tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and tool for tool in tools):
+        raise RowError(f"{where}: `tools` is {value!r:.60}; expected a list of JSON schemas", DROP, "broken tools")
+    return tuple(dict(tool) for tool in tools)
+
+
+def _parse_kwargs(where: str, value: Any) -> dict[str, Any]:
+    if is_empty(value):
+        return {}
+    kwargs = _decode(where, "chat_template_kwargs", value)
+    if is_empty(kwargs):
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise RowError(
+            f"{where}: `chat_template_kwargs` is {value!r:.60}; expected an object", DROP, "broken template arguments"
+        )
+    for name in kwargs:
+        if name in RESERVED_TEMPLATE_KWARGS:
+            raise RowError(
+                f"{where}: `chat_template_kwargs` has `{name}`, which adpa sets itself",
+                "remove it",
+                "broken template arguments",
+            )
+    return dict(kwargs)
+
+
+def _decode(where: str, column: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(
+            f"{where}: `{column}` is the string {value!r:.60}; expected JSON", DROP, "broken JSON"
+        ) from error
+
+
+def _example_id(
+    where: str,
+    prompt: list[Message] | str,
+    chosen: Message,
+    rejected: Message,
+    tools: tuple[dict[str, Any], ...] | None,
+    kwargs: dict[str, Any],
+) -> str:
+    content: list[Any] = [prompt]
+    content += [message["content"] if len(message) == 2 else message for message in (chosen, rejected)]
+    content += [{name: value} for name, value in (("tools", tools), ("chat_template_kwargs", kwargs)) if value]
+    try:
+        identity = json.dumps(content, ensure_ascii=False, sort_keys=True)
+        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    except TypeError as error:  # dates and bytes out of Arrow files
+        raise RowError(f"{where}: found a value that JSON does not have: {error}", DROP, "broken JSON") from error
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{where}: the text has half of a surrogate pair, {identity[error.start]!r}, which is no character",
+            DROP,
+            "half a surrogate pair",
+        ) from error

@@ -12,7 +12,8 @@ from typing import Any
 
 from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate, TemplateRefusalError
 from adpa.data.control_tokens import ControlTokens, leaves
-from adpa.data.preferences import Message, PreferencePair
+from adpa.data.messages import DROP, Message
+from adpa.data.preferences import PreferencePair
 from adpa.errors import RowError
 
 OPEN_THINKING = re.compile(r"(<think\w*>|<\|START_THINKING\|>|\[THINK\]|<thought>|<reasoning>)\s*$")
@@ -52,7 +53,8 @@ class Renderer:
         Raises:
             RowError: the template refuses the conversation, or leaves a part of it out; or a text has control tokens.
         """
-        chosen, rejected = self._without_end(pair.chosen), self._without_end(pair.rejected)
+        chosen = self._without_end(pair, "chosen", pair.chosen)
+        rejected = self._without_end(pair, "rejected", pair.rejected)
         self._check_control_tokens(pair, chosen, rejected)
         end = self.template.turn_end
         if isinstance(pair.prompt, str):
@@ -85,12 +87,16 @@ class Renderer:
             "prompt changes with the response",
         )
 
-    def _without_end(self, response: Message) -> Message:
+    def _without_end(self, pair: PreferencePair, column: str, response: Message) -> Message:
         """The response without an end of turn in its text: the template writes it."""
         text = response["content"]
         while end := next(filter(text.rstrip().endswith, self.template.turn_end.texts), None):
             text = text.rstrip().removesuffix(end)
-        return response if text is response["content"] else response | {"content": text}
+        if text is response["content"]:
+            return response
+        if not text.strip() and "tool_calls" not in response:
+            raise RowError(f"{pair.where}: `{column}` is an empty response", DROP, "empty response")
+        return response | {"content": text}
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
@@ -155,7 +161,7 @@ class Renderer:
         except TemplateRefusalError as error:
             raise RowError(
                 f"{pair.where}: the teacher's chat template refuses the conversation: {error}",
-                "mend the row or the template, or pass --drop-invalid",
+                DROP,
                 "refused by the template",
             ) from error
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.preferences import read_rows
+from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.lab.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START
 

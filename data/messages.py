@@ -1,0 +1,186 @@
+"""Chat messages: checked, and brought into the form that chat templates read."""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from adpa.errors import RowError
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_FIELDS = ("tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+# What some template would write, and adpa does not pass on.
+UNSUPPORTED_FIELDS = (
+    *("image", "images", "image_url", "video", "videos", "audio", "audios", "files", "attachments", "documents"),
+    *("function_call", "function_calls", "functions", "tools", "tool_plan", "tool_responses", "tool_results"),
+    *("refusal", "reasoning_details", "thinking_blocks", "thoughts"),
+)
+DROP = "mend or remove the row, or pass --drop-invalid"
+
+_AUTHORS = {*ROLES, "human", "gpt", "chatgpt", "bot", "model", "function", "observation", "function_call", "ipython"}
+_MAYBE_MESSAGES = re.compile(r"""\s*(?:[\w.]*array\()?["'\[({].*["'](?:role|from)\\*["']\s*:""", re.DOTALL)
+
+
+def parse_messages(place: str, value: Any, role: str) -> list[Message]:
+    """Messages as chat templates read them; a string is one message of ``role``.
+
+    A message keeps its role, its content as one string, and the other fields that templates know, where they are not
+    empty. A tool call has the form ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
+
+    Args:
+        place: the row and the column, for errors.
+        value: the column's value.
+        role: the author of a string.
+
+    Raises:
+        RowError: the value is no list of messages, or has something in it that adpa does not support.
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{place} is {value!r:.60}; expected chat messages or a string", DROP, "not messages")
+    return [_parse_message(place, message) for message in value]
+
+
+def _parse_message(place: str, message: Any) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise _no_message(place, message)
+    role = message["role"]
+    if role not in ROLES:
+        raise RowError(
+            f"{place} has a message with the role {role!r}; expected one of {', '.join(ROLES)}", DROP, "wrong role"
+        )
+    for field in UNSUPPORTED_FIELDS:
+        if not is_empty(message.get(field)):
+            raise unsupported(f"{place} has a message with `{field}`", field)
+    parsed: Message = {"role": role, "content": _parse_content(place, message)}
+    if not is_empty(message.get("tool_calls")):
+        parsed["tool_calls"] = _parse_tool_calls(place, role, message["tool_calls"])
+    for field in TEXT_FIELDS:
+        text = message.get(field)
+        if is_empty(text):
+            continue
+        if not isinstance(text, str):
+            raise RowError(f"{place} has a message with the {field} {text!r:.60}; expected a string", DROP)
+        parsed[field] = text
+    return parsed
+
+
+def _parse_content(place: str, message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if content is None and not is_empty(message.get("tool_calls")):
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _no_message(place, message)
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise _no_message(place, message)
+        if part["type"] != "text":
+            raise unsupported(f"{place} has a content part of the type {part['type']!r}", part["type"])
+        if not isinstance(part.get("text"), str):
+            raise _no_message(place, message)
+    return "".join(part["text"] for part in content)
+
+
+def _no_message(place: str, message: Any) -> RowError:
+    return RowError(
+        f"{place} has the message {message!r:.80}; expected an object with `role` and `content`, both strings",
+        DROP,
+        "not messages",
+    )
+
+
+def unsupported(problem: str, name: str) -> RowError:
+    """The error for a column, a field or a part of a message that adpa does not take. ``name`` is its name or type."""
+    for word, medium in (("image", "images"), ("pixel", "images"), ("video", "videos"), ("audio", "audio")):
+        if word in name:
+            return RowError(f"{problem}; {medium} {'is' if medium == 'audio' else 'are'} not supported", DROP, medium)
+    return RowError(f"{problem}, which is not supported", DROP, "unsupported field")
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column or field counts as absent: null, blank, or without elements."""
+    return not value or (isinstance(value, str) and not value.strip())
+
+
+def _parse_tool_calls(place: str, role: str, calls: Any) -> list[dict[str, Any]]:
+    if role != "assistant":
+        raise RowError(f"{place} has tool calls in a message of the {role}", DROP, "broken tool call")
+    if not isinstance(calls, list):
+        raise RowError(f"{place} has the tool calls {calls!r:.60}; expected a list", DROP, "broken tool call")
+    return [_parse_tool_call(place, call) for call in calls]
+
+
+def _parse_tool_call(place: str, call: Any) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise _broken_tool_call(place, call)
+    parsed = {key: value for key, value in call.items() if value is not None}
+    if "function" not in parsed:  # the short form {"name": …, "arguments": …}
+        outer = {"type": "function"} | {key: parsed.pop(key) for key in ("type", "id") if key in parsed}
+        parsed = {**outer, "function": parsed}
+    function = parsed["function"]
+    if parsed.get("type", "function") != "function" or not isinstance(function, Mapping):
+        raise _broken_tool_call(place, call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):  # as OpenAI writes them; a template would quote them a second time
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise _broken_tool_call(place, call) from error
+    if not isinstance(arguments, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise _broken_tool_call(place, call)
+    return {**parsed, "function": {**function, "arguments": arguments}}
+
+
+def _broken_tool_call(place: str, call: Any) -> RowError:
+    return RowError(
+        f"{place} has the tool call {call!r:.80}; "
+        'expected {"type": "function", "function": {"name": …, "arguments": {…}}}',
+        DROP,
+        "broken tool call",
+    )
+
+
+def holds_messages(text: str) -> bool:
+    """Whether the whole of a text is chat messages, as JSON or as Python or numpy print them."""
+    if not _MAYBE_MESSAGES.match(text):
+        return False
+    separated = re.sub(r"}\s+{", "}, {", text.strip())  # numpy prints no commas
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JSON has escapes that Python warns of
+            return _is_conversation(ast.parse(separated, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # all that Python's parser raises
+        return False
+
+
+def _is_conversation(node: ast.expr) -> bool:
+    match node:
+        case ast.Dict(keys=[ast.Constant(value="messages" | "conversations")], values=[ast.List() as messages]):
+            return _is_conversation(messages)
+        case ast.Dict():
+            return _is_message(node)
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return bool(elements) and all(map(_is_conversation, elements))
+        case ast.Call(func=ast.Name(id="array") | ast.Attribute(attr="array"), args=[first, *_]):
+            return _is_conversation(first)
+        case ast.Constant(value=str(text)):  # JSON that was written as JSON again
+            return holds_messages(text)
+        case _:
+            return False
+
+
+def _is_message(node: ast.Dict) -> bool:
+    pairs = zip(node.keys, node.values, strict=True)
+    fields = {key.value: value for key, value in pairs if isinstance(key, ast.Constant)}
+    for author, text in (("role", "content"), ("from", "value")):
+        name = fields.get(author)
+        if isinstance(name, ast.Constant) and str(name.value).lower() in _AUTHORS:
+            return text in fields or "tool_calls" in fields
+    return False
