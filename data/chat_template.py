@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment
+from jinja2.meta import find_undeclared_variables
+
 from adpa.data.messages import Message
 from adpa.errors import ModelError
 
@@ -26,6 +29,7 @@ TOOL = {
     "function": {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 RESULT_OF_CALL = {"name": "look", "tool_call_id": "call12345"}  # some templates want nine characters
+GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # a tag of transformers, around what is trained on
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 THINKING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # of an assistant's message
 
@@ -68,7 +72,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
@@ -87,7 +91,7 @@ class ChatTemplate:
     def _render(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
@@ -165,16 +169,22 @@ class ChatTemplate:
 
     def reads_field(self, name: str) -> bool:
         """Whether the template's source has the name of a message's field."""
-        return self._source_has(rf"\b{re.escape(name)}\b")
+        return any(re.search(rf"\b{name}\b", source) for source in self._sources)
 
     def takes_argument(self, name: str) -> bool:
-        """Whether the template's source has a variable of this name."""
-        return self._source_has(rf"""(?<![\w.'"]){re.escape(name)}(?![\w'"])""")
+        """Whether the template has a variable of this name that it does not set itself."""
+        return name in self._variables
 
-    def _source_has(self, pattern: str) -> bool:
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
+        sources = (GENERATION_TAG.sub("", source) for source in self._sources)
+        return frozenset(name for source in sources for name in find_undeclared_variables(environment.parse(source)))
+
+    @cached_property
+    def _sources(self) -> tuple[str, ...]:
         template = self.tokenizer.chat_template
-        sources = template.values() if isinstance(template, dict) else [template or ""]
-        return any(re.search(pattern, source) for source in sources)
+        return tuple(template.values()) if isinstance(template, dict) else (template or "",)
 
     @cached_property
     def thinking_switch(self) -> str | None:

@@ -18,7 +18,7 @@ from adpa.data.control_tokens import texts_of
 from adpa.data.preferences import PreferencePair, parse_pair
 from adpa.data.rendering import Rendered, Renderer
 from adpa.data.round_trip import check_round_trip
-from adpa.data.rows import Rows
+from adpa.data.rows import Row
 from adpa.data.sequences import TokenIds, check_lengths
 from adpa.data.vocabulary import token_ids
 from adpa.errors import RowError
@@ -53,10 +53,35 @@ class EncodingCounts:
     thinking_left_out: int = 0
     invalid: Counter[str] = field(default_factory=Counter)
 
+    _first: tuple[int, RowError] | None = None
+
     @property
     def dropped(self) -> int:
         """Rows that cannot be used."""
         return self.invalid.total()
+
+    def reasons(self) -> dict[str, int]:
+        """``invalid`` by falling count."""
+        return dict(sorted(self.invalid.items(), key=lambda item: (-item[1], item[0])))
+
+    def add(self, number: int, error: RowError) -> None:
+        """Counts a row that cannot be used, by its number."""
+        self.invalid[error.reason] += 1
+        if self._first is None or number < self._first[0]:
+            self._first = number, error
+
+    def error(self) -> RowError:
+        """The error of the first row that cannot be used; it counts the others."""
+        assert self._first is not None
+        error = self._first[1]
+        if self.dropped == 1:
+            return error
+        problem, fix, reason = error.args
+        return RowError(f"{problem} (first of {self.dropped:,} invalid rows; {self.describe()})", fix, reason)
+
+    def describe(self) -> str:
+        """The rows that cannot be used, by reason, as a part of a line."""
+        return ", ".join(f"{reason}: {count:,}" for reason, count in self.reasons().items())
 
 
 @dataclass(frozen=True)
@@ -84,81 +109,60 @@ class Encoder:
     def __post_init__(self) -> None:
         check_lengths(self.max_prompt_length, self.max_length)
 
-    def encode(self, rows: Rows) -> Iterator[EncodedPair]:
+    def encode(self, rows: Iterable[tuple[str, Row]]) -> Iterator[EncodedPair]:
         """Yields every (where, row) as token ids. A repeated pair gets its occurrence appended to its example id.
 
         Raises:
             RowError: rows cannot be used; after the last row, so that the message says how many and why.
             ModelError: the tokenizer does not keep text.
         """
-        errors: list[RowError] = []
         seen: dict[str, int] = {}
-        rendered = self._render(self._parse(rows, errors), errors)
+        rendered = self._render(self._parse(rows))
         while batch := list(islice(rendered, BATCH)):
-            for pair, encoded in self._tokenize(batch, errors):
+            for pair, encoded in self._tokenize(batch):
                 occurrence = seen[pair.example_id] = seen.get(pair.example_id, 0) + 1
                 example_id = pair.example_id if occurrence == 1 else f"{pair.example_id}:{occurrence}"
                 yield EncodedPair(example_id, *encoded)
-        if errors and not self.drop_invalid:
-            raise self._first_of_all(errors[0])
+        if self.counts.dropped and not self.drop_invalid:
+            raise self.counts.error()
 
-    def _fault(self, error: RowError, errors: list[RowError]) -> None:
-        """Counts a row that cannot be used, and keeps the first one's error."""
-        self.counts.invalid[error.reason] += 1
-        if not errors:
-            errors.append(error)
-
-    def _first_of_all(self, error: RowError) -> RowError:
-        invalid = self.counts.invalid
-        if self.counts.dropped == 1:
-            return error
-        problem, fix, reason = error.args
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in invalid.most_common())
-        return RowError(f"{problem} (first of {self.counts.dropped:,} invalid rows; {reasons})", fix, reason)
-
-    def _parse(self, rows: Rows, errors: list[RowError]) -> Iterator[PreferencePair]:
-        for where, row in rows:
+    def _parse(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[int, PreferencePair]]:
+        for number, (where, row) in enumerate(rows):
             self.counts.rows += 1
             try:
-                yield parse_pair(where, row, self.rendered)
+                yield number, parse_pair(where, row, self.rendered)
             except RowError as error:
-                self._fault(error, errors)
+                self.counts.add(number, error)
 
-    def _render(
-        self, pairs: Iterator[PreferencePair], errors: list[RowError]
-    ) -> Iterator[tuple[PreferencePair, Rendered]]:
+    def _render(self, pairs: Iterator[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair, Rendered]]:
         first = list(islice(pairs, FIRST_ROWS))
-        lost = check_round_trip(self.template.tokenizer, [text for pair in first for text in _texts(pair)])
-        for pair in chain(first, pairs):
+        lost = check_round_trip(self.template.tokenizer, [text for _, pair in first for text in _texts(pair)])
+        for number, pair in chain(first, pairs):
             try:
                 for text in _texts(pair) if lost else ():
                     if text in lost:
-                        raise RowError(
-                            f"{pair.where}: the tokenizer does not keep the text: it {lost[text]}",
-                            "change the text, or pass --drop-invalid",
-                            "text lost in tokens",
-                        )
-                yield pair, self._renderer.render(pair)
+                        raise _lost(pair, lost[text])
+                yield number, pair, self._renderer.render(pair)
             except RowError as error:
-                self._fault(error, errors)
+                self.counts.add(number, error)
 
     @cached_property
     def _renderer(self) -> Renderer:
         return Renderer(self.template, self.allow_control_tokens)
 
     def _tokenize(
-        self, batch: Sequence[tuple[PreferencePair, Rendered]], errors: list[RowError]
+        self, batch: Sequence[tuple[int, PreferencePair, Rendered]]
     ) -> Iterator[tuple[PreferencePair, tuple[TokenIds, TokenIds, TokenIds]]]:
-        texts = [text for _, one in batch for text in (one.prompt, one.chosen, one.rejected)]
+        texts = [text for _, _, one in batch for text in (one.prompt, one.chosen, one.rejected)]
         ids = token_ids(self.template.tokenizer, texts)
-        for row, (pair, one) in enumerate(batch):
+        for row, (number, pair, one) in enumerate(batch):
             prompt, chosen, rejected = (np.array(tokens, dtype=np.int32) for tokens in ids[3 * row : 3 * row + 3])
             try:
                 chosen_ids = self._response(pair, "chosen", one, prompt, chosen)
                 rejected_ids = self._response(pair, "rejected", one, prompt, rejected)
                 self._check_known(pair, one, chosen, rejected)
             except RowError as error:
-                self._fault(error, errors)
+                self.counts.add(number, error)
                 continue
             self.counts.thinking_left_out += one.thinking_left_out
             self.counts.truncated_prompts += len(prompt) > self.max_prompt_length
@@ -191,11 +195,15 @@ class Encoder:
         for text, ids in zip((rendered.chosen, rendered.rejected), whole_ids, strict=True):
             unknown = np.count_nonzero(ids == tokenizer.unk_token_id)
             if unknown and unknown > text.count(str(tokenizer.unk_token)):
-                raise RowError(
-                    f"{pair.where}: the tokenizer has no token for some of its text",
-                    "change the text, or pass --drop-invalid",
-                    "text lost in tokens",
-                )
+                raise _lost(pair, "has no token for some of it")
+
+
+def _lost(pair: PreferencePair, how: str) -> RowError:
+    return RowError(
+        f"{pair.where}: the tokenizer does not keep the text: it {how}",
+        "change the text, or pass --drop-invalid",
+        "text lost in tokens",
+    )
 
 
 def _texts(pair: PreferencePair) -> Iterator[str]:

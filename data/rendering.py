@@ -58,8 +58,8 @@ class Renderer:
         self._check_control_tokens(pair, chosen, rejected)
         end = self.template.turn_end
         if isinstance(pair.prompt, str):
-            texts = (pair.prompt + response["content"] + end.text for response in (chosen, rejected))
-            return Rendered(pair.prompt, *texts, trailing=0)
+            with_chosen, with_rejected = (pair.prompt + each["content"] + end.text for each in (chosen, rejected))
+            return Rendered(pair.prompt, with_chosen, with_rejected, trailing=0)
         self._check_template(pair)
         prompt, with_chosen, with_rejected = self._conversations(pair, pair.prompt, chosen, rejected)
         left_out = self._check_prompt(pair, pair.prompt, prompt)
@@ -177,10 +177,9 @@ class Renderer:
                 left_out = True
             if missing:
                 raise self._leaves_out(pair, f"the {message['role']} message of the prompt", *missing)
-        for tool in pair.tools or ():
-            name = tool.get("function", tool).get("name", "")
-            if _squeeze(name) not in rendered:
-                raise self._leaves_out(pair, "`tools`", "name", name)
+        for name, text in _descriptions(pair.tools or ()):
+            if _lacks(rendered, text):
+                raise self._leaves_out(pair, "`tools`", name, text)
         return left_out
 
     def _check_response(self, pair: PreferencePair, column: str, response: Message, text: str) -> None:
@@ -203,10 +202,12 @@ class Renderer:
 
 def _missing(message: Mapping[str, Any], squeezed: str) -> tuple[str, str] | None:
     """The name and the text of the first part of a message that a rendered text lacks."""
-    for name, text in _parts(message):
-        if _squeeze(text) not in squeezed and _squeeze(json.dumps(text, ensure_ascii=False)[1:-1]) not in squeezed:
-            return name, text
-    return None
+    return next((part for part in _parts(message) if _lacks(squeezed, part[1])), None)
+
+
+def _lacks(squeezed: str, text: str) -> bool:
+    """Whether a text is in a rendered one neither as it is nor as JSON."""
+    return _squeeze(text) not in squeezed and _squeeze(json.dumps(text, ensure_ascii=False)[1:-1]) not in squeezed
 
 
 def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -216,6 +217,22 @@ def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         function = call["function"]
         yield "tool_calls", function["name"]
         yield from (("tool_calls", text) for text in leaves(function["arguments"]))
+
+
+def _descriptions(value: object) -> Iterator[tuple[str, str]]:
+    """What a model must know of tools: every name and description in their JSON schemas, and the parameters' names."""
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _descriptions(inner)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in ("name", "description") and isinstance(inner, str):
+                yield name, inner
+            elif name == "properties" and isinstance(inner, Mapping):
+                yield from (("properties", parameter) for parameter in inner)
+                yield from _descriptions(list(inner.values()))
+            else:
+                yield from _descriptions(inner)
 
 
 def _squeeze(text: str) -> str:

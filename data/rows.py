@@ -18,7 +18,8 @@ from datasets.exceptions import DatasetsError
 from adpa.data.preferences import READ_COLUMNS, RESPONSE_COLUMNS, printable
 from adpa.errors import DataError, RowError
 
-Rows = Iterator[tuple[str, Mapping[str, Any] | RowError]]
+Row = Mapping[str, Any] | RowError
+Rows = Iterator[tuple[str, Row]]  # where each is, and the row
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH_ROWS = 1000

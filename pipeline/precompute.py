@@ -307,7 +307,7 @@ def _report(
         truncated_responses=sum(outcome.sets[name].info.truncated_responses for name in request.names),
         thinking_left_out=plan.encoder.counts.thinking_left_out,
         dropped=plan.encoder.counts.dropped,
-        dropped_by_reason=dict(plan.encoder.counts.invalid.most_common()),
+        dropped_by_reason=plan.encoder.counts.reasons(),
         engine=setup.engine.name,
         engine_reason=setup.engine.reason,
         workers=request.executor.workers or 1,

@@ -1,5 +1,6 @@
 """The commands of adpa for the tests: their functions, their options, and one as a process."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from adpa import (
 )
 from adpa.commands import load
 from adpa.lab.conduct import lab
+from adpa.parameters import has_doc
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "precompute": precompute,
@@ -37,6 +39,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "cache export": export_cache,
     "cache merge": merge_cache,
 }
+
+
+def parameters_of(command: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a command's function that are options: those with a ``Doc``."""
+    return {name: each for name, each in inspect.signature(COMMANDS[command]).parameters.items() if has_doc(each)}
 
 
 def registered_as(command: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pytest
 import typer
-from tests.commands import COMMANDS, adpa, options_of, registered_as
+from tests.commands import COMMANDS, adpa, options_of, parameters_of, registered_as
 from typer.testing import CliRunner
 from typing_extensions import Doc
 
@@ -80,7 +80,7 @@ def test_a_value_out_of_range_is_refused_in_one_line_before_torch_is_imported(tm
 def test_every_parameter_is_an_option_with_help(name: str) -> None:
     registered = registered_as(name)
     command, options = load(registered), options_of(name)
-    assert options.keys() == inspect.signature(COMMANDS[name]).parameters.keys() | {"config", "report", "debug"}
+    assert options.keys() == parameters_of(name).keys() | {"config", "report", "debug"}
     assert all(option.help for option in options.values())
     first_line = inspect.getdoc(COMMANDS[name]).splitlines()[0]  # type: ignore[union-attr]
     assert command.help.startswith(first_line)
@@ -142,7 +142,7 @@ def test_options_are_shown_in_groups_what_must_be_decided_on_the_first_screen(na
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_a_group(name: str) -> None:
-    for parameter in inspect.signature(COMMANDS[name]).parameters.values():
+    for parameter in parameters_of(name).values():
         assert group_of(parameter) is not Group.OTHER, parameter.name
 
 

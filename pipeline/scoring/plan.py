@@ -110,10 +110,9 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     encoder = _open_encoder(request, models.teacher)
     pairs = list(encoder.encode(read_rows(data.source, data.split)))
     if not pairs:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in encoder.counts.invalid.most_common())
-        raise DataError(
-            f"{data.source}: all of its {encoder.counts.dropped:,} rows are invalid ({reasons})", "mend them"
-        )
+        counts = encoder.counts
+        problem = f"{data.source}: all of its {counts.dropped:,} pairs were dropped ({counts.describe()})"
+        raise DataError(problem, "mend the data")
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
     sets = _preference_sets(pairs, encoder, request.names)

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from adpa.data.cache.locations import check_writable_file, find_location
 from adpa.errors import AdpaError, OptionError
-from adpa.parameters import NO_VALUE, as_argument, as_option, group_of, is_location
+from adpa.parameters import NO_VALUE, as_argument, as_option, group_of, has_doc, is_location
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.options import Group
 from adpa.pipeline.terminal.report import show_report
@@ -82,10 +82,10 @@ def as_command(
         show: how its report looks in a terminal; default: a table of its fields.
         arguments: the parameters that have a place instead of a name.
         failure: what a report says is wrong, in one line that is printed below it, with exit code 1; empty for nothing.
-        fixed: arguments of the stage that are no options.
+        fixed: arguments of the stage that are no options: their parameters have no ``Doc``.
     """
     show = show or partial(show_report, stage.__name__)
-    declared = [each for each in inspect.signature(stage).parameters.values() if each.name not in fixed]
+    declared = [each for each in inspect.signature(stage).parameters.values() if has_doc(each)]
     locations = {parameter.name for parameter in declared if is_location(parameter)}
     parameters = [
         as_argument(parameter) if parameter.name in arguments else as_option(parameter)

@@ -41,6 +41,11 @@ def group_of(parameter: inspect.Parameter) -> Group:
     return next((part for part in get_args(parameter.annotation) if isinstance(part, Group)), Group.OTHER)
 
 
+def has_doc(parameter: inspect.Parameter) -> bool:
+    """Whether it has a text of help, and so is an option."""
+    return any(isinstance(part, Doc) for part in get_args(parameter.annotation))
+
+
 def is_location(parameter: inspect.Parameter) -> bool:
     """Whether it takes a directory or a URL."""
     return UPath in _types(parameter)

@@ -86,15 +86,16 @@ TOOLS = (
     "{{ '<|im_end|>\n' }}{% endif %}"
 )
 # Thinking as in Qwen3: cut out of earlier turns, written in the last one, switched off by an empty one in the prompt.
+# It ends in one line feed: this tokenizer would merge two of them with the answer.
 QWEN_THINKING = (
     "{% for m in messages %}{% set text = m.content %}{% set thoughts = m.reasoning_content or '' %}"
     "{% if m.role == 'assistant' and '</think>' in text %}"
     "{% set thoughts = text.split('</think>')[0].split('<think>')[-1] %}{% set text = text.split('</think>')[-1] %}"
     "{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' }}{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thoughts.strip('\n') + '\n</think>\n' }}{% endif %}"
     "{{ text.lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n' }}{% endif %}{% endif %}"
 )
 
 HABITS = {
@@ -112,6 +113,10 @@ HABITS = {
     "cuts thinking": chatml("m['content'].split('</think>')[-1]"),
     "cuts thinking of earlier turns": QWEN_THINKING,
     "opens thinking": chatml(generation=GENERATION.replace("assistant\n", "assistant\n<think>\n")),
+    "opens thinking unless told": chatml(
+        generation="{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking | default(true) %}{{ '<think>\n' }}{% endif %}{% endif %}"
+    ),
     "two ends": chatml().replace("<|im_end|>\n", "<|end_response|><|im_end|>"),
     "two ends, one for assistants": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"

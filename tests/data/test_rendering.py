@@ -3,7 +3,7 @@
 from copy import deepcopy
 
 import pytest
-from tests.data.templates import HABITS, STYLES
+from tests.data.templates import HABITS, STYLES, with_habit
 from tests.data.test_encoding import EARLIER_TURN, PAIR, USER, Row, encode, make_encoder
 from transformers import PreTrainedTokenizerBase
 
@@ -72,8 +72,8 @@ def test_tags_of_thinking_are_text_of_an_answer_and_control_tokens_of_a_question
 ) -> None:
     thinking = deepcopy(tokenizer)
     thinking.chat_template = THINKING_TEMPLATE
-    (pair,) = encode(make_encoder(thinking), PAIR | {"chosen": "<think>\nSo.\n</think>\n\nYes."})
-    assert tokenizer.decode(pair.chosen_ids) == f"<think>\nSo.\n</think>\n\nYes.{END}"
+    (pair,) = encode(make_encoder(thinking), PAIR | {"chosen": "<think>\nSo.\n</think>\nYes."})
+    assert tokenizer.decode(pair.chosen_ids) == f"<think>\nSo.\n</think>\nYes.{END}"
     with pytest.raises(RowError, match="the user message of the prompt has the control token '</think>'"):
         encode(make_encoder(thinking), PAIR | {"prompt": "Hi</think>"})
 
@@ -104,8 +104,8 @@ def test_a_response_to_a_rendered_prompt_may_not_have_control_tokens(tokenizer: 
 def test_arguments_of_the_template_come_from_the_option_and_from_the_row(tokenizer: PreTrainedTokenizerBase) -> None:
     thinking = deepcopy(tokenizer)
     thinking.chat_template = THINKING_TEMPLATE
-    on, thought = "<|im_start|>assistant\n", f"<think>\n\n</think>\n\nParis.{END}"
-    off = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    on, thought = "<|im_start|>assistant\n", f"<think>\n\n</think>\nParis.{END}"
+    off = "<|im_start|>assistant\n<think>\n\n</think>\n"
     cases: list[tuple[Row, Row, str, str]] = [
         ({}, {}, on, thought),
         ({"enable_thinking": False}, {}, off, f"Paris.{END}"),
@@ -114,24 +114,22 @@ def test_arguments_of_the_template_come_from_the_option_and_from_the_row(tokeniz
     ]
     for option, column, prompt, response in cases:
         (pair,) = encode(make_encoder(thinking, option), PAIR | {"chat_template_kwargs": column})
-        assert tokenizer.decode(pair.prompt_ids).endswith(prompt)
+        assert str(tokenizer.decode(pair.prompt_ids)).endswith(prompt)
         assert tokenizer.decode(pair.chosen_ids) == response
 
 
 def test_a_prompt_that_opens_the_thinking_is_refused_with_the_argument_that_closes_it(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    opening = deepcopy(tokenizer)
-    ends = "{% endif %}{% endif %}"
-    opening.chat_template = THINKING_TEMPLATE.replace(ends, "{% else %}{{ '<think>\\n' }}" + ends)
+    opening = with_habit(tokenizer, "opens thinking unless told")
     with pytest.raises(RowError, match=r"""pass --chat-template-kwargs '\{"enable_thinking": false\}'"""):
         encode(make_encoder(opening), PAIR)
     (pair,) = encode(make_encoder(opening, {"enable_thinking": False}), PAIR)
     assert tokenizer.decode(pair.chosen_ids) == f"Paris.{END}"
-    thought = [{"role": "assistant", "content": "Paris.", "reasoning_content": "France?"}]
+    thought = "<think>\nFrance?\n</think>\nParis."
     (pair,) = encode(make_encoder(opening), PAIR | {"chosen": thought, "rejected": thought})
-    assert tokenizer.decode(pair.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
-    assert tokenizer.decode(pair.chosen_ids) == f"France?\n</think>\n\nParis.{END}"
+    assert str(opening.decode(pair.prompt_ids)).endswith("<|im_start|>assistant\n<think>\n")
+    assert opening.decode(pair.chosen_ids) == f"France?\n</think>\nParis.{END}"
 
 
 def test_earlier_thinking_that_the_template_leaves_out_is_counted(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -161,7 +159,7 @@ def test_a_field_of_thinking_that_the_template_does_not_read_is_refused(
     ("row", "problem"),
     [
         ({"chat_template_kwargs": {"enable_thnking": 0}}, "'enable_thnking', which the chat template does not take"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "the row has tools, and the chat template takes"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "the row has tools, and the chat"),
     ],
 )
 def test_what_the_template_does_not_take_is_refused(row: Row, problem: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,6 @@
 """Every kind of row over every habit of a chat template: whole, or refused."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -68,13 +69,15 @@ ALWAYS = {
     "a tool call as the answer": NO_TOOLS,
     "a forged turn": "control tokens",
 }
-OF_HABIT: dict[str, dict[str, str | None]] = {
+OF_HABIT: dict[str, Mapping[str, str | None]] = {
     "skips system messages": {**NO_SYSTEM},
     "knows user and assistant": {**NO_SYSTEM, "developer": ROLE, "tools": ROLE},
     "keeps the last question": {**NO_EARLIER_TURN},
     "cuts thinking": {"thinking": LEFT_OUT, "two closing tags": LEFT_OUT},
     "cuts thinking of earlier turns": {"two closing tags": LEFT_OUT, "reasoning content": None},
     "opens thinking": {kind: CHANGES for kind in ROWS if kind not in ALWAYS and kind != "thinking"}
+    | {"reasoning content": CHANGES},
+    "opens thinking unless told": {kind: CHANGES for kind in ROWS if kind not in ALWAYS and kind != "thinking"}
     | {"reasoning content": CHANGES},
     "counts the messages": {kind: CHANGES for kind in ROWS if kind not in ALWAYS} | {"reasoning content": CHANGES},
     "tools": {"tools": None, "a tool call as the answer": None},
@@ -114,7 +117,7 @@ def test_a_row_is_whole_or_refused(habit: str, small_tokenizer: PreTrainedTokeni
     for kind in ROWS:
         row = row_of(kind)
         pair = encode(tokenizer, row)
-        reason = (ALWAYS | OF_HABIT.get(habit, {})).get(kind)
+        reason = {**ALWAYS, **OF_HABIT.get(habit, {})}.get(kind)
         if isinstance(pair, RowError):
             assert (pair.reason, str(pair)[:7]) == (reason, "row 1: "), kind
             continue
@@ -127,7 +130,7 @@ def test_a_row_is_whole_or_refused(habit: str, small_tokenizer: PreTrainedTokeni
             add_generation_prompt=True,
             strftime_now=TEMPLATE_DATE.strftime,
         )
-        prompt = tokenizer.decode(pair.prompt_ids)
+        prompt = str(tokenizer.decode(pair.prompt_ids))
         assert prompt == expected, kind
         for message in messages:
             text = message["content"]
@@ -135,9 +138,9 @@ def test_a_row_is_whole_or_refused(habit: str, small_tokenizer: PreTrainedTokeni
                 text = text.split("</think>")[-1]
             assert squeeze(text) in squeeze(prompt), kind
         for column, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-            response, answer = tokenizer.decode(ids), row[column]
+            response, answer = str(tokenizer.decode(ids)), row[column]
             text = answer if isinstance(answer, str) else answer[0].get("content") or ""
-            begun = "<think>" if habit == "opens thinking" else ""
+            begun = "<think>" if habit.startswith("opens thinking") else ""
             assert squeeze(text.removesuffix("<|im_end|>")) in begun + squeeze(response), kind
             assert response.endswith("<|im_end|>"), kind
             assert response.count("<|im_end|>") == 1, kind

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adpa import distill, precompute
 from adpa.data.cache.signals import read_scorings
-from adpa.data.vocabulary import render
+from adpa.data.chat_template import ChatTemplate
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.options import Group
@@ -56,7 +56,7 @@ def test_the_output_is_an_ordinary_checkpoint_that_answers(trained: Path, filled
     assert tokenizer.chat_template == teacher_tokenizer.chat_template
     assert tokenizer.get_vocab() == teacher_tokenizer.get_vocab()
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    prompt = render(tokenizer, [{"role": "user", "content": "Say hello."}], add_generation_prompt=True)
+    prompt = ChatTemplate(tokenizer).render([{"role": "user", "content": "Say hello."}], add_generation_prompt=True)
     input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     answer = model.generate(input_ids, max_new_tokens=3)  # type: ignore[misc]  # its mixin is typed apart
     assert isinstance(answer, torch.Tensor)

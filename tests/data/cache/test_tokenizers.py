@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from adpa.data.cache.documents import write_document
 from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
-from adpa.data.vocabulary import digest_tokenizer, render
+from adpa.data.chat_template import ChatTemplate
+from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import DamagedFileError
 
 CONVERSATION = [{"role": "user", "content": "Where is the Louvre?"}, {"role": "assistant", "content": "In Paris."}]
@@ -19,7 +20,7 @@ def test_a_tokenizer_comes_back_from_the_cache(tokenizer: PreTrainedTokenizerBas
     write_tokenizer(tmp_path, tokenizer, digests.tokenizer)
     read = read_tokenizer(tmp_path, digests.tokenizer)
     assert digest_tokenizer(read) == digests
-    assert render(read, CONVERSATION) == render(tokenizer, CONVERSATION)
+    assert ChatTemplate(read).render(CONVERSATION) == ChatTemplate(tokenizer).render(CONVERSATION)
     text = "Ein längerer Text — with <|im_end|> and 🗼."
     assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (tmp_path / "tokenizers" / digests.tokenizer).stat().st_mode & 0o777 == 0o755
