@@ -12,13 +12,13 @@ from adpa.errors import RowError
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXT_FIELDS = ("tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+TEXT_FIELDS = {"tool_call_id", "name", "reasoning_content", "thinking", "reasoning"}
 # What some template would write, and adpa does not pass on.
-UNSUPPORTED_FIELDS = (
+UNSUPPORTED_FIELDS = {
     *("image", "images", "image_url", "video", "videos", "audio", "audios", "files", "attachments", "documents"),
     *("function_call", "function_calls", "functions", "tools", "tool_plan", "tool_responses", "tool_results"),
     *("refusal", "reasoning_details", "thinking_blocks", "thoughts"),
-)
+}
 DROP = "mend or remove the row, or pass --drop-invalid"
 
 _AUTHORS = {*ROLES, "human", "gpt", "chatgpt", "bot", "model", "function", "observation", "function_call", "ipython"}
@@ -54,19 +54,19 @@ def _parse_message(place: str, message: Any) -> Message:
         raise RowError(
             f"{place} has a message with the role {role!r}; expected one of {', '.join(ROLES)}", DROP, "wrong role"
         )
-    for field in UNSUPPORTED_FIELDS:
-        if not is_empty(message.get(field)):
-            raise unsupported(f"{place} has a message with `{field}`", field)
-    parsed: Message = {"role": role, "content": _parse_content(place, message)}
-    if not is_empty(message.get("tool_calls")):
-        parsed["tool_calls"] = _parse_tool_calls(place, role, message["tool_calls"])
-    for field in TEXT_FIELDS:
-        text = message.get(field)
-        if is_empty(text):
+    parsed: Message = {"role": role, "content": ""}
+    for field, value in message.items():
+        if field in ("role", "content") or is_empty(value):
             continue
-        if not isinstance(text, str):
-            raise RowError(f"{place} has a message with the {field} {text!r:.60}; expected a string", DROP)
-        parsed[field] = text
+        if field in UNSUPPORTED_FIELDS:
+            raise unsupported(f"{place} has a message with `{field}`", field)
+        if field == "tool_calls":
+            parsed[field] = _parse_tool_calls(place, role, value)
+        elif field in TEXT_FIELDS:
+            if not isinstance(value, str):
+                raise RowError(f"{place} has a message with the {field} {value!r:.60}; expected a string", DROP)
+            parsed[field] = value
+    parsed["content"] = _parse_content(place, message)
     return parsed
 
 
@@ -149,8 +149,8 @@ def _broken_tool_call(place: str, call: Any) -> RowError:
 
 def holds_messages(text: str) -> bool:
     """Whether the whole of a text is chat messages, as JSON or as Python or numpy print them."""
-    if not _MAYBE_MESSAGES.match(text):
-        return False
+    if not (("role" in text or "from" in text) and _MAYBE_MESSAGES.match(text)):
+        return False  # almost every text, and soon
     separated = re.sub(r"}\s+{", "}, {", text.strip())  # numpy prints no commas
     try:
         with warnings.catch_warnings():

@@ -17,10 +17,10 @@ from adpa.errors import RowError
 
 RESPONSE_COLUMNS = ("chosen", "rejected")
 TEMPLATE_COLUMNS = ("system", "tools", "chat_template_kwargs")
-MEDIA_COLUMNS = (
+MEDIA_COLUMNS = {
     *("image", "images", "image_url", "image_urls", "image_path", "image_paths", "pixel_values"),
     *("video", "videos", "audio", "audios"),
-)
+}
 # Columns that other programs make a part of the prompt, and what to do with them.
 PROMPT_COLUMNS = {
     "system_prompt": "name it system",
@@ -29,7 +29,7 @@ PROMPT_COLUMNS = {
     "documents": "put it into chat_template_kwargs",
     "history": "write it into `prompt` as messages",
 } | dict.fromkeys(("context", "instruction", "input", "query"), "write it into `prompt`")
-READ_COLUMNS = ("prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS)
+READ_COLUMNS = {"prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS}
 
 # The arguments of a chat template that adpa decides itself, or that would change how it calls the tokenizer.
 RESERVED_TEMPLATE_KWARGS = {
@@ -98,8 +98,8 @@ def _check_columns(where: str, row: Mapping[str, Any]) -> None:
                 "name the columns prompt, chosen and rejected",
                 "missing column",
             )
-    for column in MEDIA_COLUMNS:
-        if not is_empty(row.get(column)):
+    for column, value in row.items():
+        if column in MEDIA_COLUMNS and not is_empty(value):
             raise unsupported(f"{where}: found the column `{column}`", column)
     for column in ("prompt", "system", *RESPONSE_COLUMNS):
         if isinstance(row.get(column), str):
@@ -232,15 +232,15 @@ def _check_response(where: str, column: str, response: list[Message]) -> None:
 
 def _check_prompt_columns(where: str, row: Mapping[str, Any], prompt: str) -> None:
     """Refuses a further column of the prompt, unless its text stands in the prompt already."""
-    for column, fix in PROMPT_COLUMNS.items():
-        value = row.get(column)
-        if is_empty(value) or (isinstance(value, str) and "".join(value.split()) in "".join(prompt.split())):
+    for column, value in row.items():
+        if column not in PROMPT_COLUMNS or is_empty(value):
             continue
-        raise RowError(
-            f"{where}: found the column `{column}`, which is not supported and is not in the prompt",
-            f"{fix}, or remove the column",
-            "unsupported column",
-        )
+        if not isinstance(value, str) or "".join(value.split()) not in "".join(prompt.split()):
+            raise RowError(
+                f"{where}: found the column `{column}`, which is not supported and is not in the prompt",
+                f"{PROMPT_COLUMNS[column]}, or remove the column",
+                "unsupported column",
+            )
 
 
 def _parse_tools(where: str, value: Any) -> tuple[dict[str, Any], ...] | None:

@@ -23,7 +23,7 @@ Rows = Iterator[tuple[str, Row]]  # where each is, and the row
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH_ROWS = 1000
-TABLE_ERRORS = (pa.ArrowException, OSError, ValueError)  # ValueError: text that is not UTF-8, and the like
+TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)  # the last two: of text and dates
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -81,7 +81,7 @@ def _read_lines(path: Path) -> Rows:
             if line.strip():
                 where = f"{path} line {number}"
                 try:
-                    yield where, json.loads(line)
+                    yield where, json.loads(line.rstrip())
                 except (ValueError, RecursionError) as error:
                     yield where, _broken_row(where, error)
 
@@ -103,7 +103,7 @@ def _broken_row(where: str, error: Exception) -> RowError:
 
 def _json_problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg} at column {error.colno}"
+        return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, RecursionError):
         return "broken JSON: nested too deeply"
     return "broken JSON: an integer with too many digits"  # Python limits them
@@ -213,7 +213,7 @@ def _used_columns(source: str, names: Sequence[str]) -> list[str]:
     for column in READ_COLUMNS:
         if names.count(column) > 1:
             raise DataError(f"{source}: found the column `{column}` more than once", "remove one of them")
-    return [column for column in READ_COLUMNS if column in names]
+    return [column for column in names if column in READ_COLUMNS]
 
 
 def _read_batches(source: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Rows:

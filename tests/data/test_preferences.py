@@ -1,18 +1,12 @@
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
 
-from adpa.data.preferences import PreferencePair, parse_pair, read_rows
-from adpa.errors import DataError
+from adpa.data.preferences import PreferencePair, parse_pair
+from adpa.errors import RowError
 
 Row = dict[str, Any]
 
@@ -62,8 +56,15 @@ FORMS = [
 ]
 
 
-def read_pairs(source: Path | str, split: str | None = None) -> list[PreferencePair]:
-    return [parse_pair(where, row) for where, row in read_rows(str(source), split)]
+def refusal(row: Any, reason: str | None = None, rendered: bool = False) -> str:
+    """The one line with which the row is refused, under the reason."""
+    with pytest.raises(RowError) as caught:
+        parse_pair("prefs.jsonl line 2", row, rendered)
+    message = str(caught.value)
+    assert message.startswith("prefs.jsonl line 2: ")
+    assert "\n" not in message
+    assert reason in (None, caught.value.reason)
+    return message
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -71,7 +72,7 @@ def read_pairs(source: Path | str, split: str | None = None) -> list[PreferenceP
 def test_every_form_of_a_row_gives_the_same_pair(form: Callable[[list[Row]], Row], conversation: str) -> None:
     prompt = CONVERSATIONS[conversation]
     pair = parse_pair("here", form(prompt))
-    assert pair == PreferencePair("here", pair.example_id, tuple(prompt), "Paris.", "Lyon, I believe.")
+    assert pair == PreferencePair("here", pair.example_id, tuple(prompt), CHOSEN, REJECTED, None, {})
     assert pair.example_id == parse_pair("there", explicit(prompt)).example_id
 
 
@@ -82,12 +83,32 @@ def test_a_row_of_three_strings_is_a_question_and_two_answers() -> None:
 
 def test_equal_answers_to_one_question_still_are_a_pair() -> None:
     pair = parse_pair("here", {"chosen": [QUESTION, CHOSEN], "rejected": [QUESTION, CHOSEN]})
-    assert (pair.prompt, pair.chosen, pair.rejected) == ((QUESTION,), "Paris.", "Paris.")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((QUESTION,), CHOSEN, CHOSEN)
 
 
-def test_keys_of_a_message_other_than_role_and_content_are_left_out() -> None:
-    extra = {"prompt": [QUESTION | {"name": "Ann", "tool_calls": None}], "chosen": [CHOSEN], "rejected": [REJECTED]}
-    assert parse_pair("here", extra) == parse_pair("here", explicit([QUESTION]))
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"weight": 1.0, "language": "English", "turn_identifier": 7},
+        {"tool_calls": None, "reasoning_content": None, "function_call": None, "images": None},
+        {"tool_calls": [], "name": "", "audio": {}, "refusal": ""},
+    ],
+)
+def test_metadata_and_empty_fields_of_a_message_are_left_out(extra: Row) -> None:
+    row = {"prompt": [QUESTION | extra], "chosen": [CHOSEN | extra], "rejected": [extra | REJECTED]}
+    assert parse_pair("here", row) == parse_pair("here", explicit([QUESTION]))
+
+
+@pytest.mark.parametrize(
+    ("row", "example_id"),
+    [
+        (explicit([QUESTION]), "179afcea97c4a83d"),
+        (implicit([SYSTEM, QUESTION]), "b4750a9630380b55"),
+        ({"prompt": "What\nis é?", "chosen": "Paris.", "rejected": " x\t"}, "f5fc3f387567c907"),
+    ],
+)
+def test_the_example_ids_of_ordinary_rows_never_change(row: Row, example_id: str) -> None:
+    assert parse_pair("here", row).example_id == example_id
 
 
 @pytest.mark.parametrize(
@@ -98,207 +119,17 @@ def test_keys_of_a_message_other_than_role_and_content_are_left_out() -> None:
         explicit([QUESTION]) | {"chosen": "Paris!"},
         explicit([QUESTION]) | {"rejected": "Lyon."},
         {"prompt": [QUESTION], "chosen": [REJECTED], "rejected": [CHOSEN]},
+        explicit([QUESTION | {"name": "Ann"}]),
+        explicit([QUESTION]) | {"chosen": [CHOSEN | {"reasoning_content": "France, its capital."}]},
+        explicit([QUESTION]) | {"tools": [{"name": "search"}]},
+        explicit([QUESTION]) | {"chat_template_kwargs": {"enable_thinking": False}},
     ],
 )
 def test_the_example_id_changes_with_the_content(changed: Row) -> None:
     assert parse_pair("here", changed).example_id != parse_pair("here", explicit([QUESTION])).example_id
 
 
-def write_jsonl(rows: list[Row], path: Path) -> Path:
-    path = path.with_suffix(".jsonl")
-    path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
-    return path
-
-
-def write_jsonl_in_json_file(rows: list[Row], path: Path) -> Path:
-    return write_jsonl(rows, path).rename(path.with_suffix(".json"))
-
-
-def write_jsonl_with_bom(rows: list[Row], path: Path) -> Path:
-    path = write_jsonl(rows, path)
-    path.write_text("\ufeff" + path.read_text())
-    return path
-
-
-def write_json(rows: list[Row], path: Path) -> Path:
-    path = path.with_suffix(".json")
-    path.write_text("\n" + json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
-    return path
-
-
-def write_parquet(rows: list[Row], path: Path) -> Path:
-    path = path.with_suffix(".parquet")
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def write_parquet_by_datasets(rows: list[Row], path: Path) -> Path:
-    path = path.with_suffix(".parquet")
-    Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
-def save_dataset(rows: list[Row], path: Path) -> Path:
-    Dataset.from_list(rows).save_to_disk(path)
-    return path
-
-
-def save_dataset_dict(rows: list[Row], path: Path) -> Path:
-    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(path)
-    return path
-
-
-WRITERS = [
-    write_jsonl,
-    write_jsonl_in_json_file,
-    write_jsonl_with_bom,
-    write_json,
-    write_parquet,
-    write_parquet_by_datasets,
-    save_dataset,
-    save_dataset_dict,
-]
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_every_kind_of_file_gives_the_same_pairs(write: Callable[[list[Row], Path], Path], tmp_path: Path) -> None:
-    rows = [prompt_and_whole_conversations(prompt) for prompt in CONVERSATIONS.values()]
-    pairs = read_pairs(write(rows, tmp_path / "prefs"))
-    expected = [parse_pair("", row) for row in rows]
-    assert [pair.example_id for pair in pairs] == [pair.example_id for pair in expected]
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
-        (pair.prompt, pair.chosen, pair.rejected) for pair in expected
-    ]
-
-
-def test_the_example_id_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
-    rows = [explicit(prompt) for prompt in CONVERSATIONS.values()]
-    forward, backward = (
-        read_pairs(write_jsonl(some, tmp_path / name)) for name, some in (("a", rows), ("b", rows[::-1]))
-    )
-    assert [pair.example_id for pair in forward] == [pair.example_id for pair in backward][::-1]
-    assert len({pair.example_id for pair in forward}) == len(rows)
-
-
-def test_real_preferences_that_nobody_here_wrote_are_read(preference_rows: list[Row], tmp_path: Path) -> None:
-    pairs = read_pairs(write_jsonl(preference_rows, tmp_path / "prefs"))
-    assert [list(pair.prompt) for pair in pairs] == [row["prompt"] for row in preference_rows]
-    assert [pair.rejected for pair in pairs] == [row["rejected"][0]["content"] for row in preference_rows]
-
-
-def test_a_pair_knows_the_line_it_was_read_from(tmp_path: Path) -> None:
-    path = tmp_path / "prefs.jsonl"
-    path.write_text("\n" + json.dumps(explicit([QUESTION])) + "\n\n\n" + json.dumps(implicit([QUESTION])))
-    assert [pair.where for pair in read_pairs(path)] == [f"{path} line 2", f"{path} line 5"]
-
-
-@pytest.mark.parametrize("write", [write_json, write_parquet, save_dataset])
-def test_a_pair_knows_the_row_it_was_read_from(write: Callable[[list[Row], Path], Path], tmp_path: Path) -> None:
-    path = write([explicit([QUESTION]), explicit([SYSTEM, QUESTION])], tmp_path / "prefs")
-    assert [pair.where for pair in read_pairs(path)] == [f"{path} row 1", f"{path} row 2"]
-
-
-def save_two_splits(folder: Path) -> Path:
-    splits = {"train_prefs": explicit([QUESTION]), "test_prefs": explicit([SYSTEM, QUESTION])}
-    DatasetDict({name: Dataset.from_list([row]) for name, row in splits.items()}).save_to_disk(folder)
-    return folder
-
-
-def test_the_split_that_is_named_is_read(tmp_path: Path) -> None:
-    (pair,) = read_pairs(save_two_splits(tmp_path / "prefs"), "test_prefs")
-    assert pair.prompt == (SYSTEM, QUESTION)
-
-
-def test_a_split_of_data_that_has_none_is_refused(tmp_path: Path) -> None:
-    file = write_jsonl([explicit([QUESTION])], tmp_path / "prefs")
-    Dataset.from_list([explicit([QUESTION])]).save_to_disk(tmp_path / "saved")
-    for source in (file, tmp_path / "saved"):
-        with pytest.raises(DataError, match=r"found --split train; .* has no splits"):
-            read_pairs(source, "train")
-
-
-@pytest.mark.parametrize(("split", "choice"), [(None, "no --split"), ("test", "--split test")])
-def test_a_split_that_is_missing_is_refused_with_the_names_there_are(
-    split: str | None, choice: str, tmp_path: Path
-) -> None:
-    folder = save_two_splits(tmp_path / "prefs")
-    with pytest.raises(DataError) as caught:
-        read_pairs(folder, split)
-    assert str(caught.value).startswith(f"{folder}: found {choice}; expected one of train_prefs, test_prefs")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("missing.jsonl", None, "no such file or directory"),
-        ("missing", None, "no such file or directory"),
-        ("prefs.jsonl", b"", "found no rows"),
-        ("prefs.jsonl", b"\n \n", "found no rows"),
-        ("prefs.json", b"[]", "found no rows"),
-        ("prefs.parquet", b"", "expected a Parquet file"),
-        ("prefs.parquet", b"PAR1 and no more", "expected a Parquet file"),
-        ("prefs.jsonl", '{"prompt": "Où?"}'.encode("latin-1"), "expected UTF-8 text"),
-        ("prefs.jsonl.gz", b"\x1f\x8b\x08\x00", "expected UTF-8 text"),
-    ],
-)
-def test_a_file_that_holds_no_preferences_is_refused_by_name(
-    name: str, content: bytes | None, problem: str, tmp_path: Path
-) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        read_pairs(path)
-    assert str(caught.value).startswith(f"{path}: {problem}")
-
-
-@pytest.mark.parametrize("content", ["nothing", "other files", "no rows", "broken rows"])
-def test_a_directory_that_holds_no_dataset_is_refused_by_name(content: str, tmp_path: Path) -> None:
-    folder = tmp_path / "prefs"
-    folder.mkdir()
-    if content == "other files":
-        write_jsonl([explicit([QUESTION])], folder / "prefs")
-    elif content == "no rows":
-        Dataset.from_list([]).save_to_disk(folder)
-    elif content == "broken rows":
-        save_dataset([explicit([QUESTION])], folder)
-        next(folder.glob("*.arrow")).write_bytes(b"damaged")
-    with pytest.raises(DataError) as caught:
-        read_pairs(folder)
-    assert str(caught.value).startswith(f"{folder}: expected a directory saved by datasets.save_to_disk")
-
-
-GOOD_LINE = json.dumps(explicit([QUESTION]))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "line"),
-    [
-        ("prefs.jsonl", f'{GOOD_LINE}\n\n{{"prompt": \n{GOOD_LINE}\n', 3),
-        ("prefs.jsonl", f"{GOOD_LINE}\n{GOOD_LINE[:40]}", 2),
-        ("prefs.json", f"[{GOOD_LINE},\n{GOOD_LINE},\nnull null]", 3),
-        ("prefs.json", "{\n" + GOOD_LINE[1:], 1),
-    ],
-)
-def test_broken_json_is_refused_with_its_line(name: str, text: str, line: int, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(DataError) as caught:
-        read_pairs(path)
-    assert str(caught.value).startswith(f"{path} line {line}: broken JSON: ")
-
-
-def test_the_lines_before_a_broken_one_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "prefs.jsonl"
-    path.write_text(f"{GOOD_LINE}\n{{\n")
-    rows = read_rows(str(path))
-    assert next(rows) == (f"{path} line 1", explicit([QUESTION]))
-    with pytest.raises(DataError):
-        next(rows)
-
-
 SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"}]
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "search"}}]}
 
 
 @pytest.mark.parametrize(
@@ -360,11 +191,6 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
             id="sharegpt",
         ),
         pytest.param(
-            explicit([QUESTION, CALL, {"role": "tool", "content": "[]"}]),
-            "`prompt` has a message with tool calls, which are not supported",
-            id="tool calls",
-        ),
-        pytest.param(
             implicit([QUESTION]) | {"prompt": "Why?"},
             "`prompt` is not what `chosen` and `rejected` begin with",
             id="another prompt string",
@@ -376,29 +202,299 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
         ),
         pytest.param(
             explicit([QUESTION | {"content": "The tower \ud83d"}]),
-            "half of a surrogate pair",
+            "the text has half of a surrogate pair, '\\ud83d'",
             id="half a character",
         ),
     ],
 )
-def test_a_row_that_is_no_pair_is_refused_with_its_place(row: Any, problem: str, tmp_path: Path) -> None:
-    path = tmp_path / "prefs.jsonl"
-    path.write_text(f"{GOOD_LINE}\n{json.dumps(row)}\n")
-    with pytest.raises(DataError) as caught:
-        read_pairs(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path} line 2: ")
-    assert problem in message
-    assert "\n" not in message
+def test_a_row_that_is_no_pair_is_refused_with_its_place(row: Any, problem: str) -> None:
+    assert problem in refusal(row)
 
 
-def test_a_hub_dataset_that_cannot_be_reached_is_refused_by_name(tmp_path: Path) -> None:
-    name = "nobody/no-such-dataset"
-    program = f"from adpa.data.preferences import read_rows\nnext(read_rows({name!r}))"
-    source = Path(__file__).parents[2] / "src"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(source)}
-    finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    last_line = finished.stderr.strip().splitlines()[-1]
-    assert last_line.startswith(
-        f"adpa.errors.DataError: {name}: no such file or directory, and the Hub does not give it"
+def test_an_error_of_reading_is_raised_where_the_pair_would_be() -> None:
+    error = RowError("prefs.jsonl line 2: broken JSON", "mend it", "broken JSON")
+    with pytest.raises(RowError) as caught:
+        parse_pair("prefs.jsonl line 2", error)
+    assert caught.value is error
+
+
+# Columns beside the three.
+
+
+@pytest.mark.parametrize("form", [explicit, responses_as_strings, implicit, prompt_and_whole_conversations])
+def test_a_system_column_is_the_first_message(form: Callable[[list[Row]], Row]) -> None:
+    row = form([*EARLIER_TURN, QUESTION]) | {"system": SYSTEM["content"]}
+    assert parse_pair("here", row) == parse_pair("here", explicit([SYSTEM, *EARLIER_TURN, QUESTION]))
+
+
+def test_a_system_column_joins_a_prompt_that_is_a_string() -> None:
+    row = {"system": SYSTEM["content"], "prompt": QUESTION["content"], "chosen": "Paris.", "rejected": "Lyon."}
+    assert parse_pair("here", row).prompt == (SYSTEM, QUESTION)
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_an_empty_system_column_is_no_message(system: str | None) -> None:
+    assert parse_pair("here", explicit([QUESTION]) | {"system": system}).prompt == (QUESTION,)
+
+
+def test_a_system_column_may_repeat_the_system_message() -> None:
+    assert parse_pair("here", implicit([SYSTEM, QUESTION]) | {"system": SYSTEM["content"]}).prompt == (SYSTEM, QUESTION)
+
+
+def test_a_system_column_that_contradicts_is_refused() -> None:
+    message = refusal(explicit([SYSTEM, QUESTION]) | {"system": "Answer at length."}, "two system messages")
+    assert "`system` is not the system message that the conversation begins with" in message
+    assert "`system` is 5; expected a string" in refusal(explicit([QUESTION]) | {"system": 5})
+
+
+TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "required": None}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools_are_schemas_or_their_json(tools: Any) -> None:
+    assert parse_pair("here", explicit([QUESTION]) | {"tools": tools}).tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_empty_tools_are_none(tools: Any) -> None:
+    assert parse_pair("here", explicit([QUESTION]) | {"tools": tools}) == parse_pair("here", explicit([QUESTION]))
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [("search, read", "broken JSON"), (TOOL, "broken tools"), (["search"], "broken JSON"), ([5], "broken tools")],
+)
+def test_tools_that_are_no_schemas_are_refused(tools: Any, reason: str) -> None:
+    assert "`tools` is " in refusal(explicit([QUESTION]) | {"tools": tools}, reason)
+
+
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": False, "documents": []}, '{"enable_thinking": false}'])
+def test_template_arguments_are_an_object_or_its_json(kwargs: Any) -> None:
+    pair = parse_pair("here", explicit([QUESTION]) | {"chat_template_kwargs": kwargs})
+    assert pair.chat_template_kwargs["enable_thinking"] is False
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, "", "{}", "null"])
+def test_empty_template_arguments_are_none(kwargs: Any) -> None:
+    row = explicit([QUESTION]) | {"chat_template_kwargs": kwargs}
+    assert parse_pair("here", row) == parse_pair("here", explicit([QUESTION]))
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "self"])
+def test_template_arguments_that_adpa_sets_itself_are_refused(name: str) -> None:
+    row = explicit([QUESTION]) | {"chat_template_kwargs": {name: None}}
+    assert f"`chat_template_kwargs` has `{name}`, which adpa sets itself" in refusal(row, "broken template arguments")
+
+
+@pytest.mark.parametrize("kwargs", ["thinking", [1], 5])
+def test_template_arguments_of_another_form_are_refused(kwargs: Any) -> None:
+    assert "`chat_template_kwargs` is " in refusal(explicit([QUESTION]) | {"chat_template_kwargs": kwargs})
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        ("images", "images"),
+        ("image", "images"),
+        ("videos", "videos"),
+        ("audio", "audio"),
+        ("documents", "unsupported column"),
+        ("history", "unsupported column"),
+        ("context", "unsupported column"),
+        ("system_prompt", "unsupported column"),
+        ("functions", "unsupported column"),
+    ],
+)
+def test_a_column_that_the_model_should_read_is_refused_by_name(column: str, reason: str) -> None:
+    for value in (["something"], "something"):
+        assert f"found the column `{column}`" in refusal(explicit([QUESTION]) | {column: value}, reason)
+    for value in (None, [], "", {}):
+        assert parse_pair("here", explicit([QUESTION]) | {column: value}) == parse_pair("here", explicit([QUESTION]))
+
+
+def test_a_column_that_repeats_the_prompt_does_no_harm() -> None:
+    """As in Magpie's preference sets, whose `instruction` is the user's message."""
+    row = implicit([SYSTEM, QUESTION]) | {"instruction": QUESTION["content"], "system_prompt": SYSTEM["content"] + "\n"}
+    assert parse_pair("here", row) == parse_pair("here", explicit([SYSTEM, QUESTION]))
+
+
+def test_metadata_is_ignored() -> None:
+    metadata = {"source": "a", "id": 3, "margin": 0.5, "score_chosen": 8.0, "messages": [QUESTION], "model": "m"}
+    assert parse_pair("here", explicit([QUESTION]) | metadata) == parse_pair("here", explicit([QUESTION]))
+
+
+# Messages.
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_stays_with_its_message(field: str) -> None:
+    chosen = CHOSEN | {field: "The capital of France is asked for."}
+    assert parse_pair("here", explicit([QUESTION]) | {"chosen": [chosen]}).chosen == chosen
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France? 🗼"}]
+    assert parse_pair("here", explicit([QUESTION | {"content": parts}])) == parse_pair("here", explicit([QUESTION]))
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image"}, "images"),
+        ({"type": "image_url", "image_url": {"url": "tower.png"}}, "images"),
+        ({"type": "input_audio"}, "audio"),
+        ({"type": "video"}, "videos"),
+        ({"type": "thinking", "thinking": "France …"}, "unsupported field"),
+    ],
+)
+def test_other_parts_are_refused_by_name(part: Row, reason: str) -> None:
+    prompt = [QUESTION | {"content": [{"type": "text", "text": "What is this?"}, part]}]
+    message = refusal(explicit(prompt), reason)
+    assert f"`prompt` has a content part of the type '{part['type']}'" in message
+    assert "not supported" in message
+
+
+@pytest.mark.parametrize("field", ["function_call", "audio", "images", "tools", "tool_plan", "refusal"])
+def test_a_field_that_would_be_lost_is_refused_by_name(field: str) -> None:
+    row = explicit([QUESTION]) | {"chosen": [{"role": "assistant", "content": None, field: {"name": "search"}}]}
+    assert f"`chosen` has a message with `{field}`" in refusal(row)
+
+
+@pytest.mark.parametrize("role", ["function", "ipython", "human", "Assistant"])
+def test_other_roles_are_refused_by_name(role: str) -> None:
+    message = refusal(explicit([QUESTION, {"role": role, "content": "4"}]), "wrong role")
+    assert f"the role '{role}'; expected one of system, developer, user, assistant, tool" in message
+
+
+# Tools in conversations.
+
+FUNCTION = {"name": "search", "arguments": {"query": "capital", "page": None}}
+CALL = {"type": "function", "function": FUNCTION}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "Paris", "name": "search", "tool_call_id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (CALL, CALL),
+        (FUNCTION, CALL),
+        (FUNCTION | {"id": "1"}, CALL | {"id": "1"}),
+        (CALL | {"id": None}, CALL),
+        ({"function": FUNCTION}, {"function": FUNCTION}),
+        ({"function": {"name": "search", "arguments": json.dumps(FUNCTION["arguments"])}, "id": "1"}, None),
+    ],
+)
+def test_a_tool_call_takes_the_form_that_templates_read(call: Row, expected: Row | None) -> None:
+    row = explicit([QUESTION]) | {"chosen": [{"role": "assistant", "tool_calls": [call]}], "tools": [TOOL]}
+    calls = parse_pair("here", row).chosen["tool_calls"]
+    assert calls == [expected or {"function": FUNCTION, "id": "1"}]
+
+
+def test_a_call_and_its_result_are_part_of_the_prompt() -> None:
+    prompt = [QUESTION, CALLING | {"content": None}, RESULT]
+    for row in (explicit(prompt), implicit(prompt), prompt_and_whole_conversations(prompt)):
+        assert parse_pair("here", row).prompt == (QUESTION, CALLING, RESULT)
+
+
+@pytest.mark.parametrize("content", [None, "", "I shall look."])
+def test_a_response_may_call_tools_with_or_without_words(content: str | None) -> None:
+    pair = parse_pair("here", explicit([QUESTION]) | {"chosen": [CALLING | {"content": content}]})
+    assert pair.chosen == CALLING | {"content": content or ""}
+
+
+def test_a_response_of_several_messages_is_refused() -> None:
+    row = explicit([QUESTION]) | {"chosen": [CALLING, RESULT, CHOSEN]}
+    assert "after the prompt, `chosen` has messages of assistant, tool, assistant" in refusal(row, "wrong role")
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "search(capital)",
+        {"function": FUNCTION},
+        ["search"],
+        [{"function": "search"}],
+        [{"function": {"name": "search"}}],
+        [{"name": "", "arguments": {}}],
+        [{"name": "search", "arguments": "capital"}],
+        [{"name": "search", "arguments": "[" * 100_000}],
+        [{"type": "tool_use", "name": "search", "input": {}}],
+    ],
+)
+def test_a_broken_tool_call_is_refused(calls: Any) -> None:
+    assert "`chosen` has the tool call" in refusal(
+        explicit([QUESTION]) | {"chosen": [CALLING | {"tool_calls": calls}]}, "broken tool call"
     )
+
+
+def test_only_the_assistant_calls_tools() -> None:
+    message = refusal(explicit([QUESTION | {"tool_calls": [CALL]}]), "broken tool call")
+    assert "`prompt` has tool calls in a message of the user" in message
+
+
+def test_values_that_json_does_not_have_are_refused() -> None:
+    arguments = {"query": b"capital"}
+    row = explicit([QUESTION]) | {"chosen": [CALLING | {"tool_calls": [FUNCTION | {"arguments": arguments}]}]}
+    assert "Object of type bytes is not JSON serializable" in refusal(row, "broken JSON")
+
+
+# Strings that hold messages.
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected", "system"])
+@pytest.mark.parametrize("write", [json.dumps, str, lambda messages: str(np.array(messages, dtype=object))])
+def test_a_string_of_messages_is_refused(write: Callable[[Any], str], column: str) -> None:
+    row = explicit([QUESTION]) | {column: write([QUESTION, CHOSEN])}
+    message = refusal(row, "messages in a string")
+    assert (
+        f"`{column}` is a string that holds chat messages; write the messages themselves (apply json.loads" in message
+    )
+
+
+def test_two_strings_of_whole_conversations_are_refused_as_such() -> None:
+    row = {"chosen": json.dumps([QUESTION, CHOSEN]), "rejected": json.dumps([QUESTION, REJECTED])}
+    assert "`chosen` is a string that holds chat messages" in refusal(row)
+
+
+def test_a_message_whose_content_is_messages_is_refused() -> None:
+    text = json.dumps([QUESTION, CHOSEN])
+    for column, message in (("prompt", QUESTION), ("chosen", CHOSEN), ("rejected", REJECTED)):
+        refusal(explicit([QUESTION]) | {column: [message | {"content": text}]}, "messages in a string")
+
+
+def test_an_answer_about_messages_is_an_answer() -> None:
+    text = json.dumps([QUESTION, CHOSEN]) + " is a conversation."
+    assert parse_pair("here", explicit([QUESTION]) | {"chosen": text}).chosen["content"] == text
+
+
+# Prompts that are rendered already.
+
+RENDERED = {"prompt": "<|user|>Hi<|end|><|assistant|>", "chosen": "Hello", "rejected": [REJECTED]}
+
+
+def test_a_rendered_prompt_stays_as_it_is() -> None:
+    pair = parse_pair("here", RENDERED, rendered=True)
+    chosen = {"role": "assistant", "content": "Hello"}
+    assert pair == PreferencePair("here", pair.example_id, RENDERED["prompt"], chosen, REJECTED, None, {})  # type: ignore[arg-type]
+    assert pair.example_id != parse_pair("here", RENDERED).example_id
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"prompt": [QUESTION]}, "`prompt` is [{'role': 'user'"),
+        ({"prompt": None}, "`prompt` is None; expected a rendered prompt, a string"),
+        ({"prompt": json.dumps([QUESTION])}, "`prompt` is a string that holds chat messages"),
+        ({"chosen": [QUESTION, CHOSEN]}, "after the prompt, `chosen` has messages of user, assistant"),
+        ({"chosen": RENDERED["prompt"] + "Hello"}, "`chosen` begins with the whole prompt; leave only the response"),
+        ({"rejected": " "}, "`rejected` is an empty response"),
+        ({"rejected": [REJECTED | {"thinking": "Hm."}]}, "`rejected` has a message with `thinking`, but the prompt"),
+        ({"system": "Be brief."}, "found the column `system`, but the prompt is rendered already"),
+        ({"tools": [TOOL]}, "found the column `tools`, but the prompt is rendered already"),
+        ({"chat_template_kwargs": {"a": 1}}, "found the column `chat_template_kwargs`, but"),
+        ({"images": ["tower.png"]}, "found the column `images`; images are not supported"),
+    ],
+)
+def test_rendered_rows_that_do_not_fit_are_refused(changed: Row, problem: str) -> None:
+    assert problem in refusal(RENDERED | changed, rendered=True)
