@@ -14,7 +14,7 @@ from adpa.data.cache.integrity import SignalRules, signal_problems
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus
 
 LENGTH, K, VOCABULARY = 4, 6, 400
-RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
+RULES = SignalRules(K, with_reference=True)
 
 
 def make_row(
@@ -80,8 +80,8 @@ FAULTY = {
     "advantages are missing": replace(WHOLE, token_advantages=None, topk_advantages=None),
     "its columns do not have one length": replace(WHOLE, tail_logprob=WHOLE.tail_logprob[:-1]),
     "or not K = 6 ids": replace(WHOLE, topk_ids=WHOLE.topk_ids[:, :-1]),
-    "ids that the vocabulary lacks": changed("topk_ids", (1, 2), VOCABULARY),
-    "the vocabulary lacks: -2 to": changed("topk_ids", (1, 2), -2),
+    "ids that no vocabulary has": changed("topk_ids", (1, 2), 1 << 24),
+    "no vocabulary has: -2 to": changed("topk_ids", (1, 2), -2),
     "padding where an id must be": changed("topk_ids", (1, -1), -1),
     "the same id twice": changed("topk_ids", (1, 0), int(WHOLE.topk_ids[1, 1])),
     "above 0, or not numbers": changed("topk_logprobs", (1, 0), 0.01),
