@@ -6,17 +6,17 @@ import pytest
 from tests.data.makers import INFO, SAMPLING, SCORING, response_rows
 
 from adpa.data.cache.names import find_scoring, find_sets
-from adpa.data.cache.responses import RESPONSE_NAMES, ResponseSet, make_response_set
+from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set
 from adpa.data.cache.signals import ModelIdentity
 from adpa.errors import CacheError
 
 
-def made(name: str, seed: int) -> ResponseSet:
+def made(name: ResponseName, seed: int) -> ResponseSet:
     info = replace(INFO, name=name, sampling=SAMPLING if name == "sampled" else None)
     return make_response_set(info, response_rows(seed, ["a", "b"]))
 
 
-SETS = [made(name, seed) for seed, name in enumerate([*RESPONSE_NAMES, "chosen"])]
+SETS = [made(name, seed) for seed, name in enumerate((*RESPONSE_NAMES, RESPONSE_NAMES[0]))]
 SCORINGS = [SCORING, *(replace(SCORING, top_k=top_k) for top_k in range(10, 40))]
 CHECKSUM = "0123456789abcdef" * 2
 
