@@ -24,7 +24,7 @@ def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
     Raises:
         CacheError: no set fits, or a beginning fits several.
     """
-    text = " ".join(text.split())
+    text = _tidy(text)
     whole = WHOLE_SET.findall(text)
     beginning = "-".join(whole[-1]) if whole else text.removeprefix("responses/")
     if beginning in RESPONSE_NAMES:
@@ -44,7 +44,7 @@ def find_scoring(text: str, present: Sequence[Scoring]) -> Scoring:
     Raises:
         CacheError: no scoring fits, or several do.
     """
-    text = " ".join(text.split())
+    text = _tidy(text)
     whole = WHOLE_SCORING.findall(text)
     beginning = whole[-1] if whole else re.sub("^scorings?[ /]", "", text)
     fitting = [one for one in present if _begins(beginning, one.id)]
@@ -53,6 +53,10 @@ def find_scoring(text: str, present: Sequence[Scoring]) -> Scoring:
     if not fitting:
         raise _none("--scoring", text, [one.describe() for one in present] or ["no scorings"])
     return fitting[0]
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.split()).rstrip(",;:")
 
 
 def _begins(beginning: str, *names: str) -> bool:

@@ -37,6 +37,8 @@ SET_FORMS = {
     "the row of a report": "{name} {id}",
     "the message on a file": "/cache/responses/{name}-{id}-{checksum}.arrow: damaged: not an Arrow table",
     "blanks around": "  {name}-{id}\n",
+    "the id in a list": "{id},",
+    "the id before an explanation": "{id}:",
 }
 
 
@@ -65,6 +67,7 @@ SCORING_FORMS = {
     "its pending rows": "scorings/{id}/pending/teacher-{checksum}.arrow",
     "a path": "/data/0123456789abcdef/scorings/{id}/scoring.json",
     "the row of a report": "scoring {id}",
+    "the id in a list": "{id},",
     "the line of an error": "{id}: teacher org/teacher, reference org/reference, K = 10, float32, hf",
     "the end of a line": "chosen-0123456789abcdef: 8 responses with scoring {id}: teacher org/teacher",
     "the title of a summary": "chosen-0123456789abcdef, scoring {id}",
