@@ -34,7 +34,7 @@ class InspectedToken:
     Attributes:
         id: its id.
         text: the text that it adds; see ``texts_in_place``.
-        special: whether it is a special token.
+        special: whether it is a special token, or ends a response.
         logprob: the teacher's log-probability.
         advantage: teacher minus reference; none without a reference.
         alternatives: the teacher's most probable tokens here, by falling probability.
@@ -73,6 +73,7 @@ def inspect_responses(
     """Reads some responses of a set, by their row numbers."""
     table = scored.responses.table.take(list(rows))
     special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids |= set(scored.responses.info.ends)
     numbers = scored.signals.locate(table["key"])
     responses = []
     for place, number in enumerate(numbers):

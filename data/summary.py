@@ -55,6 +55,7 @@ class SignalSummary:
 
     Attributes:
         response_set: name and id of the set.
+        made: how the set was made, in words.
         scoring: id of the scoring.
         responses: responses of the set.
         tokens: their tokens.
@@ -71,6 +72,7 @@ class SignalSummary:
     """
 
     response_set: str
+    made: str
     scoring: str
     responses: int
     tokens: int
@@ -133,6 +135,7 @@ def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummar
     tail_N = np.concatenate(tails).astype(np.float64)
     return SignalSummary(
         response_set=scored.responses.shard_prefix(),
+        made=scored.responses.describe().partition(": ")[2],
         scoring=scored.scoring.id,
         responses=len(sequences),
         tokens=len(tail_N),

@@ -87,11 +87,16 @@ def distill(
         Group.LOSS,
     ] = PLAUSIBLE,
     scoring: Annotated[
-        str | None, Doc("Scoring to learn from (the beginning of its id), if several fit."), Group.SIGNALS
+        str | None,
+        Doc("Scoring to learn from if several fit, by its id, the beginning of its id, or its folder."),
+        Group.SIGNALS,
     ] = None,
     response_set: Annotated[
         list[str] | None,
-        Doc("Response set to train on (the beginning of its id), if several fit; repeatable."),
+        Doc(
+            "Response set to train on if several fit, by its name and id, the beginning of its id, or its file; "
+            "repeatable."
+        ),
         Group.SIGNALS,
     ] = None,
     lora_rank: Annotated[

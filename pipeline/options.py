@@ -39,9 +39,11 @@ TeacherOption = Annotated[
 ]
 CacheArgument = Annotated[Location, Doc("Directory or URL of the teacher-signal cache."), Group.DECIDE]
 ResponseSetOption = Annotated[
-    str | None, Doc("Response set: chosen, rejected or sampled, or the beginning of its id."), Group.SIGNALS
+    str | None,
+    Doc("Response set: chosen, rejected or sampled, or one of them by its id, the beginning of its id, or its file."),
+    Group.SIGNALS,
 ]
-ScoringOption = Annotated[str | None, Doc("Scoring (the beginning of its id)."), Group.SIGNALS]
+ScoringOption = Annotated[str | None, Doc("Scoring, by its id, the beginning of its id, or its folder."), Group.SIGNALS]
 
 SplitOption = Annotated[str | None, Doc("Split of a data set that has several."), Group.DATA]
 MaxPromptLengthOption = Annotated[int, Doc("Tokens of a prompt that are kept, from its end."), Group.DATA]

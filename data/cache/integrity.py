@@ -27,10 +27,12 @@ from adpa.data.cache.ragged import list_row
 from adpa.data.cache.responses import ResponseSet, make_response_set
 from adpa.data.cache.rounding import COARSEST, GRID, LOGPROB_STEP
 from adpa.data.cache.signal_rows import PADDING, SignalRow
+from adpa.data.cache.signals import TOP_K_LIMIT
 from adpa.data.sequences import sequence_key
 
 FLOAT16_ERROR = 2.0**-11
 FLOAT32_ERROR = 2.0**-13
+FLOAT16_LOWEST = float(np.finfo(np.float16).min)  # less becomes −inf
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,12 @@ class SignalRules:
     Attributes:
         top_k: K.
         with_reference: whether rows have advantages.
-        ids_below: every id is less than this; none if the size of the vocabulary is unknown.
         top_p: if below 1, a position may have fewer than K ids, when their mass is at least this; padding follows them.
         lossy: whether log-probabilities were rounded as ``rounding.py`` says.
     """
 
     top_k: int
     with_reference: bool
-    ids_below: int | None = None
     top_p: float = 1.0
     lossy: bool = False
 
@@ -79,13 +79,18 @@ def signal_problems(row: SignalRow, rules: SignalRules, response_ids: NDArray[np
     if response_ids is not None and len(response_ids) != length:
         yield f"not as long as the response: {length} tokens; the response has {len(response_ids)}"
         response_ids = None
-    yield from _id_problems(row.topk_ids, rules)
+    yield from _id_problems(row.topk_ids, rules.top_p < 1)
     yield from _probability_problems(row, rules, response_ids)
 
 
 def response_set_problems(responses: ResponseSet, ids_below: int | None) -> Iterator[str]:
-    """Yields the problems of a response set that has the right columns; ``ids_below`` as in ``SignalRules``."""
+    """Yields the problems of a response set that has the right columns.
+
+    Ids are below ``ids_below``, the size of the tokenizer's vocabulary if it is known. A student whose embedding matrix
+    is padded may sample other ids.
+    """
     table, info = responses.table, responses.info
+    sampled_below = ids_below if info.sampling is None else None
     rows = [
         (example_id, list_row(table["prompt_ids"], row), list_row(table["response_ids"], row))
         for row, example_id in enumerate(table["example_id"].to_pylist())
@@ -97,7 +102,7 @@ def response_set_problems(responses: ResponseSet, ids_below: int | None) -> Iter
     outside = [
         row
         for row, (_, prompt, response) in enumerate(rows)
-        if not _in_range(prompt, ids_below) or not _in_range(response, ids_below)
+        if not _in_range(prompt, ids_below) or not _in_range(response, sampled_below)
     ]
     if outside:
         yield f"{_rows(outside)}: ids that the vocabulary lacks"
@@ -120,15 +125,15 @@ def error_problems(table: pa.Table) -> Iterator[str]:
 def sample_problems(response_ids: NDArray[np.int32]) -> Iterator[str]:
     """Yields the problems of a sample, int32 [T]."""
     if len(response_ids) == 0 or not _in_range(response_ids, None):
-        yield "an empty response, or ids below 0"
+        yield "an empty response, or ids that no vocabulary has"
 
 
-def _id_problems(ids_TK: NDArray[np.int32], rules: SignalRules) -> Iterator[str]:
+def _id_problems(ids_TK: NDArray[np.int32], with_padding: bool) -> Iterator[str]:
     padding_TK = ids_TK == PADDING
-    if padding_TK.any() and not (rules.top_p < 1 and not padding_TK[:, 0].any() and _rising(padding_TK)):
+    if padding_TK.any() and not (with_padding and not padding_TK[:, 0].any() and _rising(padding_TK)):
         yield "padding where an id must be"
-    elif not _in_range(ids_TK[~padding_TK], rules.ids_below):
-        yield f"ids that the vocabulary lacks: {ids_TK.min()} to {ids_TK.max()}"
+    elif not _in_range(ids_TK[~padding_TK], None):
+        yield f"ids that no vocabulary has: {ids_TK.min()} to {ids_TK.max()}"
     sorted_TK = np.sort(ids_TK, axis=1)
     if ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] != PADDING)).any():
         yield "the same id twice at one position"
@@ -147,7 +152,7 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
     if not _rising(-logprobs_TK):
         yield "log-probabilities that do not fall"
     masses_TK = np.exp(logprobs_TK)
-    errors_TK = np.where(masses_TK > 0, np.abs(logprobs_TK), 0) * FLOAT16_ERROR
+    errors_TK = np.where(np.isfinite(logprobs_TK), np.abs(logprobs_TK), 0) * FLOAT16_ERROR
     if rules.lossy:
         errors_TK = np.minimum(COARSEST, LOGPROB_STEP / np.maximum(masses_TK, LOGPROB_STEP)) / 2
     rounding_TK = masses_TK * np.expm1(errors_TK)
@@ -164,14 +169,16 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
         place = int(short_T.argmax())
         yield f"fewer ids than K have less mass than {rules.top_p:g}: {masses_TK[place].sum():.6f} at token {place}"
     if response_ids is not None:
-        own_T, rank_T = np.nonzero(row.topk_ids == response_ids[:, None])
-        listed, own = logprobs_TK[own_T, rank_T], token_T[own_T]
-        errors = FLOAT32_ERROR + errors_TK[own_T, rank_T]
-        if rules.lossy:
-            errors += np.abs(own) * FLOAT16_ERROR
-            own = np.maximum(own, GRID[-1])
-        if not (np.abs(listed - own) <= errors).all():
+        own_T = np.maximum(token_T, GRID[-1] if rules.lossy else FLOAT16_LOWEST)
+        most_TK = FLOAT32_ERROR + errors_TK + (np.abs(token_T[:, None]) * FLOAT16_ERROR if rules.lossy else 0)
+        off_TK = own_T[:, None] - np.maximum(logprobs_TK, FLOAT16_LOWEST)
+        listed_TK = row.topk_ids == response_ids[:, None]
+        if not (np.abs(off_TK) <= most_TK)[listed_TK].all():
             yield "the response's tokens have other log-probabilities than the same ids in the top K"
+        # The ids of the top K are the likeliest: another id is at most as likely as each of them.
+        above_TK = (off_TK > most_TK) & (row.topk_ids != PADDING)
+        if above_TK[~listed_TK.any(axis=1)].any():
+            yield "the response's tokens are likelier than ids in the top K, but not among them"
     if row.token_advantages is not None and row.topk_advantages is not None:
         possible_TK = np.isfinite(logprobs_TK) & (row.topk_ids != PADDING)
         if not (np.isfinite(row.token_advantages).all() and np.isfinite(row.topk_advantages[possible_TK]).all()):
@@ -179,7 +186,8 @@ def _probability_problems(row: SignalRow, rules: SignalRules, response_ids: NDAr
 
 
 def _in_range(ids: NDArray[np.int32], below: int | None) -> bool:
-    return bool(len(ids) == 0 or (ids.min() >= 0 and (below is None or ids.max() < below)))
+    """Whether all ids are at least 0 and less than ``below``; without it, than the size of any vocabulary."""
+    return bool(len(ids) == 0 or (ids.min() >= 0 and ids.max() < (TOP_K_LIMIT if below is None else below)))
 
 
 def _rising(values_TK: NDArray[Any]) -> bool:

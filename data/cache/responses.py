@@ -7,7 +7,7 @@ and of how it was made. So the same responses to the same prompts are the same s
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from adpa.data.cache.locations import Location
 from adpa.data.cache.ragged import list_column, list_row
 from adpa.data.cache.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 from adpa.data.sequences import TokenIds, TokenSequence, sequence_key
+from adpa.errors import CacheError
 
 ResponseName = Literal["chosen", "rejected", "sampled"]
 RESPONSE_NAMES: tuple[ResponseName, ...] = get_args(ResponseName)
@@ -65,6 +66,10 @@ class Sampling:
         """All ids that end a response; the first is ``turn_end``."""
         return (self.turn_end, *self.stops)
 
+    def describe_ends(self) -> str:
+        """The ids that end a response, in words."""
+        return f"ends at {' or '.join(map(str, self.ends))}"
+
     def settings(self) -> dict[str, Any]:
         """The fields as JSON has them: without ``stops`` where there are none, as before they existed."""
         fields = asdict(self) | {"stops": list(self.stops)}
@@ -112,6 +117,15 @@ class ResponseSetInfo:
         """All ids that end a response; one without any of them was cut."""
         return (self.turn_end,) if self.sampling is None else self.sampling.ends
 
+    @property
+    def rendering(self) -> list[str]:
+        """How the prompts were rendered, in words; empty for the usual way."""
+        arguments = self.chat_template_kwargs
+        return [
+            *([f"template arguments {json.dumps(arguments, sort_keys=True)}"] if arguments else []),
+            *(["prompts rendered already"] if self.rendered else []),
+        ]
+
 
 @dataclass(frozen=True)
 class ResponseSet:
@@ -126,11 +140,7 @@ class ResponseSet:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits: the digest of the rows and of ``info``."""
-        digest = hashlib.blake2b(_canonical(self.info), digest_size=8)
-        for column in ("example_id", "key"):
-            for value in self.table[column].to_pylist():
-                digest.update(value.encode() if isinstance(value, str) else value)
-        return digest.hexdigest()
+        return _digest(_canonical(self.info), self.table)
 
     def shard_prefix(self) -> str:
         """The beginning of the set's file name in the cache."""
@@ -146,13 +156,12 @@ class ResponseSet:
 
     def describe(self) -> str:
         """One line for a user who has to choose among sets."""
-        sampling = self.info.sampling
-        text = f"{self.info.name}-{self.id}: {len(self)} responses"
+        sampling, made = self.info.sampling, [f"{self.info.name}-{self.id}: {len(self)} responses"]
         if sampling is not None:
-            text += (
-                f" of the student {sampling.student[:8]}, temperature {sampling.temperature:g}, seed {sampling.seed}"
-            )
-        return text
+            made[0] += f" of the student {sampling.student[:8]}"
+            made += [f"temperature {sampling.temperature:g}", f"seed {sampling.seed}"]
+            made += [sampling.describe_ends()] if sampling.stops else []
+        return ", ".join([*made, *self.info.rendering])
 
 
 def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds, TokenIds]]) -> ResponseSet:
@@ -191,6 +200,7 @@ def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
     """Reads every response set of a cache, each once.
 
     Raises:
+        CacheError: a set is of a newer format.
         DamagedFileError: the digests of a file's bytes or content differ from those in its name.
     """
     read: set[str] = set()
@@ -205,6 +215,7 @@ def read_response_set(path: Location) -> ResponseSet:
     """Reads the response set of a file.
 
     Raises:
+        CacheError: it is of a newer format.
         DamagedFileError: the digests of the file's bytes or content differ from those in its name.
     """
     return _checked(path, read_shard(path))
@@ -214,6 +225,7 @@ def peek_response_set(path: Location) -> ResponseSet:
     """Opens the response set of a file without computing its digests, for counting.
 
     Raises:
+        CacheError: it is of a newer format.
         DamagedFileError: it is not a response set.
     """
     return _interpret(path, peek_shard(path))
@@ -228,21 +240,43 @@ def _checked(path: Location, table: pa.Table) -> ResponseSet:
 
 def _interpret(path: Location, table: pa.Table) -> ResponseSet:
     try:
-        made = json.loads(table.schema.metadata[b"adpa"])
-        sampling = made.pop("sampling")
+        content = table.schema.metadata[b"adpa"]
+        made = json.loads(content)
+        sampling = made["sampling"]
+        unknown = sorted([*_unknown(made, ResponseSetInfo), *_unknown(sampling or {}, Sampling)])
+        newer = unknown and path.name.startswith(f"{made['name']}-{_digest(content, table)}-")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise damaged(path, STRANGER) from error
+    if newer:
+        raise CacheError(f"{path}: of a newer format: it has the unknown field {unknown[0]!r}", "install a newer adpa")
+    try:
         if sampling:
             sampling = Sampling(**sampling | {"stops": tuple(sampling.get("stops", ()))})
-        info = ResponseSetInfo(**made, sampling=sampling)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        info = ResponseSetInfo(**made | {"sampling": sampling})
+    except (TypeError, AttributeError) as error:
         raise damaged(path, STRANGER) from error
-    if not table.schema.equals(SCHEMA):
+    typed = isinstance(info.chat_template_kwargs, dict) and isinstance(info.rendered, bool)
+    if not typed or not table.schema.equals(SCHEMA):
         raise damaged(path, STRANGER)
     return ResponseSet(info, table)
 
 
+def _unknown(described: Mapping[str, Any], known: type[ResponseSetInfo] | type[Sampling]) -> set[str]:
+    return described.keys() - {field.name for field in fields(known)}
+
+
+def _digest(made: bytes, table: pa.Table) -> str:
+    """The id of a set: 16 hexadecimal digits of the digest of how it was made, and of its rows."""
+    digest = hashlib.blake2b(made, digest_size=8)
+    for column in ("example_id", "key"):
+        for value in table[column].to_pylist():
+            digest.update(value.encode() if isinstance(value, str) else value)
+    return digest.hexdigest()
+
+
 def _canonical(info: ResponseSetInfo) -> bytes:
-    fields = asdict(info) | {"sampling": info.sampling and info.sampling.settings()}
+    made = asdict(info) | {"sampling": info.sampling and info.sampling.settings()}
     for name in ("chat_template_kwargs", "rendered"):  # a set without them is written as before they existed
-        if not fields[name]:
-            del fields[name]
-    return json.dumps(fields, sort_keys=True).encode()
+        if not made[name]:
+            del made[name]
+    return json.dumps(made, sort_keys=True).encode()

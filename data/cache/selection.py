@@ -8,6 +8,7 @@ from itertools import product
 
 from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import Location
+from adpa.data.cache.names import find_scoring, find_sets
 from adpa.data.cache.responses import ResponseName, ResponseSet, read_response_sets
 from adpa.data.cache.signals import Scoring, SignalTable, read_scorings, read_signals
 from adpa.errors import CacheError
@@ -68,15 +69,15 @@ def select(
         cache: the cache's directory.
         needs: the needs of the run, by response set.
         student: digest of the student's weights; sampled responses must be its own.
-        scoring: the beginning of a scoring's id, to choose among several.
-        response_sets: beginnings of ids of response sets, to choose among several.
+        scoring: the scoring to use, as ``find_scoring`` takes it; default: the one that fits.
+        response_sets: the response sets to use, each as ``find_sets`` takes it; of a name without one, all.
 
     Raises:
         CacheError: no combination fits, or several do.
         DamagedFileError: a file of the cache is damaged.
     """
     check_cache(cache)
-    present = _narrow([one for one in read_response_sets(cache) if one.info.name in needs], response_sets)
+    present = _narrow(list(read_response_sets(cache)), list(needs), response_sets)
     usable = [one for one in present if one.info.sampling is None or one.info.sampling.student == student]
     groups = _complete_groups(usable, list(needs))
     if not groups:
@@ -107,8 +108,8 @@ def select_scored(
 
     Args:
         cache: the cache's directory.
-        scoring: the beginning of a scoring's id; others are ignored.
-        response_set: the beginning of a response set's id, or of its name and id; others are ignored.
+        scoring: the scoring, as ``find_scoring`` takes it; others are ignored.
+        response_set: the response set or sets, as ``find_sets`` takes them; others are ignored.
 
     Returns:
         The scored sets, and a line about each set that no scoring covers whole.
@@ -119,11 +120,9 @@ def select_scored(
     """
     check_cache(cache)
     present = list(read_response_sets(cache))
-    prefix = response_set or ""
-    matching = [one for one in present if one.id.startswith(prefix) or one.shard_prefix().startswith(prefix)]
-    if not matching:
-        listing = "; ".join(one.describe() for one in present) or "no response sets"
-        raise CacheError(f"{cache}: has no response set {prefix}; found {listing}", "check --response-set")
+    if not present:
+        raise CacheError(f"{cache}: found no response sets", "make some with adpa precompute")
+    matching = present if response_set is None else find_sets(response_set, present)
     tables = [(entry, read_signals(cache, entry)) for entry in _read_scorings(cache, scoring)]
     scored, left_out = [], []
     for responses in matching:
@@ -164,24 +163,35 @@ def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
     )
 
 
-def _read_scorings(cache: Location, beginning: str | None) -> list[Scoring]:
-    scorings = [entry for entry in read_scorings(cache) if entry.id.startswith(beginning or "")]
+def _read_scorings(cache: Location, scoring: str | None) -> list[Scoring]:
+    scorings = list(read_scorings(cache))
     if not scorings:
-        missing = "scorings" if beginning is None else f"scoring {beginning}"
-        raise CacheError(f"{cache}: found no {missing}", "make one with adpa precompute")
-    return scorings
+        raise CacheError(f"{cache}: found no scorings", "make one with adpa precompute")
+    return scorings if scoring is None else [find_scoring(scoring, scorings)]
 
 
-def _narrow(present: list[ResponseSet], beginnings: Sequence[str]) -> list[ResponseSet]:
-    """Keeps the sets that the user named by the beginnings of their ids; of a kind without one, all."""
-    for beginning in beginnings:
-        matching = [one for one in present if one.id.startswith(beginning)]
-        if not matching:
-            listing = "; ".join(one.describe() for one in present) or "no response sets"
-            raise CacheError(f"--response-set {beginning}: the cache has none; found {listing}")
-        names = {one.info.name for one in matching}
-        present = [one for one in present if one.info.name not in names or one in matching]
-    return present
+def _narrow(
+    present: Sequence[ResponseSet], needed: Sequence[ResponseName], response_sets: Sequence[str]
+) -> list[ResponseSet]:
+    """Keeps the sets that are needed and that the user named; of a name for which he named none, all."""
+    kept = {name: [one for one in present if one.info.name == name] for name in needed}
+    for text in response_sets:
+        fitting = find_sets(text, present)
+        name = fitting[0].info.name
+        if name not in kept:
+            raise CacheError(
+                f"--response-set {text}: {fitting[0].describe()}; this run reads {' and '.join(needed)} responses",
+                "leave it out, or choose another objective or --on",
+            )
+        ids = {one.id for one in fitting}
+        left = [one for one in kept[name] if one.id in ids]
+        if not left:
+            raise CacheError(
+                f"--response-set {text}: another {name} set was named before it: {kept[name][0].describe()}",
+                f"name one {name} set",
+            )
+        kept[name] = left
+    return [one for sets in kept.values() for one in sets]
 
 
 def _complete_groups(

@@ -18,7 +18,7 @@ from adpa.data.cache.responses import ResponseSet, ResponseSetInfo, peek_respons
 from adpa.data.cache.samples import samples_folder
 from adpa.data.cache.shards import join_keys, list_again, peek_keys, peek_shard
 from adpa.data.cache.signals import Scoring, read_scorings
-from adpa.errors import DamagedFileError
+from adpa.errors import CacheError, DamagedFileError
 from adpa.pipeline.options import CacheArgument
 
 
@@ -207,7 +207,7 @@ class _Peek:
     def response_set(self, file: CacheFile) -> ResponseSet | None:
         try:
             return peek_response_set(file.path)
-        except DamagedFileError as error:
+        except CacheError as error:
             self.unreadable.append(str(error))
             return None
 

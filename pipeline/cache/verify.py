@@ -33,8 +33,6 @@ from adpa.errors import DamagedFileError
 from adpa.pipeline.options import CacheArgument, Group
 from adpa.progress import progress
 
-# Embedding matrices may be padded: models may give probability to ids that the tokenizer lacks.
-PADDED_VOCABULARY = 1 + 1 / 16
 ROWS = ("response set", "signals", "pending", "samples")
 UNCHECKED = ("unknown", "unfinished", "damaged", "evaluation")
 
@@ -103,13 +101,14 @@ def verify_cache(
 ) -> VerifyReport:
     """Check every digest, every row and every file's name.
 
-    Every row is decoded. Ids must be distinct and in the vocabulary. Log-probabilities must be at most 0 and fall. Mass
-    and tail must sum to 1, within the precision of float16. Lengths must be those of the responses, and keys the
-    digests of their ids. Advantages must exist exactly if the scoring has a reference. All faults are listed, and any
-    fault makes the exit code 1. Files that do not belong to a cache are listed, but are no fault.
+    Every row is decoded. Prompts and responses must have ids of the tokenizer's vocabulary. A teacher's top K may have
+    further ids, as embedding matrices may be padded; they must be distinct. Log-probabilities must be at most 0 and
+    fall. Mass and tail must sum to 1, within the precision of float16. Lengths must be those of the responses, and keys
+    the digests of their ids. Advantages must exist exactly if the scoring has a reference. All faults are listed, and
+    any fault makes the exit code 1. Files that do not belong to a cache are listed, but are no fault.
 
     Raises:
-        CacheError: the cache does not exist.
+        CacheError: the cache does not exist, or has a file of a newer format.
         DamagedFileError: nothing but a ``cache.json`` that is damaged, or of another program, suggests a cache.
         OptionError: the cache cannot be written, with ``repair``.
     """
@@ -211,10 +210,7 @@ class _Check:
             self.rows += len(responses)
             info = responses.info
             vocabulary = self._vocabularies.get(info.tokenizer)
-            below = None if vocabulary is None else vocabulary.size
-            if below is not None and info.sampling is not None:
-                below = int(below * PADDED_VOCABULARY)
-            problems = list(response_set_problems(responses, below))
+            problems = list(response_set_problems(responses, None if vocabulary is None else vocabulary.size))
             if vocabulary is not None and vocabulary.vocabulary != info.vocabulary:
                 problems.append("its vocabulary is not its tokenizer's")
             self.faults += [Fault(file.place, problem) for problem in problems]
@@ -234,7 +230,6 @@ class _Check:
             self._described[file.owner] = scoring
             self._done(file)
         responses = _Responses(self._sets)
-        sizes = {vocabulary.vocabulary: vocabulary.size for vocabulary in self._vocabularies.values()}
         shards = [*self._of("signals"), *self._of("pending")]
         for owner in sorted({file.owner for file in shards}):
             own = [file for file in shards if file.owner == owner]
@@ -243,19 +238,17 @@ class _Check:
                 problem = f"missing, so that nobody can read the {len(own)} files beside it"
                 self.faults.append(Fault(f"scorings/{owner}/scoring.json", problem))
             for file in own:
-                self._signals(file, self._described[owner], sizes, responses)
+                self._signals(file, self._described[owner], responses)
                 self._done(file)
 
-    def _signals(
-        self, file: CacheFile, scoring: Scoring | None, sizes: dict[str, int], responses: "_Responses"
-    ) -> None:
+    def _signals(self, file: CacheFile, scoring: Scoring | None, responses: "_Responses") -> None:
         table = self._read(file)
         if table is None or scoring is None:
             return
-        rules = _rules(scoring, sizes)
         if file.kind == "pending":
-            rules = SignalRules(rules.top_k, with_reference=False, ids_below=rules.ids_below)
+            rules = SignalRules(scoring.top_k, with_reference=False)
         else:
+            rules = SignalRules(scoring.top_k, scoring.reference is not None, scoring.top_p, scoring.lossy)
             try:
                 check_signals(file.path, table, scoring)
                 problems = error_problems(table) if scoring.lossy else []
@@ -345,17 +338,6 @@ class _Responses:
             return
         for number in pc.index_in(keys, value_set=self._table["key"]).to_pylist():
             yield None if number is None else list_row(self._table["response_ids"], number)
-
-
-def _rules(scoring: Scoring, sizes: dict[str, int]) -> SignalRules:
-    size = sizes.get(scoring.vocabulary)
-    return SignalRules(
-        top_k=scoring.top_k,
-        top_p=scoring.top_p,
-        lossy=scoring.lossy,
-        with_reference=scoring.reference is not None,
-        ids_below=None if size is None else int(size * PADDED_VOCABULARY),
-    )
 
 
 def _folder(file: CacheFile) -> str:

@@ -100,8 +100,9 @@ def _about_set(listed: ListedSet) -> str:
         parts.append(
             f"sampled by the student {how.student[:8]}, temperature {how.temperature:g}, top-p {how.top_p:g}, "
             f"seed {how.seed}, {how.samples_per_prompt} to a prompt, at most {how.max_new_tokens} tokens, "
-            f"{how.dtype}, {how.engine}"
+            f"{how.dtype}, {how.engine}" + (f", {how.describe_ends()}" if how.stops else "")
         )
+    parts += info.rendering
     counts = {
         "truncated prompts": info.truncated_prompts,
         "truncated responses": info.truncated_responses,

@@ -45,7 +45,7 @@ def _show_summary(summary: SignalSummary) -> RenderableType:
     for name, values in summary.distributions().items():
         table.add_row(name, *(f"{value:.3f}" for value in (values.mean, *values.quantiles.values())))
     lines = [
-        f"{summary.responses:,} responses, {summary.tokens:,} tokens, "
+        f"{visible(summary.made)}; {summary.tokens:,} tokens, "
         f"{summary.in_top_k:.2%} of them in the teacher's top {summary.top_k}"
     ]
     for relation, group in (("≥", summary.plausible), ("<", summary.implausible)):

@@ -44,7 +44,7 @@ thead th { border-bottom: 1px solid #888; }
 </head>
 <body>
 <h1>{{ summary.response_set }}</h1>
-<p>Scoring {{ summary.scoring }}: {{ "{:,}".format(summary.responses) }} responses,
+<p>Scoring {{ summary.scoring }}: {{ summary.made | visible }};
 {{ "{:,}".format(summary.tokens) }} tokens,
 {{ "{:.2%}".format(summary.in_top_k) }} of them in the teacher's top {{ summary.top_k }}.</p>
 <div class="wide"><table>

@@ -119,8 +119,8 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
         run: the run.
         student: a directory, or org/name[@revision] of the Hub.
         cache: the cache's directory.
-        scoring: the beginning of a scoring's id, to choose among several.
-        response_sets: beginnings of ids of response sets, to choose among several.
+        scoring: the scoring to learn from, as ``select`` takes it.
+        response_sets: the response sets to train on, as ``select`` takes them.
 
     Raises:
         AdpaError: an error of ``open_checkpoint`` or ``select``, an output that is not empty, or a student that does

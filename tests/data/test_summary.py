@@ -102,7 +102,9 @@ def distribution(low: float, high: float) -> Distribution:
 
 def summary_of(token_logprob: Distribution, token_advantage: Distribution | None) -> SignalSummary:
     mass = distribution(0, 1)
-    return SignalSummary("chosen-1", "2", 3, 4, K, 1.0, mass, mass, token_logprob, token_advantage, None, None, None)
+    return SignalSummary(
+        "chosen-1", "3 responses", "2", 3, 4, K, 1.0, mass, mass, token_logprob, token_advantage, None, None, None
+    )
 
 
 def test_colours_reach_from_the_5_to_the_95_percent_quantile() -> None:

@@ -140,7 +140,7 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"device": "cuda:1"}, r"--device cuda:1"),
         ({"student": "./nowhere"}, r"\./nowhere: no such directory"),
         ({"cache": Path("/nowhere")}, r"/nowhere: no cache there"),
-        ({"scoring": "ffff"}, r"found no scoring ffff"),
+        ({"scoring": "ffff"}, r"--scoring ffff: the cache has none; found "),
         ({"response_set": ["ffff"]}, r"--response-set ffff: the cache has none"),
     ],
 )

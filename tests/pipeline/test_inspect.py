@@ -231,8 +231,8 @@ def test_what_cannot_be_shown_is_refused(filled: Filled, tmp_path: Path) -> None
     cache = filled.cache
     assert refused(OptionError, cache, count=0) == "--count 0; expected at least 1"
     assert "no cache there" in refused(CacheError, tmp_path)
-    assert "found no scoring f00d" in refused(CacheError, cache, scoring="f00d")
-    assert "no response set f00d; found chosen-" in refused(CacheError, cache, response_set="f00d")
+    assert "--scoring f00d: the cache has none; found " in refused(CacheError, cache, scoring="f00d")
+    assert "--response-set f00d: the cache has none; found chosen-" in refused(CacheError, cache, response_set="f00d")
     for path in (tmp_path, tmp_path / "nowhere" / "page.html"):
         assert f"--html {path}: cannot be written there" in refused(OptionError, cache, html=path)
     message = refused(CacheError, cache, response_set="chosen", example="zz")

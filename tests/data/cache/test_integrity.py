@@ -14,19 +14,21 @@ from adpa.data.cache.integrity import SignalRules, signal_problems
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus
 
 LENGTH, K, VOCABULARY = 4, 6, 400
-RULES = SignalRules(K, with_reference=True, ids_below=VOCABULARY)
+RULES = SignalRules(K, with_reference=True)
 
 
 def make_row(
-    seed: int = 0, scale: float = 3.0, top_k: int = K, dtype: type = np.float16
+    seed: int = 0, scale: float = 3.0, top_k: int = K, dtype: type = np.float16, anywhere: bool = False
 ) -> tuple[SignalRow, NDArray[np.int32]]:
-    """A row of a teacher, computed in float64 and rounded as in the cache; and its response."""
+    """A row of a teacher, computed in float64 and rounded as in the cache; and its response, of the top K or not."""
     generator = np.random.default_rng(seed)
     logits_TV = generator.normal(scale=scale, size=(LENGTH, VOCABULARY))
-    logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
+    shifted_TV = logits_TV - logits_TV.max(axis=1, keepdims=True)
+    logprobs_TV = shifted_TV - np.log(np.exp(shifted_TV).sum(axis=1, keepdims=True))
     order_TV = np.argsort(-logprobs_TV, axis=1)
     ids_TK = order_TV[:, :top_k].astype(np.int32)
-    response_ids = ids_TK[np.arange(LENGTH), generator.integers(top_k, size=LENGTH)]
+    ranks_T = generator.integers(VOCABULARY if anywhere else top_k, size=LENGTH)
+    response_ids = order_TV[np.arange(LENGTH), ranks_T].astype(np.int32)
     masses_TV = np.take_along_axis(np.exp(logprobs_TV), order_TV, axis=1)
     with np.errstate(divide="ignore"):
         tail_T = np.log(masses_TV[:, top_k:].sum(axis=1).astype(np.float32))
@@ -59,6 +61,18 @@ def test_what_the_lossy_encoding_rounded_is_no_fault(seed: int, scale: float, to
     assert list(signal_problems(rounded, rules, response_ids)) == []
 
 
+@given(st.integers(0, 2**32), st.floats(0, 400), st.integers(1, VOCABULARY - 1))
+@settings(max_examples=200, deadline=None)
+def test_no_response_of_a_sharp_teacher_is_a_fault(seed: int, scale: float, top_k: int) -> None:
+    """Its log-probabilities go down to −2,000, where the probability is 0 in float64; any token may be the response."""
+    row, response_ids = make_row(seed, scale, top_k, anywhere=True)
+    rules = replace(RULES, top_k=top_k)
+    assert list(signal_problems(row, rules, response_ids)) == []
+    row, response_ids = make_row(seed, scale, top_k, np.float32, anywhere=True)
+    rounded = read_compact_row(compact_table([row], top_k, lossy=True), 0)
+    assert list(signal_problems(rounded, replace(rules, lossy=True), response_ids)) == []
+
+
 def changed(column: str, place: Any, value: float) -> SignalRow:
     row, _ = make_row()
     values = getattr(row, column).copy()
@@ -80,14 +94,15 @@ FAULTY = {
     "advantages are missing": replace(WHOLE, token_advantages=None, topk_advantages=None),
     "its columns do not have one length": replace(WHOLE, tail_logprob=WHOLE.tail_logprob[:-1]),
     "or not K = 6 ids": replace(WHOLE, topk_ids=WHOLE.topk_ids[:, :-1]),
-    "ids that the vocabulary lacks": changed("topk_ids", (1, 2), VOCABULARY),
-    "the vocabulary lacks: -2 to": changed("topk_ids", (1, 2), -2),
+    "ids that no vocabulary has": changed("topk_ids", (1, 2), 1 << 24),
+    "no vocabulary has: -2 to": changed("topk_ids", (1, 2), -2),
     "padding where an id must be": changed("topk_ids", (1, -1), -1),
     "the same id twice": changed("topk_ids", (1, 0), int(WHOLE.topk_ids[1, 1])),
     "above 0, or not numbers": changed("topk_logprobs", (1, 0), 0.01),
     "or not numbers": changed("topk_logprobs", (3, 4), np.nan),
     "log-probabilities above 0": changed("tail_logprob", 2, 0.01),
     "probabilities above 0": changed("token_logprobs", 2, np.nan),
+    "than ids in the top K, but not among": replace(WHOLE, topk_ids=WHOLE.topk_ids + 60_000),
     "with the probability 0": changed("token_logprobs", 2, -np.inf),
     "mass + tail is not 1": changed("tail_logprob", 2, float(WHOLE.tail_logprob[2]) + 0.01),
     "have other log-probabilities": changed("token_logprobs", 1, float(WHOLE.token_logprobs[1]) - 0.05),

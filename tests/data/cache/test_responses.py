@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,10 +9,16 @@ import pyarrow as pa
 import pytest
 from tests.data.makers import INFO, SAMPLING, TURN_END, ResponseRow, response_rows, token_ids
 
-from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.responses import (
+    ResponseSet,
+    make_response_set,
+    peek_response_set,
+    read_response_sets,
+    write_response_set,
+)
 from adpa.data.cache.shards import write_shard
 from adpa.data.sequences import sequence_key
-from adpa.errors import DamagedFileError
+from adpa.errors import CacheError, DamagedFileError
 
 ROWS = response_rows(0, ["d", "a", "c", "b"])
 SAMPLED_INFO = replace(INFO, name="sampled", sampling=SAMPLING)
@@ -69,7 +76,7 @@ def test_id_and_bytes_do_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> 
     "rows",
     [
         ROWS[:-1],
-        [*ROWS, ("e", token_ids(1), token_ids(TURN_END))],
+        [*ROWS, ("d7edca5e23e83d8d", token_ids(1), token_ids(TURN_END))],
         [("z", *ROWS[0][1:]), *ROWS[1:]],
         [(ROWS[0][0], np.append(ROWS[0][1], np.int32(7)), ROWS[0][2]), *ROWS[1:]],
         [(ROWS[0][0], ROWS[0][1], np.insert(ROWS[0][2], 0, np.int32(7))), *ROWS[1:]],
@@ -230,3 +237,97 @@ def test_a_set_is_described_by_what_tells_it_from_others() -> None:
     chosen, sampled = make_response_set(INFO, ROWS), make_response_set(SAMPLED_INFO, ROWS)
     assert chosen.describe() == f"chosen-{chosen.id}: 4 responses"
     assert sampled.describe() == f"sampled-{sampled.id}: 4 responses of the student student-, temperature 0.7, seed 0"
+
+
+NEWER: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "template arguments": (
+        {"chat_template_kwargs": {"enable_thinking": False, "date": "1 May"}},
+        {},
+        "d7edca5e23e83d8d",
+        'template arguments {"date": "1 May", "enable_thinking": false}',
+    ),
+    "rendered": ({"rendered": True}, {}, "0ce83bdfa2cace17", "prompts rendered already"),
+    "stops": ({}, {"stops": (7, 9)}, "e560f11983b914fe", "ends at 2 or 7 or 9"),
+}
+
+
+@pytest.mark.parametrize("kind", NEWER)
+def test_a_set_with_a_newer_field_has_an_id_of_its_own_and_comes_back(kind: str, tmp_path: Path) -> None:
+    """The literal ids are a promise: a later version must compute the same."""
+    changes, sampling, literal, described = NEWER[kind]
+    responses = make_response_set(replace(SAMPLED_INFO, **changes, sampling=replace(SAMPLING, **sampling)), ROWS)
+    assert responses.id == literal
+    path = write(tmp_path, responses)
+    (read,) = read_response_sets(tmp_path)
+    assert (read.info, read.id) == (responses.info, literal)
+    assert peek_response_set(path).info == responses.info
+    metadata = pa.ipc.open_file(path).schema.metadata[b"adpa"]
+    assert id_of(metadata, responses.table) == literal
+    made = json.loads(metadata)
+    assert set(changes) == made.keys() & {"chat_template_kwargs", "rendered"}
+    assert set(sampling) == made["sampling"].keys() & {"stops"}
+    usual = make_response_set(SAMPLED_INFO, ROWS)
+    assert responses.describe() == f"{usual.describe().replace(usual.id, literal)}, {described}"
+
+
+def test_a_set_that_ends_at_several_ids_counts_none_of_them_as_cut() -> None:
+    endings = [[5, TURN_END], [5, 7], [5, 9], [5, 8]]
+    rows = [(f"{number}", token_ids(1), token_ids(*ending)) for number, ending in enumerate(endings)]
+    several = replace(SAMPLED_INFO, sampling=replace(SAMPLING, stops=(7, 9)))
+    assert make_response_set(several, rows).info.truncated_responses == 1
+    assert make_response_set(SAMPLED_INFO, rows).info.truncated_responses == 3
+
+
+def id_of(made: bytes, table: pa.Table) -> str:
+    """The id as docs/format.md defines it."""
+    values = [*table["example_id"].to_pylist(), *table["key"].to_pylist()]
+    rows = b"".join(value.encode() if isinstance(value, str) else value for value in values)
+    return hashlib.blake2b(made + rows, digest_size=8).hexdigest()
+
+
+def from_the_future(responses: ResponseSet, change: str) -> tuple[pa.Table, bytes]:
+    """The table that a newer program might write, and how it says the set was made."""
+    table = responses.table
+    made = json.loads(table.schema.metadata[b"adpa"])
+    if change == "of the set":
+        made["images"] = ["digest"]
+    elif change == "of its sampling":
+        made["sampling"]["min_p"] = 0.1
+    metadata = json.dumps(made, sort_keys=True).encode()
+    return table.replace_schema_metadata({"adpa": metadata}), metadata
+
+
+@pytest.mark.parametrize(("change", "field"), [("of the set", "images"), ("of its sampling", "min_p")])
+def test_a_set_of_a_newer_format_is_refused_as_such_and_is_not_damaged(change: str, field: str, tmp_path: Path) -> None:
+    responses = make_response_set(SAMPLED_INFO, ROWS)
+    table, metadata = from_the_future(responses, change)
+    set_id = id_of(metadata, table)
+    path = Path(str(write_shard(tmp_path / "responses", f"sampled-{set_id}", table)))
+    for read in (lambda: list(read_response_sets(tmp_path)), lambda: peek_response_set(path)):
+        with pytest.raises(CacheError) as caught:
+            read()
+        assert not isinstance(caught.value, DamagedFileError)
+        assert str(caught.value) == (
+            f"{path}: of a newer format: it has the unknown field {field!r}; install a newer adpa"
+        )
+    stranger = path.rename(path.with_name(path.name.replace(set_id, "0" * 16)))
+    with pytest.raises(DamagedFileError, match="its content does not match the id in its name"):
+        peek_response_set(stranger)
+
+
+@pytest.mark.parametrize("change", [{"chat_template_kwargs": 7}, {"rendered": "yes"}, {"chat_template_kwargs": {}}])
+def test_a_newer_field_with_a_wrong_value_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    table = make_response_set(INFO, ROWS).table
+    made = json.dumps(json.loads(table.schema.metadata[b"adpa"]) | change, sort_keys=True).encode()
+    forged = table.replace_schema_metadata({"adpa": made})
+    write_shard(tmp_path / "responses", f"chosen-{id_of(made, forged)}", forged)
+    with pytest.raises(DamagedFileError, match="its content does not match"):
+        list(read_response_sets(tmp_path))
+
+
+def test_metadata_of_any_depth_is_refused_in_one_line(tmp_path: Path) -> None:
+    responses = make_response_set(INFO, ROWS)
+    deep = responses.table.replace_schema_metadata({"adpa": '{"name": ' + "[" * 100_000})
+    write_shard(tmp_path / "responses", f"chosen-{responses.id}", deep)
+    with pytest.raises(DamagedFileError, match="its content does not match"):
+        list(read_response_sets(tmp_path))

@@ -183,7 +183,11 @@ def test_of_two_scorings_that_fit_one_is_chosen_by_the_beginning_of_its_id(tmp_p
     assert OTHER_SCORING.describe() in message
     for scoring in (SCORING, OTHER_SCORING):
         assert select(tmp_path, needs, STUDENT, scoring=scoring.id[:8]).scoring == scoring
-    assert "found no scoring f00d; " in refusal(tmp_path, needs, scoring="f00d")
+    listing = f"{SCORING.describe()}; {OTHER_SCORING.describe()}"
+    assert refusal(tmp_path, needs, scoring="f00d") in (
+        f"--scoring f00d: the cache has none; found {listing}",
+        f"--scoring f00d: the cache has none; found {'; '.join(listing.split('; ')[::-1])}",
+    )
 
 
 def test_two_samplings_of_one_student_are_listed_with_their_settings(tmp_path: Path) -> None:
@@ -266,5 +270,5 @@ def test_a_set_that_no_scoring_has_is_refused_with_what_there_is(tmp_path: Path)
     add_signals(tmp_path, SCORING, chosen, rows=1)
     with pytest.raises(CacheError, match=f"scoring {SCORING.id} has 1 of 4 chosen responses; finish scoring"):
         select_scored(tmp_path)
-    with pytest.raises(CacheError, match=f"has no response set sampled; found chosen-{chosen.id}"):
+    with pytest.raises(CacheError, match=f"--response-set sampled: the cache has none; found chosen-{chosen.id}"):
         select_scored(tmp_path, response_set="sampled")

@@ -104,7 +104,9 @@ def refused(error: type[AdpaError], *arguments: Any, **options: Any) -> str:
 def test_what_cannot_be_written_is_refused(filled: Filled, tmp_path: Path) -> None:
     output = tmp_path / "rows"
     assert "3 combinations of responses and scoring fit" in refused(CacheError, filled.cache, output)
-    assert "no response set f00d" in refused(CacheError, filled.cache, output, response_set="f00d")
+    assert "--response-set f00d: the cache has none; found " in refused(
+        CacheError, filled.cache, output, response_set="f00d"
+    )
     assert "no cache there" in refused(CacheError, tmp_path, output)
     assert "cannot be written there" in refused(OptionError, filled.cache, output / "in" / "it", response_set="chosen")
     inside = filled.cache / "responses" / "rows.parquet"

@@ -136,7 +136,7 @@ def rewrite_signals(cache: Path, change: Callable[..., Any]) -> str:
 
 
 def test_a_wrong_number_under_a_right_digest_is_found(cache: Path) -> None:
-    place = rewrite_signals(cache, lambda row: replace(row, topk_ids=row.topk_ids + 60_000))
+    place = rewrite_signals(cache, lambda row: replace(row, topk_ids=row.topk_ids + (1 << 24)))
     report = verify_cache(cache)
     (scoring,) = read_scorings(cache)
     fault = next(fault for fault in report.faults if "vocabulary" in fault.problem)

@@ -1,0 +1,130 @@
+"""Whatever a command prints names the same response set or scoring again."""
+
+from dataclasses import replace
+
+import pytest
+from tests.data.makers import INFO, SAMPLING, SCORING, response_rows
+
+from adpa.data.cache.names import find_scoring, find_sets
+from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set
+from adpa.data.cache.signals import ModelIdentity
+from adpa.errors import CacheError
+
+
+def made(name: ResponseName, seed: int) -> ResponseSet:
+    info = replace(INFO, name=name, sampling=SAMPLING if name == "sampled" else None)
+    return make_response_set(info, response_rows(seed, ["a", "b"]))
+
+
+SETS = [made(name, seed) for seed, name in enumerate((*RESPONSE_NAMES, RESPONSE_NAMES[0]))]
+SCORINGS = [SCORING, *(replace(SCORING, top_k=top_k) for top_k in range(10, 40))]
+CHECKSUM = "0123456789abcdef" * 2
+
+SET_FORMS = {
+    "the id": "{id}",
+    "name and id": "{name}-{id}",
+    "the beginning of the id": "{short}",
+    "the name and the beginning of the id": "{name}-{short}",
+    "the beginning in its folder": "responses/{name}-{short}",
+    "the file's name": "{name}-{id}-{checksum}.arrow",
+    "the file's name without its ending": "{name}-{id}-{checksum}",
+    "the file's place": "responses/{name}-{id}-{checksum}.arrow",
+    "the place of a file that was set aside": "damaged/responses/{name}-{id}-{checksum}.arrow",
+    "a path": "/data/chosen-caches/my cache/responses/{name}-{id}-{checksum}.arrow",
+    "a URL": "s3://bucket/{other}/responses/{name}-{id}-{checksum}.arrow",
+    "the line of an error": "{name}-{id}: 8 responses of the student 01234567, temperature 1, seed 0",
+    "the title of a summary": "{name}-{id}, scoring 0123456789abcdef",
+    "the row of a report": "{name} {id}",
+    "the message on a file": "/cache/responses/{name}-{id}-{checksum}.arrow: damaged: not an Arrow table",
+    "blanks around": "  {name}-{id}\n",
+    "the id in a list": "{id},",
+    "the id before an explanation": "{id}:",
+}
+
+
+@pytest.mark.parametrize("form", SET_FORMS)
+def test_every_form_names_the_one_set(form: str) -> None:
+    for one, other in zip(SETS, SETS[1:] + SETS[:1], strict=True):
+        parts = {"name": one.info.name, "id": one.id, "short": one.id[:4], "checksum": CHECKSUM}
+        text = SET_FORMS[form].format(**parts, other=other.shard_prefix())
+        assert [fitting.id for fitting in find_sets(text, SETS)] == [one.id], text
+
+
+@pytest.mark.parametrize("text", ["chosen", " chosen ", "responses/chosen"])
+def test_a_bare_name_names_all_its_sets(text: str) -> None:
+    assert [one.id for one in find_sets(text, SETS)] == [SETS[0].id, SETS[3].id]
+    assert [one.id for one in find_sets(text.replace("chosen", "sampled"), SETS)] == [SETS[2].id]
+
+
+SCORING_FORMS = {
+    "the id": "{id}",
+    "the beginning of the id": "{short}",
+    "the folder": "scorings/{id}",
+    "the beginning in its folder": "scorings/{short}",
+    "the folder as a shell completes it": "scorings/{id}/",
+    "its description": "scorings/{id}/scoring.json",
+    "its signals": "scorings/{id}/signals-{checksum}.arrow",
+    "its pending rows": "scorings/{id}/pending/teacher-{checksum}.arrow",
+    "a path": "/data/0123456789abcdef/scorings/{id}/scoring.json",
+    "the row of a report": "scoring {id}",
+    "the id in a list": "{id},",
+    "the line of an error": "{id}: teacher org/teacher, reference org/reference, K = 10, float32, hf",
+    "the end of a line": "chosen-0123456789abcdef: 8 responses with scoring {id}: teacher org/teacher",
+    "the title of a summary": "chosen-0123456789abcdef, scoring {id}",
+}
+
+
+@pytest.mark.parametrize("form", SCORING_FORMS)
+def test_every_form_names_the_one_scoring(form: str) -> None:
+    for one in SCORINGS:
+        text = SCORING_FORMS[form].format(id=one.id, short=one.id[:6], checksum=CHECKSUM)
+        assert find_scoring(text, SCORINGS) == one, text
+
+
+def refusal(function: object, text: str, present: object) -> str:
+    with pytest.raises(CacheError) as caught:
+        function(text, present)  # type: ignore[operator]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+LISTED_SETS = "; ".join(one.describe() for one in SETS)
+
+
+@pytest.mark.parametrize("text", ["f00d", "best", "chosen-f00d", "Chosen", f"rejected-{SETS[0].id}", SETS[0].id + "0"])
+def test_a_set_that_is_not_there_is_refused_with_those_that_are(text: str) -> None:
+    assert refusal(find_sets, text, SETS) == f"--response-set {text}: the cache has none; found {LISTED_SETS}"
+
+
+def test_what_is_not_there_at_all_is_told() -> None:
+    assert refusal(find_sets, "chosen", []) == "--response-set chosen: the cache has none; found no response sets"
+    assert refusal(find_scoring, "f00d", SCORINGS[:1]) == (
+        f"--scoring f00d: the cache has none; found {SCORING.describe()}"
+    )
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_an_empty_name_names_nothing(text: str) -> None:
+    assert refusal(find_sets, text, SETS) == f"--response-set '': an empty name; found {LISTED_SETS}"
+    assert refusal(find_scoring, text, SCORINGS[:1]) == f"--scoring '': an empty name; found {SCORING.describe()}"
+
+
+def test_a_beginning_that_fits_several_lists_these() -> None:
+    both = [SETS[0], SETS[3]]
+    listing = "; ".join(one.describe() for one in both)
+    for text in ("chosen-", "chos", "responses/chosen-"):
+        assert refusal(find_sets, text, SETS) == (
+            f"--response-set {text}: 2 response sets fit: {listing}; name one of them"
+        )
+    letter = next(letter for letter in "0123456789abcdef" if sum(one.id[0] == letter for one in SCORINGS) > 1)
+    fitting = [one.describe() for one in SCORINGS if one.id[0] == letter]
+    assert refusal(find_scoring, letter, SCORINGS) == (
+        f"--scoring {letter}: {len(fitting)} scorings fit: {'; '.join(fitting)}; name one of them"
+    )
+
+
+def test_a_models_name_is_no_scoring() -> None:
+    odd = replace(SCORING, teacher=ModelIdentity(f"org/{SCORINGS[1].id}", None, "other"))
+    assert find_scoring(odd.describe(), [odd, *SCORINGS]) == odd
