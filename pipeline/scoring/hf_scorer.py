@@ -1,6 +1,6 @@
 """Scores with transformers. It runs anywhere, and all other engines are tested against it.
 
-Shapes: B sequences, L tokens, N response rows of the batch, d hidden width.
+Shapes: N response rows of the batch, d hidden width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adpa.data.batches import pad_sequences
-from adpa.pipeline.models.attention_mask import leave_out_padding_mask
+from adpa.pipeline.models.attention_mask import leave_out_padding_mask, response_hidden
 from adpa.pipeline.models.checkpoint import Checkpoint
-from adpa.pipeline.models.lm_head import check_head, hidden_states, read_head
+from adpa.pipeline.models.lm_head import check_head, read_head
+from adpa.pipeline.models.padding import in_equal_lengths, split_rows, takes_right_padding
 from adpa.pipeline.scoring.score import Batch
 from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 
 def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> HeadScorer:
-    """Loads a model and checks that adpa knows its head."""
+    """Loads a model and checks that adpa knows its head, and whether it takes padded batches."""
     model = checkpoint.load(dtype, device).eval()
     check_head(model)
     leave_out_padding_mask(model)
-    return HeadScorer(checkpoint.name, HfDecoder(model), read_head(model))
+    return HeadScorer(checkpoint.name, HfDecoder(model, takes_right_padding(model)), read_head(model))
 
 
 class HfDecoder:
-    """A ``Decoder`` of a transformers model."""
+    """A ``Decoder`` of a transformers model.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: the model.
+        pads: whether it takes padded batches; else a batch is divided into batches of equal length.
+    """
+
+    def __init__(self, model: PreTrainedModel, pads: bool = True) -> None:
         self._model = model
+        self._pads = pads
 
     def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """See ``Decoder.response_hidden``."""
@@ -41,6 +47,8 @@ class HfDecoder:
 
     @torch.inference_mode()
     def _hidden(self, batch: Batch) -> Tensor:
-        padded = pad_sequences(batch).to(self._model.device)
-        hidden_BLd = hidden_states(self._model, padded.input_ids, padded.attention_mask)
-        return hidden_BLd.flatten(0, 1)[padded.predicts]
+        if self._pads:
+            return response_hidden(self._model, batch)
+        return torch.cat(
+            in_equal_lengths(batch, len, lambda part: split_rows(response_hidden(self._model, part), part))
+        )

@@ -24,7 +24,7 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.scoring.hf_sampler import HfSampler, _cut_after, _uniforms, avoid_mask_sync, draw, sample
+from adpa.pipeline.scoring.hf_sampler import HfSampler, _uniforms, avoid_mask_sync, cut_after, draw, sample
 
 END = SAMPLING.turn_end
 
@@ -137,13 +137,13 @@ def transformers_sample(model: PreTrainedModel, sampling: Sampling, wanted: Sequ
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
     model.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sampling.turn_end, pad_token_id=0
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=list(sampling.ends), pad_token_id=0
     )
     loop: Any = model
     output = loop.generate(
         input_ids=input_ids, attention_mask=mask, logits_processor=[force] if sampling.temperature else []
     )
-    return [_cut_after(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
+    return [cut_after(row, sampling.ends) for row in output[:, width:].numpy().astype(np.int32)]
 
 
 @pytest.fixture(scope="module")
