@@ -1,7 +1,7 @@
 """Models whose padded batches have other numbers than single sequences.
 
-Some architectures ignore the padding mask, or only in a part of their layers. So a model is compared with itself on a
-few tokens before it is used: padded batches against single sequences.
+Some architectures ignore the padding mask, and a few mix the sequences of a batch. So a model is compared with itself
+on a few tokens before it is used: a padded batch against single sequences.
 
 Shapes: N response tokens of a batch, T of a sequence, d hidden width.
 """
@@ -9,7 +9,7 @@ Shapes: N response tokens of a batch, T of a sequence, d hidden width.
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# A batch as it is, divided into batches of equal length, or one item at a time.
+Grouping = Literal["padded", "equal lengths", "single"]
 # Tokens of prompt and response. Two prompts have the same length, and so have two of the sequences.
 TRIAL_LENGTHS = ((5, 2), (2, 3), (3, 2), (3, 1))
 
@@ -41,47 +43,55 @@ def trial_sequences(model: PreTrainedModel) -> list[TokenSequence]:
 
 
 @torch.no_grad()
-def takes_padding(
+def choose_grouping(
     model: PreTrainedModel,
     trial: Sequence[Item],
     length: Callable[[Item], int],
     compute: Callable[[Sequence[Item]], Sequence[Tensor]],
-    alone: Sequence[Tensor],
-) -> bool:
-    """Whether a padded batch has the numbers of single sequences. If not, logs a warning.
+) -> Grouping:
+    """The largest groups in which a model computes what it computes for each item alone. Warns if none may be padded.
 
     Args:
         model: the model, in eval mode.
         trial: the items to compare it on.
         length: of an item, without padding.
         compute: the numbers of each item of a batch.
-        alone: the expected numbers of each item.
-
-    Raises:
-        ModelError: not even batches of equal length have them.
     """
-    name, expected = type(model).__name__, torch.cat(list(alone)).nan_to_num()
-    if same_hidden_states(model, torch.cat(list(compute(trial))).nan_to_num(), expected):
-        return True
-    found = torch.cat(in_equal_lengths(trial, length, compute)).nan_to_num()
-    if not _nearly_same(model, found, expected):
-        raise ModelError(
-            f"{name}: its numbers for a sequence in a batch, or token by token, are not those for the sequence alone",
-            "use --engine vllm if it runs the model, or another model",
-        )
+    alone = _join([compute([item])[0] for item in trial])
+    if same_hidden_states(model, _join(compute(trial)), alone):
+        return "padded"
+    grouping: Grouping = "equal lengths"
+    if not nearly_same(model, _join(in_groups(grouping, trial, length, compute)), alone):
+        grouping = "single"
     logger.warning(
-        "%s has other numbers for a sequence in a padded batch than for the sequence alone; its batches are divided "
-        "into smaller ones of equal length, which takes longer",
-        name,
+        "%s has other numbers for a sequence in a padded batch than for the sequence alone; it takes %s, and more time",
+        type(model).__name__,
+        {"equal lengths": "batches of equal length", "single": "one sequence at a time"}[grouping],
     )
-    return False
+    return grouping
 
 
-def takes_right_padding(model: PreTrainedModel) -> bool:
-    """``takes_padding`` for the hidden states of response tokens, as scoring reads them."""
-    trial = trial_sequences(model)
-    alone = [response_hidden(model, [sequence]) for sequence in trial]
-    return takes_padding(model, trial, len, lambda batch: split_rows(response_hidden(model, batch), batch), alone)
+def in_groups(
+    grouping: Grouping,
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    compute: Callable[[Sequence[Item]], Sequence[Result]],
+) -> list[Result]:
+    """Computes a batch group by group; the results are in the order of the items."""
+    if grouping == "padded":
+        return list(compute(items))
+    places_of = defaultdict(list)
+    for place, item in enumerate(items):
+        places_of[length(item) if grouping == "equal lengths" else place].append(place)
+    results: dict[int, Result] = {}
+    for places in places_of.values():
+        results |= zip(places, compute([items[place] for place in places]), strict=True)
+    return [results[place] for place in range(len(items))]
+
+
+def response_rows(model: PreTrainedModel, batch: Sequence[TokenSequence]) -> list[Tensor]:
+    """The hidden states that predict the response tokens of each sequence of a batch, [T, d]."""
+    return list(response_hidden(model, batch).split([len(sequence.response_ids) for sequence in batch]))
 
 
 @torch.no_grad()
@@ -94,39 +104,26 @@ def check_padding(model: PreTrainedModel) -> None:
     trial = trial_sequences(model)
     training = model.training
     model.eval()
-    found_Nd = response_hidden(model, trial).nan_to_num()
-    expected_Nd = torch.cat([response_hidden(model, [sequence]) for sequence in trial]).nan_to_num()
+    found_Nd = _join(response_rows(model, trial))
+    expected_Nd = _join([response_hidden(model, [sequence]) for sequence in trial])
     model.train(training)
-    if not _nearly_same(model, found_Nd, expected_Nd):
+    if not nearly_same(model, found_Nd, expected_Nd):
         raise ModelError(
-            f"{type(model).__name__} cannot be trained: its hidden states of a sequence in a padded batch are not those "
-            "of the sequence alone",
+            f"{type(model).__name__} cannot be trained: sequences have other hidden states in a padded batch",
             "use a student of another architecture",
         )
 
 
-def split_rows(rows_Nd: Tensor, batch: Sequence[TokenSequence]) -> list[Tensor]:
-    """The rows of each sequence of a batch, [T, d]."""
-    return list(rows_Nd.split([len(sequence.response_ids) for sequence in batch]))
+def nearly_same(model: PreTrainedModel, actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree on the whole.
 
-
-def in_equal_lengths(
-    items: Sequence[Item], length: Callable[[Item], int], compute: Callable[[Sequence[Item]], Sequence[Result]]
-) -> list[Result]:
-    """Computes batches of equal length; the results are in the order of the items."""
-    places_of = defaultdict(list)
-    for place, item in enumerate(items):
-        places_of[length(item)].append(place)
-    results: dict[int, Result] = {}
-    for places in places_of.values():
-        results |= zip(places, compute([items[place] for place in places]), strict=True)
-    return [results[place] for place in range(len(items))]
-
-
-def _nearly_same(model: PreTrainedModel, actual: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors agree on the whole, which is how a model is judged before it is refused.
-
-    In 16 bits the order of sums can send a token to another expert, and a single row differs by more than rounding.
+    In 16 bits the order of sums can send a token to another expert, and then a single row differs by more than
+    rounding. So this is how a model is judged where more than time is at stake.
     """
     error = (actual.float() - expected.float()).norm()
-    return bool(error <= relative_rounding(model, expected.dtype) ** (1 / 3) * expected.float().norm())
+    return bool(error <= relative_rounding(model, expected.dtype) ** (1 / 4) * expected.float().norm())
+
+
+def _join(rows: Sequence[Tensor]) -> Tensor:
+    """All rows, without the numbers that are not finite: who uses the model refuses these."""
+    return torch.cat(list(rows)).nan_to_num()

@@ -27,10 +27,12 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
-from adpa.pipeline.models.padding import in_equal_lengths, takes_padding, trial_sequences
+from adpa.pipeline.models.padding import Grouping, choose_grouping, in_groups, nearly_same, trial_sequences
 from adpa.pipeline.scoring.sample import stream_seed
 
 SYNC_FREE_SDPA = "adpa_sync_free_sdpa"
+
+ANOTHER = "use --engine vllm if it runs the model, or another student"
 
 # From the number of a step and its logits [B, V] to the tokens [B].
 Choose = Callable[[int, Tensor], Tensor]
@@ -39,10 +41,8 @@ Choose = Callable[[int, Tensor], Tensor]
 class HfSampler:
     """A ``Sampler`` on a transformers model.
 
-    If the model does not take padded batches, each batch is divided into batches of equal prompt length.
-
     Raises:
-        ModelError: the model cannot be loaded, or a batch of equal length has other logits than single prompts.
+        ModelError: the model cannot be loaded, or cannot continue a prompt token by token.
     """
 
     def __init__(self, checkpoint: Checkpoint, sampling: Sampling, device: torch.device) -> None:
@@ -50,14 +50,12 @@ class HfSampler:
         self._sampling = sampling
         if device.type == "cuda":
             avoid_mask_sync(self._model)
-        self._pads = takes_left_padding(self._model)
+        self._grouping = prompt_grouping(self._model)
 
     def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
         """See ``Sampler.sample``."""
         together = partial(sample, self._model, self._sampling)
-        if self._pads:
-            return map(together, batches)
-        return (in_equal_lengths(batch, lambda request: len(request.prompt_ids), together) for batch in batches)
+        return (in_groups(self._grouping, batch, _prompt_length, together) for batch in batches)
 
     def close(self) -> None:
         """See ``Sampler.close``."""
@@ -89,33 +87,51 @@ def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[Sample
     return [cut_after(row, sampling.ends) for row in generated_BT.cpu().numpy().astype(np.int32)]
 
 
-def takes_left_padding(model: PreTrainedModel) -> bool:
-    """``takes_padding`` for the logits of two tokens after prompts, as sampling computes them.
+@torch.inference_mode()
+def prompt_grouping(model: PreTrainedModel) -> Grouping:
+    """How prompts are batched, after a trial of two tokens.
 
-    They are compared with those of each sequence alone in one pass, as scoring reads them.
+    Raises:
+        ModelError: token by token, the logits are not those of the whole sequence at once, as scoring reads them.
     """
     trial = trial_sequences(model)
+    compute = partial(_logits_by_steps, model)
+    try:
+        by_steps = torch.cat([compute([sequence])[0] for sequence in trial]).nan_to_num()
+        at_once = torch.cat([_logits_at_once(model, sequence) for sequence in trial]).nan_to_num()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{type(model).__name__}: transformers cannot sample from it: {reason}", ANOTHER) from error
+    if not nearly_same(model, by_steps, at_once):
+        raise ModelError(
+            f"{type(model).__name__}: token by token it has other logits than for a whole sequence at once", ANOTHER
+        )
+    return choose_grouping(model, trial, _prompt_length, compute)
 
-    def whole(sequence: TokenSequence) -> Tensor:
-        ids = np.append(sequence.prompt_ids, sequence.response_ids[0])
-        input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
-        logits: Tensor = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
-        return logits[0, -2:]
 
-    def by_steps(batch: Sequence[TokenSequence]) -> list[Tensor]:
-        logits: list[Tensor] = []
-        firsts_B = torch.tensor([int(sequence.response_ids[0]) for sequence in batch], device=model.device)
+def _logits_by_steps(model: PreTrainedModel, batch: Sequence[TokenSequence]) -> list[Tensor]:
+    """For each sequence, the logits after the prompt and after one more token, [2, V]."""
+    logits: list[Tensor] = []
+    firsts_B = torch.tensor([int(sequence.response_ids[0]) for sequence in batch], device=model.device)
 
-        def record(_: int, logits_BV: Tensor) -> Tensor:
-            logits.append(logits_BV.clone())
-            return firsts_B
+    def record(_: int, logits_BV: Tensor) -> Tensor:
+        logits.append(logits_BV.clone())
+        return firsts_B
 
-        generate(model, [sequence.prompt_ids for sequence in batch], (), 2, record)
-        return list(torch.stack(logits, dim=1))
+    generate(model, [sequence.prompt_ids for sequence in batch], (), 2, record)
+    return list(torch.stack(logits, dim=1))
 
-    with torch.inference_mode():
-        alone = [whole(sequence) for sequence in trial]
-        return takes_padding(model, trial, lambda sequence: len(sequence.prompt_ids), by_steps, alone)
+
+def _logits_at_once(model: PreTrainedModel, sequence: TokenSequence) -> Tensor:
+    """The same by one call of the model."""
+    ids = np.append(sequence.prompt_ids, sequence.response_ids[:1]).astype(np.int64)
+    input_ids = torch.from_numpy(ids)[None].to(model.device)
+    logits: Tensor = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    return logits[0, -2:]
+
+
+def _prompt_length(item: SampleRequest | TokenSequence) -> int:
+    return len(item.prompt_ids)
 
 
 def generate(

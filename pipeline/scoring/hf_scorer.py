@@ -4,6 +4,7 @@ Shapes: N response rows of the batch, d hidden width.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask, response_hidden
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.lm_head import check_head, read_head
-from adpa.pipeline.models.padding import in_equal_lengths, split_rows, takes_right_padding
+from adpa.pipeline.models.padding import Grouping, choose_grouping, in_groups, response_rows, trial_sequences
 from adpa.pipeline.scoring.score import Batch
 from adpa.pipeline.scoring.scorer_head import HeadScorer
 
@@ -22,20 +23,16 @@ def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> 
     model = checkpoint.load(dtype, device).eval()
     check_head(model)
     leave_out_padding_mask(model)
-    return HeadScorer(checkpoint.name, HfDecoder(model, takes_right_padding(model)), read_head(model))
+    grouping = choose_grouping(model, trial_sequences(model), len, partial(response_rows, model))
+    return HeadScorer(checkpoint.name, HfDecoder(model, grouping), read_head(model))
 
 
 class HfDecoder:
-    """A ``Decoder`` of a transformers model.
+    """A ``Decoder`` of a transformers model."""
 
-    Args:
-        model: the model.
-        pads: whether it takes padded batches; else a batch is divided into batches of equal length.
-    """
-
-    def __init__(self, model: PreTrainedModel, pads: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, grouping: Grouping = "padded") -> None:
         self._model = model
-        self._pads = pads
+        self._grouping = grouping
 
     def response_hidden(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """See ``Decoder.response_hidden``."""
@@ -47,8 +44,6 @@ class HfDecoder:
 
     @torch.inference_mode()
     def _hidden(self, batch: Batch) -> Tensor:
-        if self._pads:
+        if self._grouping == "padded":
             return response_hidden(self._model, batch)
-        return torch.cat(
-            in_equal_lengths(batch, len, lambda part: split_rows(response_hidden(self._model, part), part))
-        )
+        return torch.cat(in_groups(self._grouping, batch, len, partial(response_rows, self._model)))
