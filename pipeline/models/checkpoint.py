@@ -84,9 +84,7 @@ class Checkpoint:
             ids = getattr(self.config, "eos_token_id", None)
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if strange := [one for one in ids if type(one) is not int]:
-            raise ModelError(
-                f"{self.name}: its eos_token_id has {strange[0]!r}; expected token ids", "correct its JSON"
-            )
+            raise ModelError(f"{self.name}: found {strange[0]!r} in its eos_token_id; expected token ids")
         return tuple(one for one in dict.fromkeys(ids) if 0 <= one < self.config.vocab_size)
 
     @property
