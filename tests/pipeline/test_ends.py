@@ -27,7 +27,7 @@ def make_student(few_words: Filled, tmp_path: Path) -> MakeStudent:
         directory = tmp_path / "student"
         shutil.copytree(few_words.models.student, directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        colon, hello, there = tokenizer.convert_tokens_to_ids([":", "Hello", "there"])
+        colon, hello, there = (tokenizer.convert_tokens_to_ids(word) for word in (":", "Hello", "there"))
         say_in_order(open_checkpoint(str(directory)), {colon: hello, hello: there, there: last, last: last})
         set_ends(directory, eos_token_id)
         return directory
