@@ -298,7 +298,7 @@ def _read_answers(cache: Location, done: PrecomputeReport, samples_per_prompt: i
         advantages_T = signals.row(int(numbers[row])).token_advantages
         assert advantages_T is not None, "a scoring without a reference"
         response_ids = sequences[row].response_ids
-        ended = response_ids[-1] == responses.info.turn_end
+        ended = int(response_ids[-1]) in responses.info.ends
         return float(advantages_T.sum(dtype=np.float64)), len(response_ids), float(ended), repetition(response_ids)
 
     measured = np.array([[measure(start + m) for m in range(samples_per_prompt)] for start in firsts.values()])

@@ -3,8 +3,11 @@
 Padding is on the right, and no token attends to a later one. So no token attends to padding, with or without a padding
 mask. But the mask costs time: it rules out flash attention, it repeats the keys and values of grouped queries, and the
 host waits to learn whether anything is masked. A model is compared with itself before its mask is left out.
+
+Shapes: N response tokens of a batch, d hidden width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,29 +38,35 @@ def leave_out_padding_mask(model: PreTrainedModel) -> None:
     """
     if model.config._attn_implementation != SDPA:
         return
-    padded = pad_sequences(TRIAL).to(model.device)
-
-    def trial() -> Tensor:
-        return hidden_states(model, padded.input_ids, padded.attention_mask).flatten(0, 1)[padded.predicts]
-
     training = model.training
     model.eval()
-    expected_Nd = trial()
+    expected_Nd = response_hidden(model, TRIAL)
     model.set_attn_implementation(WITHOUT_PADDING)
-    if not same_hidden_states(model, trial(), expected_Nd):
+    if not same_hidden_states(model, response_hidden(model, TRIAL), expected_Nd):
         model.set_attn_implementation(SDPA)
     model.train(training)
 
 
+def response_hidden(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> Tensor:
+    """The hidden states of a padded batch that predict its response tokens, [N, d]."""
+    padded = pad_sequences(sequences).to(model.device)
+    return hidden_states(model, padded.input_ids, padded.attention_mask).flatten(0, 1)[padded.predicts]
+
+
 def same_hidden_states(model: PreTrainedModel, actual: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors of hidden states agree up to the order of sums, which changes the last digits.
+    """Whether two tensors of hidden states agree up to the order of sums, which changes the last digits."""
+    limit = relative_rounding(model, expected.dtype) ** (2 / 3) * expected.abs().amax()
+    return bool(((actual - expected).abs() <= limit).all())
+
+
+def relative_rounding(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """The relative error of one number in a dtype.
 
     4-bit layers multiply in their own dtype, which may have fewer digits than the hidden states.
     """
     quantization = getattr(model.config, "quantization_config", None)
-    dtype = getattr(quantization, "bnb_4bit_compute_dtype", expected.dtype)
-    digits = max(torch.finfo(dtype).eps, torch.finfo(expected.dtype).eps)
-    return bool(((actual - expected).abs() <= digits ** (2 / 3) * expected.abs().amax()).all())
+    product = getattr(quantization, "bnb_4bit_compute_dtype", dtype)
+    return max(torch.finfo(product).eps, torch.finfo(dtype).eps)
 
 
 def _mask(*, attention_mask: Tensor | None, **options: Any) -> Tensor | None:

@@ -66,7 +66,13 @@ class Checkpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end generation, in the order of generation_config.json or, without it, of config.json."""
+        """The ids that end generation, in the order of generation_config.json or, without it, of config.json.
+
+        Ids that the model has no token for are left out: it never says them.
+
+        Raises:
+            ModelError: generation_config.json cannot be read, or an id is no whole number.
+        """
         if (self.directory / "generation_config.json").is_file():
             try:
                 ids = GenerationConfig.from_pretrained(self.directory).eos_token_id
@@ -76,7 +82,10 @@ class Checkpoint:
                 ) from error
         else:
             ids = getattr(self.config, "eos_token_id", None)
-        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if strange := [one for one in ids if type(one) is not int]:
+            raise ModelError(f"{self.name}: found {strange[0]!r} in its eos_token_id; expected token ids")
+        return tuple(one for one in dict.fromkeys(ids) if 0 <= one < self.config.vocab_size)
 
     @property
     def is_multimodal(self) -> bool:

@@ -10,7 +10,7 @@ until the next token's work is queued. ``generate`` prepares the loop.
 Shapes: B sequences of a batch, P tokens of the longest prompt, T sampled tokens, V vocabulary rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,26 +24,38 @@ from transformers.masking_utils import sdpa_mask
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.samples import SampleRequest
-from adpa.data.sequences import TokenIds
+from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
+from adpa.pipeline.models.padding import Grouping, choose_grouping, in_groups, nearly_same, trial_sequences
 from adpa.pipeline.scoring.sample import stream_seed
 
 SYNC_FREE_SDPA = "adpa_sync_free_sdpa"
 
+ANOTHER = "use --engine vllm if it runs the model, or another student"
+
+# From the number of a step and its logits [B, V] to the tokens [B].
+Choose = Callable[[int, Tensor], Tensor]
+
 
 class HfSampler:
-    """A ``Sampler`` on a transformers model."""
+    """A ``Sampler`` on a transformers model.
+
+    Raises:
+        ModelError: the model cannot be loaded, or cannot continue a prompt token by token.
+    """
 
     def __init__(self, checkpoint: Checkpoint, sampling: Sampling, device: torch.device) -> None:
         self._model = checkpoint.load(sampling.dtype, device).eval()
         self._sampling = sampling
         if device.type == "cuda":
             avoid_mask_sync(self._model)
+        self._grouping = prompt_grouping(self._model)
 
     def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
         """See ``Sampler.sample``."""
-        return (sample(self._model, self._sampling, batch) for batch in batches)
+        together = partial(sample, self._model, self._sampling)
+        return (in_groups(self._grouping, batch, _prompt_length, together) for batch in batches)
 
     def close(self) -> None:
         """See ``Sampler.close``."""
@@ -53,56 +65,125 @@ class HfSampler:
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[TokenIds]:
-    """Samples a response to each request, int32 [T]. It has no end-of-turn token if ``max_new_tokens`` cut it off.
+    """Samples a response to each request, int32 [T]. It has no end at its end if ``max_new_tokens`` cut it off.
 
     Raises:
         ModelError: the logits are not finite.
     """
-    turn_end = sampling.turn_end
-    prompt_length = max(len(request.prompt_ids) for request in requests)
-    input_ids = torch.full((len(requests), prompt_length), turn_end)
-    mask = torch.zeros_like(input_ids)
-    for row, request in enumerate(requests):
-        input_ids[row, prompt_length - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.copy())
-        mask[row, prompt_length - len(request.prompt_ids) :] = 1
     uniforms_BT = None
     if sampling.temperature > 0:
         uniforms = np.stack([_uniforms(sampling, request) for request in requests])
         uniforms_BT = torch.from_numpy(uniforms).to(model.device)
-    # generate() takes missing settings from the model's own configuration: replace it.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=turn_end, pad_token_id=turn_end
-    )
-    generated_BT, finite = model.generate(  # type: ignore[operator]  # from GenerationMixin, beside PreTrainedModel
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        custom_generate=partial(_decode, sampling=sampling, uniforms_BT=uniforms_BT),
-    )
+
+    def choose(step: int, logits_BV: Tensor) -> Tensor:
+        if uniforms_BT is None:
+            return logits_BV.argmax(dim=1)
+        return draw(logits_BV, uniforms_BT[:, step], sampling.temperature, sampling.top_p)
+
+    prompts = [request.prompt_ids for request in requests]
+    generated_BT, finite = generate(model, prompts, sampling.ends, sampling.max_new_tokens, choose)
     if not finite:
         raise ModelError("the student's logits are not finite", "check the checkpoint, or use --dtype float32")
-    return [_cut_after(row, turn_end) for row in generated_BT.cpu().numpy().astype(np.int32)]
+    return [cut_after(row, sampling.ends) for row in generated_BT.cpu().numpy().astype(np.int32)]
+
+
+@torch.inference_mode()
+def prompt_grouping(model: PreTrainedModel) -> Grouping:
+    """How prompts are batched, after a trial of two tokens.
+
+    Raises:
+        ModelError: token by token, the logits are not those of the whole sequence at once, as scoring reads them.
+    """
+    trial = trial_sequences(model)
+    compute = partial(_logits_by_steps, model)
+    try:
+        by_steps = torch.cat([compute([sequence])[0] for sequence in trial]).nan_to_num()
+        at_once = torch.cat([_logits_at_once(model, sequence) for sequence in trial]).nan_to_num()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{type(model).__name__}: transformers cannot sample from it: {reason}", ANOTHER) from error
+    if not nearly_same(model, by_steps, at_once):
+        raise ModelError(
+            f"{type(model).__name__}: token by token it has other logits than for a whole sequence at once", ANOTHER
+        )
+    return choose_grouping(model, trial, _prompt_length, compute)
+
+
+def _logits_by_steps(model: PreTrainedModel, batch: Sequence[TokenSequence]) -> list[Tensor]:
+    """For each sequence, the logits after the prompt and after one more token, [2, V]."""
+    logits: list[Tensor] = []
+    firsts_B = torch.tensor([int(sequence.response_ids[0]) for sequence in batch], device=model.device)
+
+    def record(_: int, logits_BV: Tensor) -> Tensor:
+        logits.append(logits_BV.clone())
+        return firsts_B
+
+    generate(model, [sequence.prompt_ids for sequence in batch], (), 2, record)
+    return list(torch.stack(logits, dim=1))
+
+
+def _logits_at_once(model: PreTrainedModel, sequence: TokenSequence) -> Tensor:
+    """The same by one call of the model."""
+    ids = np.append(sequence.prompt_ids, sequence.response_ids[:1]).astype(np.int64)
+    input_ids = torch.from_numpy(ids)[None].to(model.device)
+    logits: Tensor = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    return logits[0, -2:]
+
+
+def _prompt_length(item: SampleRequest | TokenSequence) -> int:
+    return len(item.prompt_ids)
+
+
+def generate(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], ends: Sequence[int], max_new_tokens: int, choose: Choose
+) -> tuple[Tensor, Tensor]:
+    """Continues prompts by the tokens that ``choose`` takes, until each has one of ``ends``.
+
+    Returns:
+        The tokens, int64 [B, T], with anything after the end of a row; and whether all logits were finite.
+    """
+    prompt_length = max(map(len, prompts))
+    filler = ends[0] if ends else 0  # any token
+    input_ids = torch.full((len(prompts), prompt_length), filler)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt_ids in enumerate(prompts):
+        input_ids[row, prompt_length - len(prompt_ids) :] = torch.from_numpy(prompt_ids.copy())
+        mask[row, prompt_length - len(prompt_ids) :] = 1
+    # generate() takes missing settings from the model's own configuration: replace it.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=filler
+    )
+    generated: tuple[Tensor, Tensor] = model.generate(  # type: ignore[operator]  # of GenerationMixin
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        custom_generate=partial(
+            _decode, ends=torch.tensor(ends, device=model.device), max_new_tokens=max_new_tokens, choose=choose
+        ),
+    )
+    return generated
 
 
 def _decode(
     model: Any,
     input_ids: Tensor,
     *,
-    sampling: Sampling,
-    uniforms_BT: Tensor | None,
+    ends: Tensor,
+    max_new_tokens: int,
+    choose: Choose,
     logits_processor: object,
     stopping_criteria: object,
     generation_config: object,
     **inputs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The token loop, called by ``generate``: int64 [B, T], and whether all logits were finite. Ended rows are padded.
+    """The token loop, called by transformers' ``generate``. Its result is that of ours.
 
-    ``generate`` also passes the model's own logits processors and stopping criteria. The loop ignores them.
+    transformers also passes the model's own logits processors and stopping criteria. The loop ignores them.
     """
     check_interval = steps_between_checks(input_ids.device)
     ended_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
     prompt_length = input_ids.shape[1]
-    for step in range(sampling.max_new_tokens):
+    for step in range(max_new_tokens):
         output = model(
             **model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1 if step else None, is_first_iteration=step == 0, **inputs
@@ -112,13 +193,9 @@ def _decode(
         inputs = model._update_model_kwargs_for_generation(output, inputs)
         logits_BV = output.logits[:, -1]
         finite &= logits_BV.amax(dim=1).isfinite().all()  # sampling goes on; the caller raises
-        if uniforms_BT is None:
-            tokens_B = logits_BV.argmax(dim=1)
-        else:
-            tokens_B = draw(logits_BV, uniforms_BT[:, step], sampling.temperature, sampling.top_p)
+        tokens_B = choose(step, logits_BV)
         del output, logits_BV  # some models return the logits of the whole prompt
-        tokens_B = tokens_B.masked_fill(ended_B, sampling.turn_end)
-        ended_B |= tokens_B == sampling.turn_end
+        ended_B |= (tokens_B[:, None] == ends).any(dim=1)
         input_ids = torch.cat([input_ids, tokens_B[:, None]], dim=1)
         if (step + 1) % check_interval == 0 and bool(ended_B.all()):
             break
@@ -169,6 +246,7 @@ def _uniforms(sampling: Sampling, request: SampleRequest) -> NDArray[np.float64]
     return generator.random(sampling.max_new_tokens)
 
 
-def _cut_after(token_ids: TokenIds, turn_end: int) -> TokenIds:
-    ends = np.flatnonzero(token_ids == turn_end)
-    return token_ids[: ends[0] + 1] if len(ends) else token_ids
+def cut_after(token_ids: TokenIds, ends: Sequence[int]) -> TokenIds:
+    """The tokens up to the first of the ends; all of them if they have none."""
+    places = np.flatnonzero(np.isin(token_ids, ends))
+    return token_ids[: places[0] + 1] if len(places) else token_ids

@@ -204,4 +204,5 @@ def _sampling(request: Request, setup: Setup, turn_end: int) -> Sampling | None:
         seed=options.seed,
         dtype=models.dtypes(request.engine.dtype)["student"],
         engine=setup.engine.sampling_name,
+        stops=tuple(sorted(set(models.student.eos_token_ids) - {turn_end})),
     )

@@ -279,7 +279,7 @@ class VllmSampler:
                 top_p=sampling.top_p,
                 seed=stream_seed(sampling, request, size=7),
                 max_tokens=sampling.max_new_tokens,
-                stop_token_ids=[sampling.turn_end],
+                stop_token_ids=list(sampling.ends),
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -287,7 +287,7 @@ class VllmSampler:
 
         def read(request: SampleRequest, output: Any) -> TokenIds:
             response_ids = np.asarray(output.outputs[0].token_ids, dtype=np.int32)
-            ended = response_ids[-1] == sampling.turn_end
+            ended = int(response_ids[-1]) in sampling.ends
             self._model.check(ended or len(response_ids) == sampling.max_new_tokens, "an unfinished response")
             return response_ids
 

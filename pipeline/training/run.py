@@ -27,6 +27,7 @@ from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
+from adpa.pipeline.models.padding import check_padding
 from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
@@ -35,7 +36,7 @@ from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
 from adpa.pipeline.training.run_directory import check_output, find_start, write_record
 from adpa.pipeline.training.student import attach_distill_head
-from adpa.pipeline.training.trainer import DistillTrainer
+from adpa.pipeline.training.trainer import AtStart, DistillTrainer
 from adpa.pipeline.training.training_arguments import TRAINING
 
 ADAPTER = "adapter"
@@ -203,6 +204,7 @@ def load_student(run: Run, sources: Sources) -> Student:
         else:
             model = load_base(checkpoint, run.lora, dtype, compute_dtype, run.arguments.device)
     attach_distill_head(model)
+    check_padding(model)
     if run.packing == "none":
         leave_out_padding_mask(model)
     else:
@@ -232,17 +234,25 @@ def train_student(
         processing_class=sources.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(AtStart(partial(_keep_ends, sources, student.model)))
     if run.arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
         write_record(run.output, origin)  # a killed run can only resume with it
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return trainer
 
 
+def _keep_ends(sources: Sources, model: PreTrainedModel) -> None:
+    """Makes the student end its answers at the end of a turn, or at what ended them before training.
+
+    Trainer has added the tokenizer's end of text.
+    """
+    turn_end = next(iter(sources.selection.sets.values())).info.turn_end
+    ends = list(dict.fromkeys([turn_end, *sources.checkpoint.eos_token_ids]))
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else turn_end
+
+
 def save_student(run: Run, sources: Sources, student: Student, trainer: DistillTrainer) -> None:
     """Writes the trained student as an ordinary checkpoint; with LoRA merged, and the adapters in a folder of it."""
-    # Trainer has set the tokenizer's end of text as end of generation; a student's answer ends with its turn.
-    generation_config = student.model.generation_config
-    generation_config.eos_token_id = next(iter(sources.selection.sets.values())).info.turn_end
     if run.lora is None:
         trainer.save_student(run.output)
         return
@@ -253,7 +263,7 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
         dtype = sources.checkpoint.dtype_name(run.dtype)
         merged = merge_adapters(sources.checkpoint, run.output / ADAPTER, dtype)
     align_special_tokens(merged, sources.tokenizer)
-    merged.generation_config = generation_config
+    merged.generation_config = student.model.generation_config
     merged.save_pretrained(run.output)
     sources.tokenizer.save_pretrained(run.output)
 

@@ -1,7 +1,7 @@
 """What the tests of the stages share: a filled cache, an oracle, odd checkpoints, a vLLM that is not there."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -136,6 +136,29 @@ def change_weights(checkpoint: Checkpoint, change: Callable[[dict[str, Tensor]],
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def say_in_order(checkpoint: Checkpoint, steps: Mapping[int, int]) -> None:
+    """Makes a Llama with a head of its own say a certain token after each token: ``{5: 6}`` says 6 after 5."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        head, embeddings = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+        for name in weights:
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights[name].zero_()  # a token's hidden state is its embedding
+        head.zero_()
+        embeddings.zero_()
+        embeddings[:, 0] = 1  # all other tokens
+        for place, (token, following) in enumerate(steps.items(), 1):
+            embeddings[token] = torch.eye(embeddings.shape[1])[place]
+            head[following, place] = 100
+
+    change_weights(checkpoint, change)
+
+
+def set_ends(directory: Path, ids: object) -> None:
+    """Writes the ids that end generation into generation_config.json."""
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
 
 
 def say_quantized(checkpoint: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel, Models
-from tests.pipeline.conftest import SMALL, change_weights, save_random, say_quantized
+from tests.pipeline.conftest import SMALL, change_weights, save_random, say_quantized, set_ends
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -45,6 +45,43 @@ def test_the_identity_follows_the_weights_and_not_the_place(models: Models, tmp_
     assert copy.digest == original.digest
     assert copy.name == str(moved)
     assert open_checkpoint(str(models.reference)).identity.digest != original.digest
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "ids"),
+    [
+        (7, (7,)),
+        ([7, 2], (7, 2)),
+        ([2, 95, 2, 7], (2, 95, 7)),
+        ([-1, 2, 96, 10**6], (2,)),
+        (None, ()),
+        ([], ()),
+    ],
+    ids=str,
+)
+def test_the_ids_that_end_generation_are_those_that_the_model_can_say(
+    eos_token_id: object, ids: tuple[int, ...], tmp_path: Path
+) -> None:
+    save_random(LlamaConfig(**SMALL | {"eos_token_id": 5}), tmp_path)
+    set_ends(tmp_path, eos_token_id)
+    assert open_checkpoint(str(tmp_path)).eos_token_ids == ids
+
+
+@pytest.mark.parametrize(("eos_token_id", "ids"), [(7, (7,)), ([7, 96, 2], (7, 2)), (None, ())], ids=str)
+def test_without_generation_settings_they_are_those_of_the_configuration(
+    eos_token_id: Any, ids: tuple[int, ...], tmp_path: Path
+) -> None:
+    save_random(LlamaConfig(**SMALL | {"eos_token_id": eos_token_id}), tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert open_checkpoint(str(tmp_path)).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("eos_token_id", [[2, True], [2, None], "</s>", [2.5], [[2]]], ids=str)
+def test_ends_that_are_no_token_ids_are_refused(eos_token_id: object, tmp_path: Path) -> None:
+    save_random(LlamaConfig(**SMALL), tmp_path)
+    set_ends(tmp_path, eos_token_id)
+    with pytest.raises(ModelError, match=r"found .* in its eos_token_id; expected token ids"):
+        open_checkpoint(str(tmp_path)).eos_token_ids  # noqa: B018
 
 
 def test_one_changed_bit_of_the_weights_is_another_model(models: Models, tmp_path: Path) -> None:

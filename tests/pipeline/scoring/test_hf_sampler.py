@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel
-from tests.pipeline.conftest import SAMPLING, SMALL, assert_drawn_from
+from tests.pipeline.conftest import SAMPLING, SMALL, assert_drawn_from, say_in_order
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, PreTrainedModel
@@ -24,7 +24,7 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.scoring.hf_sampler import HfSampler, _cut_after, _uniforms, avoid_mask_sync, draw, sample
+from adpa.pipeline.scoring.hf_sampler import HfSampler, _uniforms, avoid_mask_sync, cut_after, draw, sample
 
 END = SAMPLING.turn_end
 
@@ -74,6 +74,36 @@ def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(model: PreTra
     assert 0 < len(ended) < 60
     assert all((response[:-1] != END).all() for response in ended)
     assert all(len(response) == 12 for response in responses if response[-1] != END)
+
+
+@pytest.mark.parametrize(
+    ("stops", "response"),
+    [((), [6, 9, 7, END]), ((9,), [6, 9]), ((7, 9), [6, 9]), ((7, 23), [6, 9, 7]), ((6,), [6]), ((5,), [6, 9, 7, END])],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_response_ends_at_the_first_of_several_ends(
+    stops: tuple[int, ...], response: list[int], temperature: float, make_model: MakeModel
+) -> None:
+    checkpoint = open_checkpoint(str(make_model(21, layers=1, vocab_size=24, tie_word_embeddings=False)))
+    say_in_order(checkpoint, {5: 6, 6: 9, 9: 7, 7: END, END: 11, 11: 11})
+    prompts = ([5], [3, 4, 8, 5], [9, 5], [6, 9, 7, END, 3, 5], [11])  # the last one never ends
+    wanted = [SampleRequest(np.array(prompt, dtype=np.int32), 0) for prompt in prompts]
+    sampler = HfSampler(checkpoint, replace(SAMPLING, stops=stops, temperature=temperature), torch.device("cpu"))
+    (answers,) = sampler.sample([wanted])
+    assert as_lists(answers) == [response] * 4 + [[11] * 12]
+    assert [int(answer[-1]) in (END, *stops) for answer in answers] == [True] * 4 + [False]
+
+
+def test_several_ends_cut_what_one_end_leaves_whole(model: PreTrainedModel) -> None:
+    """The random numbers and the tokens before the end stay."""
+    whole = as_lists(sample(model, SAMPLING, requests(60)))
+    cut = as_lists(sample(model, replace(SAMPLING, stops=(5, 17)), requests(60)))
+    expected = []
+    for response in whole:
+        first = next((place for place, token in enumerate(response) if token in (END, 5, 17)), len(response))
+        expected.append(response[: first + 1])
+    assert cut == expected
+    assert cut != whole
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
@@ -137,13 +167,13 @@ def transformers_sample(model: PreTrainedModel, sampling: Sampling, wanted: Sequ
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
     model.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sampling.turn_end, pad_token_id=0
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=list(sampling.ends), pad_token_id=0
     )
     loop: Any = model
     output = loop.generate(
         input_ids=input_ids, attention_mask=mask, logits_processor=[force] if sampling.temperature else []
     )
-    return [_cut_after(row, sampling.turn_end) for row in output[:, width:].numpy().astype(np.int32)]
+    return [cut_after(row, sampling.ends) for row in output[:, width:].numpy().astype(np.int32)]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import MakeModel
-from tests.pipeline.conftest import assert_drawn_from
+from tests.pipeline.conftest import assert_drawn_from, say_in_order
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.samples import SampleRequest
@@ -77,6 +77,18 @@ def test_a_response_stops_at_the_end_of_turn_token_or_at_the_limit(student: Chec
     assert 0 < len(ended) < len(responses)
     assert all(END not in response[:-1] for response in responses)
     assert all(len(response) == 12 for response in responses if response[-1] != END)
+
+
+@pytest.mark.parametrize(
+    ("stops", "response"), [((), [6, 9, 7, END]), ((7, 9), [6, 9]), ((7, 23), [6, 9, 7]), ((6,), [6])]
+)
+def test_a_response_ends_at_the_first_of_several_ends(
+    stops: tuple[int, ...], response: list[int], make_model: MakeModel
+) -> None:
+    student = open_checkpoint(str(make_model(63, width=128, layers=1, vocab_size=24, tie_word_embeddings=False)))
+    say_in_order(student, {5: 6, 6: 9, 9: 7, 7: END, END: 11, 11: 11})
+    wanted = [SampleRequest(np.array(ids, dtype=np.int32), 0) for ids in ([5], [3, 4, 8, 5], [9, 5], [11])]
+    assert sample(student, replace(SAMPLING, stops=stops), wanted) == [response] * 3 + [[11] * 12]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
