@@ -221,7 +221,9 @@ def test_whole_weights_beside_an_index_are_refused(originals: Path, tmp_path: Pa
 def test_other_safetensors_without_an_index_are_refused(name: str, form: str, originals: Path, tmp_path: Path) -> None:
     directory = copy(originals, form, tmp_path)
     save_file({NORM: torch.zeros(32)}, directory / name, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"more than one model: transformers loads .*, vLLM .*{name}.*; remove {name} "):
+    with pytest.raises(
+        ModelError, match=f"more than one model: transformers loads .*, vLLM .*{name}.*; remove {name} "
+    ):
         open_checkpoint(str(directory))
 
 
