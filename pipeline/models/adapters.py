@@ -130,19 +130,14 @@ def merge(name: str, model: PreTrainedModel, directory: Path) -> PreTrainedModel
 
     config = _read_config(name, directory)
     config.inference_mode = True
-    _resize_embeddings(name, model, embedding_rows(name, directory))
     try:
-        adapted: Any = PeftModel(model, config)
+        with torch.random.fork_rng(devices=[]):  # for PEFT's starting values, which the adapter's replace
+            _resize_embeddings(name, model, embedding_rows(name, directory))
+            adapted: Any = PeftModel(model, config)
         _refuse_tied(name, model)
         mapping = getattr(model, "_checkpoint_conversion_mapping", {})  # as PeftModel.from_pretrained has it
         loaded = adapted.load_adapter(directory, "default", torch_device=str(model.device), key_mapping=mapping)
-        # PEFT fills missing weights with its starting values and only warns; it leaves out unexpected ones.
-        for problem in ("missing_keys", "unexpected_keys"):
-            if keys := sorted(getattr(loaded, problem)):
-                raise ModelError(
-                    f"{name}: its weights have {len(keys)} {problem.replace('_', ' ')}, the first {keys[0]}",
-                    f"save the adapter again, or correct its {ADAPTER_CONFIG}",
-                )
+        _refuse_other_weights(name, loaded)
         merged: PreTrainedModel = adapted.merge_and_unload()
     except ModelError:
         raise
@@ -176,6 +171,16 @@ def _read_config(name: str, directory: Path) -> Any:
         return PeftConfig.from_pretrained(str(directory))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{name}: PEFT cannot read its {ADAPTER_CONFIG}: {_line(error)}") from error
+
+
+def _refuse_other_weights(name: str, loaded: Any) -> None:
+    """PEFT leaves its starting values where weights are missing and only warns; unexpected weights it leaves out."""
+    for problem in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(getattr(loaded, problem)):
+            raise ModelError(
+                f"{name}: its weights have {len(keys)} {problem.replace('_', ' ')}, the first {keys[0]}",
+                f"save the adapter again, or correct its {ADAPTER_CONFIG}",
+            )
 
 
 def _resize_embeddings(name: str, model: PreTrainedModel, rows: dict[str, int]) -> None:

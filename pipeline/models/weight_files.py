@@ -163,7 +163,8 @@ def tensor_shapes(name: str, file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as opened:
             return {tensor: tuple(opened.get_slice(tensor).get_shape()) for tensor in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{name}: transformers cannot load it: {file.name} is damaged ({error})", "download or save it again") from error
+        problem = f"{name}: transformers cannot load it: {file.name} is damaged ({error})"
+        raise ModelError(problem, "download or save it again") from error
 
 
 def read_json(name: str, file: Path) -> dict[str, Any]:
