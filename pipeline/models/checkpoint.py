@@ -1,21 +1,20 @@
 """Checkpoints: turns the name that a user types into a directory, an identity and a loaded model."""
 
 import gc
-import hashlib
+import logging
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,20 +28,41 @@ from transformers import (
 from adpa.data.cache.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import HeadError, ModelError
+from adpa.pipeline.models import adapters
 from adpa.pipeline.models.lm_head import LmHead, check_head, read_head
+from adpa.pipeline.models.weight_files import (
+    CONFIG,
+    check_whole,
+    digest_files,
+    digest_lines,
+    find_directory,
+    is_quantized,
+    model_files,
+    read_json,
+    weight_files,
+)
 from adpa.pipeline.options import DtypeName
 
-WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
-HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory and the name that the user typed."""
+    """A model directory and the name that the user typed.
+
+    Attributes:
+        name: the name that the user typed.
+        revision: the commit on the Hub; None for a local directory.
+        directory: the directory of whole weights; of an adapter, that of its base.
+        adapter: the directory of the adapter that is merged into these weights; None if the model is none.
+    """
 
     name: str
     revision: str | None
     directory: Path
+    adapter: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles the expensive digest, not the cheap config and tokenizer."""
@@ -50,14 +70,14 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Name, revision, and the digest of configuration and weights; reads all of their bytes, once per process."""
-        files = [self.directory / "config.json", *_weight_files(self.directory)]
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            digests = pool.map(_digest_file, files)
-            lines = [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]
-        return ModelIdentity(
-            self.name, self.revision, hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-        )
+        """Name, revision, and the digest of all that is loaded; reads all of its bytes, once per process.
+
+        That is configuration and weights; of an adapter, also those of its base.
+        """
+        digest = digest_lines(digest_files(model_files(self.name, self.directory)))
+        if self.adapter is not None:
+            digest = adapters.digest_adapter(self.name, self.adapter, digest)
+        return ModelIdentity(self.name, self.revision, digest)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -73,9 +93,10 @@ class Checkpoint:
         Raises:
             ModelError: generation_config.json cannot be read, or an id is no whole number.
         """
-        if (self.directory / "generation_config.json").is_file():
+        directory = self._directory_of("generation_config.json")
+        if (directory / "generation_config.json").is_file():
             try:
-                ids = GenerationConfig.from_pretrained(self.directory).eos_token_id
+                ids = GenerationConfig.from_pretrained(directory).eos_token_id
             except (OSError, ValueError) as error:
                 raise ModelError(
                     f"{self.name}: its generation_config.json cannot be read: {_first_line(error)}"
@@ -96,29 +117,44 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether weights on disk are quantized: all of them, or some."""
-        return getattr(self._read_config()[0], "quantization_config", None) is not None
+        return is_quantized(self.name, self.directory)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer saved beside the weights."""
-        return load_tokenizer(self.directory)
+        """The tokenizer saved beside the weights; of an adapter, its own, or else the base's."""
+        return load_tokenizer(self._directory_of(*TOKENIZER_FILES))
 
     def dtype_name(self, dtype: DtypeName) -> str:
         """The dtype to compute in; ``auto`` is the checkpoint's own."""
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
     def load(self, dtype: str, device: torch.device, **options: Any) -> PreTrainedModel:
-        """Loads the model; ``options`` are further options of ``from_pretrained``.
+        """Loads the model; ``options`` are further options of ``from_pretrained``. An adapter is merged in the dtype.
 
         Raises:
-            ModelError: transformers cannot load it, or its weights do not match the configuration.
+            ModelError: transformers cannot load it, or its weights do not match the configuration or the base.
         """
         # cuDNN's attention makes a plan for each new shape, and our shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
         model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
+        if self.adapter is not None:
+            model = adapters.merge(self.name, model, self.adapter)
+            model.name_or_path = str(self.adapter)  # new adapters on it must not take the base for theirs
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model
+
+    def whole(self, dtype: str) -> "Checkpoint":
+        """The same model with whole weights on disk: itself, or of an adapter, merged in a dtype.
+
+        The merged weights lie in a temporary directory, which is removed when the process ends.
+
+        Raises:
+            ModelError: the adapter cannot be merged, or there is no room on the disk.
+        """
+        if self.adapter is None:
+            return self
+        return Checkpoint(self.name, self.revision, Path(_write_merged(self, self.identity.digest, dtype).name))
 
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
         """Loads the head alone: it loads the model without its layers, whose weights stay on disk.
@@ -129,6 +165,8 @@ class Checkpoint:
             HeadError: the head is not one that adpa knows, or its weights are quantized.
             ModelError: the checkpoint is not complete.
         """
+        if self.adapter is not None:
+            return self.whole(dtype).load_head(dtype, device)
         config, text_config = self._read_config()
         if text_config is not config:
             raise HeadError(f"{self.name}: it is more than a language model")
@@ -165,18 +203,30 @@ class Checkpoint:
     def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
         """The configurations of the whole model and of its language model, which may be the same object."""
         try:
-            config = AutoConfig.from_pretrained(self.directory)
-            return config, config.get_text_config(decoder=True)
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)  # and do not ask the user
+            text_config = config.get_text_config(decoder=True)
+            if self.adapter is not None:
+                rows = adapters.embedding_rows(self.name, self.adapter)
+                text_config.vocab_size = max(rows.values(), default=text_config.vocab_size)
+            return config, text_config
+        except ModelError:
+            raise
         except (OSError, ValueError, KeyError) as error:
+            self._refuse_remote_code(error)
             raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
 
     def _load(self, dtype: str, **options: Any) -> tuple[PreTrainedModel, Sequence[str]]:
         """The model, and the names of the weights on disk that it has no parameter for."""
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.directory, dtype=getattr(torch, dtype), output_loading_info=True, **options
+                self.directory,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            self._refuse_remote_code(error)
             raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
         model: PreTrainedModel
         model, information = loaded
@@ -184,6 +234,20 @@ class Checkpoint:
         for problem in ("missing_keys", "mismatched_keys"):
             self._refuse_keys(problem, information[problem])
         return model, list(information["unexpected_keys"])
+
+    def _refuse_remote_code(self, error: Exception) -> None:
+        """Says in one line that an error of transformers is about code in the directory."""
+        if "trust_remote_code" in str(error):
+            architecture = (read_json(self.name, self.directory / CONFIG).get("architectures") or ["it"])[0]
+            raise ModelError(
+                f"{self.name}: {architecture} needs code from its repository, which adpa does not run",
+                "use a model that transformers itself has",
+            ) from error
+
+    def _directory_of(self, *names: str) -> Path:
+        """The adapter's directory if one of these files lies there, else that of the weights."""
+        own = self.adapter is not None and any((self.adapter / each).is_file() for each in names)
+        return self.adapter if self.adapter is not None and own else self.directory
 
     def _refuse_keys(self, problem: str, keys: Iterable[object]) -> None:
         if names := sorted(map(str, keys)):
@@ -194,9 +258,7 @@ class Checkpoint:
 
     def weight_bytes(self, dtype: str) -> int:
         """About how many bytes the weights take in a dtype; for quantized weights, their size on disk."""
-        # A directory may hold the same weights in both formats.
-        files = [list(self.directory.glob(pattern)) for pattern in WEIGHT_PATTERNS]
-        size = sum(path.stat().st_size for path in next(filter(None, files)))
+        size = sum(path.stat().st_size for path in weight_files(self.name, self.directory))
         if self.is_quantized:
             return size
         return size * getattr(torch, dtype).itemsize // getattr(torch, self.dtype_name("auto")).itemsize
@@ -221,11 +283,12 @@ class Checkpoint:
         Raises:
             ModelError: it has not.
         """
-        if not self.directory.is_dir():
-            raise ModelError(
-                f"{self.name}: {platform.node()} has no {self.directory}",
-                "use a directory that every machine sees; for models of the Hub, set HF_HOME to one",
-            )
+        for directory in (self.directory, self.adapter):
+            if directory is not None and not directory.is_dir():
+                raise ModelError(
+                    f"{self.name}: {platform.node()} has no {directory}",
+                    "use a directory that every machine sees; for models of the Hub, set HF_HOME to one",
+                )
 
     def check_ids(self, largest: int) -> None:
         """Checks that the model has an embedding for every token id up to the largest.
@@ -261,30 +324,17 @@ class Checkpoint:
 def open_checkpoint(name: str) -> Checkpoint:
     """Finds a checkpoint: a local directory, or ``org/name`` or ``org/name@revision`` on the Hub.
 
+    The directory has whole weights, or an adapter of PEFT, whose base is found by the name in adapter_config.json.
+
     Raises:
-        ModelError: the checkpoint does not exist, or has no configuration or no weights.
+        ModelError: the checkpoint does not exist, is not complete, or does not say without doubt what is loaded.
     """
-    directory, revision = Path(name), None
-    if not directory.is_dir():
-        hub_name, _, revision_name = name.partition("@")
-        try:
-            for weights in WEIGHT_PATTERNS:  # the second only if the first has no file
-                patterns = [*HUB_PATTERNS, weights]
-                path = snapshot_download(hub_name, revision=revision_name or None, allow_patterns=patterns)
-                directory = Path(path)
-                if _weight_files(directory):
-                    break
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(
-                f"{name}: no such directory, and the Hub does not give it ({_first_line(error)})",
-                "check the name of the checkpoint",
-            ) from error
-        revision = directory.name
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{name}: found no config.json; expected a Hugging Face checkpoint directory")
-    if not _weight_files(directory):
-        raise ModelError(f"{name}: found no weights; expected one of {', '.join(WEIGHT_PATTERNS)}")
-    return Checkpoint(name, revision, directory.absolute())
+    directory, revision = find_directory(name)
+    if not adapters.is_adapter(name, directory):
+        check_whole(name, directory)
+        return Checkpoint(name, revision, directory)
+    adapters.check_adapter(name, directory)
+    return Checkpoint(name, revision, adapters.find_base(name, directory), adapter=directory)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -311,23 +361,24 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    return sorted(path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern))
-
-
-def _digest_file(path: Path) -> str:
-    status = path.stat()
-    return _digest_bytes(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
 @cache
-def _digest_bytes(path: Path, *state: int) -> str:
-    """The digest of a file in this state. It is cached: evaluation needs the same large models several times."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _write_merged(checkpoint: Checkpoint, digest: str, dtype: str) -> TemporaryDirectory[str]:
+    """A directory with the merged weights of an adapter, for this process; ``digest`` tells apart what was merged."""
+    model = checkpoint.load(dtype, torch.device("cpu"))
+    folder = TemporaryDirectory(prefix="adpa-merged-")
+    size = model.num_parameters() * model.dtype.itemsize
+    logger.warning("%s: its merged weights take %.1f GB in %s", checkpoint.name, size / 1e9, folder.name)
+    try:
+        model.save_pretrained(folder.name)
+    except (OSError, SafetensorError) as error:
+        folder.cleanup()
+        raise ModelError(
+            f"{checkpoint.name}: its merged weights cannot be written to {folder.name}: {_first_line(error)}",
+            "set TMPDIR to a directory with more room",
+        ) from error
+    del model
+    release_memory()
+    return folder
 
 
 def _first_line(error: Exception) -> str:

@@ -225,7 +225,7 @@ def _load_heads(
         try:
             if "hf_overrides" in options.arguments(model):
                 raise HeadError(f"--engine-arg hf_overrides changes what {checkpoint.name} is")
-            head = checkpoint.load_head("float32", torch.device("cpu"))
+            head = checkpoint.whole(dtypes[model]).load_head("float32", torch.device("cpu"))
         except HeadError as error:
             obstacles.append(error)  # still check the other checkpoint: it may be damaged
             continue

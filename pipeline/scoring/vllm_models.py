@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,14 +69,19 @@ class VllmModel:
         unknown = sorted(arguments.keys() - {field.name for field in fields(EngineArgs)})
         if unknown:
             raise OptionError(f"--engine-arg {unknown[0]}: vLLM has no such engine argument", "see its EngineArgs")
+        directory = checkpoint.whole(arguments["dtype"]).directory
+        _refuse_dense_layers(self.name, directory)
         with _starting(self.name):
             engine_args = EngineArgs(
-                model=str(checkpoint.directory),
+                model=str(directory),
                 skip_tokenizer_init=True,
                 generation_config="vllm",
+                # The files that are digested, and not those of Mistral's own format, which may lie beside them.
+                config_format="hf",
+                trust_remote_code=False,
                 enable_prefix_caching=False,
                 disable_log_stats=True,
-                **arguments,
+                **{"load_format": "hf", **arguments},
             )
             before = set(multiprocessing.active_children())
             self._engine = LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
@@ -296,6 +302,13 @@ class VllmSampler:
     def close(self) -> None:
         """See ``Sampler.close``."""
         self._model.close()
+
+
+def _refuse_dense_layers(name: str, directory: Path) -> None:
+    """Refuses a model behind which vLLM would put layers of sentence-transformers, which are not the language model."""
+    modules = directory / "modules.json"
+    if modules.is_file() and "Dense" in modules.read_text():
+        raise ModelError(f"{name}: vLLM would add the dense layers of modules.json to it", "remove modules.json")
 
 
 def _wake_when_it_dies(engine: LLMEngine, processes: Collection[multiprocessing.process.BaseProcess]) -> None:

@@ -8,13 +8,19 @@ from typing import Any, get_args
 from adpa.errors import OptionError
 from adpa.pipeline.options import HeadDtype, ModelName
 
-# adpa sets the first group itself. The second changes only speed and memory. Any other argument may change a number, so
-# that it is part of a scoring's identity.
+# adpa sets the first group itself. The second would load something else than the files that are digested. The third
+# changes only speed and memory. Any other argument may change a number, so that it is part of a scoring's identity.
 OWN_ARGUMENTS = {
     *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "pooler_config", "dtype", "max_model_len"),
     *("max_logprobs", "logprobs_mode", "enable_prefix_caching", "generation_config", "data_parallel_size"),
     *("speculative_config", "kv_sharing_fast_prefill", "disable_log_stats"),
 }
+OTHER_FILES = {
+    *("trust_remote_code", "config_format", "hf_config_path", "model_weights"),
+    *("revision", "code_revision", "tokenizer_revision", "hf_token", "default_mm_loras"),
+    *("spec_method", "spec_model", "spec_tokens"),
+}
+SAME_FILES = ("hf", "safetensors", "fastsafetensors", "instanttensor")  # load formats for the files that are digested
 PLACEMENT_ARGUMENTS = {
     *("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "distributed_executor_backend"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "block_size"),
@@ -52,10 +58,19 @@ class VllmOptions:
         for _, key, value in self._engine_args:
             if key in OWN_ARGUMENTS:
                 raise OptionError(f"--engine-arg {key}: adpa sets it", "leave it out; --max-model-len is an option")
+            if key in OTHER_FILES or (key == "load_format" and value not in SAME_FILES):
+                raise OptionError(
+                    f"--engine-arg {key}: vLLM would load something else than the files of the model that adpa knows",
+                    f"leave it out; load_format may be one of {', '.join(SAME_FILES)}",
+                )
             if key in NUMBERS and not isinstance(value, int | float):
                 raise OptionError(f"--engine-arg {key}: found {value!r}; expected a number")
             if key == "hf_overrides" and not isinstance(value, dict):
                 raise OptionError(f"--engine-arg {key}: found {value!r}; expected a JSON object")
+            if key == "hf_overrides" and "quantization_config_file" in value:
+                raise OptionError(
+                    "--engine-arg hf_overrides: found quantization_config_file", "write its content there"
+                )
             if key == "hf_overrides" and "head_dtype" in value:
                 raise OptionError("--engine-arg hf_overrides: found head_dtype", "use --head-dtype")
 

@@ -5,9 +5,10 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 20
 W + alpha / rank · B·A with A [rank, in] random and B [out, rank] zero: training starts from the unchanged student.
 Its own weights stay, head and embeddings included.
 
-The only module that imports PEFT and bitsandbytes.
+The only module that imports bitsandbytes.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adpa.errors import ModelError, OptionError
+from adpa.pipeline.models import adapters
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.training.lora_settings import ALL_LINEAR, LoraSettings
 
@@ -51,7 +53,7 @@ def load_base(
     )
     from bitsandbytes.nn.modules import Linear4bit
 
-    model = checkpoint.load(dtype, device, quantization_config=in_4bit, device_map={"": device})
+    model = checkpoint.whole(dtype).load(dtype, device, quantization_config=in_4bit, device_map={"": device})
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # In eval mode on some CPUs it would repack its weights permanently, for a product without a gradient.
@@ -67,34 +69,34 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> Any:
     Raises:
         OptionError: a target is no linear layer of the decoder.
     """
-    from peft import LoraConfig, get_peft_model
-
     _check_targets(model, settings.targets)
     # The head gets no adapter: the loss reads its weight directly, and computes no gradient for it.
-    config = LoraConfig(
+    return adapters.add(
+        model,
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=list(settings.targets) or ALL_LINEAR,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    return get_peft_model(model, config)
 
 
-def merge_adapters(checkpoint: Checkpoint, adapters: Path, dtype: str) -> PreTrainedModel:
+def merge_adapters(checkpoint: Checkpoint, directory: Path, dtype: str) -> PreTrainedModel:
     """Merges adapters into the student's own weights from disk, in a dtype, on the CPU.
 
     Also completes the adapters' configuration, so that others can load them: the name of their checkpoint, and the
-    task, causal language modelling.
+    task, causal language modelling. They get no name if the student is an adapter itself: its merged weights are
+    nowhere on disk, and on the student's base these adapters would be another model.
     """
-    from peft import PeftModel, TaskType
-
-    model: Any = PeftModel.from_pretrained(checkpoint.load(dtype, torch.device("cpu")), adapters)
-    config = model.active_peft_config
-    config.base_model_name_or_path = checkpoint.name.partition("@")[0] if checkpoint.revision else checkpoint.name
-    config.revision = checkpoint.revision
-    config.task_type, config.auto_mapping = TaskType.CAUSAL_LM, None
-    config.save_pretrained(adapters)
-    return model.merge_and_unload()
+    model = adapters.merge(str(directory), checkpoint.load(dtype, torch.device("cpu")), directory)
+    path = directory / adapters.ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    name = checkpoint.name.partition("@")[0] if checkpoint.revision else checkpoint.name
+    config |= {"base_model_name_or_path": name, "revision": checkpoint.revision}
+    if checkpoint.adapter is not None:
+        config |= {"base_model_name_or_path": None, "revision": None}
+    config |= {"task_type": "CAUSAL_LM", "auto_mapping": None}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    return model
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:

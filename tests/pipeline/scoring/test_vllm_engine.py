@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.conftest import MakeModel
 from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized
 from tests.pipeline.scoring.conftest import CPU, GPU, engine, opened
@@ -226,7 +227,7 @@ def test_a_damaged_checkpoint_is_no_reason_for_vllms_own_head(teacher: Checkpoin
 @pytest.mark.usefixtures("installed")
 def test_a_model_that_is_more_than_a_language_model_is_refused(teacher: Checkpoint, tmp_path: Path) -> None:
     Gemma3Config().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="more than a language model; adpa cannot run it on vLLM; use --engine hf"):
         opened(VllmOptions(), GPU, open_checkpoint(str(tmp_path)))
 
