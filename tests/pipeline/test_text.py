@@ -73,7 +73,7 @@ def test_the_first_example_is_shown_after_all_rows_were_checked_and_before_anyth
     assert shown == []
     precompute(str(models.teacher), str(write_rows([PAIR])), cache, on_example=show)
     messages = [{"role": "user", "content": "Say hello."}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     assert shown == [FirstExample(prompt, "Hello there!", "<|im_end|>", 2)]
 
 
@@ -180,7 +180,7 @@ def test_conversations_with_tools_are_scored(models: Models, write_rows: WriteRo
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lyon"}}}
     tool = {"type": "function", "function": {"name": "weather", "description": "It rains?", "parameters": {}}}
     asked = {"role": "user", "content": "Rain in Lyon?"}
-    rows = [
+    rows: list[Row] = [
         {
             "prompt": [asked],
             "chosen": [{"role": "assistant", "tool_calls": [call]}],
