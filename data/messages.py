@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -64,7 +65,9 @@ def _parse_message(place: str, message: Any) -> Message:
             parsed[field] = _parse_tool_calls(place, role, value)
         elif field in TEXT_FIELDS:
             if not isinstance(value, str):
-                raise RowError(f"{place} has a message with the {field} {value!r:.60}; expected a string", DROP)
+                raise RowError(
+                    f"{place} has a message with the {field} {value!r:.60}; expected a string", DROP, "not messages"
+                )
             parsed[field] = value
     parsed["content"] = _parse_content(place, message)
     return parsed
@@ -105,8 +108,10 @@ def unsupported(problem: str, name: str) -> RowError:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column or field counts as absent: null, blank, or without elements."""
-    return not value or (isinstance(value, str) and not value.strip())
+    """Whether a column or field counts as absent: null or NaN, blank, or without elements."""
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return not value or (isinstance(value, float) and math.isnan(value))
 
 
 def _parse_tool_calls(place: str, role: str, calls: Any) -> list[dict[str, Any]]:

@@ -204,14 +204,14 @@ def _with_system(where: str, system: Any, prompt: list[Message]) -> list[Message
     if is_empty(system):
         return prompt
     if not isinstance(system, str):
-        raise RowError(f"{where}: `system` is {system!r:.60}; expected a string", DROP, "broken system column")
+        raise RowError(f"{where}: `system` is {system!r:.60}; expected a string", DROP, "system message")
     if prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     if prompt[0]["content"] != system:
         raise RowError(
             f"{where}: `system` is not the system message that the conversation begins with",
             "remove one of them",
-            "two system messages",
+            "system message",
         )
     return prompt
 

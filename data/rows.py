@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from adpa.data.preferences import READ_COLUMNS, RESPONSE_COLUMNS, printable
@@ -146,29 +146,46 @@ def _read_parquet(path: Path) -> Rows:
 
 def _read_directory(path: Path, split: str | None) -> Rows:
     try:
-        dataset = load_from_disk(str(path))
-    except (FileNotFoundError, IndexError) as error:  # IndexError: it was saved without a row
+        files = _arrow_files(path, split)
+    except FileNotFoundError:
+        files = []
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: expected a directory saved by datasets.save_to_disk; found JSON of another form ({error!r})",
+            "save the data set again",
+        ) from error
+    if not files:
         raise DataError(
             f"{path}: expected a directory saved by datasets.save_to_disk, with at least one row",
             "or give --data one file",
-        ) from error
-    except (*TABLE_ERRORS, AttributeError, KeyError, TypeError) as error:  # the last three: JSON of another form
-        raise DataError(
-            f"{path}: expected a directory saved by datasets.save_to_disk; found {_broken_file(path, error)}",
-            "save the data set again",
-        ) from error
-    return _read_dataset(str(path), dataset, split)
+        )
+    return _read_batches(str(path), _arrow_batches(path, files))
 
 
-def _broken_file(directory: Path, error: Exception) -> str:
-    """The Arrow file of a directory that cannot be read, and why."""
-    for file in sorted(directory.rglob("*.arrow")):
+def _arrow_files(path: Path, split: str | None) -> list[Path]:
+    if not (path / "state.json").is_file():
+        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        path = path / _pick_split(str(path), names, split)
+    elif split is not None:
+        raise DataError(f"{path}: found --split {split}; this data set has no splits", "leave --split out")
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return [path / file["filename"] for file in state["_data_files"]]
+
+
+def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch]:
+    """Reads Arrow files without ``datasets``, which may lack the package of their format or the type of a column."""
+    for file in files:
         try:
-            with pa.memory_map(str(file)) as source:
-                pa.ipc.open_stream(source).read_all()
-        except (pa.ArrowException, OSError) as broken:
-            return f"a broken file, {file} ({_first_line(broken)})"
-    return f"broken files ({_first_line(error)})"
+            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+                columns = _used_columns(str(path), reader.schema.names)
+                for batch in reader:
+                    yield batch.select(columns)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path}: expected a directory saved by datasets.save_to_disk; "
+                f"found a broken file, {file} ({_first_line(error)})",
+                "save the data set again",
+            ) from error
 
 
 def _read_hub(name: str, split: str | None) -> Rows:
@@ -178,28 +195,18 @@ def _read_hub(name: str, split: str | None) -> Rows:
         raise DataError(
             f"{name}: no such file or directory, and the Hub does not give it ({_first_line(error)})", "check --data"
         ) from error
-    return _read_dataset(name, dataset, split)
+    rows = dataset[_pick_split(name, list(dataset), split)].with_format("arrow")
+    columns = _used_columns(name, rows.column_names)
+    return _read_batches(name, rows.select_columns(columns).iter(BATCH_ROWS))
 
 
-def _read_dataset(source: str, dataset: Dataset | DatasetDict, split: str | None) -> Rows:
-    chosen = _pick_split(source, dataset, split)
-    columns = _used_columns(source, chosen.column_names)
-    # The Arrow format, whatever format the data set was saved with: its rows become plain Python below.
-    return _read_batches(source, chosen.with_format("arrow").select_columns(columns).iter(BATCH_ROWS))
-
-
-def _pick_split(source: str, dataset: Dataset | DatasetDict, split: str | None) -> Dataset:
-    if isinstance(dataset, Dataset):
-        if split is not None:
-            raise DataError(f"{source}: found --split {split}; this data set has no splits", "leave --split out")
-        return dataset
-    names = list(dataset)
+def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
     if split is None and len(names) == 1:
-        split = names[0]
-    if split not in dataset:
+        return names[0]
+    if split is None or split not in names:
         choice = "no --split" if split is None else f"--split {split}"
         raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", "name it with --split")
-    return dataset[split]
+    return split
 
 
 def _used_columns(source: str, names: Sequence[str]) -> list[str]:
@@ -228,6 +235,8 @@ def _read_batches(source: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> 
                     yield where, convert(row)
                 except (json.JSONDecodeError, RecursionError) as error:
                     yield where, _broken_row(where, error)
+    except DataError:
+        raise
     except TABLE_ERRORS as error:
         raise DataError(f"{source}: cannot be read after row {number}: {_first_line(error)}", "check --data") from error
 

@@ -1,9 +1,128 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from adpa.data.messages import holds_messages
+from adpa.data.messages import Message, holds_messages, parse_messages
+from adpa.errors import RowError
+
+QUESTION: Message = {"role": "user", "content": "What is the capital of France?"}
+ANSWER: Message = {"role": "assistant", "content": "Paris."}
+
+
+def refusal(message: Message, reason: str) -> str:
+    """The one line with which the message is refused, under the reason."""
+    with pytest.raises(RowError) as caught:
+        parse_messages("line 2: `chosen`", [message], "assistant")
+    text = str(caught.value)
+    assert text.startswith("line 2: `chosen` has ")
+    assert "\n" not in text
+    assert caught.value.reason == reason
+    return text
+
+
+def test_a_string_is_one_message() -> None:
+    assert parse_messages("here", "Paris.", "assistant") == [ANSWER]
+
+
+def test_fields_that_templates_know_are_kept_and_others_left_out() -> None:
+    kept = {"name": "Ann", "reasoning_content": "Hm.", "thinking": "Hm!", "reasoning": "Hm?"}
+    dropped = {"weight": 1.0, "language": "English", "tool_calls": [], "function_call": None, "images": []}
+    assert parse_messages("here", [ANSWER | kept | dropped], "user") == [ANSWER | kept]
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
+    assert parse_messages("here", [QUESTION | {"content": parts}], "user") == [QUESTION]
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image"}, "images"),
+        ({"type": "image_url", "image_url": {"url": "tower.png"}}, "images"),
+        ({"type": "input_audio"}, "audio"),
+        ({"type": "video"}, "videos"),
+        ({"type": "thinking", "thinking": "France …"}, "unsupported field"),
+    ],
+)
+def test_other_parts_are_refused_by_name(part: Message, reason: str) -> None:
+    message = refusal(QUESTION | {"content": [{"type": "text", "text": "What is this?"}, part]}, reason)
+    assert f"a content part of the type '{part['type']}'" in message
+    assert "not supported" in message
+
+
+@pytest.mark.parametrize("content", [None, 5, {"text": "Paris."}, ["Paris."], [{"text": "Paris."}], [{"type": "text"}]])
+def test_content_of_another_form_is_refused(content: Any) -> None:
+    assert "both strings" in refusal(ANSWER | {"content": content}, "not messages")
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("function_call", "unsupported field"),
+        ("tools", "unsupported field"),
+        ("tool_plan", "unsupported field"),
+        ("refusal", "unsupported field"),
+        ("audio", "audio"),
+        ("images", "images"),
+    ],
+)
+def test_a_field_that_would_be_lost_is_refused_by_name(field: str, reason: str) -> None:
+    message = refusal({"role": "assistant", "content": None, field: {"name": "search"}}, reason)
+    assert f"a message with `{field}`" in message
+
+
+@pytest.mark.parametrize("role", ["function", "ipython", "human", "Assistant"])
+def test_other_roles_are_refused_by_name(role: str) -> None:
+    message = refusal(QUESTION | {"role": role}, "wrong role")
+    assert f"the role '{role}'; expected one of system, developer, user, assistant, tool" in message
+
+
+FUNCTION = {"name": "search", "arguments": {"query": "capital", "page": None}}
+CALL = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (CALL, CALL),
+        (FUNCTION, CALL),
+        (FUNCTION | {"id": "1"}, CALL | {"id": "1"}),
+        (CALL | {"id": None}, CALL),
+        ({"function": FUNCTION}, {"function": FUNCTION}),
+        ({"id": "1", "function": FUNCTION | {"arguments": '{"query": "x"}'}}, None),
+    ],
+)
+def test_a_tool_call_takes_the_form_that_templates_read(call: Any, expected: Any) -> None:
+    (message,) = parse_messages("here", [{"role": "assistant", "tool_calls": [call]}], "assistant")
+    expected = expected or {"id": "1", "function": {"name": "search", "arguments": {"query": "x"}}}
+    assert message == {"role": "assistant", "content": "", "tool_calls": [expected]}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "search(capital)",
+        {"function": FUNCTION},
+        ["search"],
+        [{"function": "search"}],
+        [{"function": {"name": "search"}}],
+        [{"name": "", "arguments": {}}],
+        [{"name": "search", "arguments": "capital"}],
+        [{"name": "search", "arguments": "[" * 100_000}],
+        [{"type": "tool_use", "name": "search", "input": {}}],
+    ],
+)
+def test_a_broken_tool_call_is_refused(calls: Any) -> None:
+    assert "has the tool call" in refusal(ANSWER | {"tool_calls": calls}, "broken tool call")
+
+
+def test_only_the_assistant_calls_tools() -> None:
+    message = refusal(QUESTION | {"tool_calls": [CALL]}, "broken tool call")
+    assert "tool calls in a message of the user" in message
+
 
 MESSAGES = [
     {"role": "user", "content": 'It\'s a "{x}"\n {y} and \\d ü 🗼'},

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from tests.data.json_files import edit_json
 
 from adpa.data.rows import read_rows
 from adpa.errors import DataError, RowError
@@ -242,13 +243,11 @@ def test_a_broken_json_list_is_refused_as_a_whole(text: str, problem: str, tmp_p
 
 
 @pytest.mark.parametrize("name", ["numpy", "pandas", "arrow", "torch"])
-def test_a_directory_in_another_format_gives_plain_rows(name: str, tmp_path: Path) -> None:
-    Dataset.from_list(ROWS).with_format(name).save_to_disk(tmp_path / "prefs")
-    assert only_rows(tmp_path / "prefs") == ROWS
-
-
-def test_a_directory_whose_format_hides_columns_gives_them_all(tmp_path: Path) -> None:
-    Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(tmp_path / "prefs")
+@pytest.mark.parametrize("columns", [None, ["prompt"]])
+def test_a_directory_in_another_format_gives_all_rows_as_plain_python(
+    columns: list[str] | None, name: str, tmp_path: Path
+) -> None:
+    Dataset.from_list(ROWS).with_format(name, columns=columns).save_to_disk(tmp_path / "prefs")
     assert only_rows(tmp_path / "prefs") == ROWS
 
 
@@ -344,7 +343,28 @@ def test_a_truncated_arrow_file_of_a_directory_is_refused_by_name(part: float, t
 def test_a_directory_with_a_broken_description_is_refused(text: str, tmp_path: Path) -> None:
     folder = save_dataset(ROWS, tmp_path / "prefs")
     (folder / "state.json").write_text(text)
-    assert "found broken files (" in refusal(folder)
+    assert "found JSON of another form (" in refusal(folder)
+
+
+def test_a_missing_file_of_a_directory_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save_dataset(ROWS, tmp_path / "prefs")
+    (file,) = folder.glob("*.arrow")
+    file.unlink()
+    assert f"found a broken file, {file} (" in refusal(folder)
+
+
+def test_a_directory_needs_no_package_but_arrow(tmp_path: Path) -> None:
+    """Its format may come from a package that is missing here, and an unused column may have a type of the future."""
+    folder = save_dataset(ROWS, tmp_path / "prefs")
+    edit_json(folder / "state.json", lambda state: state.update(_format_type="polars"))
+    edit_json(folder / "dataset_info.json", lambda info: info["features"].update(unused={"_type": "Hologram"}))
+    assert only_rows(folder) == ROWS
+
+
+def test_a_broken_split_that_is_not_read_does_no_harm(tmp_path: Path) -> None:
+    folder = save_two_splits(tmp_path / "prefs")
+    next((folder / "train_prefs").glob("*.arrow")).unlink()
+    assert [row for _, row in read_rows(str(folder), "test_prefs")] == [explicit([SYSTEM, QUESTION])]
 
 
 def test_a_file_that_is_damaged_in_the_middle_is_refused_after_the_rows_before(tmp_path: Path) -> None:
