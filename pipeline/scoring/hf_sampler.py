@@ -2,7 +2,8 @@
 
 Every response has its own stream of uniform random numbers, derived from the seed, the prompt and the response's index.
 A token is drawn by inverting the cumulative distribution. So a response depends on its batch only as far as the logits
-do. In float32 the logits differ by rounding, and responses are the same; in bfloat16 some responses differ.
+do. In float32 the logits differ by rounding, and responses are the same; in bfloat16 some responses differ. A model
+whose logits depend on padding gets none.
 
 The loop over tokens is ours. The loop of transformers waits for the device at every token, so that a GPU would idle
 until the next token's work is queued. ``generate`` prepares the loop.
@@ -31,7 +32,6 @@ from adpa.pipeline.models.padding import Grouping, choose_grouping, in_groups, n
 from adpa.pipeline.scoring.sample import stream_seed
 
 SYNC_FREE_SDPA = "adpa_sync_free_sdpa"
-
 ANOTHER = "use --engine vllm if it runs the model, or another student"
 
 # From the number of a step and its logits [B, V] to the tokens [B].
@@ -65,7 +65,7 @@ class HfSampler:
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[TokenIds]:
-    """Samples a response to each request, int32 [T]. It has no end at its end if ``max_new_tokens`` cut it off.
+    """Samples a response to each request, int32 [T]: up to the first of ``sampling.ends``, or ``max_new_tokens``.
 
     Raises:
         ModelError: the logits are not finite.
@@ -126,7 +126,7 @@ def _logits_at_once(model: PreTrainedModel, sequence: TokenSequence) -> Tensor:
     """The same by one call of the model."""
     ids = np.append(sequence.prompt_ids, sequence.response_ids[:1]).astype(np.int64)
     input_ids = torch.from_numpy(ids)[None].to(model.device)
-    logits: Tensor = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    logits: Tensor = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     return logits[0, -2:]
 
 

@@ -18,7 +18,7 @@ class Sampler(Protocol):
     """A model that samples responses, batch after batch, in order."""
 
     def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
-        """A response to each request, int32 [T]. It has no end-of-turn token if ``max_new_tokens`` cut it off."""
+        """A response to each request, int32 [T]: up to the first of the sampling's ends, or ``max_new_tokens``."""
         ...
 
     def close(self) -> None:

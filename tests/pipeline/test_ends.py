@@ -26,8 +26,8 @@ def make_student(few_words: Filled, tmp_path: Path) -> MakeStudent:
     def make(eos_token_id: object, last: int) -> Path:
         directory = tmp_path / "student"
         shutil.copytree(few_words.models.student, directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        colon, hello, there = (tokenizer.convert_tokens_to_ids(word) for word in (":", "Hello", "there"))
+        vocabulary = AutoTokenizer.from_pretrained(directory).get_vocab()
+        colon, hello, there = (vocabulary[word] for word in (":", "Hello", "there"))
         say_in_order(open_checkpoint(str(directory)), {colon: hello, hello: there, there: last, last: last})
         set_ends(directory, eos_token_id)
         return directory
