@@ -76,6 +76,38 @@ def test_an_option_that_has_no_meaning_is_refused(options: dict[str, Any], messa
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("trust_remote_code=true", "config_format=mistral", "hf_config_path=/other", "model_weights=/other"),
+        *(
+            "load_format=dummy",
+            "load_format=mistral",
+            "load_format=sharded_state",
+            "load_format=auto",
+            "load-format=pt",
+        ),
+        *("spec_model=other", "default_mm_loras={}", "teacher:revision=other", "hf_token=secret"),
+    ],
+)
+def test_what_would_load_other_files_than_the_digested_ones_is_refused(argument: str) -> None:
+    key = argument.partition("=")[0].rpartition(":")[2].replace("-", "_")
+    with pytest.raises(OptionError, match=f"--engine-arg {key}: vLLM would load something else than the files"):
+        VllmOptions(engine_arg=(argument,)).check()
+
+
+def test_a_quantization_in_a_file_that_nobody_digests_is_refused() -> None:
+    with pytest.raises(OptionError, match="hf_overrides: found quantization_config_file; write the settings there"):
+        VllmOptions(engine_arg=('hf_overrides={"quantization_config_file": "/tmp/x.json"}',)).check()
+
+
+@pytest.mark.parametrize("load_format", ["hf", "safetensors", "fastsafetensors", "instanttensor"])
+def test_another_way_to_read_the_same_files_is_allowed_and_named(load_format: str) -> None:
+    options = VllmOptions(engine_arg=(f"teacher:load_format={load_format}",))
+    options.check()
+    assert options.numerics("teacher") == [f'teacher:load_format="{load_format}"']
+
+
 def test_the_defaults_and_what_vllm_understands_pass_the_check() -> None:
     VllmOptions().check()
     VllmOptions(2, "fp8", 4096, 1.0, "model", ("seed=1", "teacher:max_num_seqs=3")).check()
