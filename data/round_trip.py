@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ONE_IN = 100  # texts; a tokenizer that loses more is wrong itself
 SHOWN = 40  # characters of a text in a message
+SENTENCEPIECE_BLANK = "\u2581"
 RULES = ("normalizer", "pre_tokenizer", "decoder")
 
 
@@ -86,16 +87,19 @@ def _normalization(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]
     if backend is None:  # SentencePiece normalizes so, by default
         return lambda text: " ".join(unicodedata.normalize("NFKC", text).split())
     normalizer = backend.normalizer
-
-    def change(text: str) -> str:
-        return normalizer.normalize_str(text).replace("▁", " ") if normalizer else text
-
-    blank, newline = _split("a b", backend), _split("a\nb", backend)
+    change: Callable[[str], str] = normalizer.normalize_str if normalizer else str
+    blank, newline = _split(change("a b"), backend), _split(change("a\nb"), backend)
     if blank == "ab":
         return lambda text: "".join(change(text).split())
     if newline in ("ab", blank):
-        return lambda text: " ".join(change(text).split())
+        return lambda text: " ".join(_blanks(change(text)).split())
+    if SENTENCEPIECE_BLANK in blank:
+        return lambda text: _blanks(change(text.strip())).strip()
     return lambda text: change(text.strip()).strip()
+
+
+def _blanks(text: str) -> str:
+    return text.replace(SENTENCEPIECE_BLANK, " ")
 
 
 def _split(text: str, backend: Tokenizer) -> str:

@@ -76,6 +76,12 @@ def test_a_sentencepiece_file_with_its_own_label_is_fine(tmp_path: Path, label: 
     assert check_round_trip(tokenizer, TEXTS) == {}
 
 
+@pytest.mark.parametrize("label", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_the_sign_that_sentencepiece_writes_for_a_blank_is_a_blank(tmp_path: Path, label: str) -> None:
+    tokenizer = load_tokenizer(save(sentencepiece(), tmp_path, label))
+    assert find_losses(tokenizer, ["a \u2581b", "Hello\u2581there!"]) == {}
+
+
 @pytest.mark.parametrize("add_prefix_space", [True, False])
 def test_a_blank_that_the_tokenizer_puts_in_front_is_no_loss(add_prefix_space: bool) -> None:
     tokenizer = byte_level()
