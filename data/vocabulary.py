@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,10 +34,61 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # and do not ask the user
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
+        fix = "save one there with tokenizer.save_pretrained"
+        if (directory / "tokenizer.json").is_file():  # a class that does not fit to the file fails in many ways
+            fix += ', or set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
         raise ModelError(
-            f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})",
-            "save one there with tokenizer.save_pretrained",
+            f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})", fix
         ) from error
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text: those of ``tokenizer(texts, add_special_tokens=False)``, sooner.
+
+    The tokenizer looks for its special tokens first, and takes the text between them piece by piece. So texts are cut
+    before their special tokens, and equal pieces are encoded once: the turns that a prompt shares with its responses.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    stock = all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name)
+        for name in ("__call__", "_encode_plus", "_convert_encoding")
+    )
+    if not stock:
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = tokenizer.split_special_tokens  # the call sets these three as well
+    backend.no_truncation()
+    backend.no_padding()
+    cuts = _cuts(tokenizer)
+    pieces = [cuts.split(text) for text in texts]
+    distinct = list(dict.fromkeys(piece for parts in pieces for piece in parts))
+    encodings = backend.encode_batch_fast(distinct, add_special_tokens=False)
+    ids = {piece: encoding.ids for piece, encoding in zip(distinct, encodings, strict=True)}
+    return [[token for piece in parts for token in ids[piece]] for parts in pieces]
+
+
+def _cuts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """The places before special tokens that split a text in two without a change of its tokens.
+
+    A token makes no cut if it takes the white space before it, if it is looked for in normalized text, or if another
+    added token has its first character inside, so that it could reach over the cut. A token that has to be a single
+    word looks at its neighbors.
+    """
+    never = re.compile("(?!)")
+    added = tokenizer.added_tokens_decoder.values()
+    if tokenizer.split_special_tokens or any(token.single_word for token in added):
+        return never
+    inside = {"", *(character for token in added for character in token.content[1:])}
+    names = [
+        token.content
+        for token in added
+        if token.special and not (token.lstrip or token.normalized) and token.content[:1] not in inside
+    ]
+    if not names:
+        return never
+    first = "".join({re.escape(name[0]) for name in names})
+    return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, names))})")
 
 
 def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerDigests:

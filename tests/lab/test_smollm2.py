@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import Row, WriteRows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from adpa import distill, precompute
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scorings, read_signals
-from adpa.lab.smollm2 import drop_layers
+from adpa.errors import ModelError
+from adpa.lab.smollm2 import drop_layers, pre_tokenizer
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -73,3 +74,36 @@ def test_a_layer_dropped_copy_keeps_layers_from_the_first_to_the_last(smollm2: P
     assert len(copy) == 3
     for place, origin in enumerate((0, 14, 29)):
         torch.testing.assert_close(copy[place].mlp.up_proj.weight, whole[origin].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("1234", [33, 34, 35, 36]),
+        ("2024-11-05", [34, 32, 34, 36, 29, 33, 33, 29, 32, 37]),
+        (" 7", [216, 39]),
+        ("3.14", [35, 30, 33, 36]),
+        ("x10", [104, 33, 32]),
+        ("Hello, world!", [19556, 28, 905, 17]),
+        ("<|im_start|>42<|im_end|>", [1, 36, 34, 2]),
+    ],
+)
+def test_the_tokenizer_takes_digits_one_by_one_as_the_published_one_does(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
+) -> None:
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_tokenizer_has_the_published_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert (tokenizer.unk_token, tokenizer.pad_token) == ("<|endoftext|>", "<|im_end|>")
+    assert [index for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special] == [*range(17)]
+    assert (len(tokenizer), tokenizer.model_max_length) == (49152, 8192)
+    assert tokenizer("2", add_special_tokens=True)["input_ids"] == [34]  # no token at the start
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "default"])
+def test_a_gguf_file_with_another_split_is_refused_by_name(split: str) -> None:
+    with pytest.raises(ModelError, match=f"splits text by '{split}'; expected 'smollm'"):
+        pre_tokenizer(split)
