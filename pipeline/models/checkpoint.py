@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -147,14 +147,22 @@ class Checkpoint:
     def whole(self, dtype: str) -> "Checkpoint":
         """The same model with whole weights on disk: itself, or of an adapter, merged in a dtype.
 
-        The merged weights lie in a temporary directory, which is removed when the process ends.
+        The merged weights lie in a temporary directory until ``forget_whole``, or until the process ends.
 
         Raises:
             ModelError: the adapter cannot be merged, or there is no room on the disk.
         """
         if self.adapter is None:
             return self
-        return Checkpoint(self.name, self.revision, Path(_write_merged(self, self.identity.digest, dtype).name))
+        key = (self, self.identity.digest, dtype)
+        if key not in _merged:
+            _merged[key] = _write_merged(self, dtype)
+        return Checkpoint(self.name, self.revision, Path(_merged[key].name))
+
+    def forget_whole(self, dtype: str) -> None:
+        """Removes the directory that ``whole`` has written, if any."""
+        if self.adapter is not None and (written := _merged.pop((self, self.identity.digest, dtype), None)):
+            written.cleanup()
 
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
         """Loads the head alone: it loads the model without its layers, whose weights stay on disk.
@@ -321,6 +329,9 @@ class Checkpoint:
             )
 
 
+_merged: dict[tuple[Checkpoint, str, str], TemporaryDirectory[str]] = {}  # by model, digest and dtype
+
+
 def open_checkpoint(name: str) -> Checkpoint:
     """Finds a checkpoint: a local directory, or ``org/name`` or ``org/name@revision`` on the Hub.
 
@@ -361,20 +372,18 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-@cache
-def _write_merged(checkpoint: Checkpoint, digest: str, dtype: str) -> TemporaryDirectory[str]:
-    """A directory with the merged weights of an adapter, for this process; ``digest`` tells apart what was merged."""
+def _write_merged(checkpoint: Checkpoint, dtype: str) -> TemporaryDirectory[str]:
+    """A directory with the merged weights of an adapter."""
     model = checkpoint.load(dtype, torch.device("cpu"))
-    folder = TemporaryDirectory(prefix="adpa-merged-")
-    size = model.num_parameters() * model.dtype.itemsize
-    logger.warning("%s: its merged weights take %.1f GB in %s", checkpoint.name, size / 1e9, folder.name)
+    size = model.num_parameters() * model.dtype.itemsize / 1e9
     try:
+        folder = TemporaryDirectory(prefix="adpa-merged-")
+        logger.warning("%s: its merged weights take %.1f GB in %s", checkpoint.name, size, folder.name)
         model.save_pretrained(folder.name)
     except (OSError, SafetensorError) as error:
-        folder.cleanup()
         raise ModelError(
-            f"{checkpoint.name}: its merged weights cannot be written to {folder.name}: {_first_line(error)}",
-            "set TMPDIR to a directory with more room",
+            f"{checkpoint.name}: its merged weights, {size:.1f} GB, cannot be written: {_first_line(error)}",
+            "set TMPDIR to a directory with room for them",
         ) from error
     del model
     release_memory()

@@ -86,6 +86,7 @@ class VllmModel:
             before = set(multiprocessing.active_children())
             self._engine = LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
             _wake_when_it_dies(self._engine, set(multiprocessing.active_children()) - before)
+        checkpoint.forget_whole(arguments["dtype"])  # vLLM has read it
 
     @property
     def v2_runner(self) -> bool:

@@ -68,9 +68,8 @@ class VllmOptions:
             if key == "hf_overrides" and not isinstance(value, dict):
                 raise OptionError(f"--engine-arg {key}: found {value!r}; expected a JSON object")
             if key == "hf_overrides" and "quantization_config_file" in value:
-                raise OptionError(
-                    "--engine-arg hf_overrides: found quantization_config_file", "write its content there"
-                )
+                fix = "give its content as quantization_config_dict_json"
+                raise OptionError("--engine-arg hf_overrides: found quantization_config_file", fix)
             if key == "hf_overrides" and "head_dtype" in value:
                 raise OptionError("--engine-arg hf_overrides: found head_dtype", "use --head-dtype")
 

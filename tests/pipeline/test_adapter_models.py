@@ -109,14 +109,16 @@ def test_an_adapter_is_evaluated_against_its_base(few_words: Filled, tmp_path: P
     assert one.student != one.baseline
 
 
-@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize(
+    ("lora_rank", "in_4bit"), [(None, False), (4, False), (4, True)], ids=["full", "lora", "qlora"]
+)
 def test_a_student_that_is_an_adapter_is_trained_as_the_merged_checkpoint(
-    lora_rank: int | None, few_words: Filled, tmp_path: Path
+    lora_rank: int | None, in_4bit: bool, few_words: Filled, tmp_path: Path
 ) -> None:
     adapter = save_adapter(few_words.models.student, tmp_path / "adapter")
     whole = merged(adapter, tmp_path / "whole")
     common: dict[str, Any] = {"cache": few_words.cache, "objective": "dckd", "batch_size": 4, "max_steps": 3}
-    common |= {"learning_rate": 1e-2, "lora_rank": lora_rank, "logging_steps": 1, "save_steps": 2}
+    common |= {"learning_rate": 1e-2, "lora_rank": lora_rank, "load_in_4bit": in_4bit, "save_steps": 2}
     outputs = [tmp_path / "from-adapter", tmp_path / "from-whole"]
     for student, output in zip((adapter, whole), outputs, strict=True):
         distill(**common, student=str(student), output=output)
@@ -133,7 +135,7 @@ def test_a_student_that_is_an_adapter_is_trained_as_the_merged_checkpoint(
     assert (config["base_model_name_or_path"], config["revision"]) == (None, None)
     with pytest.raises(ModelError, match="names no base"):
         open_checkpoint(str(outputs[0] / "adapter"))
-    with pytest.raises(ModelError, match="it is an adapter itself"):
+    with pytest.raises(ModelError, match="an adapter whose base cannot be used"):
         open_checkpoint(str(outputs[0] / "checkpoint-2"))
 
 

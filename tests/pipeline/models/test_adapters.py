@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from adpa.errors import ModelError
-from adpa.pipeline.models import checkpoint as checkpoints
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import hidden_states, read_head
 
@@ -226,17 +228,33 @@ def test_merged_weights_are_written_once_for_engines_that_read_files(
     again = pickle.loads(pickle.dumps(checkpoint))
     assert again.whole(dtype).directory == whole.directory
     assert whole.whole(dtype) is whole
-    checkpoints._write_merged.cache_clear()
-    assert not whole.directory.exists()
+    checkpoint.forget_whole("float16")
+    assert whole.directory.exists()
+    checkpoint.forget_whole(dtype)
+    checkpoint.forget_whole(dtype)
+    assert not list(tmp_path.iterdir())
 
 
-def test_no_room_for_merged_weights_is_said_in_one_line(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_weights_are_removed_when_the_process_ends(adapter: Path, tmp_path: Path) -> None:
+    code = "import sys; from adpa.pipeline.models.checkpoint import open_checkpoint as o; c = o(sys.argv[1])"
+    command = [sys.executable, "-c", f"{code}; print(c.whole('float32').directory); sys.exit(3)", str(adapter)]
+    ended = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert ended.returncode == 3, ended.stderr
+    assert Path(ended.stdout.strip()).parent == tmp_path
+    assert not list(tmp_path.glob("adpa-merged-*"))
+
+
+def test_no_room_for_merged_weights_is_said_in_one_line(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def save_pretrained(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", save_pretrained)
-    with pytest.raises(ModelError, match=r"cannot be written to .*No space left on device; set TMPDIR"):
+    with pytest.raises(ModelError, match=r"weights, 0\.0 GB, cannot be written: .*No space left on device; set TMPDIR"):
         open_checkpoint(str(adapter)).whole("float16")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["lora", "head of its own", "lora on head and embeddings"])

@@ -48,7 +48,7 @@ def in_shards(whole: Path, to: Path) -> Path:
     shutil.copytree(whole, to)
     weights = load_file(to / "model.safetensors")
     (to / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate((sorted(weights)[:7], sorted(weights)[7:]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: weights[name] for name in names}, to / file, metadata={"format": "pt"})

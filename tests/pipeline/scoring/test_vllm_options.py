@@ -97,7 +97,7 @@ def test_what_would_load_other_files_than_the_digested_ones_is_refused(argument:
 
 
 def test_a_quantization_in_a_file_that_nobody_digests_is_refused() -> None:
-    with pytest.raises(OptionError, match="hf_overrides: found quantization_config_file; write the settings there"):
+    with pytest.raises(OptionError, match="hf_overrides: found quantization_config_file; give its content as"):
         VllmOptions(engine_arg=('hf_overrides={"quantization_config_file": "/tmp/x.json"}',)).check()
 
 
