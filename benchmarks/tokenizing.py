@@ -19,8 +19,9 @@ from typing import Any
 from benchmarks.encoding import text_pairs
 from benchmarks.scoring import quiet
 
+from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import Encoder
-from adpa.data.vocabulary import find_turn_end, load_tokenizer
+from adpa.data.vocabulary import load_tokenizer
 from adpa.lab.smollm2 import save_smollm2
 
 LIMITS = (1024, 2048)  # tokens of a prompt, and of prompt and response
@@ -71,7 +72,7 @@ def numbered(value: Any, number: str) -> Any:
 def parts(directory: Path, rows: list[Row]) -> dict[str, Callable[[], object]]:
     """The encoder as a whole, and its tokenizer alone on the same texts."""
     tokenizer = load_tokenizer(directory)
-    encoder = Encoder(tokenizer, find_turn_end(tokenizer), *LIMITS)
+    encoder = Encoder(ChatTemplate(tokenizer), *LIMITS)
 
     def encode() -> None:
         for _ in encoder.encode(rows):

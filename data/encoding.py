@@ -17,7 +17,7 @@ from adpa.data.chat_template import ChatTemplate
 from adpa.data.control_tokens import texts_of
 from adpa.data.preferences import PreferencePair, parse_pair
 from adpa.data.rendering import Rendered, Renderer
-from adpa.data.round_trip import check_round_trip
+from adpa.data.round_trip import check_round_trip, lost_bytes
 from adpa.data.rows import Row
 from adpa.data.sequences import TokenIds, check_lengths
 from adpa.data.vocabulary import token_ids
@@ -187,15 +187,21 @@ class Encoder:
             )
         return response_ids
 
+    @cached_property
+    def _lost_bytes(self) -> bytes:
+        return lost_bytes(self.template.tokenizer)
+
     def _check_known(self, pair: PreferencePair, rendered: Rendered, *whole_ids: TokenIds) -> None:
-        """Checks that no text became the unknown token."""
+        """Checks that the vocabulary has tokens for all text."""
         tokenizer = self.template.tokenizer
-        if tokenizer.unk_token_id is None:
-            return
         for text, ids in zip((rendered.chosen, rendered.rejected), whole_ids, strict=True):
-            unknown = np.count_nonzero(ids == tokenizer.unk_token_id)
-            if unknown and unknown > text.count(str(tokenizer.unk_token)):
+            unknown = 0 if tokenizer.unk_token_id is None else np.count_nonzero(ids == tokenizer.unk_token_id)
+            if unknown > text.count(str(tokenizer.unk_token)):
                 raise _lost(pair, "has no token for some of it")
+            encoded = text.encode() if self._lost_bytes else b""
+            if len(encoded.translate(None, self._lost_bytes)) < len(encoded):
+                character = next(one for one in text if {*one.encode()} & {*self._lost_bytes})
+                raise _lost(pair, f"has no token for {character!r}")
 
 
 def _lost(pair: PreferencePair, how: str) -> RowError:

@@ -50,7 +50,7 @@ def find_losses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> d
     losses = {}
     for text, ids in zip(distinct, token_ids(tokenizer, distinct), strict=True):
         decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        said, comes_back = normalize(text), normalize(decoded)
+        said, comes_back = normalize(text), normalize(str(decoded))
         if said != comes_back and _special_in(tokenizer, text):  # it may take the white space beside it, or add some
             said, comes_back = ("".join(part.split()) for part in (said, comes_back))
         if ids.count(tokenizer.unk_token_id) > text.count(tokenizer.unk_token or text):
@@ -64,6 +64,20 @@ def find_losses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> d
             _tokenized_otherwise(tokenizer, described, plain), "has other tokens by its tokenizer.json"
         )
     return losses
+
+
+def lost_bytes(tokenizer: "PreTrainedTokenizerBase") -> bytes:
+    """The bytes of UTF-8 that a byte-level vocabulary has no token for. It loses them in silence."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or b'"ByteLevel"' not in (_state(backend, "pre_tokenizer") or b""):
+        return b""
+    vocabulary = tokenizer.get_vocab()
+    # GPT-2's alphabet: printable bytes are their own characters, the others follow from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    possible = {*range(0xC0), *range(0xC2, 0xF5)}
+    return bytes(sorted(byte for byte in possible if characters[byte] not in vocabulary))
 
 
 def _special_in(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:

@@ -124,5 +124,3 @@ def check_same_vocabulary(
 def _digest(value: object) -> str:
     canonical = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-

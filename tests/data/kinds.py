@@ -78,6 +78,6 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _trained(tokenizer: Tokenizer, trainer: trainers.Trainer, texts: tuple[str, ...] | list[str] = TEXTS) -> Tokenizer:
-    trainer.show_progress = False
+    trainer.show_progress = False  # type: ignore[attr-defined]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -10,7 +10,7 @@ from tests.data.kinds import KINDS, TEXTS, byte_level, sentencepiece, words, wra
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.round_trip import check_round_trip, find_losses
+from adpa.data.round_trip import check_round_trip, find_losses, lost_bytes
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import ModelError
 from adpa.lab.tokenizer import build_tokenizer
@@ -206,3 +206,19 @@ def test_the_message_shows_the_place_in_a_long_text() -> None:
     assert find_losses(tokenizer, [text]) == {
         text: 'has "tion.Idonotknow.It\'s1234pastnoon", which comes back as "tion.Idonotknow.It\'s4321pastnoon"'
     }
+
+
+def test_the_bytes_that_a_vocabulary_lacks_are_known(tokenizer: PreTrainedTokenizerBase) -> None:
+    lost = lost_bytes(tokenizer)
+    assert 0xF1 in lost
+    for byte in range(128):
+        text = chr(byte)
+        assert (byte in lost) == (tokenizer(text, add_special_tokens=False)["input_ids"] == [])
+    for character in "é中🙂\U00040000":
+        comes_back = tokenizer.decode(tokenizer(character, add_special_tokens=False)["input_ids"])
+        assert bool({*character.encode()} & {*lost}) == (comes_back != character)
+
+
+def test_a_tokenizer_that_is_not_byte_level_loses_no_bytes() -> None:
+    assert lost_bytes(wrap(KINDS["words"]())) == b""
+    assert lost_bytes(wrap(KINDS["sentencepiece"]())) == b""
