@@ -1,6 +1,6 @@
 """Finds the response sets and the scoring that a user names.
 
-A user copies what a command printed: a name with its id, a file, a folder, or a whole line. Or he types the beginning.
+Users copy what a command printed (a name with its id, a file, a folder, a whole line), or type the beginning of an id.
 """
 
 import re

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 from tests.conftest import Models, WriteRows
 from tests.pipeline.conftest import Filled, dense_logprobs
+from transformers import AutoTokenizer
 
 from adpa import InspectReport, inspect_cache, precompute
-from adpa.data.cache.responses import ResponseSet, read_response_sets
+from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
 from adpa.errors import AdpaError, CacheError, DamagedFileError, OptionError
 from adpa.pipeline.terminal.inspection import GREEN, RED, colour, show_inspection
 
@@ -266,3 +267,26 @@ def test_a_damaged_tokenizer_is_named(filled: Filled, tmp_path: Path) -> None:
     shutil.rmtree(cache / "tokenizers")
     assert "not the tokenizer that was written" in refused(DamagedFileError, cache, response_set="chosen")
     assert len(inspect_cache(cache).summaries) == 3, "a summary needs no tokenizer"
+
+
+def test_every_token_that_ends_a_response_is_shown_as_special(few_words: Filled, tmp_path: Path) -> None:
+    """A student may end its turns in several ways, also with a token that its tokenizer does not mark as special."""
+    cache = Path(shutil.copytree(few_words.cache, tmp_path / "cache"))
+    (sampled,) = (one for one in read_response_sets(cache) if one.info.name == "sampled")
+    assert sampled.info.sampling is not None
+    last = sorted({int(sequence.response_ids[-1]) for sequence in sampled.sequences()} - {0, 1, 2})[:2]
+    several = replace(sampled.info, sampling=replace(sampled.info.sampling, stops=tuple(last)))
+    ids = sampled.table["example_id"].to_pylist()
+    rows = [(one, row.prompt_ids, row.response_ids) for one, row in zip(ids, sampled.sequences(), strict=True)]
+    write_response_set(cache, responses := make_response_set(several, rows))
+
+    report = inspect_cache(cache, response_set=responses.id, count=100)
+    tokenizer = AutoTokenizer.from_pretrained(few_words.models.teacher)
+    ends = [token for response in report.responses for token in response.tokens if token.id in last]
+    assert {token.id for token in ends} == set(last)
+    assert all(token.special for token in ends)
+    assert {token.text.strip() for token in ends} == set(tokenizer.convert_ids_to_tokens(last))
+    before = inspect_cache(cache, response_set=sampled.id, count=100)
+    assert not any(token.special for response in before.responses for token in response.tokens if token.id in last)
+    assert report.summaries[0].made == f"{before.summaries[0].made}, ends at 2 or {last[0]} or {last[1]}"
+    assert report.summaries[0].made in " ".join(as_text(report).split())

@@ -212,7 +212,10 @@ def test_a_response_set_that_is_not_there_is_refused_with_those_that_are(tmp_pat
 def test_two_response_sets_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
     sets = [add_set(tmp_path, "chosen", seed, examples) for seed, examples in enumerate((["a"], ["b"]))]
     message = refusal(tmp_path, SFT, response_sets=[responses.id for responses in sets])
-    assert message.startswith(f"--response-set {sets[1].id}: ")
+    assert message == (
+        f"--response-set {sets[1].id}: another chosen set was named before it: {sets[0].describe()}; "
+        "name one chosen set"
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,3 +275,35 @@ def test_a_set_that_no_scoring_has_is_refused_with_what_there_is(tmp_path: Path)
         select_scored(tmp_path)
     with pytest.raises(CacheError, match=f"--response-set sampled: the cache has none; found chosen-{chosen.id}"):
         select_scored(tmp_path, response_set="sampled")
+
+
+def test_a_set_is_chosen_by_every_name_of_it(tmp_path: Path) -> None:
+    sets = [add_set(tmp_path, "chosen", seed, examples) for seed, examples in enumerate((["a"], ["b"]))]
+    for one in sets:
+        (path,) = (tmp_path / "responses").glob(f"{one.shard_prefix()}-*")
+        for text in (one.shard_prefix(), one.shard_prefix()[:11], path.name, str(path), one.describe()):
+            for texts in ([text], ["chosen", text], [text, "chosen"], [text, one.id]):
+                assert select(tmp_path, SFT, STUDENT, response_sets=texts).sets["chosen"].id == one.id
+    assert "2 combinations of responses and scoring fit" in refusal(tmp_path, SFT, response_sets=["chosen"])
+
+
+def test_a_named_set_that_the_run_does_not_read_is_refused(tmp_path: Path) -> None:
+    chosen, rejected = add_set(tmp_path, "chosen"), add_set(tmp_path, "rejected", 1)
+    for text in ("rejected", rejected.id, rejected.shard_prefix()):
+        assert refusal(tmp_path, SFT, response_sets=[text]) == (
+            f"--response-set {text}: {rejected.describe()}; this run reads chosen responses; "
+            "leave it out, or choose another objective or --on"
+        )
+    assert "sampled: the cache has none; found " in refusal(tmp_path, SFT, response_sets=["sampled"])
+    assert select(tmp_path, SFT, STUDENT, response_sets=["chosen"]).sets["chosen"].id == chosen.id
+
+
+def test_sets_that_differ_in_template_arguments_alone_are_told_apart(tmp_path: Path) -> None:
+    arguments: list[dict[str, Any]] = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
+    sets = [add_set(tmp_path, "chosen", chat_template_kwargs=one) for one in arguments]
+    message = refusal(tmp_path, SFT)
+    assert "3 combinations of responses and scoring fit" in message
+    for one, shown in zip(sets, ("", ", template arguments ", ", template arguments "), strict=True):
+        assert f"{one.shard_prefix()}: 4 responses{shown}" in message
+    assert '{"enable_thinking": false}' in message
+    assert '{"enable_thinking": true}' in message

@@ -1,5 +1,6 @@
 """verify finds no fault in what precompute wrote, whatever the models and the settings; so --repair changes nothing."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,15 +10,27 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import MakeModel, Row, WriteRows
+from tests.data.cache.test_responses import id_of
 from tests.pipeline.cache.test_ls import as_text
 from tests.pipeline.cache.test_verify import rewrite_signals
 from tests.pipeline.conftest import SMALL, Filled
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from adpa import export_cache, inspect_cache, list_cache, merge_cache, pack_cache, precompute, verify_cache
+from adpa import (
+    collect_garbage,
+    export_cache,
+    inspect_cache,
+    list_cache,
+    merge_cache,
+    pack_cache,
+    precompute,
+    verify_cache,
+)
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.shards import write_shard
 from adpa.data.cache.signals import read_scorings, read_signals
+from adpa.errors import CacheError
 
 TOKENS = 96
 PADDED = 500
@@ -176,3 +189,35 @@ def test_every_command_knows_a_set_that_was_made_in_another_way(
     pack_cache(other)
     assert {one.id for one in read_response_sets(other)} == {one.id for one in read_response_sets(cache)}
     assert_whole(other)
+
+
+def test_a_set_of_a_newer_adpa_is_no_damage_and_stays(few_words: Filled, tmp_path: Path) -> None:
+    """Nobody sets it aside, and gc does not take its rows for garbage: every command asks for a newer adpa."""
+    cache = Path(shutil.copytree(few_words.cache, tmp_path / "cache"))
+    table = next(one for one in read_response_sets(cache) if one.info.name == "chosen").table
+    made = json.dumps(json.loads(table.schema.metadata[b"adpa"]) | {"images": ["a"]}, sort_keys=True).encode()
+    newer = table.replace_schema_metadata({"adpa": made})
+    path = write_shard(cache / "responses", f"chosen-{id_of(made, newer)}", newer)
+    before = files(cache)
+    expected = f"{path}: of a newer format: it has the unknown field 'images'; install a newer adpa"
+    refused: list[Callable[[], object]] = [
+        lambda: verify_cache(cache, repair=True),
+        lambda: collect_garbage(cache, yes=True),
+        lambda: merge_cache(few_words.cache, cache),
+        lambda: inspect_cache(cache),
+    ]
+    for command in refused:
+        with pytest.raises(CacheError) as caught:
+            command()
+        assert (str(caught.value), caught.value.exit_code) == (expected, 2)
+    assert files(cache) == before
+    listing = list_cache(cache)
+    assert (len(listing.sets), listing.unreadable) == (3, [expected])
+
+
+def test_a_set_without_rows_is_no_fault(few_words: Filled, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(few_words.cache, tmp_path / "cache"))
+    chosen = next(one for one in read_response_sets(cache) if one.info.name == "chosen")
+    write_response_set(cache, empty := make_response_set(chosen.info, []))
+    assert_whole(cache)
+    assert next(one for one in list_cache(cache).sets if one.name == empty.shard_prefix()).rows == 0
