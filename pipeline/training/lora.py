@@ -54,6 +54,8 @@ def load_base(
     from bitsandbytes.nn.modules import Linear4bit
 
     model = checkpoint.whole(dtype).load(dtype, device, quantization_config=in_4bit, device_map={"": device})
+    if checkpoint.adapter is not None:
+        model.name_or_path = str(checkpoint.adapter)  # what new adapters take for their base, not a temporary directory
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # In eval mode on some CPUs it would repack its weights permanently, for a product without a gradient.
