@@ -57,11 +57,11 @@ def choose_grouping(
         length: of an item, without padding.
         compute: the numbers of each item of a batch.
     """
-    alone = _join([compute([item])[0] for item in trial])
-    if same_hidden_states(model, _join(compute(trial)), alone):
+    alone = finite_rows([compute([item])[0] for item in trial])
+    if same_hidden_states(model, finite_rows(compute(trial)), alone):
         return "padded"
     grouping: Grouping = "equal lengths"
-    if not same_hidden_states(model, _join(in_groups(grouping, trial, length, compute)), alone):
+    if not same_hidden_states(model, finite_rows(in_groups(grouping, trial, length, compute)), alone):
         grouping = "single"
     logger.warning(
         "%s has other numbers for a sequence in a padded batch than for the sequence alone; it takes %s, and more time",
@@ -104,8 +104,8 @@ def check_padding(model: PreTrainedModel) -> None:
     trial = trial_sequences(model)
     training = model.training
     model.eval()
-    found_Nd = _join(response_rows(model, trial))
-    expected_Nd = _join([response_hidden(model, [sequence]) for sequence in trial])
+    found_Nd = finite_rows(response_rows(model, trial))
+    expected_Nd = finite_rows([response_hidden(model, [sequence]) for sequence in trial])
     model.train(training)
     if not nearly_same(model, found_Nd, expected_Nd):
         raise ModelError(
@@ -121,9 +121,9 @@ def nearly_same(model: PreTrainedModel, actual: Tensor, expected: Tensor) -> boo
     rounding. So a model is judged like this before it is refused.
     """
     error = (actual.float() - expected.float()).norm()
-    return bool(error <= relative_rounding(model, expected.dtype) ** (1 / 3) * expected.float().norm())
+    return bool(error <= relative_rounding(model, expected.dtype) ** (1 / 4) * expected.float().norm())
 
 
-def _join(rows: Sequence[Tensor]) -> Tensor:
-    """All rows, without the numbers that are not finite: who uses the model refuses these."""
-    return torch.cat(list(rows)).nan_to_num()
+def finite_rows(rows: Sequence[Tensor]) -> Tensor:
+    """All rows, with 0 for numbers that are not finite: a model may have −∞ for a token, and others refuse NaN."""
+    return torch.cat(list(rows)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

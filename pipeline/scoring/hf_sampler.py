@@ -28,7 +28,7 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
-from adpa.pipeline.models.padding import Grouping, choose_grouping, in_groups, nearly_same, trial_sequences
+from adpa.pipeline.models.padding import Grouping, choose_grouping, finite_rows, in_groups, nearly_same, trial_sequences
 from adpa.pipeline.scoring.sample import stream_seed
 
 SYNC_FREE_SDPA = "adpa_sync_free_sdpa"
@@ -97,8 +97,8 @@ def prompt_grouping(model: PreTrainedModel) -> Grouping:
     trial = trial_sequences(model)
     compute = partial(_logits_by_steps, model)
     try:
-        by_steps = torch.cat([compute([sequence])[0] for sequence in trial]).nan_to_num()
-        at_once = torch.cat([_logits_at_once(model, sequence) for sequence in trial]).nan_to_num()
+        by_steps = finite_rows([compute([sequence])[0] for sequence in trial])
+        at_once = finite_rows([_logits_at_once(model, sequence) for sequence in trial])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{type(model).__name__}: transformers cannot sample from it: {reason}", ANOTHER) from error
