@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import SaveStrategy, align_special_tokens
 
 from adpa.data.batches import TrainingExamples, collate
@@ -36,7 +43,7 @@ from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
 from adpa.pipeline.training.run_directory import check_output, find_start, write_record
 from adpa.pipeline.training.student import attach_distill_head
-from adpa.pipeline.training.trainer import AtStart, DistillTrainer
+from adpa.pipeline.training.trainer import DistillTrainer
 from adpa.pipeline.training.training_arguments import TRAINING
 
 ADAPTER = "adapter"
@@ -214,6 +221,19 @@ def load_student(run: Run, sources: Sources) -> Student:
     return Student(model, trained, trained_parameters, compute_dtype)
 
 
+class KeepEnds(TrainerCallback):
+    """Saves a student that ends its answers at the end of a turn, or at what ended them before training."""
+
+    def __init__(self, sources: Sources, model: PreTrainedModel) -> None:
+        turn_end = next(iter(sources.selection.sets.values())).info.turn_end
+        self._ends = list(dict.fromkeys([turn_end, *sources.checkpoint.eos_token_ids]))
+        self._settings = model.generation_config
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Sets them: Trainer has just added the tokenizer's end of text."""
+        self._settings.eos_token_id = self._ends if len(self._ends) > 1 else self._ends[0]
+
+
 def train_student(
     run: Run, sources: Sources, student: Student, start: Path | None, origin: Mapping[str, Any]
 ) -> DistillTrainer:
@@ -234,21 +254,11 @@ def train_student(
         processing_class=sources.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(AtStart(partial(_keep_ends, sources, student.model)))
+    trainer.add_callback(KeepEnds(sources, student.model))
     if run.arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
         write_record(run.output, origin)  # a killed run can only resume with it
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return trainer
-
-
-def _keep_ends(sources: Sources, model: PreTrainedModel) -> None:
-    """Makes the student end its answers at the end of a turn, or at what ended them before training.
-
-    Trainer has added the tokenizer's end of text.
-    """
-    turn_end = next(iter(sources.selection.sets.values())).info.turn_end
-    ends = list(dict.fromkeys([turn_end, *sources.checkpoint.eos_token_ids]))
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else turn_end
 
 
 def save_student(run: Run, sources: Sources, student: Student, trainer: DistillTrainer) -> None:

@@ -123,7 +123,7 @@ def test_a_student_whose_padded_batches_have_other_numbers_is_not_trained(
         distill("sft", str(few_words.models.student), few_words.cache, tmp_path, packing=packing)
 
 
-def test_a_warning_reaches_the_command_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_names_the_model_and_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     model = spoil(build(CONFIGS["plain"]), FAULTS["counts the columns"][0])
     with caplog.at_level(logging.WARNING, "adpa"):
         choose_grouping(model, trial_sequences(model), len, partial(response_rows, model))

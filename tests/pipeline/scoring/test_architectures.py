@@ -144,6 +144,6 @@ def test_a_padded_batch_is_scored_like_single_sequences(
 
 
 def test_a_model_that_sees_later_tokens_cannot_be_sampled_token_by_token(tmp_path: Path) -> None:
-    checkpoint = save_random(LlamaConfig(**SMALL, is_causal=False), tmp_path)
+    checkpoint = save_random(LlamaConfig(**SMALL | {"is_causal": False}), tmp_path)
     with pytest.raises(ModelError, match="LlamaForCausalLM: token by token it has other logits"):
         HfSampler(checkpoint, SAMPLING, CPU)
