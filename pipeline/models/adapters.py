@@ -91,6 +91,8 @@ def check_adapter(name: str, directory: Path) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or config.is_adaption_prompt or kind in NOT_MERGED:
         raise ModelError(f"{name}: an adapter of the kind {kind} cannot be merged into its base", "use LoRA instead")
+    if getattr(config, "alora_invocation_tokens", None):  # it changes the tokens behind these alone
+        raise ModelError(f"{name}: an activated LoRA cannot be merged into its base", "use LoRA instead")
     if getattr(config, "layer_replication", None):
         raise ModelError(f"{name}: its adapter repeats layers of the base (layer_replication)", MERGE_YOURSELF)
     rows = embedding_rows(name, directory)
@@ -143,6 +145,10 @@ def merge(name: str, model: PreTrainedModel, directory: Path) -> PreTrainedModel
         raise
     except KeyError as error:
         raise ModelError(f"{name}: its weights lack {error.args[0]}", "save the adapter again") from error
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{name}: this kind of adapter cannot be merged: {_line(error)}", "use LoRA instead"
+        ) from error
     except (ValueError, RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
         raise ModelError(
             f"{name}: PEFT cannot merge it into its base: {_line(error)}", "name the base that it was trained on"

@@ -382,6 +382,21 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_its_kind(
         open_checkpoint(str(save_adapter(base, tmp_path, config)))
 
 
+def test_an_adapter_that_works_behind_some_tokens_alone_is_refused(base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(**LORA, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.raises(ModelError, match="an activated LoRA cannot be merged into its base"):
+        open_checkpoint(str(save_adapter(base, tmp_path, config)))
+
+
+def test_a_kind_whose_merge_peft_lacks_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge(*_: object, **__: object) -> None:
+        raise NotImplementedError("Merging is not supported for this layer!")
+
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", merge)
+    with pytest.raises(ModelError, match="cannot be merged: Merging is not supported for this layer!; use LoRA"):
+        open_checkpoint(str(adapter)).load("float32", CPU)
+
+
 def test_an_adapter_that_repeats_layers_is_refused(adapter: Path, tmp_path: Path) -> None:
     directory = copy(adapter, tmp_path / "a")
     edit(directory / CONFIG, layer_replication=[[0, 2], [1, 2]])
