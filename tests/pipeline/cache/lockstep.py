@@ -334,6 +334,7 @@ def models_and_steps() -> Iterator[None]:
             tokenizer=tokenizer,
             config=SimpleNamespace(vocab_size=len(VOCABULARY)),
             dtype_name=lambda _: "float32",
+            eos_token_ids=(),
             check_positions=lambda _: None,
             check_ids=lambda _: None,
             check_here=lambda: None,

@@ -94,7 +94,7 @@ def test_precompute_goes_on_with_what_another_machine_scored(
 ) -> None:
     models = few_words.models
     common: dict[str, Any] = {"teacher": str(models.teacher), "reference": str(models.reference), "top_k": 10}
-    row = {"prompt": "Say hello.", "chosen": "Hello.", "rejected": "No."}
+    row = {"prompt": "Say hello.", "chosen": "Paris.", "rejected": "Four."}
     mine = tmp_path / "mine"
     assert precompute(**common, data=str(write_rows([row])), cache=mine).scored == 2
     merge_cache(mine, other)
