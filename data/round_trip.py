@@ -51,6 +51,7 @@ def find_losses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> d
     losses = {}
     for text, ids in zip(distinct, token_ids(tokenizer, distinct), strict=True):
         decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(decoded, str), "one sequence of ids decodes to one text"
         said, comes_back = normalize(text), normalize(decoded)
         if said != comes_back and _any_in(text, special):  # it may take the white space beside it, or add some
             said, comes_back = ("".join(part.split()) for part in (said, comes_back))

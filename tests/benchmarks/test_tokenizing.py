@@ -1,5 +1,6 @@
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from benchmarks.tokenizing import conversations_of, distinct_rows, parts
 from transformers import PreTrainedTokenizerBase
@@ -8,7 +9,10 @@ USER, ASSISTANT = ({"role": role, "content": role} for role in ("user", "assista
 
 
 def test_rows_repeat_with_a_number_at_the_end_of_every_text() -> None:
-    rows = [{"prompt": "a", "chosen": [ASSISTANT], "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "chosen": [ASSISTANT], "rejected": "c"},
+        {"prompt": "d", "chosen": "e", "rejected": "f"},
+    ]
     assert list(islice(distinct_rows(rows), 3)) == [
         ("row 0", {"prompt": "a 0", "chosen": [{"role": "assistant", "content": "assistant 0"}], "rejected": "c 0"}),
         ("row 1", {"prompt": "d 0", "chosen": "e 0", "rejected": "f 0"}),
