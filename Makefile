@@ -26,8 +26,9 @@ test-slow: $(DEEPSPEED)  ## the tests that take minutes
 test-vllm: $(VLLM)  ## the tests with a real vLLM on the CPU
 	$(VLLM_ENV) $(BIN)/pytest -m vllm
 
-bench: $(VLLM)  ## on a CPU: start-up, encodings and reading of the cache, costs by formula, the loss head, packing, scoring
+bench: $(VLLM)  ## on a CPU: start-up, tokens, encodings and reading of the cache, costs by formula, the loss head, packing, scoring
 	$(BIN)/python -m benchmarks.start_up
+	$(BIN)/python -m benchmarks.tokenizing
 	$(BIN)/python -m benchmarks.encoding
 	$(BIN)/python -m benchmarks.reading
 	$(BIN)/python -m benchmarks.costs

@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from benchmarks.scoring import quiet
 
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import Encoder
-from adpa.data.vocabulary import load_tokenizer
+from adpa.data.round_trip import check_round_trip
+from adpa.data.vocabulary import load_tokenizer, token_ids
 from adpa.lab.smollm2 import save_smollm2
 
 LIMITS = (1024, 2048)  # tokens of a prompt, and of prompt and response
+BATCH = 3 * 256  # texts
+CHECKED = 1000  # rows whose texts are compared with their tokens
 
 Row = tuple[str, dict[str, Any]]
 Seconds = tuple[float, float]  # of the CPU, and of the clock
@@ -70,15 +74,30 @@ def numbered(value: Any, number: str) -> Any:
 
 
 def parts(directory: Path, rows: list[Row]) -> dict[str, Callable[[], object]]:
-    """The encoder as a whole, and its tokenizer alone on the same texts."""
+    """The encoder, and parts of its work on the same texts."""
     tokenizer = load_tokenizer(directory)
     encoder = Encoder(ChatTemplate(tokenizer), *LIMITS)
+    conversations = [conversation for _, row in rows for conversation in conversations_of(row)]
+    texts: list[Any] = [tokenizer.apply_chat_template(conversation, tokenize=False) for conversation in conversations]
+    batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+    messages = [message["content"] for conversation in conversations[: 3 * CHECKED] for message in conversation]
+    return {
+        "`Encoder.encode`": lambda: deque(encoder.encode(rows), maxlen=0),
+        "the tokenizer's call": lambda: [tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in batches],
+        "`token_ids`": lambda: [token_ids(tokenizer, batch) for batch in batches],
+        f"`check_round_trip`, first {CHECKED:,} rows": lambda: check_round_trip(tokenizer, messages),
+    }
 
-    def encode() -> None:
-        for _ in encoder.encode(rows):
-            pass
 
-    return {"`Encoder.encode`": encode}
+def conversations_of(row: dict[str, Any]) -> Iterator[list[dict[str, str]]]:
+    """A row's prompt, and the prompt with each of the responses."""
+    prompt, chosen, rejected = (
+        [{"role": role, "content": row[column]}] if isinstance(row[column], str) else row[column]
+        for column, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    )
+    yield prompt
+    yield prompt + chosen
+    yield prompt + rejected
 
 
 def timed(way: Callable[[], object]) -> Seconds:

@@ -37,8 +37,8 @@ def check_round_trip(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
     text, reason = next(iter(losses.items()))
     cause, fix = _cause(tokenizer, text)
     raise ModelError(
-        f"{tokenizer.name_or_path}: the tokenizer gets {len(losses):,} of {distinct:,} texts of the data wrong{cause}; "
-        f"the first one, {_beginning(text)!r}, {reason}",
+        f"{tokenizer.name_or_path or type(tokenizer).__name__}: the tokenizer gets {len(losses):,} of {distinct:,} "
+        f"texts of the data wrong{cause}; the first one, {_beginning(text)!r}, {reason}",
         fix,
     )
 
@@ -47,11 +47,13 @@ def find_losses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> d
     """Those of the distinct texts that do not come back, each with the reason in a few words."""
     distinct = list(dict.fromkeys(texts))
     normalize = _normalization(tokenizer)
+    special = tokenizer.all_special_tokens
     losses = {}
     for text, ids in zip(distinct, token_ids(tokenizer, distinct), strict=True):
         decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        said, comes_back = normalize(text), normalize(str(decoded))
-        if said != comes_back and _special_in(tokenizer, text):  # it may take the white space beside it, or add some
+        assert isinstance(decoded, str), "one sequence of ids decodes to one text"
+        said, comes_back = normalize(text), normalize(decoded)
+        if said != comes_back and _any_in(text, special):  # it may take the white space beside it, or add some
             said, comes_back = ("".join(part.split()) for part in (said, comes_back))
         if ids.count(tokenizer.unk_token_id) > text.count(tokenizer.unk_token or text):
             losses[text] = f"has the unknown token{_unknown_place(tokenizer, text)}"
@@ -59,7 +61,7 @@ def find_losses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> d
             losses[text] = _difference(said, comes_back)
     described = _described(tokenizer)
     if described is not None:
-        plain = [text for text in distinct if text not in losses and not _special_in(tokenizer, text)]
+        plain = [text for text in distinct if text not in losses and not _any_in(text, special)]
         losses |= dict.fromkeys(
             _tokenized_otherwise(tokenizer, described, plain), "has other tokens by its tokenizer.json"
         )
@@ -80,8 +82,8 @@ def lost_bytes(tokenizer: "PreTrainedTokenizerBase") -> bytes:
     return bytes(sorted(byte for byte in possible if characters[byte] not in vocabulary))
 
 
-def _special_in(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
-    return any(token in text for token in tokenizer.all_special_tokens)
+def _any_in(text: str, parts: Sequence[str]) -> bool:
+    return any(part in text for part in parts)
 
 
 def _tokenized_otherwise(

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# A text with all that tokenizers have rules for.
+PROBE = "In 2024, 12345 people's naïve café wasn't OK!\n\n  def f(x):\n\treturn x + 1  # 你好 🙂\n   12 ⅔ cups http://a.b/c?d=e"
+
+
 @dataclass(frozen=True)
 class TokenizerDigests:
     """Digests of a tokenizer: of all of it, of its vocabulary, and of its chat template."""
@@ -26,13 +30,24 @@ class TokenizerDigests:
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a checkpoint directory.
 
+    transformers takes a class by the model's type or by a name in tokenizer_config.json. The class may have other rules
+    than tokenizer.json: then the file decides, unless the class loses text. Such a tokenizer is refused later, by name.
+
     Raises:
         ModelError: it has none, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # imports torch, which most readers of a cache do not need
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # import torch, which few readers of a cache need
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # and do not ask the user
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # and do not ask the user
+        own_class = hasattr(tokenizer, "backend_tokenizer") and type(tokenizer) is not PreTrainedTokenizerFast
+        if not own_class or not (directory / "tokenizer.json").is_file():
+            return tokenizer
+        described = PreTrainedTokenizerFast.from_pretrained(directory)
+        described.chat_template = tokenizer.chat_template
+        ids, published = (each(PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, described))
+        loses_text = "".join(str(tokenizer.decode(ids)).split()) != "".join(str(described.decode(published)).split())
+        return tokenizer if ids == published or loses_text else described
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
         fix = "save one there with tokenizer.save_pretrained"
         if (directory / "tokenizer.json").is_file():  # a class that does not fit to the file fails in many ways

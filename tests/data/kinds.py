@@ -23,7 +23,10 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return _trained(tokenizer, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    return _trained(
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet),
+    )
 
 
 def sentencepiece() -> Tokenizer:
@@ -34,7 +37,7 @@ def sentencepiece() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     ascii_texts = [text for text in TEXTS if text.isascii()]
-    _trained(tokenizer, trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL), ascii_texts)
+    _trained(tokenizer, trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False), ascii_texts)
     description = json.loads(tokenizer.to_str())
     vocabulary = description["model"]["vocab"]
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
@@ -48,7 +51,10 @@ def unigram() -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
-    return _trained(tokenizer, trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>"))
+    return _trained(
+        tokenizer,
+        trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False, unk_token="<unk>"),
+    )
 
 
 def wordpiece() -> Tokenizer:
@@ -57,14 +63,14 @@ def wordpiece() -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    return _trained(tokenizer, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL))
+    return _trained(tokenizer, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False))
 
 
 def words() -> Tokenizer:
     """Like a laboratory's: whole words, and the decoder that joins them with blanks."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _trained(tokenizer, trainers.WordLevelTrainer(special_tokens=SPECIAL))
+    return _trained(tokenizer, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
 
 
 KINDS = {kind.__name__: kind for kind in (byte_level, sentencepiece, unigram, wordpiece, words)}
@@ -78,6 +84,5 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _trained(tokenizer: Tokenizer, trainer: trainers.Trainer, texts: tuple[str, ...] | list[str] = TEXTS) -> Tokenizer:
-    trainer.show_progress = False  # type: ignore[attr-defined]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
