@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.data.kinds import KINDS, TEXTS, byte_level, sentencepiece, words, wrap
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adpa.data.round_trip import check_round_trip, find_losses, lost_bytes
 from adpa.data.vocabulary import load_tokenizer
@@ -115,21 +115,39 @@ def test_a_sentencepiece_file_that_is_labelled_byte_level_is_refused(tmp_path: P
         check_round_trip(tokenizer, TEXTS)
 
 
-def test_a_class_that_leaves_out_a_rule_of_the_file_is_refused_though_all_text_comes_back(tmp_path: Path) -> None:
-    """SmolLM2 is published so: digits one by one, and a label whose class takes them together."""
+def with_single_digits() -> Tokenizer:
     tokenizer = byte_level()
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    loaded = load_tokenizer(save(tokenizer, tmp_path, "GPT2Tokenizer"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("label", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer"])
+def test_where_a_class_keeps_the_text_but_not_the_rules_the_file_decides(tmp_path: Path, label: str) -> None:
+    """SmolLM2 is published so: digits one by one, and a label whose class takes them together."""
+    loaded = load_tokenizer(save(with_single_digits(), tmp_path, label))
+    assert [len(ids) for ids in loaded(["1234"])["input_ids"]] == [4]
+    assert check_round_trip(loaded, ["1234 past noon", "It's 1234", "Hello there!"]) == {}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma", "llama"])
+def test_a_file_without_a_label_decides_whatever_class_the_model_has(tmp_path: Path, model_type: str) -> None:
+    """transformers takes the class of some model types instead."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for label in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        loaded = load_tokenizer(save(with_single_digits(), tmp_path, label))
+        assert [len(ids) for ids in loaded(["1234"])["input_ids"]] == [4]
+        assert check_round_trip(loaded, TEXTS) == {}
+
+
+def test_other_tokens_than_those_of_the_file_are_refused_though_all_text_comes_back(tmp_path: Path) -> None:
+    directory = save(with_single_digits(), tmp_path, "GPT2Tokenizer")
+    loaded = AutoTokenizer.from_pretrained(directory)
     texts = ["1234 past noon", "It's 1234", "Hello there!"]
     assert [len(ids) for ids in loaded(["1234"])["input_ids"]] == [2]
     assert list(find_losses(loaded, texts).values()) == ["has other tokens by its tokenizer.json"] * 2
     with pytest.raises(ModelError, match=r"gets 2 of 3 texts .* as GPT2Tokenizer, and this class replaces the pre_tok"):
         check_round_trip(loaded, texts)
-
-    right = load_tokenizer(save(tokenizer, tmp_path, "PreTrainedTokenizerFast"))  # the advice helps
-    assert [len(ids) for ids in right(["1234"])["input_ids"]] == [4]
-    assert check_round_trip(right, texts) == {}
 
 
 def test_a_label_that_cannot_be_loaded_is_refused_with_the_same_advice(tmp_path: Path) -> None:
