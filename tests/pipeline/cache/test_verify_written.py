@@ -113,8 +113,12 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "many samples": {"samples_per_prompt": 3, "sampling_top_p": 0.5},
 }
 
+FAST = ("K = all ids of the model", "a nucleus", "prompts cut to one token", "sharp models, lossy", "no padding")
 
-@pytest.mark.parametrize("setting", SETTINGS)
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in SETTINGS]
+)
 def test_what_precompute_wrote_is_without_a_fault(
     setting: str, few_words: Filled, padded: MakePadded, tmp_path: Path
 ) -> None:
