@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tests.pipeline.conftest import Filled
-from tests.pipeline.models.test_adapters import save_adapter
+from tests.pipeline.models.adapters import save_adapter
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel
 from tests.pipeline.conftest import synthetic
-from tests.pipeline.models.test_adapters import save_adapter
+from tests.pipeline.models.adapters import save_adapter
 
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import Scoring
