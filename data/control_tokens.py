@@ -6,26 +6,73 @@ of an assistant's answer, and none there.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
 from adpa.data.messages import Message
+from adpa.data.template_trials import (
+    ANSWER,
+    CALL,
+    MARKED_QUESTION,
+    MARKER,
+    OTHER_MARKER,
+    QUESTION,
+    RESULT,
+    TOOL,
+    TemplateRefusalError,
+)
 
 # What templates write around messages is a control token if it looks like one: <|user|>, <start_of_turn>, [INST].
 TAG = re.compile(r"<[^<>\s]+>|<<[^<>\s]+>>|\[/?[A-Z_]+\]")
 ANSWER_TAG = re.compile(r"think|thought|reason|tool|function", re.IGNORECASE)
+SYSTEM: Message = {"role": "system", "content": MARKER}
+THOUGHT: Message = ANSWER | dict.fromkeys(THINKING_FIELDS, OTHER_MARKER)
 
 
 class ControlTokens:
     """The control tokens of a chat template and its tokenizer."""
 
     def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
         added = template.tokenizer.added_tokens_decoder.values()
+        self._added = frozenset(token.content for token in added if token.content.strip())
         special = {token.content for token in added if token.special} | {*template.tokenizer.all_special_tokens}
-        around = template.surroundings
-        written = {token.content for token in added if token.content.strip() and token.content in around}
-        self.tokens = frozenset(special | written | {*TAG.findall(around)}) - {""}
+        around = self._around([MARKED_QUESTION, ANSWER, MARKED_QUESTION]) | self._around([SYSTEM, MARKED_QUESTION])
+        around |= self._around([QUESTION, ANSWER], generation=False)
+        with_tools = self._around([MARKED_QUESTION, CALL, RESULT], [TOOL])
+        self.tokens = frozenset(special | around | with_tools) - {""}
+        inside = self._inside([QUESTION, CALL], [TOOL]) | self._inside([QUESTION, THOUGHT])
+        ends = {*template.tokenizer.convert_ids_to_tokens(sorted(template.stops)), *template.call_end.texts}
+        self._of_answers = inside - around - ends
+
+    def _around(self, messages: Sequence[Message], tools: Any = None, generation: bool = True) -> frozenset[str]:
+        """What the template writes around the messages of a conversation.
+
+        Before the first one may stand a text of the template's own, such as instructions, up to the line before it.
+        """
+        try:
+            text = self._template.render(messages, tools, add_generation_prompt=generation)
+        except TemplateRefusalError:
+            return frozenset()
+        places = [place for mark in (MARKER, OTHER_MARKER) if (place := text.find(mark)) >= 0]
+        if not places:
+            return frozenset()
+        before, after = text[: min(places)].rstrip(), text[min(places) :]
+        return self._tokens_in(before[before.rfind("\n") + 1 :] + after)
+
+    def _inside(self, messages: Sequence[Message], tools: Any = None) -> frozenset[str]:
+        """What the template writes inside an assistant's message: tags of tool calls and of thinking."""
+        try:
+            prompt = self._template.render(messages[:-1], tools, add_generation_prompt=True)
+            whole = self._template.render(messages, tools)
+        except TemplateRefusalError:
+            return frozenset()
+        return self._tokens_in(whole.removeprefix(prompt)) if whole.startswith(prompt) else frozenset()
+
+    def _tokens_in(self, text: str) -> frozenset[str]:
+        return frozenset({token for token in self._added if token in text} | {*TAG.findall(text)})
 
     def find(self, message: Message) -> str | None:
         """The first control token in the texts of a message, if there is one."""
@@ -43,7 +90,7 @@ class ControlTokens:
 
     @cached_property
     def _in_answers(self) -> re.Pattern[str]:
-        return _pattern(frozenset(token for token in self.tokens if not ANSWER_TAG.search(token)))
+        return _pattern(frozenset(token for token in self.tokens - self._of_answers if not ANSWER_TAG.search(token)))
 
 
 def texts_of(message: Message) -> Iterator[str]:
