@@ -27,6 +27,9 @@ from adpa.data.template_trials import (
 # What templates write around messages is a control token if it looks like one: <|user|>, <start_of_turn>, [INST].
 TAG = re.compile(r"<[^<>\s]+>|<<[^<>\s]+>>|\[/?[A-Z_]+\]")
 ANSWER_TAG = re.compile(r"think|thought|reason|tool|function", re.IGNORECASE)
+NAME = re.compile(
+    f"{MARKER}|{OTHER_MARKER}|{TOOL['function']['name']}"
+)  # what the messages bring, as in <function=look>
 SYSTEM: Message = {"role": "system", "content": MARKER}
 THOUGHT: Message = ANSWER | dict.fromkeys(THINKING_FIELDS, OTHER_MARKER)
 
@@ -39,40 +42,32 @@ class ControlTokens:
         added = template.tokenizer.added_tokens_decoder.values()
         self._added = frozenset(token.content for token in added if token.content.strip())
         special = {token.content for token in added if token.special} | {*template.tokenizer.all_special_tokens}
-        around = self._around([MARKED_QUESTION, ANSWER, MARKED_QUESTION]) | self._around([SYSTEM, MARKED_QUESTION])
-        around |= self._around([QUESTION, ANSWER], generation=False)
+        around = self._around([MARKED_QUESTION, ANSWER, MARKED_QUESTION])
+        around |= self._around([SYSTEM, MARKED_QUESTION], line_before=True)
+        around |= self._around([QUESTION, ANSWER], line_before=True)
         with_tools = self._around([MARKED_QUESTION, CALL, RESULT], [TOOL])
         self.tokens = frozenset(special | around | with_tools) - {""}
-        inside = self._inside([QUESTION, CALL], [TOOL]) | self._inside([QUESTION, THOUGHT])
+        inside = self._around([QUESTION, CALL], [TOOL], line_before=True)
+        inside |= self._around([QUESTION, THOUGHT], line_before=True)
         ends = {*template.tokenizer.convert_ids_to_tokens(sorted(template.stops)), *template.call_end.texts}
-        self._of_answers = inside - around - ends
+        self._of_answers = inside - around - ends  # tags of tool calls and of thinking
 
-    def _around(self, messages: Sequence[Message], tools: Any = None, generation: bool = True) -> frozenset[str]:
-        """What the template writes around the messages of a conversation.
+    def _around(self, messages: Sequence[Message], tools: Any = None, line_before: bool = False) -> frozenset[str]:
+        """What the template writes from the first mark on, or from the line before it.
 
-        Before the first one may stand a text of the template's own, such as instructions, up to the line before it.
+        Further up may stand a text of the template's own, such as instructions.
         """
         try:
-            text = self._template.render(messages, tools, add_generation_prompt=generation)
+            text = self._template.render(messages, tools, add_generation_prompt=messages[-1]["role"] != "assistant")
         except TemplateRefusalError:
             return frozenset()
         places = [place for mark in (MARKER, OTHER_MARKER) if (place := text.find(mark)) >= 0]
         if not places:
             return frozenset()
-        before, after = text[: min(places)].rstrip(), text[min(places) :]
-        return self._tokens_in(before[before.rfind("\n") + 1 :] + after)
-
-    def _inside(self, messages: Sequence[Message], tools: Any = None) -> frozenset[str]:
-        """What the template writes inside an assistant's message: tags of tool calls and of thinking."""
-        try:
-            prompt = self._template.render(messages[:-1], tools, add_generation_prompt=True)
-            whole = self._template.render(messages, tools)
-        except TemplateRefusalError:
-            return frozenset()
-        return self._tokens_in(whole.removeprefix(prompt)) if whole.startswith(prompt) else frozenset()
-
-    def _tokens_in(self, text: str) -> frozenset[str]:
-        return frozenset({token for token in self._added if token in text} | {*TAG.findall(text)})
+        start = text[: min(places)].rstrip().rfind("\n") + 1 if line_before else min(places)
+        around = text[start:]
+        written = {token for token in self._added if token in around} | {*TAG.findall(around)}
+        return frozenset(token for token in written if not NAME.search(token))
 
     def find(self, message: Message) -> str | None:
         """The first control token in the texts of a message, if there is one."""

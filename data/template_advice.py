@@ -1,7 +1,7 @@
 """What a user can do where a chat template and a row do not fit; each advice was tried on the template."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
@@ -40,7 +40,8 @@ def advice_on_prefix(template: ChatTemplate, response: Message, given: Mapping[s
 
 
 def _ways_to_fit(template: ChatTemplate, answer: Message, given: Mapping[str, Any]) -> Iterator[str]:
-    if switch := find_argument(template, lambda found: not found.keys() & given and _fits(template, answer, found)):
+    free = template.variables - given.keys()  # a row's arguments go first
+    if switch := find_argument(template, free, lambda found: _fits(template, answer, {**given, **found})):
         yield pass_arguments(switch)
     if answer != ANSWER:
         return
@@ -57,14 +58,18 @@ def advice_on_thinking(template: ChatTemplate, name: str) -> str:
     fields = [field for field in THINKING_FIELDS if _writes_thinking(template, field, {})]
     if fields and name not in fields:
         return f"the template reads `{fields[0]}`: rename it"
-    if not fields and (switch := find_argument(template, lambda found: _writes_thinking(template, name, found))):
+    if not fields and (
+        switch := find_argument(template, template.variables, lambda found: _writes_thinking(template, name, found))
+    ):
         return pass_arguments(switch)
     return "put the thinking into the content, or use another template"
 
 
-def find_argument(template: ChatTemplate, works: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
-    """The first argument of a template that works; empty if none does."""
-    names = sorted(template.variables - NO_SWITCHES - {*template.tokenizer.special_tokens_map})
+def find_argument(
+    template: ChatTemplate, variables: Set[str], works: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any]:
+    """The first argument of a template that works, of some of its variables; empty if none does."""
+    names = sorted(variables - NO_SWITCHES - {*template.tokenizer.special_tokens_map})
     names.sort(key=lambda name: "think" not in name)
     return next(({name: value} for name in names for value in VALUES if works({name: value})), {})
 
