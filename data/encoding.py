@@ -183,7 +183,8 @@ class Encoder:
             raise RowError(
                 f"{pair.where}: the tokens of `{column}` do not end with the end-of-turn token "
                 f"{self.template.tokenizer.convert_ids_to_tokens(end.token_id)!r}",
-                "use a template that ends every assistant's turn alike, or pass --drop-invalid",
+                "use a template that ends every assistant's turn alike, or list the token at the end under "
+                "eos_token_id in generation_config.json if it ends generation, or pass --drop-invalid",
                 "no end of turn",
             )
         return response_ids
