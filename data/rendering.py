@@ -83,11 +83,13 @@ class Renderer:
         opened = OPEN_THINKING.search(prompt)
         if opened:
             cause = f"the prompt ends with {opened[1]}, where the model begins to think"
-        advice = self._advice_on_prefix(response, pair.chat_template_kwargs)
-        fix = advice or "use a template that only appends, strip the response, or pass --drop-invalid"
+        if isinstance(pair.prompt, str):
+            advice: str | None = "strip the end of the prompt or the beginning of the response, or pass --drop-invalid"
+        else:
+            advice = self._advice_on_prefix(response, pair.chat_template_kwargs)
         return RowError(
             f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: {cause}",
-            fix,
+            advice or "use a template that only appends, strip the response, or pass --drop-invalid",
             "prompt changes with the response",
         )
 

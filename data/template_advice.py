@@ -20,6 +20,7 @@ NO_SWITCHES = {
     "raise_exception",
 }
 THOUGHT_AND_ANSWER = f"<think>\n{OTHER_MARKER}\n</think>\n\n{MARKER}"
+EDIT_SPACE = "edit the white space around the end of the prompt in the template"
 EDIT = "edit the template, or pass --rendered with prompts that are rendered already"
 
 
@@ -36,7 +37,9 @@ def advice_on_prefix(template: ChatTemplate, response: Message, given: Mapping[s
         answer |= {"content": THOUGHT_AND_ANSWER}
     if _fits(template, answer, given):
         return None
-    return ", or ".join((*_ways_to_fit(template, answer, given), EDIT))
+    prompt, whole = _render(template, answer, given)
+    edit = EDIT_SPACE if whole.startswith(prompt) else EDIT
+    return ", or ".join((*_ways_to_fit(template, answer, given), edit))
 
 
 def _ways_to_fit(template: ChatTemplate, answer: Message, given: Mapping[str, Any]) -> Iterator[str]:
@@ -81,11 +84,7 @@ def pass_arguments(arguments: Mapping[str, Any]) -> str:
 
 def _fits(template: ChatTemplate, answer: Message, arguments: Mapping[str, Any]) -> bool:
     """Whether the tokens of a prompt are the beginning of those of prompt and answer, and nothing is left out."""
-    try:
-        prompt = template.render([QUESTION], arguments=arguments, add_generation_prompt=True)
-        whole = template.render([QUESTION, answer], arguments=arguments)
-    except TemplateRefusalError:
-        return False
+    prompt, whole = _render(template, answer, arguments)
     marks = [mark for mark in (MARKER, OTHER_MARKER) if mark in "".join(answer.values())]
     if not whole.startswith(prompt) or any(mark not in whole for mark in marks):
         return False
@@ -94,7 +93,13 @@ def _fits(template: ChatTemplate, answer: Message, arguments: Mapping[str, Any])
 
 
 def _writes_thinking(template: ChatTemplate, name: str, arguments: Mapping[str, Any]) -> bool:
+    return OTHER_MARKER in _render(template, ANSWER | {name: OTHER_MARKER}, arguments)[1]
+
+
+def _render(template: ChatTemplate, answer: Message, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """The prompt, and prompt and answer; two different texts where the template refuses them."""
     try:
-        return OTHER_MARKER in template.render([QUESTION, ANSWER | {name: OTHER_MARKER}], arguments=arguments)
+        prompt = template.render([QUESTION], arguments=arguments, add_generation_prompt=True)
+        return prompt, template.render([QUESTION, answer], arguments=arguments)
     except TemplateRefusalError:
-        return False
+        return "-", ""

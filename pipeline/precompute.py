@@ -272,8 +272,8 @@ def precompute(
 
 def _first_example(plan: "Plan") -> FirstExample:
     template, pair = plan.encoder.template, plan.first
-    end_id = template.turn_end.token_id
-    ended = bool(pair.chosen_ids[-1] == end_id)
+    end_id = int(pair.chosen_ids[-1])
+    ended = end_id in (template.turn_end.token_id, template.call_end.token_id)
 
     def decode(ids: "TokenIds") -> str:
         return str(template.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

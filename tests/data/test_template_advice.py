@@ -91,3 +91,24 @@ def test_arguments_of_a_row_count(small_tokenizer: PreTrainedTokenizerBase) -> N
     error = encode(tokenizer, row_of("strings") | {"chat_template_kwargs": {"enable_thinking": True}})
     assert isinstance(error, RowError)
     assert "--chat-template-kwargs" not in str(error)  # the row's value would go first
+
+
+def test_white_space_that_the_tokenizer_merges_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    merging = with_template(
+        tokenizer, chatml(generation=GENERATION.replace("\n", "\n\n")).replace("+ '\n' +", "+ '\n\n' +")
+    )
+    error = encode(merging, row_of("strings"))
+    assert isinstance(error, RowError)
+    assert str(error).endswith("; edit the white space around the end of the prompt in the template")
+    error = encode(tokenizer, row_of("strings") | {"chosen": "\n\nIn Paris."})
+    assert isinstance(error, RowError)
+    assert str(error).endswith("; use a template that only appends, strip the response, or pass --drop-invalid")
+
+
+def test_a_rendered_prompt_has_no_template_to_edit(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "<|im_start|>assistant\n\n", "chosen": "In Paris.", "rejected": "No."}
+    with pytest.raises(RowError) as caught:
+        list(Encoder(ChatTemplate(tokenizer), 512, 1024, rendered=True).encode([("row 1", row)]))
+    assert str(caught.value).endswith(
+        "strip the end of the prompt or the beginning of the response, or pass --drop-invalid"
+    )
