@@ -94,7 +94,7 @@ def test_a_rendered_prompt_is_taken_though_the_tokenizer_writes_blanks_after_spe
     spaced = wrap(sentencepiece())  # decodes <|turn|>Hi as <|turn|> Hi
     spaced.add_tokens(["<|turn|>", "[INST]"], special_tokens=True)
     spaced.chat_template = HABITS["plain"].replace("<|im_start|>", "<|turn|>")
-    row = {"prompt": f"{marker}To be{END}\n{marker}not\n", "chosen": "to be", "rejected": "not"}
+    row = {"prompt": f"{marker}To be\n{marker}not\n", "chosen": "to be", "rejected": "not"}
     (pair,) = encode(make_encoder(spaced, rendered=True), row)
     assert pair.prompt_ids.tolist() == spaced(row["prompt"], add_special_tokens=False)["input_ids"]
 
