@@ -6,26 +6,68 @@ of an assistant's answer, and none there.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
 from adpa.data.messages import Message
+from adpa.data.template_trials import (
+    ANSWER,
+    CALL,
+    MARKED_QUESTION,
+    MARKER,
+    OTHER_MARKER,
+    QUESTION,
+    RESULT,
+    TOOL,
+    TemplateRefusalError,
+)
 
 # What templates write around messages is a control token if it looks like one: <|user|>, <start_of_turn>, [INST].
 TAG = re.compile(r"<[^<>\s]+>|<<[^<>\s]+>>|\[/?[A-Z_]+\]")
 ANSWER_TAG = re.compile(r"think|thought|reason|tool|function", re.IGNORECASE)
+NAME = re.compile(
+    f"{MARKER}|{OTHER_MARKER}|{TOOL['function']['name']}"
+)  # what the messages bring, as in <function=look>
+SYSTEM: Message = {"role": "system", "content": MARKER}
+THOUGHT: Message = ANSWER | dict.fromkeys(THINKING_FIELDS, OTHER_MARKER)
 
 
 class ControlTokens:
     """The control tokens of a chat template and its tokenizer."""
 
     def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
         added = template.tokenizer.added_tokens_decoder.values()
+        self._added = frozenset(token.content for token in added if token.content.strip())
         special = {token.content for token in added if token.special} | {*template.tokenizer.all_special_tokens}
-        around = template.surroundings
-        written = {token.content for token in added if token.content.strip() and token.content in around}
-        self.tokens = frozenset(special | written | {*TAG.findall(around)}) - {""}
+        around = self._around([MARKED_QUESTION, ANSWER, MARKED_QUESTION])
+        around |= self._around([SYSTEM, MARKED_QUESTION], line_before=True)
+        around |= self._around([QUESTION, ANSWER], line_before=True)
+        with_tools = self._around([MARKED_QUESTION, CALL, RESULT], [TOOL])
+        self.tokens = frozenset(special | around | with_tools) - {""}
+        inside = self._around([QUESTION, CALL], [TOOL], line_before=True)
+        inside |= self._around([QUESTION, THOUGHT], line_before=True)
+        ends = {*template.tokenizer.convert_ids_to_tokens(sorted(template.stops)), *template.call_end.texts}
+        self._of_answers = inside - around - ends  # tags of tool calls and of thinking
+
+    def _around(self, messages: Sequence[Message], tools: Any = None, line_before: bool = False) -> frozenset[str]:
+        """What the template writes from the first mark on, or from the line before it.
+
+        Further up may stand a text of the template's own, such as instructions.
+        """
+        try:
+            text = self._template.render(messages, tools, add_generation_prompt=messages[-1]["role"] != "assistant")
+        except TemplateRefusalError:
+            return frozenset()
+        places = [place for mark in (MARKER, OTHER_MARKER) if (place := text.find(mark)) >= 0]
+        if not places:
+            return frozenset()
+        start = text[: min(places)].rstrip().rfind("\n") + 1 if line_before else min(places)
+        around = text[start:]
+        written = {token for token in self._added if token in around} | {*TAG.findall(around)}
+        return frozenset(token for token in written if not NAME.search(token))
 
     def find(self, message: Message) -> str | None:
         """The first control token in the texts of a message, if there is one."""
@@ -43,7 +85,7 @@ class ControlTokens:
 
     @cached_property
     def _in_answers(self) -> re.Pattern[str]:
-        return _pattern(frozenset(token for token in self.tokens if not ANSWER_TAG.search(token)))
+        return _pattern(frozenset(token for token in self.tokens - self._of_answers if not ANSWER_TAG.search(token)))
 
 
 def texts_of(message: Message) -> Iterator[str]:

@@ -175,14 +175,16 @@ class Encoder:
     ) -> TokenIds:
         if not np.array_equal(whole_ids[: len(prompt_ids)], prompt_ids):
             cause = "the tokenizer merges the end of the prompt with the response's beginning (white space, most often)"
-            raise self._renderer.no_prefix(pair, column, rendered.prompt, cause)
-        response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - rendered.trailing]
-        end = self.template.turn_end.token_id
-        if len(response_ids) == 0 or response_ids[-1] != end:
+            response = pair.chosen if column == "chosen" else pair.rejected
+            raise self._renderer.no_prefix(pair, column, response, rendered.prompt, cause)
+        end = rendered.ends[column == "rejected"]
+        response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - end.trailing]
+        if len(response_ids) == 0 or response_ids[-1] != end.token_id:
             raise RowError(
                 f"{pair.where}: the tokens of `{column}` do not end with the end-of-turn token "
-                f"{self.template.tokenizer.convert_ids_to_tokens(end)!r}",
-                "use a template that ends every assistant's turn alike, or pass --drop-invalid",
+                f"{self.template.tokenizer.convert_ids_to_tokens(end.token_id)!r}",
+                "use a template that ends every assistant's turn alike, or list the token at the end under "
+                "eos_token_id in generation_config.json if it ends generation, or pass --drop-invalid",
                 "no end of turn",
             )
         return response_ids

@@ -6,19 +6,23 @@ Texts are compared without white space: templates may trim what they write.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate, TemplateRefusalError
+from adpa.data.chat_template import OPEN_THINKING, THINKING_FIELDS, ChatTemplate
 from adpa.data.control_tokens import ControlTokens, leaves
 from adpa.data.messages import DROP, Message
 from adpa.data.preferences import PreferencePair
+from adpa.data.template_advice import advice_on_prefix, advice_on_thinking
+from adpa.data.template_trials import TemplateRefusalError
+from adpa.data.turn_end import TurnEnd
 from adpa.errors import RowError
 
-OPEN_THINKING = re.compile(r"(<think\w*>|<\|START_THINKING\|>|\[THINK\]|<thought>|<reasoning>)\s*$")
 # Everything up to the end of an assistant's thinking, as templates cut it out of earlier turns.
-THINKING = re.compile(r"^.*(</think\w*>|<\|END_THINKING\|>|\[/THINK\]|</thought>|</reasoning>)", re.DOTALL)
+THINKING = re.compile(
+    r"^.*(<(?:/|\|(?:/|end))[^<>\s]*(?:think|thought|reasoning)[^<>\s]*>|\[/THINK(?:ING)?\])", re.DOTALL | re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,14 @@ class Rendered:
         prompt: the conversation up to the response.
         chosen: the whole conversation with the chosen response.
         rejected: the whole conversation with the rejected response.
-        trailing: tokens after the end-of-turn token of a whole conversation.
+        ends: the ends of the turn in the two whole conversations.
         thinking_left_out: whether the template leaves out thinking of earlier turns.
     """
 
     prompt: str
     chosen: str
     rejected: str
-    trailing: int
+    ends: tuple[TurnEnd, TurnEnd]
     thinking_left_out: bool = False
 
 
@@ -56,36 +60,48 @@ class Renderer:
         chosen = self._without_end(pair, "chosen", pair.chosen)
         rejected = self._without_end(pair, "rejected", pair.rejected)
         self._check_control_tokens(pair, chosen, rejected)
-        end = self.template.turn_end
         if isinstance(pair.prompt, str):
+            end = replace(self.template.turn_end, trailing=0)
             with_chosen, with_rejected = (pair.prompt + each["content"] + end.text for each in (chosen, rejected))
-            return Rendered(pair.prompt, with_chosen, with_rejected, trailing=0)
+            return Rendered(pair.prompt, with_chosen, with_rejected, (end, end))
         self._check_template(pair)
         prompt, with_chosen, with_rejected = self._conversations(pair, pair.prompt, chosen, rejected)
         left_out = self._check_prompt(pair, pair.prompt, prompt)
         for column, response, whole in (("chosen", chosen, with_chosen), ("rejected", rejected, with_rejected)):
             if not whole.startswith(prompt):
                 cause = "the chat template changes the prompt when the response follows"
-                raise self.no_prefix(pair, column, prompt, cause)
+                raise self.no_prefix(pair, column, response, prompt, cause)
             opened = OPEN_THINKING.search(prompt)  # a response with its thinking begins in the prompt then
             self._check_response(pair, column, response, whole[opened.start() if opened else len(prompt) :])
-        return Rendered(prompt, with_chosen, with_rejected, end.trailing, left_out)
+        return Rendered(prompt, with_chosen, with_rejected, (self._end(chosen), self._end(rejected)), left_out)
 
-    def no_prefix(self, pair: PreferencePair, column: str, prompt: str, cause: str) -> RowError:
+    def _end(self, response: Message) -> TurnEnd:
+        return self.template.call_end if "tool_calls" in response else self.template.turn_end
+
+    def no_prefix(self, pair: PreferencePair, column: str, response: Message, prompt: str, cause: str) -> RowError:
         """The error of a prompt that is not the beginning of prompt and response."""
-        fix = "use a template that only appends, strip the response, or pass --drop-invalid"
         opened = OPEN_THINKING.search(prompt)
         if opened:
-            switch = self.template.thinking_switch
             cause = f"the prompt ends with {opened[1]}, where the model begins to think"
-            fix = "give responses with their thinking (`reasoning_content`), or edit the template"
-            if switch is not None:
-                fix = f"pass --chat-template-kwargs '{{\"{switch}\": false}}', or {fix}"
+        if isinstance(pair.prompt, str):
+            advice: str | None = "strip the end of the prompt or the beginning of the response, or pass --drop-invalid"
+        else:
+            advice = self._advice_on_prefix(response, pair.chat_template_kwargs)
         return RowError(
             f"{pair.where}: the prompt's tokens are not a prefix of the tokens of prompt and `{column}`: {cause}",
-            fix,
+            advice or "use a template that only appends, strip the response, or pass --drop-invalid",
             "prompt changes with the response",
         )
+
+    def _advice_on_prefix(self, response: Message, given: Mapping[str, Any]) -> str | None:
+        shape = (*(name in response for name in THINKING_FIELDS), "</think>" in response["content"], json.dumps(given))
+        if shape not in self._advice:
+            self._advice[shape] = advice_on_prefix(self.template, response, given)
+        return self._advice[shape]
+
+    @cached_property
+    def _advice(self) -> dict[tuple[object, ...], str | None]:
+        return {}
 
     def _without_end(self, pair: PreferencePair, column: str, response: Message) -> Message:
         """The response without an end of turn in its text: the template writes it."""
@@ -154,7 +170,8 @@ class Renderer:
 
         def render(*response: Message) -> str:
             messages = [*prompt, *response]
-            return self.template.render(messages, pair.tools, pair.chat_template_kwargs, not response)
+            text = self.template.render(messages, pair.tools, pair.chat_template_kwargs, not response)
+            return text + self._end(response[0]).unwritten if response else text
 
         try:
             return [render(), render(chosen), render(rejected)]
@@ -186,13 +203,19 @@ class Renderer:
         missing = _missing(response, _squeeze(text))
         if missing:
             raise self._leaves_out(pair, f"`{column}`", *missing)
+        end = self._end(response).texts[-1]
+        if text.count(end) > 1 + sum(part.count(end) for _, part in _parts(response)):
+            raise RowError(
+                f"{pair.where}: the chat template writes {end!r}, the end of the turn, more than once in `{column}`",
+                "use another template, or pass --drop-invalid",
+                "several ends of a turn",
+            )
 
     def _leaves_out(self, pair: PreferencePair, place: str, name: str, text: str) -> RowError:
         part = "" if name == "content" else f" `{name}`,"
         fix = "use another template, change the text, or pass --drop-invalid"
         if name in THINKING_FIELDS:
-            read = [field for field in THINKING_FIELDS if self.template.reads_field(field)]
-            fix = f"the template reads `{read[0]}`: rename it" if read else "put the thinking into the content"
+            fix = advice_on_thinking(self.template, name)
         return RowError(
             f"{pair.where}: the chat template leaves out text of {place}:{part} {text!r:.60}",
             fix,

@@ -272,8 +272,9 @@ def precompute(
 
 def _first_example(plan: "Plan") -> FirstExample:
     template, pair = plan.encoder.template, plan.first
-    end_id = template.turn_end.token_id
-    ended = bool(pair.chosen_ids[-1] == end_id)
+    last, end_id = int(pair.chosen_ids[-1]), template.turn_end.token_id
+    ended = last in (end_id, template.call_end.token_id)
+    end_id = last if ended else end_id
 
     def decode(ids: "TokenIds") -> str:
         return str(template.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

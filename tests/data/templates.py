@@ -98,6 +98,29 @@ QWEN_THINKING = (
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n' }}{% endif %}{% endif %}"
 )
 
+# Ends a call with a token of its own; the first reads arguments as objects, the second as text and without content.
+CALL = (
+    "{% for c in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+)
+ENDS_CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    + CALL
+    + "{{ '<|call|>' if m.tool_calls else '<|im_end|>\n' }}{% endfor %}"
+)
+CALLS_WITHOUT_CONTENT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is none %}{% for c in m.tool_calls %}"
+    "{{ '<tool_call>' + c.function.name + '\n' + c.function.arguments }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+# Says the words in one turn and the call in the next one.
+CALLS_IN_A_TURN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content and m.tool_calls %}{{ m.content + '<|im_end|>\n<|im_start|>assistant\n' }}"
+    "{% elif m.content %}{{ m.content }}{% endif %}" + CALL + "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
 HABITS = {
     "plain": chatml(),
     "strips": chatml("m['content'] | trim"),
@@ -127,6 +150,24 @@ HABITS = {
     "raises": chatml(before="{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system!') }}{% endif %}"),
     "undefined": chatml(before="{% if messages[0]['role'] == 'system' %}{{ messages[0].nothing.more }}{% endif %}"),
     "type error": chatml(before="{% if messages[0]['role'] == 'system' %}{{ tools | length }}{% endif %}"),
+    "reads parts": chatml("m['content'][0]['text']"),
+    "ends calls by a token of their own": TOOLS + ENDS_CALLS + GENERATION,
+    "calls without content": TOOLS + CALLS_WITHOUT_CONTENT + GENERATION,
+    "calls in a turn of their own": TOOLS + CALLS_IN_A_TURN + GENERATION,
+    "ends a turn when the next one comes": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + GENERATION
+    ),
+    "closes thinking unless told": chatml(
+        generation="{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if not enable_thinking %}{{ '<think>\n</think>\n' }}{% endif %}{% endif %}"
+    ),
+    "opens thinking and cuts it": chatml(
+        "m['content'].split('</think>')[-1]", generation=GENERATION.replace("assistant\n", "assistant\n<think>\n")
+    ),
+    "wants tools": chatml(before="{% for t in tools %}{{ t | tojson }}{% endfor %}").replace(
+        "m['content']", "m['content'] }}" + CALL + "{{ ''"
+    ),
     "division by zero": chatml(before="{% if messages | length > 2 %}{{ 1 // 0 }}{% endif %}"),
 }
 
@@ -134,7 +175,7 @@ HABITS = {
 def with_habit(tokenizer: PreTrainedTokenizerBase, habit: str) -> PreTrainedTokenizerBase:
     """A copy of a tokenizer with the template of a habit."""
     changed = deepcopy(tokenizer)
-    changed.add_tokens(["<|end_response|>"], special_tokens=True)
+    changed.add_tokens(["<|end_response|>", "<|call|>"], special_tokens=True)
     changed.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     changed.chat_template = HABITS[habit]
     return changed

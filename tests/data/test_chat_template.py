@@ -5,7 +5,8 @@ import pytest
 from tests.data.templates import STYLES, chatml, with_habit
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.chat_template import ChatTemplate, TemplateRefusalError
+from adpa.data.chat_template import ChatTemplate
+from adpa.data.template_trials import TemplateRefusalError
 from adpa.errors import ModelError
 
 CONVERSATION = [{"role": "user", "content": "Where is the Louvre?"}, {"role": "assistant", "content": "In Paris."}]
@@ -96,7 +97,6 @@ def test_thinking_is_switched_off_by_an_argument(small_tokenizer: PreTrainedToke
     tokenizer = with_habit(small_tokenizer, "cuts thinking of earlier turns")
     prompt = ChatTemplate(tokenizer, {"enable_thinking": False}).render(CONVERSATION[:1], add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
-    assert ChatTemplate(tokenizer).thinking_switch == "enable_thinking"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+from tests.data.kinds import sentencepiece, wrap
 from tests.data.templates import HABITS, STYLES, with_habit
 from tests.data.test_encoding import EARLIER_TURN, PAIR, USER, Row, encode, make_encoder
 from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,16 @@ def test_rendered_prompts_are_taken_as_they_are(tokenizer: PreTrainedTokenizerBa
         assert pair.prompt_ids.tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(pair.chosen_ids) == f"Hello.{END}"
         assert tokenizer.decode(pair.rejected_ids) == f"No.{END}"
+
+
+@pytest.mark.parametrize("marker", ["<|im_start|>", "<|turn|>", "[INST]"])
+def test_a_rendered_prompt_is_taken_though_the_tokenizer_writes_blanks_after_special_tokens(marker: str) -> None:
+    spaced = wrap(sentencepiece())  # decodes <|turn|>Hi as <|turn|> Hi
+    spaced.add_tokens(["<|turn|>", "[INST]"], special_tokens=True)
+    spaced.chat_template = HABITS["plain"].replace("<|im_start|>", "<|turn|>")
+    row = {"prompt": f"{marker}To be\n{marker}not\n", "chosen": "to be", "rejected": "not"}
+    (pair,) = encode(make_encoder(spaced, rendered=True), row)
+    assert pair.prompt_ids.tolist() == spaced(row["prompt"], add_special_tokens=False)["input_ids"]
 
 
 def test_a_rendered_prompt_gives_the_tokens_of_its_messages(tokenizer: PreTrainedTokenizerBase) -> None:
