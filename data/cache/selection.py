@@ -203,7 +203,8 @@ def _complete_groups(
         info = responses.info
         arguments = json.dumps(info.chat_template_kwargs, sort_keys=True)
         limits = (info.max_prompt_length, info.max_length)
-        origin = (info.examples, info.tokenizer, info.chat_template, arguments, info.rendered, *limits)
+        made = (arguments, info.rendered, info.turn_end)
+        origin = (info.examples, info.tokenizer, info.chat_template, *made, *limits)
         by_origin[origin][info.name].append(responses)
     return [
         dict(zip(names, combination, strict=True))

@@ -4,6 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from adpa.data.pieces import visible
 from adpa.pipeline.precompute import FirstExample, PrecomputeReport
 from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
@@ -14,10 +15,13 @@ MOST_CHARACTERS = 600  # of a text
 def print_example(example: FirstExample) -> None:
     """Prints the first example, so that a user sees what the models read before they run."""
     table = Table("", "", title="First example, as the models read it", title_justify="left", show_header=False)
-    table.add_row("prompt", Text(_cut_beginning(example.prompt)))
-    table.add_row("chosen", Text(_cut_middle(example.chosen)))
     end = "none: the response was cut" if example.end is None else f"{example.end} (id {example.end_id})"
-    table.add_row("end token", Text(end))
+    for name, text in (
+        ("prompt", _cut_beginning(example.prompt)),
+        ("chosen", _cut_middle(example.chosen)),
+        ("end token", end),
+    ):
+        table.add_row(name, Text(visible(text, newline="\n")))
     Console().print(table)
 
 

@@ -157,8 +157,6 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         if unknown:
             raise OptionError(f"--config {path}: {context.info_name} has no option {unknown[0]!r}")
         for name, value in options.items():
-            if isinstance(value, dict):  # an option that is a JSON object
-                options[name] = json.dumps(value)
             if getattr(known[name], "multiple", False) and not isinstance(value, list):
                 options[name] = [value]
     except OptionError as error:

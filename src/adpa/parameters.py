@@ -92,13 +92,15 @@ def _is_mapping(parameter: inspect.Parameter) -> bool:
     return any(get_origin(one) is Mapping for one in _types(parameter))
 
 
-def _json_object(flag: str, text: str) -> dict[str, Any]:
+def _json_object(flag: str, given: str | dict[str, Any]) -> dict[str, Any]:
+    """The object that a user wrote as JSON, or as a mapping in a file of options."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"{text!r:.60} is no JSON; write {flag} '{{\"name\": value}}'") from error
+        value = json.loads(given) if isinstance(given, str) else given
+        json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise typer.BadParameter(f"{given!r:.60} is no JSON; write {flag} '{{\"name\": value}}'") from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"{text!r:.60} is no JSON object; write {flag} '{{\"name\": value}}'")
+        raise typer.BadParameter(f"{given!r:.60} is no JSON object; write {flag} '{{\"name\": value}}'")
     return value
 
 
