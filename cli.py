@@ -49,7 +49,7 @@ def main() -> None:
         exit_code = app(prog_name="adpa", standalone_mode=False)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "adpa"
-        print_error(f"{error.format_message()} See {command} --help")
+        print_error(f"{' '.join(error.format_message().split())} See {command} --help")
         exit_code = error.exit_code
     except SystemExit as stop:
         exit_code = stop.code

@@ -29,8 +29,15 @@ def check_round_trip(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
     """The texts that do not come back, each with the reason, if they are few.
 
     Raises:
-        ModelError: two or more texts are lost, and at least one in a hundred of the distinct ones.
+        ModelError: two or more texts are lost, and at least one in a hundred of the distinct ones; or the tokenizer
+            splits text at random.
     """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(getattr(backend, "model", None), "dropout", None):
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer splits text at random (dropout {backend.model.dropout:g})",
+            "set the dropout of the model in its tokenizer.json to null",
+        )
     losses = find_losses(tokenizer, texts)
     distinct = len(set(texts))
     if len(losses) < 2 or len(losses) * ONE_IN < distinct:
@@ -158,11 +165,11 @@ def _cause(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[str, str]:
             f"{', '.join(changed) or 'model'} of its tokenizer.json",
             'set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json',
         )
+    if backend is not None and backend.decoder is None and _split("a b", backend) != "ab":
+        return ": its tokenizer.json has no decoder", "set the decoder that fits its pre_tokenizer"
     bytewise = backend is not None and b'"ByteLevel"' in (_state(backend, "pre_tokenizer") or b"")
     if bytewise and (missing := set(pre_tokenizers.ByteLevel.alphabet()) - set(tokenizer.get_vocab())):
         return f": its vocabulary lacks {len(missing)} of the 256 bytes", "use another model, or data without them"
-    if backend is not None and backend.decoder is None and _split("a b", backend) != "ab":
-        return ": its tokenizer.json has no decoder", "set the decoder that fits its pre_tokenizer"
     return "", "take the tokenizer files of the model's publisher, or use a model whose vocabulary fits the data"
 
 

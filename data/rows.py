@@ -7,6 +7,7 @@ another row has and this one lacks, so rows of Parquet and ``datasets`` lose the
 import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,15 @@ def _read_file(path: Path) -> Rows:
 
 
 def _read_lines(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path} line {number}"
                 try:
+                    line.encode()
                     yield where, json.loads(line.rstrip())
+                except UnicodeEncodeError as error:
+                    yield where, _wrong_byte(where, ord(line[error.start]) & 0xFF)
                 except (ValueError, RecursionError) as error:
                     yield where, _broken_row(where, error)
 
@@ -91,10 +95,29 @@ def _read_json_list(path: Path) -> Rows:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{line}: {_json_problem(error)}", "mend the file") from error
+        broken = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f"row {_whole_rows(text) + 1}"
+        raise DataError(f"{path} {broken}: {_json_problem(error)}", "mend the file") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path} row {number}", row
+
+
+def _whole_rows(text: str) -> int:
+    """How many rows of a JSON list can be read before the first that cannot."""
+    decoder, place, rows = json.JSONDecoder(), text.index("[") + 1, 0
+    with suppress(ValueError, RecursionError):
+        while True:
+            start = len(text) - len(text[place:].lstrip(" ,\t\r\n"))
+            _, place = decoder.raw_decode(text, start)
+            rows += 1
+    return rows
+
+
+def _wrong_byte(where: str, byte: int) -> RowError:
+    return RowError(
+        f"{where}: expected UTF-8 text; found the byte {byte:#04x}",
+        "save the file as UTF-8, or pass --drop-invalid",
+        "not UTF-8",
+    )
 
 
 def _broken_row(where: str, error: Exception) -> RowError:
@@ -251,6 +274,9 @@ def _plain(kind: pa.DataType) -> Callable[[Any], Any]:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         item = _plain(kind.value_type)
         return lambda value: value and [item(element) for element in value]
+    if pa.types.is_map(kind):
+        entry = _plain(kind.item_type)
+        return lambda value: value if value is None else {name: entry(element) for name, element in value}
     if isinstance(kind, pa.JsonType):
         return lambda value: value if value is None else json.loads(value)
     return lambda value: value

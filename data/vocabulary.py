@@ -78,6 +78,8 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> lis
         for name in ("__call__", "_encode_plus", "_convert_encoding")
     )
     if not stock:
+        if not texts:  # some classes fail
+            return []
         return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = tokenizer.split_special_tokens  # the call sets these three as well

@@ -37,6 +37,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, models: Mod
         ((), "Missing command. See adpa --help"),
         (("train",), "No such command 'train'. See adpa --help"),
         (("distill", "--objective", "dpo"), "'dpo' is not one of 'sft', 'kd', 'dckd', 'adpa'. See adpa distill --help"),
+        (("distill",), "Missing option '--objective'. Choose from: sft, kd, dckd, adpa See adpa distill --help"),
         (("precompute",), "Missing option '--teacher'. See adpa precompute --help"),
     ],
 )

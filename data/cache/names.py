@@ -12,7 +12,7 @@ from adpa.errors import CacheError
 
 # A text may have more around a whole name: folders, a file's checksum, the rest of a line. The last name counts.
 WHOLE_SET = re.compile(rf"({'|'.join(RESPONSE_NAMES)})[- ]+([0-9a-f]{{16}})(?![0-9a-f])")
-WHOLE_SCORING = re.compile(r"(?:^|scorings?[ /]+)([0-9a-f]{16})(?![0-9a-f])")
+WHOLE_SCORING = re.compile(r"(?:^|scorings?[ /]+|by )([0-9a-f]{16})(?![0-9a-f])")
 
 
 def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
@@ -56,7 +56,7 @@ def find_scoring(text: str, present: Sequence[Scoring]) -> Scoring:
 
 
 def _tidy(text: str) -> str:
-    return " ".join(text.split()).rstrip(",;:")
+    return " ".join(text.split()).strip(",;:'\"`")
 
 
 def _begins(beginning: str, *names: str) -> bool:

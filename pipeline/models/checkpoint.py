@@ -43,7 +43,7 @@ from adpa.pipeline.models.weight_files import (
 )
 from adpa.pipeline.options import DtypeName
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 logger = logging.getLogger(__name__)
 

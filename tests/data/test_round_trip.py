@@ -177,6 +177,21 @@ def test_a_file_without_a_decoder_is_refused(kind: str) -> None:
         check_round_trip(tokenizer, ["that question", "there, Hello", "noon past"])
 
 
+def test_without_a_decoder_missing_bytes_are_not_the_cause() -> None:
+    def damage(description: dict[str, Any]) -> None:
+        description["decoder"] = None
+        description["model"]["vocab"].pop("ÿ")
+
+    with pytest.raises(ModelError, match=r"its tokenizer.json has no decoder; "):
+        check_round_trip(edited(byte_level(), damage), ["that question", "there, Hello", "noon past"])
+
+
+def test_a_tokenizer_that_splits_text_at_random_is_refused() -> None:
+    tokenizer = edited(byte_level(), lambda description: description["model"].update(dropout=0.1))
+    with pytest.raises(ModelError, match=r"splits text at random \(dropout 0.1\); set the dropout of the model"):
+        check_round_trip(tokenizer, ["Hello"])
+
+
 def test_a_byte_level_file_without_its_split_is_refused() -> None:
     tokenizer = edited(byte_level(), lambda description: description.update(pre_tokenizer=None))
     with pytest.raises(ModelError, match=r"'Hello there!', comes back as 'Hellothere!'; take the tokenizer files of"):

@@ -160,7 +160,6 @@ def test_a_split_that_is_missing_is_refused_with_the_names_there_are(
         ("prefs.json", b"[]", "found no rows"),
         ("prefs.parquet", b"", "expected a Parquet file"),
         ("prefs.parquet", b"PAR1 and no more", "expected a Parquet file"),
-        ("prefs.jsonl", '{"prompt": "Où?"}'.encode("latin-1"), "expected UTF-8 text; found the byte 0xf9 in line 1"),
         ("prefs.json", '[\n"Où?"]'.encode("cp1252"), "expected UTF-8 text; found the byte 0xf9 in line 2"),
         ("prefs.jsonl", '{"prompt": "Où?"}'.encode("utf-16"), "expected UTF-8 text; found UTF-16"),
         ("prefs.jsonl", '{"prompt": "Où?"}'.encode("utf-32"), "expected UTF-8 text; found UTF-32"),
@@ -221,6 +220,26 @@ def test_a_broken_line_is_an_error_in_its_place_and_the_others_are_read(
     assert problem in str(error)
 
 
+@pytest.mark.parametrize("text", ["Où?", "\xf9", "Hi \xf9\xe9"])
+def test_a_line_that_is_not_utf8_is_an_error_in_its_place_and_the_others_are_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "prefs.jsonl"
+    path.write_bytes(f"{GOOD_LINE}\n{json.dumps({'prompt': text}, ensure_ascii=False)}\n{GOOD_LINE}".encode("latin-1"))
+    first, (where, error), last = read_rows(str(path))
+    assert (first, last) == ((f"{path} line 1", ROWS[0]), (f"{path} line 3", ROWS[0]))
+    assert isinstance(error, RowError)
+    assert (where, error.reason) == (f"{path} line 2", "not UTF-8")
+    assert str(error).startswith(f"{path} line 2: expected UTF-8 text; found the byte 0xf9; save the file as UTF-8")
+
+
+def test_an_arrow_map_is_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "prefs.parquet"
+    arguments = pa.array([[("city", "Oslo")], [], None], pa.map_(pa.string(), pa.string()))
+    texts = ["a", "b", "c"]
+    table = {"prompt": texts, "chosen": texts, "rejected": texts, "chat_template_kwargs": arguments}
+    pq.write_table(pa.table(table), path)
+    assert [row.get("chat_template_kwargs") for row in only_rows(path)] == [{"city": "Oslo"}, {}, None]
+
+
 def test_half_a_surrogate_pair_does_not_end_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "prefs.jsonl"
     path.write_text('{"prompt": "The tower \\ud83d"}\n' + GOOD_LINE)
@@ -232,8 +251,15 @@ def test_half_a_surrogate_pair_does_not_end_the_reading(tmp_path: Path) -> None:
     [
         pytest.param(f"[{GOOD_LINE},\n{GOOD_LINE},\nnull null]", " line 3: broken JSON: ", id="no comma"),
         pytest.param(f"[{GOOD_LINE},\n{GOOD_LINE}", " line 2: broken JSON: ", id="cut"),
-        pytest.param(f"[{GOOD_LINE}, {'9' * 5000}]", ": broken JSON: an integer with too many digits", id="digits"),
-        pytest.param("[" * 200_000, ": broken JSON: nested too deeply", id="nesting"),
+        pytest.param(
+            f"[{GOOD_LINE}, {'9' * 5000}]", " row 2: broken JSON: an integer with too many digits", id="digits"
+        ),
+        pytest.param("[" * 200_000, " row 1: broken JSON: nested too deeply", id="nesting"),
+        pytest.param(
+            f"[{GOOD_LINE}\n,\n{GOOD_LINE},{'[' * 200_000}",
+            " row 3: broken JSON: nested too deeply",
+            id="nesting in it",
+        ),
     ],
 )
 def test_a_broken_json_list_is_refused_as_a_whole(text: str, problem: str, tmp_path: Path) -> None:

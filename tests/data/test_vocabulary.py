@@ -169,3 +169,13 @@ def test_ids_of_a_class_with_a_call_of_its_own_are_those_of_the_call() -> None:
 
     tokenizer = Upper(tokenizer_object=byte_level())
     assert token_ids(tokenizer, ["abc"]) == wrap(byte_level())(["ABC"], add_special_tokens=False)["input_ids"]
+
+
+def test_no_texts_have_no_ids_whatever_the_class() -> None:
+    class Strict(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, *arguments: Any, **options: Any) -> Any:
+            assert text, "like CodeLlamaTokenizer, it needs a text"
+            return super().__call__(text, *arguments, **options)
+
+    assert token_ids(Strict(tokenizer_object=byte_level()), []) == []
+    assert token_ids(wrap(byte_level()), []) == []

@@ -39,6 +39,8 @@ SET_FORMS = {
     "blanks around": "  {name}-{id}\n",
     "the id in a list": "{id},",
     "the id before an explanation": "{id}:",
+    "the id in quotes": '"{id}"',
+    "name and id in quotes": "`{name}-{id}`",
 }
 
 
@@ -68,6 +70,8 @@ SCORING_FORMS = {
     "a path": "/data/0123456789abcdef/scorings/{id}/scoring.json",
     "the row of a report": "scoring {id}",
     "the id in a list": "{id},",
+    "the id in quotes": "'{id}'",
+    "what the list of sets says": "chosen-0123456789abcdef scored: 20 of 20 by {id}",
     "the line of an error": "{id}: teacher org/teacher, reference org/reference, K = 10, float32, hf",
     "the end of a line": "chosen-0123456789abcdef: 8 responses with scoring {id}: teacher org/teacher",
     "the title of a summary": "chosen-0123456789abcdef, scoring {id}",
