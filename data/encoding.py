@@ -13,8 +13,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from adpa.data.chat_template import ChatTemplate
-from adpa.data.control_tokens import texts_of
+from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
 from adpa.data.preferences import PreferencePair, parse_pair
 from adpa.data.rendering import Rendered, Renderer
 from adpa.data.round_trip import check_round_trip, lost_bytes
@@ -215,10 +214,8 @@ def _lost(pair: PreferencePair, how: str) -> RowError:
 
 
 def _texts(pair: PreferencePair) -> Iterator[str]:
-    """The texts of a pair's messages."""
+    """The texts of a pair's messages, thinking included."""
     if isinstance(pair.prompt, str):
         yield pair.prompt
-    else:
-        yield from (text for message in pair.prompt for text in texts_of(message))
-    yield from texts_of(pair.chosen)
-    yield from texts_of(pair.rejected)
+    for message in (*(() if isinstance(pair.prompt, str) else pair.prompt), pair.chosen, pair.rejected):
+        yield from (message[name] for name in ("content", *THINKING_FIELDS) if message.get(name))

@@ -6,6 +6,8 @@ another row has and this one lacks, so rows of Parquet and ``datasets`` lose the
 
 import codecs
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,12 +27,17 @@ Rows = Iterator[tuple[str, Row]]  # where each is, and the row
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH_ROWS = 1000
 TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)  # the last two: of text and dates
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+
+
+class DuplicateKeyError(ValueError):
+    """An object of JSON that has a key twice; the argument is the key."""
 
 
 def read_rows(source: str, split: str | None = None) -> Rows:
@@ -83,7 +90,7 @@ def _read_lines(path: Path) -> Rows:
                 where = f"{path} line {number}"
                 try:
                     line.encode()
-                    yield where, json.loads(line.rstrip())
+                    yield where, json.loads(line.rstrip(), object_pairs_hook=_object)
                 except UnicodeEncodeError as error:
                     yield where, _wrong_byte(where, ord(line[error.start]) & 0xFF)
                 except (ValueError, RecursionError) as error:
@@ -93,7 +100,7 @@ def _read_lines(path: Path) -> Rows:
 def _read_json_list(path: Path) -> Rows:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         broken = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f"row {_whole_rows(text) + 1}"
         raise DataError(f"{path} {broken}: {_json_problem(error)}", "mend the file") from error
@@ -103,13 +110,24 @@ def _read_json_list(path: Path) -> Rows:
 
 def _whole_rows(text: str) -> int:
     """How many rows of a JSON list can be read before the first that cannot."""
-    decoder, place, rows = json.JSONDecoder(), text.index("[") + 1, 0
+    decoder, between = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[,\s]*")
+    place, rows = text.index("[") + 1, 0
     with suppress(ValueError, RecursionError):
         while True:
-            start = len(text) - len(text[place:].lstrip(" ,\t\r\n"))
-            _, place = decoder.raw_decode(text, start)
+            skipped = between.match(text, place)
+            assert skipped is not None, "it matches nothing, too"
+            _, place = decoder.raw_decode(text, skipped.end())
             rows += 1
     return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of a key that is there twice, Python would keep the last value alone."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return read
 
 
 def _wrong_byte(where: str, byte: int) -> RowError:
@@ -129,6 +147,8 @@ def _json_problem(error: Exception) -> str:
         return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, RecursionError):
         return "broken JSON: nested too deeply"
+    if isinstance(error, DuplicateKeyError):
+        return f"the key {error.args[0]!r} is there twice"
     return "broken JSON: an integer with too many digits"  # Python limits them
 
 
@@ -199,6 +219,10 @@ def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch
     """Reads Arrow files without ``datasets``, which may lack the package of their format or the type of a column."""
     for file in files:
         try:
+            with file.open("rb") as written:  # pyarrow takes the end of a file for the end of its stream
+                written.seek(-len(END_OF_STREAM), os.SEEK_END)
+                if written.read() != END_OF_STREAM:
+                    raise pa.ArrowInvalid("it is cut off")
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
                 columns = _used_columns(str(path), reader.schema.names)
                 for batch in reader:

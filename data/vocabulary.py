@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adpa.errors import ModelError
 
@@ -39,16 +39,25 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # import torch, which few readers of a cache need
 
+    has_file, names_no_class = (directory / "tokenizer.json").is_file(), _names_no_class(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # and do not ask the user
-        own_class = hasattr(tokenizer, "backend_tokenizer") and type(tokenizer) is not PreTrainedTokenizerFast
-        if not own_class or not (directory / "tokenizer.json").is_file():
-            return tokenizer
-        described = PreTrainedTokenizerFast.from_pretrained(directory)
-        ids, published = (each(PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, described))
-        said, comes_back = str(described.decode(published)).strip(), str(tokenizer.decode(ids)).strip()
-        file_decides = _names_no_class(directory) or (ids != published and said == comes_back)
-        return described if file_decides else tokenizer
+        tokenizer = _load(AutoTokenizer, directory)
+    except ModelError:
+        if not has_file or not names_no_class:
+            raise
+        return _load(PreTrainedTokenizerFast, directory)
+    own_class = hasattr(tokenizer, "backend_tokenizer") and type(tokenizer) is not PreTrainedTokenizerFast
+    if not own_class or not has_file:
+        return tokenizer
+    described = _load(PreTrainedTokenizerFast, directory)
+    ids, published = (each(PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, described))
+    keeps_text = str(described.decode(published)).strip() == str(tokenizer.decode(ids)).strip()
+    return described if ids != published and (names_no_class or keeps_text) else tokenizer
+
+
+def _load(tokenizer_class: Any, directory: Path) -> "PreTrainedTokenizerBase":
+    try:
+        loaded: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
         fix = "save one there with tokenizer.save_pretrained"
         if (directory / "tokenizer.json").is_file():  # a class that does not fit to the file fails in many ways
@@ -56,12 +65,15 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         raise ModelError(
             f"{directory}: no tokenizer could be loaded ({str(error).partition(chr(10))[0]})", fix
         ) from error
+    return loaded
 
 
 def _names_no_class(directory: Path) -> bool:
     """Whether tokenizer_config.json leaves the rules to tokenizer.json."""
-    config = directory / "tokenizer_config.json"
-    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    try:
+        named = json.loads((directory / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):  # transformers says what is wrong with it
+        return False
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 

@@ -1,6 +1,7 @@
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -423,3 +424,44 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_by_name(tmp_path: Path)
     assert last_line.startswith(
         f"adpa.errors.DataError: {name}: no such file or directory, and the Hub does not give it"
     )
+
+
+def test_an_arrow_file_that_is_cut_between_two_batches_is_refused(tmp_path: Path) -> None:
+    """pyarrow reads such a file as a shorter one."""
+    (file,) = save_dataset(5000 * ROWS[:1], tmp_path / "saved").glob("*.arrow")
+    content = file.read_bytes()
+    with pa.memory_map(str(file)) as source:
+        reader = pa.ipc.MessageReader.open_stream(source)
+        ends = []
+        while True:
+            try:
+                reader.read_next_message()
+            except StopIteration:
+                break
+            ends.append(source.tell())
+    assert len(ends) > 3
+    for end in ends[1:]:
+        file.write_bytes(content[:end])
+        with pytest.raises(DataError, match=f"found a broken file, {file} .it is cut off."):
+            list(read_rows(str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}',
+        '{"prompt": [{"role": "user", "content": "a", "content": "b"}], "chosen": "c", "rejected": "d"}',
+        '{"prompt": "a", "prompt": "a", "chosen": "c", "rejected": "d"}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_the_rows_own_fault(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"prompt": "x", "chosen": "y", "rejected": "z"}}\n{line}\n')
+    (_, good), (where, broken) = read_rows(str(path))
+    assert good == {"prompt": "x", "chosen": "y", "rejected": "z"}
+    assert isinstance(broken, RowError)
+    assert re.search(f"{where}: the key '(chosen|content|prompt)' is there twice", str(broken))
+    whole = tmp_path / "rows.json"
+    whole.write_text(f'[{{"prompt": "x", "chosen": "y", "rejected": "z"}}, {line}]')
+    with pytest.raises(DataError, match=f"{whole} row 2: the key .* is there twice"):
+        list(read_rows(str(whole)))

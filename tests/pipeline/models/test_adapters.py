@@ -301,6 +301,7 @@ def test_the_tokenizer_is_the_adapters_own_or_the_bases(
     assert "<own>" in open_checkpoint(str(own)).tokenizer.get_vocab()
     assert "<own>" not in open_checkpoint(str(with_tokenizer)).tokenizer.get_vocab()
 
+
 def test_a_chat_template_without_a_tokenizer_is_not_ignored(adapter: Path, tmp_path: Path) -> None:
     own = copy(adapter, tmp_path / "own")
     (own / "chat_template.jinja").write_text("{{ messages }}")
