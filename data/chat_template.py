@@ -27,6 +27,7 @@ from adpa.data.template_trials import (
     RESULT,
     TOOL,
     TemplateRefusalError,
+    marked_call,
 )
 from adpa.data.turn_end import TurnEnd, find_call_end, find_turn_end
 
@@ -142,38 +143,41 @@ class ChatTemplate:
         template = self.tokenizer.chat_template
         return tuple(template.values()) if isinstance(template, dict) else (template or "",)
 
-    def writes_role(self, role: str) -> bool:
-        """Whether the text of a message with this role is in the rendered conversation.
+    def left_out(self, messages: Sequence[Message]) -> str | None:
+        """What the template leaves out of conversations like this one: a role, or tool calls.
 
-        Also true where the template refuses the trial: it will refuse a row, or not, and say why.
+        Each sequence of roles is tried once, with a mark in every message. Nothing is known of one that the template
+        refuses: it will refuse a row, or not, and say why.
         """
-        if role not in self._roles:
-            self._roles[role] = self._try_role(role)
-        return self._roles[role]
+        shape = tuple((message["role"], "tool_calls" in message) for message in messages)
+        if shape not in self._shapes:
+            self._shapes[shape] = self._try_shape(shape)
+        return self._shapes[shape]
 
     @cached_property
-    def _roles(self) -> dict[str, bool]:
+    def _shapes(self) -> dict[tuple[tuple[str, bool], ...], str | None]:
         return {}
 
-    def _try_role(self, role: str) -> bool:
-        mark = "adpc"
-        message = {"role": role, "content": mark}
-        tools = None
-        if role == "tool":
-            conversation, tools = [QUESTION, CALL, RESULT | message], [TOOL]
-        elif role == "assistant":
-            conversation = [QUESTION, message, QUESTION]
-        elif role == "user":
-            conversation = [message]
-        else:
-            conversation = [message, QUESTION]
-        for choice in [tools] if tools else [None, [TOOL]]:  # some write a system message only beside tools
+    def _try_shape(self, shape: Sequence[tuple[str, bool]]) -> str | None:
+        marks = [f"adp{place}c" for place in range(len(shape))]
+        messages = [
+            marked_call(mark) if calls else (RESULT if role == "tool" else {}) | {"role": role, "content": mark}
+            for mark, (role, calls) in zip(marks, shape, strict=True)
+        ]
+        missing: list[str] = []
+        for tools in (None, [TOOL]):  # some write a system message only beside tools
             try:
-                if mark in self.render(conversation, choice, add_generation_prompt=True):
-                    return True
+                text = self.render(messages, tools, add_generation_prompt=shape[-1][0] != "assistant")
             except TemplateRefusalError:
-                return True
-        return False
+                continue
+            missing = [
+                "tool calls" if calls else f"messages with the role {role!r}"
+                for mark, (role, calls) in zip(marks, shape, strict=True)
+                if mark not in text
+            ]
+            if not missing:
+                return None
+        return next(iter(missing), None)
 
     @cached_property
     def _form(self) -> "_Form":

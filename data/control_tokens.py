@@ -97,7 +97,7 @@ def texts_of(message: Message) -> Iterator[str]:
 
 
 def leaves(value: object) -> Iterator[str]:
-    """The texts and names in a JSON value, in order."""
+    """The texts, names and numbers in a JSON value, in order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -107,6 +107,8 @@ def leaves(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from leaves(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):  # true and null have other names elsewhere
+        yield json.dumps(value)
 
 
 def _pattern(tokens: frozenset[str]) -> re.Pattern[str]:

@@ -140,15 +140,8 @@ class Renderer:
         )
 
     def _check_template(self, pair: PreferencePair) -> None:
-        """Checks that the template knows the roles, the tools and the arguments of a row."""
+        """Checks that the template knows the messages, the tools and the arguments of a row."""
         template = self.template
-        for role in dict.fromkeys(message["role"] for message in pair.prompt if isinstance(message, Mapping)):
-            if not template.writes_role(role):
-                raise RowError(
-                    f"{pair.where}: the chat template leaves out messages with the role {role!r}",
-                    "use another role or another template, or pass --drop-invalid",
-                    "role unknown to the template",
-                )
         if pair.tools and not template.takes_argument("tools"):
             raise RowError(
                 f"{pair.where}: the row has tools, and the chat template takes none",
@@ -161,6 +154,16 @@ class Renderer:
                     f"{pair.where}: `chat_template_kwargs` has {name!r}, which the chat template does not take",
                     "check the name, or pass --drop-invalid",
                     "argument unknown to the template",
+                )
+        prompt = [message for message in pair.prompt if isinstance(message, Mapping)]
+        calls = [each for each in (pair.chosen, pair.rejected) if "tool_calls" in each]
+        for messages in (prompt, *([*prompt, each] for each in calls)):
+            if left_out := template.left_out(messages):
+                roles = ", ".join(message["role"] for message in messages)
+                raise RowError(
+                    f"{pair.where}: the chat template leaves out {left_out} in a conversation of {roles}",
+                    "use other roles or another template, or pass --drop-invalid",
+                    "messages left out by the template",
                 )
 
     def _conversations(

@@ -13,13 +13,16 @@ TOOL: dict[str, Any] = {
     "function": {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 CALL_ID = "call12345"  # some templates want nine characters
-CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {"id": CALL_ID, "type": "function", "function": {"name": "look", "arguments": {OTHER_MARKER: MARKER}}}
-    ],
-}
+
+
+def marked_call(mark: str, name: str = "argument") -> Message:
+    """A tool call with one argument, whose value is a mark."""
+    function = {"name": "look", "arguments": {name: mark}}
+    call = {"id": CALL_ID, "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+CALL = marked_call(MARKER, OTHER_MARKER)
 RESULT: Message = {"role": "tool", "content": OTHER_MARKER, "name": "look", "tool_call_id": CALL_ID}
 
 

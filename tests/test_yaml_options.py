@@ -63,3 +63,10 @@ def test_a_file_that_is_not_there_is_refused() -> None:
 def test_text_that_is_a_number_is_that_number(value: object, number: object) -> None:
     assert as_number(value) == number
     assert type(as_number(value)) is type(number)
+
+
+@pytest.mark.parametrize("text", ["0123456701234567", "0270", "00"])
+def test_digits_after_a_zero_are_text_as_in_an_id(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(f"scoring: {text}\nworkers: 0\nseed: 12\n")
+    assert read_options("--config", path) == {"scoring": text, "workers": 0, "seed": 12}

@@ -1,5 +1,6 @@
 """Reads options from YAML files: ``on`` is a name, ``1e-3`` is a number, and a repeated name is an error."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import yaml
 
 from adpa.errors import OptionError
 
+LEADING_ZERO = re.compile("0[0-9]")  # of an octal number in YAML 1.1
 TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -31,6 +33,8 @@ def as_number(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
+    """Reads mappings as ``read_options`` says, and digits after a zero as text: an id may begin with one."""
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names: set[str] = set()
@@ -41,3 +45,10 @@ class _Loader(yaml.SafeLoader):
                 names.add(key.value)
                 node.value[place] = (yaml.ScalarNode(TEXT, key.value, key.start_mark, key.end_mark), value)
         return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        text = str(self.construct_scalar(node))
+        return text if LEADING_ZERO.match(text) else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -11,6 +11,7 @@ from adpa.errors import ModelError
 
 CONVERSATION = [{"role": "user", "content": "Where is the Louvre?"}, {"role": "assistant", "content": "In Paris."}]
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+USER = CONVERSATION[0]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lyon"}}}
 
 
@@ -128,9 +129,35 @@ def test_a_role_that_a_template_leaves_out_is_known(
     habit: str, roles: set[str], small_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     template = ChatTemplate(with_habit(small_tokenizer, habit))
-    assert {
-        role for role in ("system", "developer", "user", "assistant", "tool") if template.writes_role(role)
-    } == roles
+    conversations: dict[str, list[dict[str, Any]]] = {
+        "system": [{"role": "system", "content": "a"}, USER],
+        "developer": [{"role": "developer", "content": "a"}, USER],
+        "user": [USER],
+        "assistant": [*CONVERSATION, USER],
+        "tool": [USER, {"role": "tool", "content": "a"}],
+    }
+    assert {role for role, messages in conversations.items() if template.left_out(messages) is None} == roles
+
+
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+LEFT_OUT: list[tuple[str, list[dict[str, Any]], str | None]] = [
+    ("plain", [USER, CALLING], "tool calls"),
+    ("plain", [USER, CALLING, {"role": "tool", "content": "a"}], "tool calls"),
+    ("tools", [USER, CALLING, {"role": "tool", "content": "a"}], None),
+    ("plain", [*CONVERSATION, *CONVERSATION, USER], None),
+    ("keeps the last question", [*CONVERSATION, USER], "messages with the role 'user'"),
+    ("keeps the last question", [USER], None),
+]
+
+
+@pytest.mark.parametrize(("habit", "messages", "left_out"), LEFT_OUT)
+def test_each_sequence_of_roles_is_tried(
+    habit: str, messages: list[dict[str, Any]], left_out: str | None, small_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    template = ChatTemplate(with_habit(small_tokenizer, habit))
+    assert template.left_out(messages) == left_out
+    template.tokenizer.chat_template = None  # it is tried once
+    assert template.left_out(messages) == left_out
 
 
 ARGUMENTS = {

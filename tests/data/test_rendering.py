@@ -188,3 +188,35 @@ def test_a_tool_result_may_be_written_as_json(tokenizer: PreTrainedTokenizerBase
     prompt = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
     (pair,) = encode(make_encoder(tools), PAIR | {"prompt": prompt, "tools": [tool]})
     assert '"It said \\"rain\\"\\nat 7°"' in tokenizer.decode(pair.prompt_ids)
+
+
+@pytest.mark.parametrize("number", [1, 2.5, -3])
+def test_a_tool_call_that_a_template_leaves_out_is_refused_though_its_words_stand_elsewhere(
+    number: float, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": number}}}
+    calling = {"role": "assistant", "content": f"I will add a number, {number}.", "tool_calls": [call]}
+    question = {"role": "user", "content": f"add a {number}"}
+    for row in (
+        PAIR | {"prompt": [question, calling, {"role": "tool", "content": "3"}]},
+        PAIR | {"prompt": [question], "chosen": [calling]},
+    ):
+        with pytest.raises(RowError, match="the chat template leaves out tool calls in a conversation of user, assist"):
+            encode(make_encoder(tokenizer), row)
+
+
+def test_a_template_that_writes_names_of_arguments_alone_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    names = with_habit(tokenizer, "tools")
+    names.chat_template = HABITS["tools"].replace("c.function.arguments}", "c.function.arguments.keys() | list}")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": 1}}}
+    row = PAIR | {"chosen": [{"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(RowError, match="the chat template leaves out tool calls"):
+        encode(make_encoder(names), row)
+
+
+def test_a_question_that_a_template_leaves_out_is_refused_though_it_is_asked_again(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    last = with_habit(tokenizer, "keeps the last question")
+    with pytest.raises(RowError, match="leaves out messages with the role 'user' in a conversation of user, assistant"):
+        encode(make_encoder(last), PAIR | {"prompt": [USER, EARLIER_TURN[1], USER]})

@@ -65,10 +65,14 @@ ROWS: dict[str, Row] = {
     "other scripts": {"prompt": "Où est «le Louvre» ? 你好 🙂", "chosen": "À Paris 🗼.", "rejected": "ليون"},
 }
 # The reasons with which a habit refuses kinds of rows; all others must come out whole.
-LEFT_OUT, REFUSED, ROLE = "text left out by the template", "refused by the template", "role unknown to the template"
+LEFT_OUT, REFUSED, ROLE = (
+    "text left out by the template",
+    "refused by the template",
+    "messages left out by the template",
+)
 NO_TOOLS, CHANGES = "tools unknown to the template", "prompt changes with the response"
 NO_SYSTEM = dict.fromkeys(["system message", "system column"], ROLE)
-NO_EARLIER_TURN = dict.fromkeys(["several turns", "thinking in an earlier turn"], LEFT_OUT)
+NO_EARLIER_TURN = dict.fromkeys(["several turns", "thinking in an earlier turn"], ROLE)
 FAILS_WITH_SYSTEM = dict.fromkeys(["system message", "system column"], REFUSED)
 ALWAYS = {
     "reasoning content": LEFT_OUT,
@@ -81,7 +85,7 @@ CHANGES_ALL = {kind: CHANGES for kind in ROWS if kind not in ALWAYS} | {"reasoni
 TOOLS_PASS = dict.fromkeys(["tools", "a tool call as the answer", "words and a tool call as the answer"])
 OF_HABIT: dict[str, Mapping[str, str | None]] = {
     "skips system messages": {**NO_SYSTEM},
-    "knows user and assistant": {**NO_SYSTEM, "developer": ROLE, "tools": ROLE},
+    "knows user and assistant": {**NO_SYSTEM, "developer": ROLE},
     "keeps the last question": {**NO_EARLIER_TURN},
     "cuts thinking": {"thinking": LEFT_OUT, "two closing tags": LEFT_OUT},
     "cuts thinking of earlier turns": {"two closing tags": LEFT_OUT, "reasoning content": None},
@@ -97,7 +101,7 @@ OF_HABIT: dict[str, Mapping[str, str | None]] = {
     "wants tools": {kind: REFUSED for kind in ROWS if kind != "a forged turn"} | TOOLS_PASS,
     "raises": {**FAILS_WITH_SYSTEM},
     "undefined": {**FAILS_WITH_SYSTEM},
-    "type error": FAILS_WITH_SYSTEM | dict.fromkeys(TOOLS_PASS, LEFT_OUT),
+    "type error": FAILS_WITH_SYSTEM | dict.fromkeys(TOOLS_PASS, ROLE),
     "division by zero": FAILS_WITH_SYSTEM
     | dict.fromkeys(["several turns", "developer", "thinking in an earlier turn"], REFUSED),
 }
