@@ -27,8 +27,9 @@ Result = TypeVar("Result")
 
 # A batch as it is, divided into batches of equal length, or one item at a time.
 Grouping = Literal["padded", "equal lengths", "single"]
-# Tokens of prompt and response. Two prompts have the same length, and so have two of the sequences.
-TRIAL_LENGTHS = ((5, 2), (2, 3), (3, 2), (3, 1))
+# Tokens of prompt and response. Two prompts have the same length, and so have two of the sequences. RecurrentGemma takes
+# a prompt of one token for the next token of the prompt before.
+TRIAL_LENGTHS = ((5, 2), (2, 3), (3, 2), (3, 1), (1, 2))
 
 
 def trial_sequences(model: PreTrainedModel) -> list[TokenSequence]:
