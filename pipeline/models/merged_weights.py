@@ -37,9 +37,7 @@ def merged_weights(checkpoint: Checkpoint, dtype: str) -> Iterator[Checkpoint]:
 
 
 def _check_room(checkpoint: Checkpoint, dtype: str) -> None:
-    checkpoint.check_memory(
-        dtype, device_memory(torch.device("cpu")), "merge the adapter on a machine with more memory"
-    )
+    checkpoint.check_memory(dtype, device_memory(torch.device("cpu")), "merge it on a machine with more memory")
     place = tempfile.gettempdir()
     needed, free = checkpoint.weight_bytes(dtype), shutil.disk_usage(place).free
     if needed > free:
