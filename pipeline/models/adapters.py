@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from transformers import PreTrainedModel
@@ -88,6 +89,8 @@ def check_adapter(name: str, directory: Path) -> None:
     if find_spec("peft") is None:
         raise ModelError(f"{name}: it is an adapter, and PEFT is not installed", "pip install 'adpa[lora]'")
     config = _read_config(name, directory)
+    if config.peft_type is None:
+        raise ModelError(f"{name}: its {ADAPTER_CONFIG} has no peft_type", "save the adapter again")
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or config.is_adaption_prompt or kind in NOT_MERGED:
         raise ModelError(f"{name}: an adapter of the kind {kind} cannot be merged into its base", "use LoRA instead")
@@ -114,9 +117,12 @@ def embedding_rows(name: str, directory: Path) -> dict[str, int]:
         shapes = tensor_shapes(name, path)
     else:
         try:
-            weights = torch.load(path, map_location="meta", weights_only=True)
+            # Only the old format, before zip archives, is read whole.
+            weights = torch.load(path, map_location="meta", weights_only=True, mmap=is_zipfile(path))
         except (RuntimeError, EOFError, UnpicklingError) as error:
             raise ModelError(f"{name}: its {path.name} is damaged ({_line(error)})", "save it again") from error
+        if not isinstance(weights, dict) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+            raise ModelError(f"{name}: its {path.name} has something else than named tensors", "save it again")
         shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     suffixes = {f".{each}{layer}.weight": each for each in EMBEDDINGS for layer in ("", ".base_layer")}
     return {each: shape[0] for key, shape in shapes.items() for end, each in suffixes.items() if key.endswith(end)}
@@ -141,7 +147,7 @@ def merge(name: str, model: PreTrainedModel, directory: Path) -> PreTrainedModel
         loaded = adapted.load_adapter(directory, "default", torch_device=str(model.device), key_mapping=mapping)
         _refuse_other_weights(name, loaded)
         merged: PreTrainedModel = adapted.merge_and_unload()
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except KeyError as error:
         raise ModelError(f"{name}: its weights lack {error.args[0]}", "save the adapter again") from error

@@ -1,7 +1,6 @@
 """Checkpoints: turns the name that a user types into a directory, an identity and a loaded model."""
 
 import gc
-import logging
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -10,16 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,9 +41,8 @@ from adpa.pipeline.models.weight_files import (
 )
 from adpa.pipeline.options import DtypeName
 
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,14 +90,9 @@ class Checkpoint:
         Raises:
             ModelError: generation_config.json cannot be read, or an id is no whole number.
         """
-        directory = self._directory_of("generation_config.json")
-        if (directory / "generation_config.json").is_file():
-            try:
-                ids = GenerationConfig.from_pretrained(directory).eos_token_id
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"{self.name}: its generation_config.json cannot be read: {_first_line(error)}"
-                ) from error
+        settings = self._directory_of(GENERATION_CONFIG) / GENERATION_CONFIG
+        if settings.is_file():
+            ids = read_json(self.name, settings).get("eos_token_id")
         else:
             ids = getattr(self.config, "eos_token_id", None)
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
@@ -126,7 +118,12 @@ class Checkpoint:
 
     def dtype_name(self, dtype: DtypeName) -> str:
         """The dtype to compute in; ``auto`` is the checkpoint's own."""
-        return str(self.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
+        if dtype != "auto":
+            return dtype
+        own = self.config.dtype or torch.float32
+        if not isinstance(own, torch.dtype):
+            raise ModelError(f"{self.name}: found dtype {own!r} in its config.json; expected a dtype such as bfloat16")
+        return str(own).removeprefix("torch.")
 
     def load(self, dtype: str, device: torch.device, **options: Any) -> PreTrainedModel:
         """Loads the model; ``options`` are further options of ``from_pretrained``. An adapter is merged in the dtype.
@@ -136,6 +133,7 @@ class Checkpoint:
         """
         # cuDNN's attention makes a plan for each new shape, and our shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        self._read_config()  # raises clearer errors
         model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
         if self.adapter is not None:
@@ -143,26 +141,6 @@ class Checkpoint:
             model.name_or_path = str(self.adapter)  # new adapters on it must not take the base for theirs
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model
-
-    def whole(self, dtype: str) -> "Checkpoint":
-        """The same model with whole weights on disk: itself, or of an adapter, merged in a dtype.
-
-        The merged weights lie in a temporary directory until ``forget_whole``, or until the process ends.
-
-        Raises:
-            ModelError: the adapter cannot be merged, or there is no room on the disk.
-        """
-        if self.adapter is None:
-            return self
-        key = (self, self.identity.digest, dtype)
-        if key not in _merged:
-            _merged[key] = _write_merged(self, dtype)
-        return Checkpoint(self.name, self.revision, Path(_merged[key].name))
-
-    def forget_whole(self, dtype: str) -> None:
-        """Removes the directory that ``whole`` has written, if any."""
-        if self.adapter is not None and (written := _merged.pop((self, self.identity.digest, dtype), None)):
-            written.cleanup()
 
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
         """Loads the head alone: it loads the model without its layers, whose weights stay on disk.
@@ -173,8 +151,7 @@ class Checkpoint:
             HeadError: the head is not one that adpa knows, or its weights are quantized.
             ModelError: the checkpoint is not complete.
         """
-        if self.adapter is not None:
-            return self.whole(dtype).load_head(dtype, device)
+        assert self.adapter is None, "the head of an adapter is that of its merged weights"
         config, text_config = self._read_config()
         if text_config is not config:
             raise HeadError(f"{self.name}: it is more than a language model")
@@ -219,7 +196,10 @@ class Checkpoint:
             return config, text_config
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except StrictDataclassError as error:  # its cause says what is wrong, in one line
+            line = _first_line(error.__cause__ or error)
+            raise ModelError(f"{self.name}: its config.json cannot be read: {line}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             self._refuse_remote_code(error)
             raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
 
@@ -246,7 +226,8 @@ class Checkpoint:
     def _refuse_remote_code(self, error: Exception) -> None:
         """Says in one line that an error of transformers is about code in the directory."""
         if "trust_remote_code" in str(error):
-            architecture = (read_json(self.name, self.directory / CONFIG).get("architectures") or ["it"])[0]
+            architectures = read_json(self.name, self.directory / CONFIG).get("architectures")
+            architecture = architectures[0] if isinstance(architectures, list) and architectures else "it"
             raise ModelError(
                 f"{self.name}: {architecture} needs code from its repository, which adpa does not run",
                 "use a model that transformers itself has",
@@ -329,9 +310,6 @@ class Checkpoint:
             )
 
 
-_merged: dict[tuple[Checkpoint, str, str], TemporaryDirectory[str]] = {}  # by model, digest and dtype
-
-
 def open_checkpoint(name: str) -> Checkpoint:
     """Finds a checkpoint: a local directory, or ``org/name`` or ``org/name@revision`` on the Hub.
 
@@ -372,23 +350,5 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _write_merged(checkpoint: Checkpoint, dtype: str) -> TemporaryDirectory[str]:
-    """A directory with the merged weights of an adapter."""
-    model = checkpoint.load(dtype, torch.device("cpu"))
-    size = model.num_parameters() * model.dtype.itemsize / 1e9
-    try:
-        folder = TemporaryDirectory(prefix="adpa-merged-")
-        logger.warning("%s: its merged weights take %.1f GB in %s", checkpoint.name, size, folder.name)
-        model.save_pretrained(folder.name)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{checkpoint.name}: its merged weights, {size:.1f} GB, cannot be written: {_first_line(error)}",
-            "set TMPDIR to a directory with room for them",
-        ) from error
-    del model
-    release_memory()
-    return folder
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]

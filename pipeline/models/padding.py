@@ -27,8 +27,9 @@ Result = TypeVar("Result")
 
 # A batch as it is, divided into batches of equal length, or one item at a time.
 Grouping = Literal["padded", "equal lengths", "single"]
-# Tokens of prompt and response. Two prompts have the same length, and so have two of the sequences.
-TRIAL_LENGTHS = ((5, 2), (2, 3), (3, 2), (3, 1))
+# Tokens of prompt and response. Two prompts have the same length, and so have two of the sequences. One prompt is a
+# single token after other prompts: RecurrentGemma takes it for the next token of the prompt before.
+TRIAL_LENGTHS = ((5, 2), (3, 1), (3, 2), (1, 4))
 
 
 def trial_sequences(model: PreTrainedModel) -> list[TokenSequence]:

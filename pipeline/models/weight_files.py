@@ -80,7 +80,9 @@ def model_files(name: str, directory: Path) -> list[Path]:
     Raises:
         ModelError: an error of ``weight_files``.
     """
-    named = read_json(name, directory / CONFIG).get("configuration_files") or ()
+    named = read_json(name, directory / CONFIG).get("configuration_files") or []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise ModelError(f"{name}: found configuration_files {named!r} in its {CONFIG}; expected names of files")
     beside = {file for pattern in QUANTIZATION_PATTERNS for file in _glob(directory, pattern)}
     beside |= {directory / each for each in named if each != CONFIG and (directory / each).is_file()}
     return [directory / CONFIG, *weight_files(name, directory), *sorted(beside)]
@@ -105,6 +107,10 @@ def weight_files(name: str, directory: Path) -> list[Path]:
         ModelError: the two would load different files, or a file that an index names is missing.
     """
     explicit = read_json(name, directory / CONFIG).get("transformers_weights")
+    if explicit is not None and not isinstance(explicit, str):
+        raise ModelError(
+            f"{name}: found transformers_weights {explicit!r} in its {CONFIG}; expected the name of a file"
+        )
     first = next((directory / each for each in (explicit, *WEIGHTS) if each and (directory / each).is_file()), None)
     if first is None:
         return []
@@ -210,7 +216,7 @@ def _shards(name: str, index: Path) -> list[Path]:
 
 
 def _glob(directory: Path, pattern: str) -> list[Path]:
-    return sorted(file for file in directory.glob(pattern) if not file.name.startswith("."))
+    return sorted(file for file in directory.glob(pattern) if file.is_file() and not file.name.startswith("."))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -99,6 +99,8 @@ def prompt_grouping(model: PreTrainedModel) -> Grouping:
     try:
         by_steps = finite_rows([compute([sequence])[0] for sequence in trial])
         at_once = finite_rows([_logits_at_once(model, sequence) for sequence in trial])
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{type(model).__name__}: transformers cannot sample from it: {reason}", ANOTHER) from error

@@ -10,7 +10,7 @@ For the reference, vLLM needs its V2 model runner.
 import importlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from types import ModuleType
@@ -24,6 +24,7 @@ from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.models.lm_head import LmHead
+from adpa.pipeline.models.merged_weights import merged_weights
 from adpa.pipeline.options import ModelName
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
@@ -48,8 +49,8 @@ class VllmEngine:
         with_reference: whether the scoring has a reference.
         reason: why this engine and this method were chosen.
         rounded_to: dtype to which the numbers of adpa's head were rounded; None if rounding changed no number.
-        heads: the checked heads, on the CPU, for the first scorer of each model. They are not pickled: another process
-            loads its own.
+        heads: the checked heads, on the CPU, for the first scorer of each model that is no adapter. They are not
+            pickled: another process loads its own.
     """
 
     options: VllmOptions
@@ -109,22 +110,18 @@ class VllmEngine:
         vllm_models = _import_vllm_models()
         names: dict[ModelIdentity | None, ModelName] = {scoring.reference: "reference", scoring.teacher: "teacher"}
         model = names.get(checkpoint.identity, "student")
-        if self.head_dtype is None:
-            checked = self.heads.pop(checkpoint, None)
-            head = checked.to(self.device) if checked else checkpoint.load_head(scoring.dtype, self.device)
-            arguments = self._arguments(model, scoring.dtype, longest)
+        arguments = self._arguments(model, scoring.dtype, longest + self.extra_positions)
+        checked = self.heads.pop(checkpoint, None)
+        with merged_weights(checkpoint, scoring.dtype) as whole:
+            if self.head_dtype is not None:
+                with_reference = self.with_reference or model == "student"
+                return vllm_models.VllmLogprobsScorer(whole, arguments, self.head_dtype, scoring.top_k, with_reference)
+            head = checked.to(self.device) if checked else whole.load_head(scoring.dtype, self.device)
             if self.device.type == "cuda":
                 # vLLM reserves a share of the whole GPU. adpa's head needs memory too.
                 room = 0.98 - bytes_beside_decoder(head) / device_memory(self.device)
                 arguments["gpu_memory_utilization"] = min(arguments["gpu_memory_utilization"], room)
-            return HeadScorer(checkpoint.name, vllm_models.VllmDecoder(checkpoint, arguments), head)
-        return vllm_models.VllmLogprobsScorer(
-            checkpoint,
-            self._arguments(model, scoring.dtype, longest + self.extra_positions),
-            self.head_dtype,
-            scoring.top_k,
-            self.with_reference or model == "student",
-        )
+            return HeadScorer(checkpoint.name, vllm_models.VllmDecoder(whole, arguments), head)
 
     def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
         """See ``Engine.open_sampler``. Starts vLLM.
@@ -140,7 +137,9 @@ class VllmEngine:
         if self.device.type == "cpu":
             # After a prompt in several chunks, vLLM rewinds the random generator. A CPU generator cannot go back.
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 4096)}
-        return _import_vllm_models().VllmSampler(checkpoint, sampling, arguments)
+        vllm_models = _import_vllm_models()
+        with merged_weights(checkpoint, sampling.dtype) as whole:
+            return vllm_models.VllmSampler(whole, sampling, arguments)
 
     def _arguments(self, model: ModelName, dtype: str, longest: int) -> dict[str, Any]:
         arguments = {"dtype": dtype, "max_model_len": longest}  # exact: LongRoPE's numbers depend on it
@@ -215,6 +214,9 @@ def _load_heads(
 ) -> tuple[dict[Checkpoint, LmHead], str | None]:
     """The heads that adpa runs, on the CPU, and their dtype if rounding to it changed a number.
 
+    An adapter is not merged here: adpa knows its head if it knows the base's. The head itself is read from the merged
+    weights when the scorer opens. They are in the dtype already, so that nothing is rounded to it.
+
     Raises:
         HeadError: adpa cannot run the head of a model.
         ModelError: a checkpoint is not complete.
@@ -225,9 +227,11 @@ def _load_heads(
         try:
             if "hf_overrides" in options.arguments(model):
                 raise HeadError(f"--engine-arg hf_overrides changes what {checkpoint.name} is")
-            head = checkpoint.whole(dtypes[model]).load_head("float32", torch.device("cpu"))
+            head = replace(checkpoint, adapter=None).load_head("float32", torch.device("cpu"))
         except HeadError as error:
             obstacles.append(error)  # still check the other checkpoint: it may be damaged
+            continue
+        if checkpoint.adapter is not None:
             continue
         dtype = getattr(torch, dtypes[model])
         heads[checkpoint] = head.to(head.weight.device, dtype)

@@ -55,7 +55,7 @@ SMALLEST_TAIL = 1e-7  # float32 log-probabilities of the top K sum to at most 1 
 
 
 class VllmModel:
-    """A checkpoint that runs on vLLM.
+    """A checkpoint of whole weights that runs on vLLM. vLLM has read its files when it is made.
 
     Raises:
         OptionError: vLLM has no such engine argument.
@@ -69,11 +69,11 @@ class VllmModel:
         unknown = sorted(arguments.keys() - {field.name for field in fields(EngineArgs)})
         if unknown:
             raise OptionError(f"--engine-arg {unknown[0]}: vLLM has no such engine argument", "see its EngineArgs")
-        directory = checkpoint.whole(arguments["dtype"]).directory
-        _refuse_dense_layers(self.name, directory)
+        assert checkpoint.adapter is None, "vLLM reads whole weights"
+        _refuse_dense_layers(self.name, checkpoint.directory)
         with _starting(self.name):
             engine_args = EngineArgs(
-                model=str(directory),
+                model=str(checkpoint.directory),
                 skip_tokenizer_init=True,
                 generation_config="vllm",
                 # The files that are digested, and not those of Mistral's own format, which may lie beside them.
@@ -86,7 +86,6 @@ class VllmModel:
             before = set(multiprocessing.active_children())
             self._engine = LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
             _wake_when_it_dies(self._engine, set(multiprocessing.active_children()) - before)
-        checkpoint.forget_whole(arguments["dtype"])  # vLLM has read it
 
     @property
     def v2_runner(self) -> bool:

@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from adpa.errors import ModelError, OptionError
 from adpa.pipeline.models import adapters
 from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.launcher import number_of_ranks
+from adpa.pipeline.models.merged_weights import merged_weights
 from adpa.pipeline.training.lora_settings import ALL_LINEAR, LoraSettings
 
 
@@ -36,7 +38,8 @@ def load_base(
         device: device of 4-bit weights; other weights load on the CPU.
 
     Raises:
-        ModelError: the weights are quantized on disk, and adapters cannot be merged into such weights.
+        ModelError: the weights are quantized on disk, and adapters cannot be merged into such weights; or the student
+            is an adapter, 4 bits are asked for, and there are several ranks.
     """
     if checkpoint.is_quantized:
         raise ModelError(
@@ -53,7 +56,14 @@ def load_base(
     )
     from bitsandbytes.nn.modules import Linear4bit
 
-    model = checkpoint.whole(dtype).load(dtype, device, quantization_config=in_4bit, device_map={"": device})
+    if checkpoint.adapter is not None and number_of_ranks() > 1:
+        raise ModelError(
+            f"{checkpoint.name}: it is an adapter, and with --load-in-4bit each of the {number_of_ranks()} ranks would "
+            "write its merged weights",
+            adapters.MERGE_YOURSELF,
+        )
+    with merged_weights(checkpoint, dtype) as whole:
+        model = whole.load(dtype, device, quantization_config=in_4bit, device_map={"": device})
     if checkpoint.adapter is not None:
         model.name_or_path = str(checkpoint.adapter)  # what new adapters take for their base, not a temporary directory
     for module in model.modules():

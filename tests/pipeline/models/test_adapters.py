@@ -1,11 +1,7 @@
 """Adapters as models: merged into their base when they are loaded, with base and adapter in the identity."""
 
-import logging
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.models.lm_head import hidden_states, read_head
+from adpa.pipeline.models.merged_weights import merged_weights
 
 # Merging
 
@@ -95,9 +91,10 @@ def test_a_merged_model_can_be_trained_and_leaves_the_generator_of_random_number
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_weights_as_a_pickle_are_merged_too(adapter: Path, tmp_path: Path) -> None:
-    directory = copy(adapter, tmp_path / "pickle")
-    torch.save(load_file(directory / WEIGHTS), directory / "adapter_model.bin")
+@pytest.mark.parametrize("archive", [True, False], ids=["zip archive", "format of old versions of torch"])
+def test_weights_as_a_pickle_are_merged_too(archive: bool, adapter: Path, tmp_path: Path) -> None:
+    directory, pickled = copy(adapter, tmp_path / "pickle"), "adapter_model.bin"
+    torch.save(load_file(directory / WEIGHTS), directory / pickled, _use_new_zipfile_serialization=archive)
     assert digest(directory) == digest(adapter), "PEFT loads the safetensors"
     (directory / WEIGHTS).unlink()
     assert digest(directory) != digest(adapter)
@@ -122,7 +119,8 @@ def test_embeddings_that_the_adapter_resized_are_those_of_the_merged_model(
     assert saved.shape == (rows, 32)
     assert torch.equal(model.get_input_embeddings().weight, saved)
     assert logits_of_one(model).shape == (rows,)
-    assert checkpoint.load_head("float32", CPU).weight.shape == (rows, 32)
+    with merged_weights(checkpoint, "float32") as whole:
+        assert whole.load_head("float32", CPU).weight.shape == (rows, 32)
 
 
 def logits_of_one(model: Any) -> Tensor:
@@ -152,75 +150,8 @@ def test_a_head_of_its_own_unties_a_tied_base(dtype: str, tmp_path: Path) -> Non
     )
     model: Any = checkpoint.load(dtype, CPU)
     assert not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    whole = checkpoint.whole(dtype).load(dtype, CPU)
-    assert torch.equal(logits(whole), logits(model))
-
-
-# A directory of whole weights
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merged_weights_are_written_once_for_engines_that_read_files(
-    dtype: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    checkpoint = Checkpoint(
-        f"for {dtype}", None, *(getattr(open_checkpoint(str(adapter)), n) for n in ("directory", "adapter"))
-    )
-    with caplog.at_level(logging.WARNING):
-        whole = checkpoint.whole(dtype)
-    assert whole.directory.parent == tmp_path
-    assert f"for {dtype}: its merged weights take 0.0 GB in {whole.directory}" in caplog.text
-    assert (whole.name, whole.adapter, whole.is_quantized) == (checkpoint.name, None, False)
-    assert whole.config.dtype == getattr(torch, dtype)
-    assert torch.equal(logits(whole.load(dtype, CPU)), logits(checkpoint.load(dtype, CPU)))
-    assert checkpoint.whole(dtype).directory == whole.directory
-    again = pickle.loads(pickle.dumps(checkpoint))
-    assert again.whole(dtype).directory == whole.directory
-    assert whole.whole(dtype) is whole
-    checkpoint.forget_whole("float16")
-    assert whole.directory.exists()
-    checkpoint.forget_whole(dtype)
-    checkpoint.forget_whole(dtype)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_merged_weights_are_removed_when_the_process_ends(adapter: Path, tmp_path: Path) -> None:
-    code = "import sys; from adpa.pipeline.models.checkpoint import open_checkpoint as o; c = o(sys.argv[1])"
-    command = [sys.executable, "-c", f"{code}; print(c.whole('float32').directory); sys.exit(3)", str(adapter)]
-    ended = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
-    assert ended.returncode == 3, ended.stderr
-    assert Path(ended.stdout.strip()).parent == tmp_path
-    assert not list(tmp_path.glob("adpa-merged-*"))
-
-
-def test_no_room_for_merged_weights_is_said_in_one_line(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_pretrained(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", save_pretrained)
-    with pytest.raises(ModelError, match=r"weights, 0\.0 GB, cannot be written: .*No space left on device; set TMPDIR"):
-        open_checkpoint(str(adapter)).whole("float16")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", ["lora", "head of its own", "lora on head and embeddings"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_head_alone_is_that_of_the_merged_model(kind: str, dtype: str, base: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(save_adapter(base, tmp_path, OTHERS[kind]())))
-    model = checkpoint.load(dtype, CPU).eval()
-    head = checkpoint.load_head(dtype, CPU)
-    assert torch.equal(head.weight, read_head(model).weight)
-    if dtype == "float32":
-        ids = torch.randint(3, 96, (2, 5))
-        with torch.no_grad():
-            assert torch.equal(
-                head.logits(hidden_states(model, ids, torch.ones_like(ids))), model(input_ids=ids).logits
-            )
+    with merged_weights(checkpoint, dtype) as whole:
+        assert torch.equal(logits(whole.load(dtype, CPU)), logits(model))
 
 
 # Identity

@@ -74,31 +74,26 @@ PADDED: dict[str, Callable[[], PretrainedConfig]] = {
     "lfm2": lambda: Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
     "qwen3-next": lambda: Qwen3NextConfig(**SMALL, **HYBRID),
 }
-# Their sampling ignores padding: in transformers 5, RWKV even takes the last sequence's state for all.
+# Sampling ignores padding: in transformers 5, RWKV even takes the last sequence's state for all.
 DIVIDED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
-    "recurrent gemma": (
-        lambda: RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, lru_width=32, attention_window_size=16),
-        "batches of equal length",
-    ),
     "rwkv": (lambda: RwkvConfig(**STATE, attention_hidden_size=32, context_length=64), "one sequence at a time"),
 }
 
 
-def requests(shortest: int = 1) -> list[SampleRequest]:
+def requests() -> list[SampleRequest]:
     """Ten prompts of up to eight tokens."""
     generator = np.random.default_rng(0)
     lengths = (3, 1, 3, 8, 5, 1, 2, 7, 3, 8)
-    drawn = [generator.integers(3, 96, max(length, shortest)).astype(np.int32) for length in lengths]
-    return [SampleRequest(prompt, 0) for prompt in drawn]
+    return [SampleRequest(generator.integers(3, 96, length).astype(np.int32), 0) for length in lengths]
 
 
 def own_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("adpa.")]
 
 
-def assert_samples_like_single_prompts(config: PretrainedConfig, folder: Path, shortest: int = 1) -> None:
+def assert_samples_like_single_prompts(config: PretrainedConfig, folder: Path) -> None:
     sampler = HfSampler(save_random(config, folder), replace(SAMPLING, max_new_tokens=6), CPU)
-    wanted = requests(shortest)
+    wanted = requests()
     (together,) = sampler.sample([wanted])
     alone = [answer for (answer,) in sampler.sample([[request] for request in wanted])]
     assert [answer.tolist() for answer in together] == [answer.tolist() for answer in alone]
@@ -120,11 +115,22 @@ def test_a_model_that_ignores_padding_samples_the_same_and_says_how(
 ) -> None:
     make_config, how = DIVIDED[name]
     with caplog.at_level(logging.WARNING, "adpa"):
-        # RecurrentGemma takes a prompt of one token for the next token of its last prompt.
-        assert_samples_like_single_prompts(make_config(), tmp_path, shortest=2)
+        assert_samples_like_single_prompts(make_config(), tmp_path)
     (message,) = own_warnings(caplog)
     assert message.startswith(f"{type(make_config()).__name__.removesuffix('Config')}ForCausalLM has other numbers")
     assert message.endswith(f"it takes {how}, and more time")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_model_that_takes_a_prompt_for_the_next_token_of_the_one_before_is_refused(
+    width: int, dtype: str, tmp_path: Path
+) -> None:
+    """RecurrentGemma keeps its state, and a prompt of one token continues it, in a batch and alone."""
+    changes = {"num_hidden_layers": 3, "hidden_size": width}
+    config = RecurrentGemmaConfig(**SMALL | changes, lru_width=width, attention_window_size=16)
+    with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM: token by token it has other logits"):
+        HfSampler(save_random(config, tmp_path), replace(SAMPLING, dtype=dtype), CPU)
 
 
 @pytest.mark.parametrize("name", [*PADDED, "rwkv"])
