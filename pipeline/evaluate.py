@@ -92,6 +92,7 @@ class EvaluateReport:
         prompts: distinct prompts.
         repeated_prompts: pairs left out because another one has the same prompt.
         truncated_prompts: prompts cut to ``max_prompt_length``.
+        thinking_left_out: rows with thinking in earlier turns that the chat template leaves out.
         dropped: rows left out because of ``drop_invalid``.
         dropped_by_reason: the same by reason.
         sampled: responses sampled now, by both models.
@@ -111,6 +112,7 @@ class EvaluateReport:
     prompts: int
     repeated_prompts: int
     truncated_prompts: int
+    thinking_left_out: int
     dropped: int
     dropped_by_reason: dict[str, int]
     sampled: int
@@ -169,14 +171,14 @@ def evaluate(
     max_length = max_prompt_length + max_new_tokens
     SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
     DataOptions(
-        data,
-        split,
-        max_prompt_length,
-        max_length,
-        drop_invalid,
-        dict(chat_template_kwargs or {}),
-        rendered,
-        allow_control_tokens,
+        source=data,
+        split=split,
+        max_prompt_length=max_prompt_length,
+        max_length=max_length,
+        drop_invalid=drop_invalid,
+        chat_template_kwargs=dict(chat_template_kwargs or {}),
+        rendered=rendered,
+        allow_control_tokens=allow_control_tokens,
     ).check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
     EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
@@ -227,6 +229,7 @@ def evaluate(
         prompts=len(mine.prompts),
         repeated_prompts=mine.repeated_prompts,
         truncated_prompts=by_student.truncated_prompts,
+        thinking_left_out=by_student.thinking_left_out,
         dropped=by_student.dropped,
         dropped_by_reason=by_student.dropped_by_reason,
         sampled=by_student.sampled + by_baseline.sampled,

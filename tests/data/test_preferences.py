@@ -4,17 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.data.messages import CHOSEN, EARLIER_TURN, QUESTION, REJECTED, SYSTEM, Row
 
 from adpa.data.preferences import PreferencePair, parse_pair
 from adpa.errors import RowError
-
-Row = dict[str, Any]
-
-SYSTEM = {"role": "system", "content": "Answer in one word."}
-QUESTION = {"role": "user", "content": "What is the capital of France? 🗼"}
-CHOSEN = {"role": "assistant", "content": "Paris."}
-REJECTED = {"role": "assistant", "content": "Lyon, I believe."}
-EARLIER_TURN = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi!"}]
 
 CONVERSATIONS = {
     "one question": [QUESTION],

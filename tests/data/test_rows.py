@@ -13,17 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from tests.data.json_files import edit_json
+from tests.data.messages import CHOSEN, EARLIER_TURN, QUESTION, REJECTED, SYSTEM, Row
 
 from adpa.data.rows import read_rows
 from adpa.errors import DataError, RowError
-
-Row = dict[str, Any]
-
-SYSTEM = {"role": "system", "content": "Answer in one word."}
-QUESTION = {"role": "user", "content": "What is the capital of France? 🗼"}
-CHOSEN = {"role": "assistant", "content": "Paris."}
-REJECTED = {"role": "assistant", "content": "Lyon, I believe."}
-EARLIER_TURN = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi!"}]
 
 
 def explicit(prompt: list[Row]) -> Row:

@@ -1,16 +1,23 @@
 """Every kind of row over every habit of a chat template: whole, or refused."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.data.kinds import KINDS, wrap
 from tests.data.templates import HABITS, with_habit
 from transformers import PreTrainedTokenizerBase
 
 from adpa.data.chat_template import TEMPLATE_DATE, ChatTemplate
+from adpa.data.control_tokens import TAG
 from adpa.data.encoding import EncodedPair, Encoder
+from adpa.data.sequences import TokenIds
 from adpa.errors import RowError
 
 Row = dict[str, Any]
@@ -18,7 +25,7 @@ Row = dict[str, Any]
 USER = {"role": "user", "content": "Where is the Louvre?"}
 EARLIER = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi!"}]
 THOUGHT = "<think>\nFrance?\n</think>\n\n"
-TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+TOOL: Row = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lyon"}}}
 
 ROWS: dict[str, Row] = {
@@ -116,10 +123,17 @@ def squeeze(text: str) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, **options: Any) -> EncodedPair | RowError:
-    ends = [tokenizer.get_vocab()[token] for token in ("<|im_end|>", "<|call|>")]
-    encoder = Encoder(ChatTemplate(tokenizer, eos_token_ids=ends), 2000, 4000, **options)
+    return encode_by(with_ends(tokenizer), row, **options)
+
+
+def with_ends(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The chat template of a model that stops at the end of a turn and of a call."""
+    return ChatTemplate(tokenizer, eos_token_ids=[tokenizer.get_vocab()[token] for token in ("<|im_end|>", "<|call|>")])
+
+
+def encode_by(template: ChatTemplate, row: Row, **options: Any) -> EncodedPair | RowError:
     try:
-        (pair,) = encoder.encode([("row 1", row)])
+        (pair,) = Encoder(template, 2000, 4000, **options).encode([("row 1", row)])
     except RowError as error:
         return error
     return pair
@@ -148,9 +162,10 @@ def text_of(message: Mapping[str, Any]) -> str:
 @pytest.mark.parametrize("habit", HABITS)
 def test_a_row_is_whole_or_refused(habit: str, small_tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer = with_habit(small_tokenizer, habit)
+    template = with_ends(tokenizer)
     for kind in ROWS:
         row = row_of(kind)
-        pair = encode(tokenizer, row)
+        pair = encode_by(template, row)
         reason = {**ALWAYS, **OF_HABIT.get(habit, {})}.get(kind)
         if isinstance(pair, RowError):
             assert (pair.reason, str(pair)[:7]) == (reason, "row 1: "), kind
@@ -183,35 +198,84 @@ def test_a_row_is_whole_or_refused(habit: str, small_tokenizer: PreTrainedTokeni
             assert response.count(end) == 1, kind
 
 
-@pytest.fixture(scope="module")
-def plain(small_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    return with_habit(small_tokenizer, "plain")
-
-
 # SmolLM2 has no tokens for the bytes of characters beyond these.
-TEXTS = st.text(st.characters(max_codepoint=0x1FFFF, exclude_categories=("Cs", "Cc")), max_size=40)
-ANSWERS = TEXTS.filter(str.strip)
+# SentencePiece reads a blank in place of its own sign for it, and what looks like a control token is refused.
+PRINTABLE = st.characters(max_codepoint=0x1FFFF, exclude_categories=("Cs", "Cc"), exclude_characters="▁")
+TEXTS = st.text(PRINTABLE | st.sampled_from("\n\t "), max_size=20).filter(lambda text: not TAG.search(text))
+WORDS = TEXTS.filter(str.strip)
+TURNS = st.tuples(TEXTS, TEXTS).map(lambda turn: [user(turn[0]), {"role": "assistant", "content": turn[1]}])
+CALLS = st.tuples(TEXTS, TEXTS, TEXTS, TEXTS).map(lambda texts: [user(texts[0]), called(*texts[1:3]), result(texts[3])])
+FIRST = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["system", "developer"]), WORDS)
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(TEXTS, TEXTS), max_size=3), TEXTS, ANSWERS, ANSWERS, st.none() | TEXTS.filter(str.strip))
+def user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def called(words: str, city: str) -> Row:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+    return {"role": "assistant", "content": words, "tool_calls": [call]}
+
+
+def result(text: str) -> Row:
+    return {"role": "tool", "content": text}
+
+
+@st.composite
+def conversations(draw: st.DrawFn, tools: bool) -> Row:
+    turns = draw(st.lists(TURNS | CALLS if tools else TURNS, max_size=2))
+    prompt = [*draw(st.lists(FIRST, max_size=2)), *chain(*turns), user(draw(TEXTS))]
+    row = {"prompt": prompt, "chosen": draw(WORDS), "rejected": draw(WORDS)}
+    function = TOOL["function"] | {"description": draw(TEXTS)}
+    return row | {"tools": [TOOL | {"function": function}]} if tools else row
+
+
+def texts_in(row: Row) -> Iterator[str]:
+    """The texts of a row's prompt in the order in which the template writes them."""
+    for tool in row.get("tools", ()):
+        yield as_json(tool["function"]["description"])
+    for message in row["prompt"]:
+        yield message["content"]
+        yield from (as_json(call["function"]["arguments"]["city"]) for call in message.get("tool_calls", ()))
+
+
+def as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+@pytest.fixture(scope="module")
+def template_of(small_tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], ChatTemplate]:
+    """The template of a habit for a kind of tokenizer, made once."""
+
+    @cache
+    def make(kind: str, habit: str) -> ChatTemplate:
+        return with_ends(with_habit(small_tokenizer if kind == "SmolLM2" else wrap(KINDS[kind]()), habit))
+
+    return make
+
+
+@pytest.mark.parametrize("habit", ["plain", "strips", "tools"])
+@pytest.mark.parametrize("kind", ["SmolLM2", "byte_level", "sentencepiece"])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
 def test_what_is_decoded_has_every_message_of_any_conversation(
-    plain: PreTrainedTokenizerBase,
-    turns: list[tuple[str, str]],
-    question: str,
-    chosen: str,
-    rejected: str,
-    system: str | None,
+    kind: str, habit: str, data: st.DataObject, template_of: Callable[[str, str], ChatTemplate]
 ) -> None:
-    messages = [{"role": "system", "content": system}] if system else []
-    for asked, answered in turns:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    messages.append({"role": "user", "content": question})
-    pair = encode(plain, {"prompt": messages, "chosen": chosen, "rejected": rejected})
-    assert isinstance(pair, EncodedPair)
-    prompt = plain.decode(pair.prompt_ids)
-    place = 0
-    for message in messages:
-        place = prompt.index(message["content"], place) + len(message["content"])
-    assert plain.decode(pair.chosen_ids) == f"{chosen}<|im_end|>"
-    assert plain.decode(pair.rejected_ids) == f"{rejected}<|im_end|>"
+    row = data.draw(conversations(tools=habit == "tools"))
+    template = template_of(kind, habit)
+    pair = encode_by(template, row)
+    if isinstance(pair, RowError):
+        begins_with_a_blank = any(row[column][0].isspace() for column in ("chosen", "rejected"))
+        assert kind == "sentencepiece" or (begins_with_a_blank and habit != "strips")
+        assert pair.reason == CHANGES
+        return
+
+    def decode(*ids: TokenIds) -> str:
+        return str(template.tokenizer.decode(np.concatenate(ids), clean_up_tokenization_spaces=False))
+
+    kept = str.strip if habit == "strips" else str
+    prompt, place = decode(pair.prompt_ids), 0
+    for text in map(kept, texts_in(row)):
+        place = prompt.index(text, place) + len(text)
+    assert decode(pair.prompt_ids, pair.chosen_ids) == f"{prompt}{kept(row['chosen'])}<|im_end|>"
+    assert decode(pair.prompt_ids, pair.rejected_ids) == f"{prompt}{kept(row['rejected'])}<|im_end|>"

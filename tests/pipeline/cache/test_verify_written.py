@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tests.conftest import MakeModel, Row, WriteRows
@@ -66,6 +67,21 @@ def assert_whole(cache: Path) -> None:
     report = verify_cache(cache, repair=True)
     assert (report.faults, report.set_aside, report.unknown) == ([], [], [])
     assert files(cache) == before
+
+
+@pytest.mark.parametrize("options", [{"lossy": True}, {"top_p": 0.01}, {"lossy": True, "top_p": 0.01}])
+def test_every_encoding_is_without_a_fault(options: dict[str, Any], few_words: Filled, tmp_path: Path) -> None:
+    models = few_words.models
+    common: dict[str, Any] = {"teacher": str(models.teacher), "data": str(few_words.data), "top_k": 50}
+    precompute(**common, reference=str(models.reference), cache=tmp_path, **options)
+    report = verify_cache(tmp_path)
+    assert report.faults == []
+    pack_cache(tmp_path)
+    assert verify_cache(tmp_path).faults == []
+    exported = export_cache(tmp_path, tmp_path.with_name(f"{tmp_path.name}.parquet"), response_set="chosen")
+    rows = pq.read_table(exported.output).to_pylist()
+    lengths = {len(ids) for row in rows for ids in row["topk_ids"]}
+    assert lengths == {50} if "top_p" not in options else lengths != {50} and lengths <= set(range(1, 51))
 
 
 def test_a_models_padding_is_no_fault_and_repair_makes_no_gap(

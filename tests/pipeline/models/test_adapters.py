@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-)
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tests.pipeline.conftest import SMALL, save_random
 from tests.pipeline.models.adapters import (

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-)
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from tests.pipeline.conftest import SMALL, save_random, say_quantized
 from tests.pipeline.models.adapters import (
     CONFIG,
