@@ -88,9 +88,9 @@ def check_adapter(name: str, directory: Path) -> None:
     check_weights(name, [_weights(name, directory)])
     if find_spec("peft") is None:
         raise ModelError(f"{name}: it is an adapter, and PEFT is not installed", "pip install 'adpa[lora]'")
-    config = _read_config(name, directory)
-    if config.peft_type is None:
+    if not read_json(name, directory / ADAPTER_CONFIG).get("peft_type"):
         raise ModelError(f"{name}: its {ADAPTER_CONFIG} has no peft_type", "save the adapter again")
+    config = _read_config(name, directory)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or config.is_adaption_prompt or kind in NOT_MERGED:
         raise ModelError(f"{name}: an adapter of the kind {kind} cannot be merged into its base", "use LoRA instead")

@@ -82,7 +82,7 @@ def model_files(name: str, directory: Path) -> list[Path]:
     """
     named = read_json(name, directory / CONFIG).get("configuration_files") or []
     if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
-        raise ModelError(f"{name}: found configuration_files {named!r} in its {CONFIG}; expected names of files")
+        raise ModelError(f"{name}: found configuration_files {named!r} in its {CONFIG}; expected file names")
     beside = {file for pattern in QUANTIZATION_PATTERNS for file in _glob(directory, pattern)}
     beside |= {directory / each for each in named if each != CONFIG and (directory / each).is_file()}
     return [directory / CONFIG, *weight_files(name, directory), *sorted(beside)]
@@ -108,9 +108,7 @@ def weight_files(name: str, directory: Path) -> list[Path]:
     """
     explicit = read_json(name, directory / CONFIG).get("transformers_weights")
     if explicit is not None and not isinstance(explicit, str):
-        raise ModelError(
-            f"{name}: found transformers_weights {explicit!r} in its {CONFIG}; expected the name of a file"
-        )
+        raise ModelError(f"{name}: found transformers_weights {explicit!r} in its {CONFIG}; expected a file name")
     first = next((directory / each for each in (explicit, *WEIGHTS) if each and (directory / each).is_file()), None)
     if first is None:
         return []

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from tests.pipeline.conftest import Filled
+from tests.pipeline.conftest import Filled, InstallVllm
 from tests.pipeline.models.adapters import save_adapter
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -21,7 +23,9 @@ from adpa.cli import app
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import ModelError
-from adpa.pipeline.models.checkpoint import open_checkpoint
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.training.lora import load_base
+from adpa.pipeline.training.lora_settings import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -137,6 +141,76 @@ def test_a_student_that_is_an_adapter_is_trained_as_the_merged_checkpoint(
         open_checkpoint(str(outputs[0] / "adapter"))
     with pytest.raises(ModelError, match=f"an adapter whose base cannot be used: {adapter}: it is an adapter itself"):
         open_checkpoint(str(outputs[0] / "checkpoint-2"))
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory for temporary files."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_merged_weights_for_qlora_are_removed_once_they_are_loaded(
+    fails: bool, few_words: Filled, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(save_adapter(few_words.models.student, tmp_path / "adapter")))
+    load, loaded = Checkpoint.load, []
+
+    def load_and_record(self: Checkpoint, *arguments: Any, **options: Any) -> Any:
+        loaded.append(self.directory)
+        if fails and self.adapter is None:
+            assert self.directory.is_dir()
+            raise torch.OutOfMemoryError
+        return load(self, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoint, "load", load_and_record)
+    settings = LoraSettings(4, 8, (), load_in_4bit=True)
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        model = load_base(checkpoint, settings, "float32", "float32", torch.device("cpu"))
+        assert model.name_or_path == str(checkpoint.adapter)
+    assert [place.parent for place in loaded] == [few_words.models.student.parent, temporary]
+    assert not list(temporary.iterdir())
+
+
+def test_qlora_on_an_adapter_with_several_ranks_is_refused(
+    few_words: Filled, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(save_adapter(few_words.models.student, tmp_path / "adapter")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = LoraSettings(4, 8, (), load_in_4bit=True)
+    expected = (
+        r"adapter, and with --load-in-4bit each of the 2 ranks would write its merged weights; merge it with PEFT"
+    )
+    with pytest.raises(ModelError, match=expected):
+        load_base(checkpoint, settings, "float32", "float32", torch.device("cpu"))
+    assert not list(temporary.iterdir())
+    load_base(checkpoint, replace(settings, load_in_4bit=False), "float32", "float32", torch.device("cpu"))
+
+
+def test_a_dry_run_with_vllm_merges_no_adapter(
+    few_words: Filled, tmp_path: Path, temporary: Path, install_vllm: InstallVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_vllm("0.33.0+cpu")
+    monkeypatch.setattr("adpa.pipeline.models.adapters.merge", None)
+    teacher, reference, student = (
+        str(save_adapter(base, tmp_path / f"adapter-{seed}", seed=seed))
+        for seed, base in enumerate((few_words.models.teacher, few_words.models.teacher, few_words.models.student))
+    )
+    report = precompute(
+        teacher,
+        str(few_words.data),
+        tmp_path / "cache",
+        reference=reference,
+        student=student,
+        top_k=5,
+        engine="vllm",
+        device="cpu",
+        dry_run=True,
+    )
+    assert (report.dry_run, report.engine) == (True, "vllm hidden-states")
+    assert not list(temporary.iterdir())
 
 
 def test_adapters_that_distill_wrote_are_a_model(few_words: Filled, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Adapters that cannot be used are refused by name; adapters of the Hub."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,33 @@ def test_a_kind_whose_merge_peft_lacks_is_refused(adapter: Path, monkeypatch: py
         open_checkpoint(str(adapter)).load("float32", CPU)
 
 
+def test_too_little_memory_for_a_merge_is_no_fault_of_the_base(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", merge)
+    with pytest.raises(torch.OutOfMemoryError):
+        open_checkpoint(str(adapter)).load("float32", CPU)
+
+
+def test_a_configuration_without_a_kind_is_refused(adapter: Path, tmp_path: Path) -> None:
+    directory = copy(adapter, tmp_path / "a")
+    config = json.loads((directory / CONFIG).read_text())
+    del config["peft_type"]
+    (directory / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"its adapter_config\.json has no peft_type; save the adapter again"):
+        open_checkpoint(str(directory))
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 5}, 7, None], ids=str)
+def test_a_pickle_of_something_else_is_refused(content: object, adapter: Path, tmp_path: Path) -> None:
+    directory = copy(adapter, tmp_path / "a")
+    (directory / WEIGHTS).unlink()
+    torch.save(content, directory / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin has something else than named tensors"):
+        open_checkpoint(str(directory))
+
+
 def test_an_adapter_that_repeats_layers_is_refused(adapter: Path, tmp_path: Path) -> None:
     directory = copy(adapter, tmp_path / "a")
     edit(directory / CONFIG, layer_replication=[[0, 2], [1, 2]])
@@ -143,6 +171,7 @@ def test_an_adapter_that_is_not_complete_is_refused(missing: str, adapter: Path,
         ({"base_model_name_or_path": None}, "its adapter_config.json names no base"),
         ({"base_model_name_or_path": ""}, "its adapter_config.json names no base"),
         ({"peft_type": "SORCERY"}, "PEFT cannot read its adapter_config.json"),
+        ({"peft_type": None}, r"its adapter_config\.json has no peft_type; save the adapter again"),
         ({"target_modules": ["no_such_layer"]}, "PEFT cannot merge it into its base: Target modules"),
     ],
 )

@@ -362,3 +362,41 @@ def test_an_architecture_that_transformers_has_is_loaded_without_the_code_beside
     model = open_checkpoint(str(directory)).load("float32", CPU)
     assert type(model) is type(AutoModelForCausalLM.from_pretrained(originals / "whole"))
     assert not (directory / "ran").exists()
+
+
+# Strange values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"transformers_weights": ["a"]},
+            r"found transformers_weights \['a'\] in its config\.json; expected a file name",
+        ),
+        ({"transformers_weights": 5}, "found transformers_weights 5 in"),
+        ({"transformers_weights": {}}, r"found transformers_weights \{\} in"),
+        ({"configuration_files": 5}, r"found configuration_files 5 in its config\.json; expected file names"),
+        ({"configuration_files": [5]}, r"found configuration_files \[5\] in"),
+        ({"configuration_files": "a"}, "found configuration_files 'a' in"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_names_no_files_is_refused_in_one_line(
+    values: dict[str, Any], message: str, originals: Path, tmp_path: Path
+) -> None:
+    directory = copy(originals, "whole", tmp_path)
+    edit(directory / "config.json", **values)
+    with pytest.raises(ModelError, match=message) as raised:
+        digest(directory)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["x_quant_config.json", "sub.safetensors", "model-1.safetensors", "other.bin"])
+@pytest.mark.parametrize("form", ["whole", "pickle"])
+def test_a_directory_is_no_file(name: str, form: str, originals: Path, tmp_path: Path) -> None:
+    directory = copy(originals, form, tmp_path)
+    (directory / name).mkdir()
+    checkpoint = open_checkpoint(str(directory))
+    assert not checkpoint.is_quantized
+    assert checkpoint.identity.digest == digest(originals / form)

@@ -52,6 +52,17 @@ def as_lists(responses: list[np.ndarray]) -> list[list[int]]:
     return [response.tolist() for response in responses]
 
 
+def test_too_little_memory_in_the_trial_is_no_fault_of_the_model(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("adpa.pipeline.scoring.hf_sampler.generate", generate)
+    with pytest.raises(torch.OutOfMemoryError):
+        HfSampler(open_checkpoint(str(student)), SAMPLING, torch.device("cpu"))
+
+
 def test_a_response_does_not_depend_on_its_batch(model: PreTrainedModel) -> None:
     wanted = requests(30, length=20)
     together = as_lists(sample(model, SAMPLING, wanted))

@@ -2,19 +2,23 @@
 
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from tests.conftest import SMALL_VOCABULARY, Models
-from tests.pipeline.conftest import InstallVllm, synthetic
+from tests.pipeline.conftest import SMALL, InstallVllm, save_random, synthetic
+from tests.pipeline.models.adapters import LORA, save_adapter
 from tests.pipeline.scoring.conftest import CPU, GB, GPU, LARGE_MODEL, engine, opened
+from transformers import LlamaConfig
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import Scoring
-from adpa.errors import OptionError
+from adpa.errors import EngineError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import LmHead
@@ -28,17 +32,21 @@ class StandIn:
 
     def __init__(self) -> None:
         self.opened: list[dict[str, Any]] = []
+        self.checkpoints: list[Checkpoint] = []
 
     def VllmDecoder(self, checkpoint: Checkpoint, arguments: dict[str, Any]) -> HfDecoder:  # noqa: N802
         self.opened.append(arguments)
+        self.checkpoints.append(checkpoint)
         return HfDecoder(checkpoint.load(arguments["dtype"], CPU).eval())
 
     def VllmLogprobsScorer(self, *arguments: Any) -> SimpleNamespace:  # noqa: N802
         self.opened.append(arguments[1])
+        self.checkpoints.append(arguments[0])
         return SimpleNamespace(checkpoint=arguments[0], rest=arguments[2:])
 
     def VllmSampler(self, checkpoint: Checkpoint, sampling: Sampling, arguments: dict[str, Any]) -> object:  # noqa: N802
         self.opened.append(arguments)
+        self.checkpoints.append(checkpoint)
         return checkpoint, sampling
 
 
@@ -47,6 +55,14 @@ def vllm_models(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr("adpa.pipeline.scoring.vllm_engine._import_vllm_models", lambda: stand_in)
     return stand_in
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory for temporary files."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
 
 
 def scoring_of(teacher: Checkpoint, reference: Checkpoint | None = None, dtype: str = "float32") -> Scoring:
@@ -66,6 +82,55 @@ def test_hidden_states_meet_the_head_that_transformers_has(
             np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
             np.testing.assert_array_equal(row.topk_logprobs, other.topk_logprobs)
     scorer.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head", [LoraConfig(**LORA), LoraConfig(r=2, target_modules=["lm_head"])])
+def test_an_adapter_is_merged_once_for_decoder_and_head_and_nothing_stays_on_disk(
+    head: LoraConfig, dtype: str, vllm_models: StandIn, temporary: Path, tmp_path: Path
+) -> None:
+    base = save_random(LlamaConfig(**SMALL, tie_word_embeddings=False), tmp_path / "base").directory
+    adapter = open_checkpoint(str(save_adapter(base, tmp_path / "adapter", head)))
+    batches = [[synthetic([1, 2, 3], [4, 5]), synthetic([6], [7, 8, 9])]]
+    scorer = engine().open_scorer(adapter, scoring_of(adapter, dtype=dtype), longest=9)
+    assert not list(temporary.iterdir())
+    (whole,) = vllm_models.checkpoints
+    assert (whole.name, whole.adapter, whole.directory.parent) == (adapter.name, None, temporary)
+    (found,), (expected,) = scorer.top_k(batches, 8), open_hf_scorer(adapter, dtype, CPU).top_k(batches, 8)
+    for row, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(row.topk_ids, other.topk_ids)
+        np.testing.assert_array_equal(row.topk_logprobs, other.topk_logprobs)
+
+
+def test_an_adapter_is_merged_for_vllms_own_head_and_for_sampling(
+    vllm_models: StandIn, teacher: Checkpoint, temporary: Path, tmp_path: Path
+) -> None:
+    adapter = open_checkpoint(str(save_adapter(teacher.directory, tmp_path / "adapter")))
+    engine("float32").open_scorer(adapter, scoring_of(adapter), longest=9)
+    engine().open_sampler(adapter, Sampling("s", 2, 1.0, 1.0, 12, 1, 0, "bfloat16", "vllm"), longest=20)
+    assert [(one.adapter, one.directory.parent) for one in vllm_models.checkpoints] == [(None, temporary)] * 2
+    assert not list(temporary.iterdir())
+
+
+def test_nothing_stays_on_disk_if_vllm_does_not_start(
+    vllm_models: StandIn, teacher: Checkpoint, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        assert list(temporary.iterdir())
+        raise EngineError("vLLM does not start", "")
+
+    for name in ("VllmDecoder", "VllmLogprobsScorer", "VllmSampler"):
+        monkeypatch.setattr(vllm_models, name, fail)
+    adapter = open_checkpoint(str(save_adapter(teacher.directory, tmp_path / "adapter")))
+    sampling = Sampling("s", 2, 1.0, 1.0, 12, 1, 0, "float32", "vllm")
+    for start in (
+        lambda: engine().open_scorer(adapter, scoring_of(adapter), longest=9),
+        lambda: engine("float32").open_scorer(adapter, scoring_of(adapter), longest=9),
+        lambda: engine().open_sampler(adapter, sampling, longest=20),
+    ):
+        with pytest.raises(EngineError, match="vLLM does not start"):
+            start()
+        assert not list(temporary.iterdir())
 
 
 def test_every_model_is_opened_with_its_own_arguments(

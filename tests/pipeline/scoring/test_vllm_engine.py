@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
-from tests.conftest import MakeModel
+from tests.conftest import MakeModel, Models
 from tests.pipeline.conftest import SMALL, InstallVllm, change_weights, save_random, say_quantized
+from tests.pipeline.models.adapters import LORA, save_adapter
 from tests.pipeline.scoring.conftest import CPU, GPU, engine, opened
 from transformers import Gemma3Config, LlamaConfig, RecurrentGemmaConfig
 
@@ -184,6 +186,39 @@ def test_the_references_head_counts_as_well(tmp_path: Path) -> None:
     for teacher, reference in (models, models[::-1]):
         runs_on = opened(VllmOptions(), GPU, teacher, reference, dtype="bfloat16")
         assert runs_on.name == "vllm hidden-states head=bfloat16"
+
+
+HEADS: dict[str, LoraConfig] = {
+    "the base's": LoraConfig(**LORA),
+    "its own": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "changed": LoraConfig(r=2, target_modules=["lm_head"]),
+}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_of_an_adapter_is_merged_when_the_method_is_chosen(
+    head: str, dtype: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("adpa.pipeline.models.adapters.merge", None)
+    teacher, reference = (
+        open_checkpoint(str(save_adapter(models.teacher, tmp_path / str(seed), HEADS[head], seed))) for seed in (1, 2)
+    )
+    runs_on = opened(VllmOptions(), GPU, teacher, reference, dtype=dtype)
+    assert (runs_on.name, runs_on.heads) == ("vllm hidden-states", {})
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_adapter_on_a_base_whose_head_adpa_does_not_know_keeps_vllms_head(tmp_path: Path) -> None:
+    config = RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, lru_width=32)
+    base = save_random(config, tmp_path / "base").directory
+    adapter = save_adapter(base, tmp_path / "adapter", LoraConfig(r=2, target_modules=["q_proj"]))
+    runs_on = opened(VllmOptions(), GPU, open_checkpoint(str(adapter)))
+    assert runs_on.name == "vllm prompt-logprobs head=float32"
 
 
 @pytest.mark.usefixtures("installed")
