@@ -1,6 +1,5 @@
 """Checkpoints are opened, identified by their weights, or refused with a reason; their heads load alone."""
 
-import json
 import os
 import shutil
 import time
@@ -83,62 +82,6 @@ def test_ends_that_are_no_token_ids_are_refused(eos_token_id: object, tmp_path: 
     set_ends(tmp_path, eos_token_id)
     with pytest.raises(ModelError, match=r"found .* in its eos_token_id; expected token ids"):
         open_checkpoint(str(tmp_path)).eos_token_ids  # noqa: B018
-
-
-@pytest.mark.parametrize("content", ["[1, 2]", "null", '""', "5", "{", ""])
-def test_generation_settings_that_are_no_object_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
-    checkpoint = save_random(LlamaConfig(**SMALL), tmp_path)
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"its generation_config\.json cannot be read: ") as raised:
-        checkpoint.eos_token_ids  # noqa: B018
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "others", [{"watermarking_config": 5}, {"cache_implementation": []}, {"num_beams": "x"}], ids=str
-)
-def test_other_generation_settings_do_not_matter(others: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = save_random(LlamaConfig(**SMALL), tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]} | others))
-    assert checkpoint.eos_token_ids == (7, 2)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"vocab_size": "a"}, "Field 'vocab_size' expected int, got str"),
-        ({"eos_token_id": "x"}, "Field 'eos_token_id' with value 'x' doesn't match"),
-        ({"hidden_size": None}, "Field 'hidden_size' expected int"),
-        ({"hidden_size": 33}, r"The hidden size \(33\) is not a multiple"),
-        ({"num_attention_heads": 0}, "by zero"),
-        ({"layer_types": 5}, "not iterable"),
-        ({"id2label": 5}, "no attribute"),
-        ({"model_type": ["llama"]}, "unhashable"),
-    ],
-    ids=str,
-)
-def test_a_configuration_with_strange_values_is_refused_in_one_line(
-    values: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    save_random(LlamaConfig(**SMALL), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | values))
-    for use in (
-        lambda one: one.config,
-        lambda one: one.load("float32", CPU),
-        lambda one: one.load_head("float32", CPU),
-    ):
-        with pytest.raises(ModelError, match=rf"its config\.json cannot be read: .*{message}") as raised:
-            use(open_checkpoint(str(tmp_path)))
-        assert "\n" not in str(raised.value)
-
-
-def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
-    save_random(LlamaConfig(**SMALL), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": 5}))
-    with pytest.raises(ModelError, match=r"found dtype 5 in its config\.json; expected a dtype such as bfloat16"):
-        open_checkpoint(str(tmp_path)).dtype_name("auto")
 
 
 def test_one_changed_bit_of_the_weights_is_another_model(models: Models, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def test_a_base_that_cannot_be_used_is_refused_with_the_adapters_name(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)  # beside which lies no directory with the name of the base
     quantized = copy(base, tmp_path / "quantized")
     say_quantized(open_checkpoint(str(quantized)))
     damaged = copy(base, tmp_path / "damaged")
