@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adpa import distill, evaluate, precompute
 from adpa.data.cache.responses import ResponseSet, read_response_sets
+from adpa.errors import CacheError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 
 TURN_END, OTHER, THIRD = 2, 90, 91  # </s>, and two words of the vocabulary
@@ -118,6 +119,47 @@ def test_a_checkpoint_of_an_unfinished_run_has_them(
     distill("sft", str(student), few_words.cache, output, batch_size=4, max_steps=2, save_steps=1)
     settings = json.loads((output / "checkpoint-1" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [TURN_END, OTHER, THIRD]
+
+
+def test_a_resumed_run_keeps_them(few_words: Filled, make_student: MakeStudent, tmp_path: Path) -> None:
+    student, output = make_student([OTHER, THIRD], OTHER), tmp_path / "trained"
+    run: dict[str, Any] = {"objective": "sft", "student": str(student), "cache": few_words.cache, "output": output}
+    run |= {"batch_size": 4, "max_steps": 3, "save_steps": 1}
+    distill(**run)
+    for name in ("model.safetensors", "generation_config.json"):
+        (output / name).unlink()
+    for later in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(output / later)
+    distill(**run, resume_from_checkpoint="last")
+    for directory in (output / "checkpoint-1", output / "checkpoint-2", output / "checkpoint-3", output):
+        settings = json.loads((directory / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [TURN_END, OTHER, THIRD], directory.name
+
+
+def test_another_list_makes_new_samples_and_training_asks_which_to_use(
+    few_words: Filled, make_student: MakeStudent, tmp_path: Path
+) -> None:
+    student, cache = make_student(TURN_END, OTHER), tmp_path / "cache"
+    before = sample(few_words, student, cache)
+    assert before.info.truncated_responses == 8
+    set_ends(student, [TURN_END, OTHER])
+    common: dict[str, Any] = {"teacher": str(few_words.models.teacher), "reference": str(few_words.models.reference)}
+    common |= {"data": str(few_words.data), "cache": cache, "student": str(student), "max_new_tokens": 6, "top_k": 5}
+    report = precompute(**common)
+    assert (report.sampled, report.truncated_responses) == (8, 0)
+    with pytest.raises(CacheError) as caught:
+        distill("adpa", str(student), cache, tmp_path / "trained", batch_size=4, max_steps=1)
+    message = str(caught.value)
+    assert message.startswith("2 combinations of responses and scoring fit: ")
+    assert f"sampled-{before.id}: 8 responses" in message
+    new = report.responses["sampled"]
+    assert f"sampled-{new}: 8 responses of the student " in message
+    assert message.count("ends at 2 or 90") == 1
+    chosen = f"sampled-{new}"
+    trained = distill(
+        "adpa", str(student), cache, tmp_path / "trained", response_set=[chosen], batch_size=4, max_steps=1
+    )
+    assert trained.responses["sampled"] == new
 
 
 def test_the_students_other_generation_settings_stay(

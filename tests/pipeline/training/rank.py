@@ -2,8 +2,9 @@
 
 Beside the options of ``distill`` a call can have ``kill``, a rank and the micro-batch before which it kills itself,
 ``terminal``, the rank that has one, ``count_gathers``, a file for how often the step gathered a tensor of each size,
-and ``idle``, whether the student has a parameter that gets no gradient. With ``command`` instead of options it is the
-words of an ``adpa`` command, and the last. ``{rank}`` stands for the rank.
+``idle``, whether the student has a parameter that gets no gradient, and ``count_columns``, whether its numbers change
+with the padding. With ``command`` instead of other options it is the words of an ``adpa`` command, and the last.
+``{rank}`` stands for the rank.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from adpa import cli, distill
+from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.training import run
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
@@ -46,6 +48,18 @@ def attach_with_idle_parameter(model: PreTrainedModel) -> None:
     model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
 
 
+def load_with_count(*arguments: Any) -> PreTrainedModel:
+    """A student that adds the number of columns, padding included, to its hidden states."""
+    model = LOAD(*arguments)
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        output.last_hidden_state = output.last_hidden_state + 0.5 * output.last_hidden_state.shape[1]
+
+    model.base_model.register_forward_hook(hook)
+    return model
+
+
+LOAD = Checkpoint.load
 SHARDS = [False]  # whether the call at hand does
 
 
@@ -72,6 +86,8 @@ def main() -> None:
         SHARDS[0] = "fsdp=true" in call.get("set", [])
         attach = attach_with_idle_parameter if call.pop("idle", False) else attach_distill_head
         vars(run)["attach_distill_head"] = attach
+        load = load_with_count if call.pop("count_columns", False) else LOAD
+        Checkpoint.load = load  # type: ignore[method-assign, assignment]
 
         def step(self: DistillTrainer, *arguments: Any, **options: Any) -> Any:
             nonlocal steps

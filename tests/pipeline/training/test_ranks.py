@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Row
-from tests.pipeline.conftest import Filled, fill
+from tests.pipeline.conftest import Filled, fill, set_ends
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -109,10 +109,15 @@ def together(seven: Filled, filled: Filled, tmp_path_factory: pytest.TempPathFac
         for run, options in RUNS.items()
     ]
     calls[0] |= {"save_steps": 2, "terminal": 0}
+    student = shutil.copytree(seven.models.student, folder / "student-with-ends")
+    set_ends(student, [2, 90])
     fsdp2 = {"objective": "dckd", "set": [*SMOOTH, "fsdp=true"]}
     calls.append(call(seven, folder / "fsdp2-saved", **fsdp2, save_steps=2))
     tied = call(filled, folder / "fsdp2-tied", **fsdp2 | ONE_STEP | {"micro_batch_size": 1})
     idle = call(seven, folder / "idle", objective="dckd", set=SMOOTH) | {"idle": True}
+    for each in (idle, *calls):
+        if each["objective"] == "adpa" or "idle" in each:
+            each["student"] = str(student)
     output = on_ranks(folder, [idle, *calls, tied | {"count_gathers": folder / "gathers.json"}])
     (folder / "output.txt").write_text(output)
     return folder
@@ -124,6 +129,11 @@ def test_two_ranks_train_as_one_process_does(
     strategy: str, run: str, together: Path, alone: Mapping[str, Path], seven: Filled
 ) -> None:
     assert_same_training(together / f"{strategy}-{run}", alone[run], seven.models.student)
+
+
+@pytest.mark.parametrize("run", ["idle", "ddp-adpa", "ddp-packed", "fsdp2-adpa", "fsdp2-packed"])
+def test_two_ranks_keep_every_id_that_ends_an_answer(run: str, together: Path) -> None:
+    assert json.loads((together / run / "generation_config.json").read_text())["eos_token_id"] == [2, 90]
 
 
 def test_ranks_do_not_look_for_parameters_without_a_gradient_where_there_are_none(together: Path) -> None:
@@ -218,6 +228,18 @@ def test_ranks_that_see_different_caches_stop_at_once(
     assert said == [said[0]] * 2
     assert said[0].startswith(f"adpa: {expected}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ranks_with_a_student_that_cannot_be_padded_stop_before_they_train(seven: Filled, tmp_path: Path) -> None:
+    options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
+    command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
+    process = start(tmp_path, [{"command": command, "count_columns": True}])
+    text, _ = process.communicate(timeout=120)
+    said = [line for line in text.splitlines() if line.startswith("adpa: ")]
+    assert len(said) == 2
+    assert all("LlamaForCausalLM cannot be trained: " in line for line in said)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
