@@ -1,7 +1,7 @@
 """Chat templates: rendering, the end of a turn, and what a template does with roles, tools and thinking.
 
-A template is code that somebody wrote. What it does is tried with marked messages, once for each template, and never
-guessed from its source.
+A template is code that somebody wrote. What it does is tried with marked messages. Only the names of its arguments are
+read from its source.
 """
 
 import datetime
@@ -120,10 +120,6 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset({index for index, token in added if token.special} | {*self.tokenizer.all_special_ids})
 
-    def reads_field(self, name: str) -> bool:
-        """Whether the template's source reads a message's field of this name."""
-        return any(re.search(rf"""\.{name}\b|['"]{name}['"]""", source) for source in self._sources)
-
     def takes_argument(self, name: str) -> bool:
         """Whether the template has a variable of this name that it does not set itself."""
         return name in self.variables
@@ -143,41 +139,42 @@ class ChatTemplate:
         template = self.tokenizer.chat_template
         return tuple(template.values()) if isinstance(template, dict) else (template or "",)
 
-    def left_out(self, messages: Sequence[Message]) -> str | None:
+    def left_out(
+        self, messages: Sequence[Message], tools: object = None, arguments: Mapping[str, Any] | None = None
+    ) -> str | None:
         """What the template leaves out of conversations like this one: a role, or tool calls.
 
-        Each sequence of roles is tried once, with a mark in every message. Nothing is known of one that the template
-        refuses: it will refuse a row, or not, and say why.
+        Conversations are alike if they have the same roles and numbers of tool calls, tools or none, and the same
+        arguments. One of them is tried, with a mark in every message and every call. If the template refuses it, the
+        answer is None: the template will refuse the row as well, or write it.
         """
-        shape = tuple((message["role"], "tool_calls" in message) for message in messages)
+        roles = tuple((message["role"], len(message.get("tool_calls", ()))) for message in messages)
+        shape = roles, bool(tools), json.dumps(arguments, sort_keys=True)
         if shape not in self._shapes:
-            self._shapes[shape] = self._try_shape(shape)
+            self._shapes[shape] = self._try_roles(roles, [TOOL] if tools else None, arguments)
         return self._shapes[shape]
 
     @cached_property
-    def _shapes(self) -> dict[tuple[tuple[str, bool], ...], str | None]:
+    def _shapes(self) -> dict[tuple[object, ...], str | None]:
         return {}
 
-    def _try_shape(self, shape: Sequence[tuple[str, bool]]) -> str | None:
-        marks = [f"adp{place}c" for place in range(len(shape))]
-        messages = [
-            marked_call(mark) if calls else (RESULT if role == "tool" else {}) | {"role": role, "content": mark}
-            for mark, (role, calls) in zip(marks, shape, strict=True)
-        ]
-        missing: list[str] = []
-        for tools in (None, [TOOL]):  # some write a system message only beside tools
-            try:
-                text = self.render(messages, tools, add_generation_prompt=shape[-1][0] != "assistant")
-            except TemplateRefusalError:
-                continue
-            missing = [
-                "tool calls" if calls else f"messages with the role {role!r}"
-                for mark, (role, calls) in zip(marks, shape, strict=True)
-                if mark not in text
-            ]
-            if not missing:
-                return None
-        return next(iter(missing), None)
+    def _try_roles(
+        self, roles: Sequence[tuple[str, int]], tools: Any, arguments: Mapping[str, Any] | None
+    ) -> str | None:
+        messages: list[Message] = []
+        kinds: dict[str, str] = {}
+        for place, (role, calls) in enumerate(roles):
+            marks = [f"adp{place}c{call}c" for call in range(calls or 1)]
+            kinds |= dict.fromkeys(marks, "tool calls" if calls else f"messages with the role {role!r}")
+            message = (RESULT if role == "tool" else {}) | {"role": role, "content": "" if calls else marks[0]}
+            if calls:
+                message["tool_calls"] = [call for mark in marks for call in marked_call(mark)["tool_calls"]]
+            messages.append(message)
+        try:
+            text = self.render(messages, tools, arguments, add_generation_prompt=roles[-1][0] != "assistant")
+        except TemplateRefusalError:
+            return None
+        return next((kind for mark, kind in kinds.items() if mark not in text), None)
 
     @cached_property
     def _form(self) -> "_Form":

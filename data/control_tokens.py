@@ -1,7 +1,7 @@
 """Control tokens: what a tokenizer marks as special, and what a chat template writes around messages.
 
-A message that has one in its text could forge a turn, or was rendered already. Tags of thinking and of tools are part
-of an assistant's answer, and none there.
+A message that has one in its text could forge a turn, or was rendered already. In an assistant's answer, tags of
+thinking and tools are ordinary text.
 """
 
 import json
@@ -27,7 +27,7 @@ from adpa.data.template_trials import (
 # What templates write around messages is a control token if it looks like one: <|user|>, <start_of_turn>, [INST].
 TAG = re.compile(r"<[^<>\s]+>|<<[^<>\s]+>>|\[/?[A-Z_]+\]")
 ANSWER_TAG = re.compile(r"think|thought|reason|tool|function", re.IGNORECASE)
-NAME = re.compile(
+TRIAL_WORDS = re.compile(
     f"{MARKER}|{OTHER_MARKER}|{TOOL['function']['name']}"
 )  # what the messages bring, as in <function=look>
 SYSTEM: Message = {"role": "system", "content": MARKER}
@@ -66,17 +66,18 @@ class ControlTokens:
             return frozenset()
         start = text[: min(places)].rstrip().rfind("\n") + 1 if line_before else min(places)
         around = text[start:]
-        written = {token for token in self._added if token in around} | {*TAG.findall(around)}
-        return frozenset(token for token in written if not NAME.search(token))
+        names = {token for token in self._added if token in around and not token.strip().isalnum()}  # not plain words
+        written = names | {*TAG.findall(around)}
+        return frozenset(token for token in written if not TRIAL_WORDS.search(token))
 
     def find(self, message: Message) -> str | None:
         """The first control token in the texts of a message, if there is one."""
         pattern = self._in_answers if message["role"] == "assistant" else self._anywhere
         return next((match[0] for text in texts_of(message) if (match := pattern.search(text))), None)
 
-    def find_in_tools(self, tools: object) -> str | None:
-        """The first control token in the descriptions of tools."""
-        match = self._anywhere.search(json.dumps(tools, ensure_ascii=False))
+    def find_in_json(self, value: object) -> str | None:
+        """The first control token in a JSON value."""
+        match = self._anywhere.search(json.dumps(value, ensure_ascii=False))
         return match[0] if match else None
 
     @cached_property
@@ -89,11 +90,12 @@ class ControlTokens:
 
 
 def texts_of(message: Message) -> Iterator[str]:
-    """The texts of a message: its content, its thinking, and the texts in its tool calls."""
+    """The texts of a message: its content, its thinking, the texts in its tool calls, and names."""
     yield message["content"]
     yield from (message[name] for name in THINKING_FIELDS if name in message)
     for call in message.get("tool_calls", ()):
-        yield from leaves(call["function"])
+        yield from leaves(call)
+    yield from (message[name] for name in ("name", "tool_call_id") if name in message)
 
 
 def leaves(value: object) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
 from adpa.data.preferences import PreferencePair, parse_pair
 from adpa.data.rendering import Rendered, Renderer
-from adpa.data.round_trip import check_round_trip, lost_bytes
+from adpa.data.round_trip import check_round_trip, find_losses, lost_bytes
 from adpa.data.rows import Row
 from adpa.data.sequences import TokenIds, check_lengths
 from adpa.data.vocabulary import token_ids
@@ -52,7 +52,7 @@ class EncodingCounts:
     thinking_left_out: int = 0
     invalid: Counter[str] = field(default_factory=Counter)
 
-    _first: tuple[int, RowError] | None = None
+    _first: tuple[int, RowError] | None = field(default=None, init=False, repr=False)
 
     @property
     def dropped(self) -> int:
@@ -200,7 +200,7 @@ class Encoder:
             if unknown > text.count(str(tokenizer.unk_token)):
                 raise _lost(pair, "has no token for some of it")
             encoded = text.encode() if self._lost_bytes else b""
-            if len(encoded.translate(None, self._lost_bytes)) < len(encoded):
+            if len(encoded.translate(None, self._lost_bytes)) < len(encoded) and find_losses(tokenizer, [text]):
                 character = next(one for one in text if {*one.encode()} & {*self._lost_bytes})
                 raise _lost(pair, f"has no token for {character!r}")
 

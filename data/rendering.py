@@ -14,15 +14,16 @@ from adpa.data.chat_template import OPEN_THINKING, THINKING_FIELDS, ChatTemplate
 from adpa.data.control_tokens import ControlTokens, leaves
 from adpa.data.messages import DROP, Message
 from adpa.data.preferences import PreferencePair
-from adpa.data.template_advice import advice_on_prefix, advice_on_thinking
+from adpa.data.template_advice import advice_on_prefix, advice_on_thinking, writes_thinking
 from adpa.data.template_trials import TemplateRefusalError
 from adpa.data.turn_end import TurnEnd
 from adpa.errors import RowError
 
 # Everything up to the end of an assistant's thinking, as templates cut it out of earlier turns.
-THINKING = re.compile(
-    r"^.*(<(?:/|\|(?:/|end))[^<>\s]*(?:think|thought|reasoning)[^<>\s]*>|\[/THINK(?:ING)?\])", re.DOTALL | re.IGNORECASE
-)
+_TAG = r"[^<>\s]*(?:think|thought|reasoning)[^<>\s]*>"
+_OPENING = rf"(?:<(?!/|\|/|\|?end){_TAG}|\[(?:\w+_)?THINK(?:ING)?\])"
+_CLOSING = rf"(?:<(?:/|\|(?:/|end)){_TAG}|\[/THINK(?:ING)?\])"
+THINKING = re.compile(rf"^(?:\s*{_OPENING}.*?|(?:(?!{_OPENING}).)*?){_CLOSING}", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Renderer:
     def no_prefix(self, pair: PreferencePair, column: str, response: Message, prompt: str, cause: str) -> RowError:
         """The error of a prompt that is not the beginning of prompt and response."""
         opened = OPEN_THINKING.search(prompt)
-        if opened:
+        if opened and not isinstance(pair.prompt, str):
             cause = f"the prompt ends with {opened[1]}, where the model begins to think"
         if isinstance(pair.prompt, str):
             advice: str | None = "strip the end of the prompt or the beginning of the response, or pass --drop-invalid"
@@ -128,14 +129,16 @@ class Renderer:
                 place = {id(chosen): "`chosen`", id(rejected): "`rejected`"}.get(id(message))
                 place = place or f"the {message['role']} message of the prompt"
                 raise self._has_control_token(pair, place, token)
-        if pair.tools and (token := self._control_tokens.find_in_tools(pair.tools)) is not None:
-            raise self._has_control_token(pair, "`tools`", token)
+        for column, value in (("tools", pair.tools), ("chat_template_kwargs", pair.chat_template_kwargs)):
+            if value and (token := self._control_tokens.find_in_json(value)) is not None:
+                raise self._has_control_token(pair, f"`{column}`", token)
 
     @staticmethod
     def _has_control_token(pair: PreferencePair, place: str, token: str) -> RowError:
+        rendered = "pass --rendered if prompts are rendered already, " if place.endswith("of the prompt") else ""
         return RowError(
             f"{pair.where}: {place} has the control token {token!r} in its text",
-            "remove it, pass --rendered if prompts are rendered already, or --allow-control-tokens to take it as it is",
+            f"remove it, {rendered}or pass --allow-control-tokens to take it as it is",
             "control tokens",
         )
 
@@ -158,7 +161,7 @@ class Renderer:
         prompt = [message for message in pair.prompt if isinstance(message, Mapping)]
         calls = [each for each in (pair.chosen, pair.rejected) if "tool_calls" in each]
         for messages in (prompt, *([*prompt, each] for each in calls)):
-            if left_out := template.left_out(messages):
+            if left_out := template.left_out(messages, pair.tools, pair.chat_template_kwargs):
                 roles = ", ".join(message["role"] for message in messages)
                 raise RowError(
                     f"{pair.where}: the chat template leaves out {left_out} in a conversation of {roles}",
@@ -192,7 +195,7 @@ class Renderer:
             missing = _missing(message, rendered)
             if missing and message["role"] == "assistant":
                 later = message | {"content": THINKING.sub("", message["content"])}
-                fields = [name for name in THINKING_FIELDS if name in message and self.template.reads_field(name)]
+                fields = [name for name in THINKING_FIELDS if name in message and self._reads(name, pair)]
                 missing = _missing({name: value for name, value in later.items() if name not in fields}, rendered)
                 left_out = True
             if missing:
@@ -201,6 +204,17 @@ class Renderer:
             if _lacks(rendered, text):
                 raise self._leaves_out(pair, "`tools`", name, text)
         return left_out
+
+    def _reads(self, name: str, pair: PreferencePair) -> bool:
+        """Whether the template writes a field of thinking in the last turn."""
+        key = name, json.dumps(pair.chat_template_kwargs)
+        if key not in self._read_fields:
+            self._read_fields[key] = writes_thinking(self.template, name, pair.chat_template_kwargs)
+        return self._read_fields[key]
+
+    @cached_property
+    def _read_fields(self) -> dict[tuple[str, str], bool]:
+        return {}
 
     def _check_response(self, pair: PreferencePair, column: str, response: Message, text: str) -> None:
         missing = _missing(response, _squeeze(text))
@@ -232,12 +246,14 @@ def _missing(message: Mapping[str, Any], squeezed: str) -> tuple[str, str] | Non
 
 
 def _lacks(squeezed: str, text: str) -> bool:
-    """Whether a text is in a rendered one neither as it is nor as JSON."""
+    """Whether a rendered text lacks a text, both as it is and as JSON writes it."""
     return _squeeze(text) not in squeezed and _squeeze(json.dumps(text, ensure_ascii=False)[1:-1]) not in squeezed
 
 
 def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and texts of a message's parts."""
+    """Names and texts of a message's parts. A tool's name is in its call already."""
+    if message["role"] != "tool" and "name" in message:
+        yield "name", message["name"]
     yield from ((name, message[name]) for name in ("content", *THINKING_FIELDS) if name in message)
     for call in message.get("tool_calls", ()):
         function = call["function"]

@@ -1,6 +1,6 @@
 """Compares texts with their tokens: a tokenizer with the wrong rules loses text in silence.
 
-A text comes back if its ids decode to it, without unknown tokens. Two differences are none: the tokenizer's own
+A text comes back if its ids decode to it, without unknown tokens. Two differences do not count: the tokenizer's own
 normalization, and white space at the two ends. A tokenizer that was loaded as another class than its ``tokenizer.json``
 describes has to give the ids of that file as well.
 """

@@ -8,9 +8,9 @@ from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
 from adpa.data.messages import Message
 from adpa.data.template_trials import ANSWER, MARKER, OTHER_MARKER, QUESTION, TemplateRefusalError
 
-VALUES = (False, True, "none", "high", 0)  # of the arguments that switch thinking off or on
+SWITCH_VALUES = (False, True, "none", "high", 0)  # of the arguments that switch thinking off or on
 # What every template has.
-NO_SWITCHES = {
+COMMON_VARIABLES = {
     "messages",
     "tools",
     "add_generation_prompt",
@@ -25,7 +25,9 @@ EDIT = "edit the template, or pass --rendered with prompts that are rendered alr
 
 
 def advice_on_prefix(template: ChatTemplate, response: Message, given: Mapping[str, Any]) -> str | None:
-    """Makes the prompt a prefix of prompt and response; none where most responses like this one need no advice.
+    """How to make the prompt a prefix of prompt and response.
+
+    None if the template is fine for a simple response of this kind: then the cause is in this row.
 
     Args:
         template: the chat template.
@@ -57,12 +59,12 @@ def _ways_to_fit(template: ChatTemplate, answer: Message, given: Mapping[str, An
 
 
 def advice_on_thinking(template: ChatTemplate, name: str) -> str:
-    """Brings the thinking of a response into the text, where the template leaves out the field ``name``."""
-    fields = [field for field in THINKING_FIELDS if _writes_thinking(template, field, {})]
+    """How to get a response's thinking into the text, if the template leaves out the field ``name``."""
+    fields = [field for field in THINKING_FIELDS if writes_thinking(template, field, {})]
     if fields and name not in fields:
         return f"the template reads `{fields[0]}`: rename it"
     if not fields and (
-        switch := find_argument(template, template.variables, lambda found: _writes_thinking(template, name, found))
+        switch := find_argument(template, template.variables, lambda found: writes_thinking(template, name, found))
     ):
         return pass_arguments(switch)
     return "put the thinking into the content, or use another template"
@@ -71,10 +73,10 @@ def advice_on_thinking(template: ChatTemplate, name: str) -> str:
 def find_argument(
     template: ChatTemplate, variables: Set[str], works: Callable[[Mapping[str, Any]], bool]
 ) -> dict[str, Any]:
-    """The first argument of a template that works, of some of its variables; empty if none does."""
-    names = sorted(variables - NO_SWITCHES - {*template.tokenizer.special_tokens_map})
+    """The first argument for which ``works`` is true, among ``variables``; empty if there is none."""
+    names = sorted(variables - COMMON_VARIABLES - {*template.tokenizer.special_tokens_map})
     names.sort(key=lambda name: "think" not in name)
-    return next(({name: value} for name in names for value in VALUES if works({name: value})), {})
+    return next(({name: value} for name in names for value in SWITCH_VALUES if works({name: value})), {})
 
 
 def pass_arguments(arguments: Mapping[str, Any]) -> str:
@@ -92,7 +94,8 @@ def _fits(template: ChatTemplate, answer: Message, arguments: Mapping[str, Any])
     return list(whole_ids[: len(prompt_ids)]) == list(prompt_ids)
 
 
-def _writes_thinking(template: ChatTemplate, name: str, arguments: Mapping[str, Any]) -> bool:
+def writes_thinking(template: ChatTemplate, name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the template writes a field of thinking in the last turn."""
     return OTHER_MARKER in _render(template, ANSWER | {name: OTHER_MARKER}, arguments)[1]
 
 

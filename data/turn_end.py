@@ -31,7 +31,7 @@ class TurnEnd:
         trailing: number of further tokens that the template writes.
         text: the text between the assistant's words and the trailing tokens; most often the end-of-turn token.
         texts: ``text``, and each special token in it: what may end a response that has its end of turn already.
-        unwritten: the part of ``text`` that the template writes only when the conversation goes on.
+        unwritten: the end of ``text`` that the template writes only before a next message; adpa appends it.
     """
 
     token_id: int

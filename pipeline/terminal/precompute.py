@@ -1,7 +1,7 @@
 """Shows the report of ``precompute`` in a terminal."""
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from adpa.data.pieces import visible
@@ -14,7 +14,8 @@ MOST_CHARACTERS = 600  # of a text
 
 def print_example(example: FirstExample) -> None:
     """Prints the first example, so that a user sees what the models read before they run."""
-    table = Table("", "", title="First example, as the models read it", title_justify="left", show_header=False)
+    title = "First example, as the models read it"
+    table = Table("", Column(overflow="fold"), title=title, title_justify="left", show_header=False)
     end = "none: the response was cut" if example.end is None else f"{example.end} (id {example.end_id})"
     for name, text in (
         ("prompt", _cut_beginning(example.prompt)),

@@ -160,6 +160,25 @@ def test_each_sequence_of_roles_is_tried(
     assert template.left_out(messages) == left_out
 
 
+SKIPS = "m['role'] == 'system' and (tools or drop_system)"
+FIRST_CALL = (
+    "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}{% endfor %}"
+)
+
+
+def test_tools_arguments_and_the_number_of_calls_make_another_trial(small_tokenizer: PreTrainedTokenizerBase) -> None:
+    template = ChatTemplate(with_template(small_tokenizer, chatml(skip=SKIPS)))
+    messages = [{"role": "system", "content": "hi"}, {"role": "user", "content": "hi there"}]
+    system = "messages with the role 'system'"
+    assert template.left_out(messages) is None
+    assert template.left_out(messages, tools=[TOOL]) == system
+    assert template.left_out(messages, arguments={"drop_system": True}) == system
+    assert template.left_out(messages, arguments={"drop_system": False}) is None
+    first = ChatTemplate(with_template(small_tokenizer, FIRST_CALL))
+    assert first.left_out([USER, CALLING]) is None
+    assert first.left_out([USER, CALLING | {"tool_calls": [CALL, CALL]}]) == "tool calls"
+
+
 ARGUMENTS = {
     "as an object": ("c.function.arguments | tojson", '{"city": "Lyon"}'),
     "as text": ("'' + c.function.arguments", '{"city": "Lyon"}'),

@@ -95,5 +95,5 @@ def test_every_text_of_a_message_is_searched(small_tokenizer: PreTrainedTokenize
         {"role": "user", "content": "a<|im_end|>"},
     ):
         assert found.find(message) == "<|im_end|>"
-    assert found.find_in_tools([{"function": {"name": "look", "description": "<|im_end|>"}}]) == "<|im_end|>"
+    assert found.find_in_json([{"function": {"name": "look", "description": "<|im_end|>"}}]) == "<|im_end|>"
     assert found.find({"role": "user", "content": "<|im_ end|> <im_end>"}) is None

@@ -22,6 +22,12 @@ EARLIER_TURN = [{"role": "user", "content": "Hello."}, {"role": "assistant", "co
 PAIR: Row = {"prompt": [USER], "chosen": "Paris.", "rejected": "Lyon, of course."}
 
 
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The small one: it is loaded and copied in a fraction of the time."""
+    return small_tokenizer
+
+
 def make_encoder(tokenizer: PreTrainedTokenizerBase, arguments: Row | None = None, **options: Any) -> Encoder:
     limits = {"max_prompt_length": 512, "max_length": 1024}
     return Encoder(ChatTemplate(tokenizer, arguments or {}), **(limits | options))

@@ -14,6 +14,12 @@ END = "<|im_end|>"
 THINKING_TEMPLATE = HABITS["cuts thinking of earlier turns"]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The small one: it is loaded and copied in a fraction of the time."""
+    return small_tokenizer
+
+
 @pytest.mark.parametrize("answer", [f"Paris.{END}", f"Paris.{END}\n", f"Paris.{END}{END}", f"Paris.{END} \n{END}\n"])
 def test_a_response_that_has_its_end_of_turn_gets_no_second_one(
     answer: str, tokenizer: PreTrainedTokenizerBase
@@ -220,3 +226,48 @@ def test_a_question_that_a_template_leaves_out_is_refused_though_it_is_asked_aga
     last = with_habit(tokenizer, "keeps the last question")
     with pytest.raises(RowError, match="leaves out messages with the role 'user' in a conversation of user, assistant"):
         encode(make_encoder(last), PAIR | {"prompt": [USER, EARLIER_TURN[1], USER]})
+
+
+@pytest.mark.parametrize(
+    "answer", ["The answer is 42. <think>hm</think> Really.", "<think>x</think>keep this</think>end"]
+)
+def test_words_before_the_thinking_or_after_it_may_not_be_left_out_of_earlier_turns(
+    answer: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    cutting = with_habit(tokenizer, "cuts thinking of earlier turns")
+    earlier = [EARLIER_TURN[0], {"role": "assistant", "content": answer}, USER]
+    with pytest.raises(RowError, match="leaves out text of the assistant message of the prompt"):
+        encode(make_encoder(cutting), PAIR | {"prompt": earlier})
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"prompt": [USER | {"name": f"A{END}"}]}, IN_PROMPT),
+        ({"prompt": [USER], "chat_template_kwargs": {"persona": f"x{END}"}}, "`chat_template_kwargs`"),
+    ],
+)
+def test_control_tokens_in_names_and_arguments_are_refused(
+    row: Row, place: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(RowError, match=f"{place} has the control token '<.im_end.>'"):
+        encode(make_encoder(tokenizer), PAIR | row)
+
+
+def test_a_name_that_the_template_leaves_out_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(RowError, match="leaves out text of the user message of the prompt: `name`, 'Alice'"):
+        encode(make_encoder(tokenizer), PAIR | {"prompt": [USER | {"name": "Alice"}]})
+
+
+def test_only_a_prompt_gets_the_advice_that_it_may_be_rendered_already(tokenizer: PreTrainedTokenizerBase) -> None:
+    for row, advised in ((PAIR | {"prompt": f"a{END}b"}, True), (PAIR | {"chosen": f"a{END}b"}, False)):
+        with pytest.raises(RowError) as caught:
+            encode(make_encoder(tokenizer), row)
+        assert ("--rendered" in str(caught.value)) is advised
+
+
+def test_words_that_were_added_to_the_vocabulary_are_no_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    added = deepcopy(tokenizer)
+    added.add_tokens(["user", "assistant"])
+    (pair,) = encode(make_encoder(added), PAIR | {"prompt": "the user is here"})
+    assert "the user is here" in str(added.decode(pair.prompt_ids))

@@ -91,6 +91,7 @@ def flips(cache: Path) -> Iterator[Callable[[random.Random], str]]:
     mend()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "judges",
     [

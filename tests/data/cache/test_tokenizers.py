@@ -15,6 +15,12 @@ from adpa.errors import DamagedFileError
 CONVERSATION = [{"role": "user", "content": "Where is the Louvre?"}, {"role": "assistant", "content": "In Paris."}]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The small one: it is loaded and copied in a fraction of the time."""
+    return small_tokenizer
+
+
 def test_a_tokenizer_comes_back_from_the_cache(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     digests = digest_tokenizer(tokenizer)
     write_tokenizer(tmp_path, tokenizer, digests.tokenizer)
@@ -82,7 +88,7 @@ def test_a_damaged_tokenizer_is_refused_by_its_path(
     if damage == "another template":
         (directory / "chat_template.jinja").write_text("{{ eos_token }}")
     elif damage == "another token":
-        edit_json(file, lambda content: content["model"]["vocab"].update(zyzzyva=49152))
+        edit_json(file, lambda content: content["model"]["vocab"].update(zyzzyva=8192))
     elif damage == "cut off":
         file.write_bytes(file.read_bytes()[:1000])
     elif damage == "garbage":
@@ -101,7 +107,7 @@ def written(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
 
 
 def test_every_file_of_a_tokenizer_is_checked_and_no_other_is_read(written: Path, tmp_path: Path) -> None:
-    (written / "added_tokens.json").write_text('{"zyzzyva": 49152}')
+    (written / "added_tokens.json").write_text('{"zyzzyva": 8192}')
     assert "zyzzyva" not in read_tokenizer(tmp_path, written.name).get_vocab()
     names = sorted(path.name for path in written.iterdir())
     for name in names:

@@ -66,6 +66,7 @@ def contents(cache: Location) -> dict[str, set[bytes]]:
     return sets | {one.id: read_signals(cache, one).keys() for one in read_scorings(cache)}
 
 
+@pytest.mark.slow
 def test_several_precomputes_at_once_make_what_one_makes_and_several_students_read_it(
     models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
 ) -> None:

@@ -242,6 +242,7 @@ def test_ranks_with_a_student_that_cannot_be_padded_stop_before_they_train(seven
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
     options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
     command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
