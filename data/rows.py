@@ -15,8 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 
 from adpa.data.preferences import READ_COLUMNS, RESPONSE_COLUMNS, printable
 from adpa.errors import DataError, RowError
@@ -72,10 +70,10 @@ def _read_file(path: Path) -> Rows:
         yield from _read_parquet(path)
         return
     try:
-        if path.suffix == ".json" and _begins_like_text(path).lstrip("\ufeff \t\r\n").startswith("["):
+        beginning = _beginning(path)
+        if path.suffix == ".json" and beginning.lstrip("\ufeff \t\r\n").startswith("["):
             yield from _read_json_list(path)
         else:
-            _begins_like_text(path)
             yield from _read_lines(path)
     except UnicodeDecodeError as error:
         raise _wrong_encoding(path) from error
@@ -152,7 +150,7 @@ def _json_problem(error: Exception) -> str:
     return "broken JSON: an integer with too many digits"  # Python limits them
 
 
-def _begins_like_text(path: Path) -> str:
+def _beginning(path: Path) -> str:
     """The first characters of a file; refuses one that is not UTF-8 at first sight."""
     with path.open("rb") as file:
         head = file.read(4096)
@@ -236,6 +234,9 @@ def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch
 
 
 def _read_hub(name: str, split: str | None) -> Rows:
+    from datasets import load_dataset  # takes a second, and no other source needs it
+    from datasets.exceptions import DatasetsError
+
     try:
         dataset = load_dataset(name)
     except (DatasetsError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
