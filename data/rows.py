@@ -179,7 +179,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         file = pq.ParquetFile(path)
         columns = _used_columns(str(path), file.schema_arrow.names)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a Parquet file; {_first_line(error)}", "check --data") from error
     with file:
         yield from _read_batches(str(path), file.iter_batches(BATCH_ROWS, columns=columns))
@@ -224,7 +224,9 @@ def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
                 columns = _used_columns(str(path), reader.schema.names)
                 for batch in reader:
-                    yield batch.select(columns)
+                    used = batch.select(columns)
+                    used.validate(full=True)  # a damaged batch would crash the process
+                    yield used
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{path}: expected a directory saved by datasets.save_to_disk; "
