@@ -78,7 +78,7 @@ def test_they_are_removed_when_the_process_ends(adapter: Path, tmp_path: Path) -
     command = [sys.executable, "-c", code, str(adapter)]
     ended = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
     assert ended.returncode == 3, ended.stderr
-    assert Path(ended.stdout.strip()).parent == tmp_path
+    assert Path(ended.stdout.splitlines()[-1]).parent == tmp_path
     assert not list(tmp_path.glob("adpa-merged-*"))
 
 
