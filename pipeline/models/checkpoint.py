@@ -42,6 +42,11 @@ from adpa.pipeline.models.weight_files import (
 from adpa.pipeline.options import DtypeName
 
 GENERATION_CONFIG = "generation_config.json"
+# What damaged files raise, and a quantization whose package is missing or that does not fit to the weights.
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError),
+    *(ImportError, AssertionError),
+)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
@@ -97,7 +102,10 @@ class Checkpoint:
             ids = getattr(self.config, "eos_token_id", None)
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if strange := [one for one in ids if type(one) is not int]:
-            raise ModelError(f"{self.name}: found {strange[0]!r} in its eos_token_id; expected token ids")
+            raise ModelError(
+                f"{self.name}: found {strange[0]!r} in its eos_token_id; expected token ids",
+                f"correct {GENERATION_CONFIG}, or without it config.json",
+            )
         return tuple(one for one in dict.fromkeys(ids) if 0 <= one < self.config.vocab_size)
 
     @property
@@ -213,9 +221,10 @@ class Checkpoint:
                 trust_remote_code=False,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+        except LOADING_ERRORS as error:
             self._refuse_remote_code(error)
-            raise ModelError(f"{self.name}: transformers cannot load it: {_first_line(error)}") from error
+            reason = _first_line(error) or type(error).__name__
+            raise ModelError(f"{self.name}: transformers cannot load it: {reason}") from error
         model: PreTrainedModel
         model, information = loaded
         # transformers fills missing weights with random numbers and only warns.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel, Models
+from tests.data.json_files import edit_json
 from tests.pipeline.conftest import SMALL, change_weights, save_random, say_quantized, set_ends
 from torch import Tensor
 from transformers import (
@@ -378,3 +379,11 @@ def test_weights_that_lie_there_in_two_formats_are_counted_once(tmp_path: Path) 
 
 def test_the_memory_of_a_cpu_is_the_machines() -> None:
     assert device_memory(CPU) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 1 << 30
+
+
+def test_a_quantization_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    directory = save_random(LlamaConfig(**SMALL), tmp_path).directory
+    settings = {"quant_method": "gptq", "bits": 4}
+    edit_json(directory / "config.json", lambda config: config.update(quantization_config=settings))
+    with pytest.raises(ModelError, match=r"transformers cannot load it: \S"):
+        open_checkpoint(str(directory)).load("float32", torch.device("cpu"))
