@@ -71,25 +71,17 @@ class ChatTemplate:
         Raises:
             TemplateRefusalError: the template cannot render it.
         """
-        return self._render(
-            self._form.apply(messages), tools, {**self.arguments, **(arguments or {})}, add_generation_prompt
-        )
+        return self._render(self._form.apply(messages), tools, arguments or {}, add_generation_prompt)
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> str:
+    def _render(self, messages: Sequence[Message], tools: Any, arguments: Mapping[str, Any], prompt: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) if tools else None,
                 tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=prompt,
                 strftime_now=TEMPLATE_DATE.strftime,
-                **(self.arguments if arguments is None else arguments),
+                **{**self.arguments, **arguments},
             )
         except Exception as error:  # a template can raise anything, as any program
             reason = " ".join(str(error).split())
@@ -185,7 +177,7 @@ class ChatTemplate:
     def _try_form(self, form: "_Form") -> tuple[bool, bool, bool]:
         def written(*messages: Message, tools: Sequence[dict[str, Any]] | None = None) -> str:
             try:
-                return self._render(form.apply(messages), tools)
+                return self._render(form.apply(messages), tools, {}, False)
             except TemplateRefusalError:
                 return ""
 

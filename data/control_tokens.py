@@ -23,6 +23,7 @@ from adpa.data.template_trials import (
     TOOL,
     TemplateRefusalError,
 )
+from adpa.data.vocabulary import matching_any, special_tokens
 
 # What templates write around messages is a control token if it looks like one: <|user|>, <start_of_turn>, [INST].
 TAG = re.compile(r"<[^<>\s]+>|<<[^<>\s]+>>|\[/?[A-Z_]+\]")
@@ -41,12 +42,11 @@ class ControlTokens:
         self._template = template
         added = template.tokenizer.added_tokens_decoder.values()
         self._added = frozenset(token.content for token in added if token.content.strip())
-        special = {token.content for token in added if token.special} | {*template.tokenizer.all_special_tokens}
         around = self._around([MARKED_QUESTION, ANSWER, MARKED_QUESTION])
         around |= self._around([SYSTEM, MARKED_QUESTION], line_before=True)
         around |= self._around([QUESTION, ANSWER], line_before=True)
         with_tools = self._around([MARKED_QUESTION, CALL, RESULT], [TOOL])
-        self.tokens = frozenset(special | around | with_tools) - {""}
+        self.tokens = special_tokens(template.tokenizer) | around | with_tools
         inside = self._around([QUESTION, CALL], [TOOL], line_before=True)
         inside |= self._around([QUESTION, THOUGHT], line_before=True)
         ends = {*template.tokenizer.convert_ids_to_tokens(sorted(template.stops)), *template.call_end.texts}
@@ -82,11 +82,13 @@ class ControlTokens:
 
     @cached_property
     def _anywhere(self) -> re.Pattern[str]:
-        return _pattern(self.tokens)
+        return matching_any(self.tokens)
 
     @cached_property
     def _in_answers(self) -> re.Pattern[str]:
-        return _pattern(frozenset(token for token in self.tokens - self._of_answers if not ANSWER_TAG.search(token)))
+        return matching_any(
+            frozenset(token for token in self.tokens - self._of_answers if not ANSWER_TAG.search(token))
+        )
 
 
 def texts_of(message: Message) -> Iterator[str]:
@@ -111,12 +113,3 @@ def leaves(value: object) -> Iterator[str]:
             yield from leaves(inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):  # true and null have other names elsewhere
         yield json.dumps(value)
-
-
-def _pattern(tokens: frozenset[str]) -> re.Pattern[str]:
-    """Matches any of the tokens; the look at the first character makes the search fast where there is none."""
-    if not tokens:
-        return re.compile("(?!)")
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    first = "".join(sorted({re.escape(token[0]) for token in tokens}))
-    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, longest_first))})")

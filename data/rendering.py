@@ -65,16 +65,16 @@ class Renderer:
             end = replace(self.template.turn_end, trailing=0)
             with_chosen, with_rejected = (pair.prompt + each["content"] + end.text for each in (chosen, rejected))
             return Rendered(pair.prompt, with_chosen, with_rejected, (end, end))
-        self._check_template(pair)
+        self._check_template(pair, pair.prompt)
         prompt, with_chosen, with_rejected = self._conversations(pair, pair.prompt, chosen, rejected)
-        left_out = self._check_prompt(pair, pair.prompt, prompt)
+        thinking_left_out = self._check_prompt(pair, pair.prompt, prompt)
         for column, response, whole in (("chosen", chosen, with_chosen), ("rejected", rejected, with_rejected)):
             if not whole.startswith(prompt):
                 cause = "the chat template changes the prompt when the response follows"
                 raise self.no_prefix(pair, column, response, prompt, cause)
             opened = OPEN_THINKING.search(prompt)  # a response with its thinking begins in the prompt then
             self._check_response(pair, column, response, whole[opened.start() if opened else len(prompt) :])
-        return Rendered(prompt, with_chosen, with_rejected, (self._end(chosen), self._end(rejected)), left_out)
+        return Rendered(prompt, with_chosen, with_rejected, (self._end(chosen), self._end(rejected)), thinking_left_out)
 
     def _end(self, response: Message) -> TurnEnd:
         return self.template.call_end if "tool_calls" in response else self.template.turn_end
@@ -142,7 +142,7 @@ class Renderer:
             "control tokens",
         )
 
-    def _check_template(self, pair: PreferencePair) -> None:
+    def _check_template(self, pair: PreferencePair, prompt: Sequence[Message]) -> None:
         """Checks that the template knows the messages, the tools and the arguments of a row."""
         template = self.template
         if pair.tools and not template.takes_argument("tools"):
@@ -158,7 +158,6 @@ class Renderer:
                     "check the name, or pass --drop-invalid",
                     "argument unknown to the template",
                 )
-        prompt = [message for message in pair.prompt if isinstance(message, Mapping)]
         calls = [each for each in (pair.chosen, pair.rejected) if "tool_calls" in each]
         for messages in (prompt, *([*prompt, each] for each in calls)):
             if left_out := template.left_out(messages, pair.tools, pair.chat_template_kwargs):

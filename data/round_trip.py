@@ -5,7 +5,6 @@ normalization, and white space at the two ends. A tokenizer that was loaded as a
 describes has to give the ids of that file as well.
 """
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from adpa.data.vocabulary import token_ids
+from adpa.data.vocabulary import matching_any, special_tokens, token_ids
 from adpa.errors import ModelError
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def check_round_trip(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 def find_losses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict[str, str]:
     """Those of the distinct texts that do not come back, each with the reason in a few words."""
     distinct = list(dict.fromkeys(texts))
-    normalize, special = _normalization(tokenizer), _special_tokens(tokenizer)
+    normalize, special = _normalization(tokenizer), matching_any(special_tokens(tokenizer))
     losses = {}
     for text, ids in zip(distinct, token_ids(tokenizer, distinct), strict=True):
         decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -86,16 +85,6 @@ def lost_bytes(tokenizer: "PreTrainedTokenizerBase") -> bytes:
     characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     possible = {*range(0xC0), *range(0xC2, 0xF5)}
     return bytes(sorted(byte for byte in possible if characters[byte] not in vocabulary))
-
-
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """Matches a special token; the look at the first character makes the search fast where there is none."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted(added | {*tokenizer.all_special_tokens} - {""})
-    if not names:
-        return re.compile("(?!)")
-    first = "".join(sorted({re.escape(name[0]) for name in names}))
-    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, names))})")
 
 
 def _tokenized_otherwise(

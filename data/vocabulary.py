@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,21 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> lis
     encodings = backend.encode_batch_fast(distinct, add_special_tokens=False)
     ids = {piece: encoding.ids for piece, encoding in zip(distinct, encodings, strict=True)}
     return [[token for piece in parts for token in ids[piece]] for parts in pieces]
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
+    """The tokens that a tokenizer marks as special, those without a name of their own too."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return frozenset(added | {*tokenizer.all_special_tokens} - {""})
+
+
+def matching_any(tokens: Collection[str]) -> re.Pattern[str]:
+    """Matches any of the tokens; the look at the first character makes the search fast where there is none."""
+    if not tokens:
+        return re.compile("(?!)")
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    first = "".join(sorted({re.escape(token[0]) for token in tokens}))
+    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, longest_first))})")
 
 
 def _cuts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
