@@ -146,7 +146,12 @@ def _open_encoder(request: Request, teacher: Checkpoint) -> Encoder:
                 f"--chat-template-kwargs: the chat template of {teacher.name} takes no {name!r}", "check the name"
             )
     return Encoder(
-        template, data.max_prompt_length, data.max_length, data.drop_invalid, data.rendered, data.allow_control_tokens
+        template,
+        data.max_prompt_length,
+        data.max_length,
+        drop_invalid=data.drop_invalid,
+        rendered=data.rendered,
+        allow_control_tokens=data.allow_control_tokens,
     )
 
 
