@@ -175,7 +175,7 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
 
 
 def _parse_prompt(where: str, value: Any, shared: list[Message]) -> list[Message]:
-    if value is None or value == []:
+    if is_empty(value):
         prompt = shared
         if not prompt:
             raise RowError(

@@ -23,7 +23,9 @@ from adpa.errors import RowError
 _TAG = r"[^<>\s]*(?:think|thought|reasoning)[^<>\s]*>"
 _OPENING = rf"(?:<(?!/|\|/|\|?end){_TAG}|\[(?:\w+_)?THINK(?:ING)?\])"
 _CLOSING = rf"(?:<(?:/|\|(?:/|end)){_TAG}|\[/THINK(?:ING)?\])"
-THINKING = re.compile(rf"^(?:\s*{_OPENING}.*?|(?:(?!{_OPENING}).)*?){_CLOSING}", re.DOTALL | re.IGNORECASE)
+THINKING = re.compile(rf"^\s*{_OPENING}.*?{_CLOSING}", re.DOTALL | re.IGNORECASE)
+# Where the prompt opens the thinking, an answer has the closing tag alone.
+OPENED_THINKING = re.compile(rf"^(?:\s*{_OPENING}.*?|(?:(?!{_OPENING}).)*?){_CLOSING}", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,15 @@ class Renderer:
         """
         chosen = self._without_end(pair, "chosen", pair.chosen)
         rejected = self._without_end(pair, "rejected", pair.rejected)
-        self._check_control_tokens(pair, chosen, rejected)
+        messages = [] if isinstance(pair.prompt, str) else [self._strip_end(message) for message in pair.prompt]
+        self._check_control_tokens(pair, messages, chosen, rejected)
         if isinstance(pair.prompt, str):
             end = replace(self.template.turn_end, trailing=0)
             with_chosen, with_rejected = (pair.prompt + each["content"] + end.text for each in (chosen, rejected))
             return Rendered(pair.prompt, with_chosen, with_rejected, (end, end))
-        self._check_template(pair, pair.prompt)
-        prompt, with_chosen, with_rejected = self._conversations(pair, pair.prompt, chosen, rejected)
-        thinking_left_out = self._check_prompt(pair, pair.prompt, prompt)
+        self._check_template(pair, messages)
+        prompt, with_chosen, with_rejected = self._conversations(pair, messages, chosen, rejected)
+        thinking_left_out = self._check_prompt(pair, messages, prompt)
         for column, response, whole in (("chosen", chosen, with_chosen), ("rejected", rejected, with_rejected)):
             if not whole.startswith(prompt):
                 cause = "the chat template changes the prompt when the response follows"
@@ -105,24 +108,30 @@ class Renderer:
         return {}
 
     def _without_end(self, pair: PreferencePair, column: str, response: Message) -> Message:
-        """The response without an end of turn in its text: the template writes it."""
-        text = response["content"]
+        """The response without an end of turn in its text."""
+        stripped = self._strip_end(response)
+        if not stripped["content"].strip() and "tool_calls" not in stripped:
+            raise RowError(f"{pair.where}: `{column}` is an empty response", DROP, "empty response")
+        return stripped
+
+    def _strip_end(self, message: Message) -> Message:
+        """An assistant's message without an end of turn in its text: the template writes it."""
+        if message["role"] != "assistant":
+            return message
+        text = message["content"]
         while end := next(filter(text.rstrip().endswith, self.template.turn_end.texts), None):
             text = text.rstrip().removesuffix(end)
-        if text is response["content"]:
-            return response
-        if not text.strip() and "tool_calls" not in response:
-            raise RowError(f"{pair.where}: `{column}` is an empty response", DROP, "empty response")
-        return response | {"content": text}
+        return message if text is message["content"] else message | {"content": text}
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
         return ControlTokens(self.template)
 
-    def _check_control_tokens(self, pair: PreferencePair, chosen: Message, rejected: Message) -> None:
+    def _check_control_tokens(
+        self, pair: PreferencePair, prompt: Sequence[Message], chosen: Message, rejected: Message
+    ) -> None:
         if self.allow_control_tokens:
             return
-        prompt = () if isinstance(pair.prompt, str) else pair.prompt
         for message in (*prompt, chosen, rejected):
             token = self._control_tokens.find(message)
             if token is not None:
@@ -193,7 +202,8 @@ class Renderer:
         for message in messages:
             missing = _missing(message, rendered)
             if missing and message["role"] == "assistant":
-                later = message | {"content": THINKING.sub("", message["content"])}
+                thinking = OPENED_THINKING if OPEN_THINKING.search(prompt) else THINKING
+                later = message | {"content": thinking.sub("", message["content"])}
                 fields = [name for name in THINKING_FIELDS if name in message and self._reads(name, pair)]
                 missing = _missing({name: value for name, value in later.items() if name not in fields}, rendered)
                 left_out = True

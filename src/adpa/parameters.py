@@ -96,7 +96,7 @@ def _json_object(flag: str, given: str | dict[str, Any]) -> dict[str, Any]:
     """The object that a user wrote as JSON, or as a mapping in a file of options."""
     try:
         value = json.loads(given) if isinstance(given, str) else given
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise typer.BadParameter(f"{given!r:.60} is no JSON; write {flag} '{{\"name\": value}}'") from error
     if not isinstance(value, dict):

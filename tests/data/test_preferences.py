@@ -380,3 +380,9 @@ def test_a_rendered_prompt_stays_as_it_is() -> None:
 )
 def test_rendered_rows_that_do_not_fit_are_refused(changed: Row, problem: str) -> None:
     assert problem in refusal(RENDERED | changed, rendered=True)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_a_blank_prompt_is_no_prompt(prompt: str) -> None:
+    with pytest.raises(RowError, match="found no `prompt`"):
+        parse_pair("row 1", {"prompt": prompt, "chosen": "Paris.", "rejected": "Lyon."})

@@ -271,3 +271,20 @@ def test_words_that_were_added_to_the_vocabulary_are_no_control_tokens(tokenizer
     added.add_tokens(["user", "assistant"])
     (pair,) = encode(make_encoder(added), PAIR | {"prompt": "the user is here"})
     assert "the user is here" in str(added.decode(pair.prompt_ids))
+
+
+@pytest.mark.parametrize("answer", ["It thinks and then </think> before it answers.", "Paris is the capital.</think>"])
+def test_words_before_a_closing_tag_that_nothing_opened_are_no_thinking(
+    answer: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    earlier = [EARLIER_TURN[0], {"role": "assistant", "content": answer}, USER]
+    for habit in ("cuts thinking", "cuts thinking of earlier turns"):
+        with pytest.raises(RowError, match="leaves out text of the assistant message of the prompt"):
+            encode(make_encoder(with_habit(tokenizer, habit)), PAIR | {"prompt": earlier})
+
+
+def test_an_earlier_turn_that_has_its_end_gets_no_second_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = PAIR | {"prompt": [*EARLIER_TURN, USER]}
+    ended = PAIR | {"prompt": [EARLIER_TURN[0], {"role": "assistant", "content": f"Hi!{END}\n"}, USER]}
+    (expected,), (pair,) = encode(make_encoder(tokenizer), plain), encode(make_encoder(tokenizer), ended)
+    assert pair.prompt_ids.tolist() == expected.prompt_ids.tolist()
