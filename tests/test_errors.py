@@ -21,3 +21,8 @@ def test_the_users_mistakes_exit_with_2_and_the_machines_with_1() -> None:
     codes = {error_class.__name__: error_class.exit_code for error_class in CLASSES}
     assert [codes.pop(name) for name in ("DamagedFileError", "EngineError", "RankError")] == [1, 1, 1]
     assert set(codes.values()) == {2}
+
+
+def test_the_nearest_known_name_is_asked_for() -> None:
+    assert errors.did_you_mean("warmup_ratoi", ["warmup_ratio", "seed"]) == "did you mean warmup_ratio?"
+    assert errors.did_you_mean("xyz", ["warmup_ratio", "seed"]) == ""

@@ -55,6 +55,16 @@ def check_writable(option: str, directory: Location) -> None:
         raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")
 
 
+def check_outside(option: str, path: Location, cache: Location) -> None:
+    """Checks that a file or directory of a command does not lie in a cache, nor is the cache.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if is_local(path) and is_local(cache) and cache.resolve() in (path.resolve(), *path.resolve().parents):
+        raise OptionError(f"{option} {path}: lies in the cache {cache}", "name a place outside of it")
+
+
 def check_writable_file(option: str, file: Path) -> None:
     """Checks that a file can be written into an existing directory.
 

@@ -4,6 +4,9 @@ Every message says what is wrong and where, what was expected, and what to do. T
 strings), so that they cross process boundaries.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class AdpaError(ValueError):
     """An error that the user can fix.
@@ -20,6 +23,12 @@ class AdpaError(ValueError):
 
     def __str__(self) -> str:
         return "; ".join(part for part in self.args[:2] if part)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to do about an unknown name: the nearest known one as a question; empty if none is near."""
+    nearest = get_close_matches(name, list(known), n=1)
+    return f"did you mean {nearest[0]}?" if nearest else ""
 
 
 class OptionError(AdpaError):

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
-from adpa.data.cache.locations import check_writable, check_writable_file, find_location
+from adpa.data.cache.locations import check_outside, check_writable, check_writable_file, find_location
 from adpa.errors import OptionError
 
 
@@ -57,3 +58,17 @@ def test_an_address_that_nothing_opens_is_one_line(url: str, problem: str) -> No
         find_location(url)
     assert str(caught.value).startswith(f"{url}: cannot be opened: ")
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/report.json", "cache/../cache/x/y", "link/page.html"])
+def test_what_a_command_writes_lies_outside_of_the_cache(place: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "link").symlink_to(cache)
+    with pytest.raises(OptionError, match=r"--output .*: lies in the cache"):
+        check_outside("--output", tmp_path / place, cache)
+
+
+@pytest.mark.parametrize("place", ["cache-2", "runs/cache", "page.html"])
+def test_a_place_beside_the_cache_is_good(place: str, tmp_path: Path) -> None:
+    check_outside("--output", tmp_path / place, tmp_path / "cache")
+    check_outside("--output", tmp_path / place, UPath("s3://bucket/cache"))
