@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 from adpa.lab.smollm2 import save_smollm2
+
+ROOT = Path(__file__).parents[1]
 
 Row = dict[str, Any]
 
@@ -152,6 +155,15 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     """Runs commands in this process, in a terminal of 80 columns."""
     monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", None)  # CI may ask for colours
     return CliRunner(env={"COLUMNS": "80"})
+
+
+def write_program(folder: Path) -> Path:
+    """Writes this tree's ``adpa`` as a program into a folder, which a shell can have in its PATH."""
+    program = folder / "adpa"
+    folder.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}/src" exec "{sys.executable}" -m adpa "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 WriteRows = Callable[..., Path]
