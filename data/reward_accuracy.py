@@ -45,11 +45,6 @@ class RewardAccuracy:
         """What to check, in one line, if it prefers fewer than half of enough chosen responses; else None."""
         if self.pairs < FEWEST_PAIRS or self.reward_accuracy >= 0.5:
             return None
-        if self.reward_accuracy == self.reward_margin == 0:
-            return (
-                f"teacher − reference prefers no response in {self.pairs:,} pairs: both give the same probabilities; "
-                "is --teacher an adapter that was never trained?"
-            )
         return (
             "teacher − reference prefers the rejected response in most pairs: it prefers the chosen one in "
             f"{self._numbers()}; are --teacher and --reference swapped? If not, see whether the data's chosen and "

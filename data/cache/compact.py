@@ -150,10 +150,12 @@ def compact_advantage_sums(table: pa.Table) -> NDArray[np.float64]:
     encoding = json.loads(table.schema.metadata[b"adpa"])["encoding"]
     dtype = F16 if ENCODINGS[encoding] else F32
     tokens_R = table["tokens"].to_numpy().astype(np.int64)
-    row_N = np.repeat(np.arange(len(tokens_R)), tokens_R)
     packed = table["token_advantages"].combine_chunks()
-    if packed.null_count or len(row_N) * dtype.itemsize > LARGEST_ARRAY:
-        raise ValueError(f"{packed.null_count} of {len(packed)} rows lack advantages; {len(row_N)} tokens")
+    if packed.null_count:
+        raise ValueError(f"{packed.null_count} of {len(packed)} rows lack advantages")
+    if (tokens_R < 0).any() or tokens_R.sum() * dtype.itemsize > LARGEST_ARRAY:
+        raise ValueError(f"{len(tokens_R)} rows with {tokens_R.sum()} tokens")
+    row_N = np.repeat(np.arange(len(tokens_R)), tokens_R)
     offsets = np.frombuffer(packed.buffers()[1], np.int32)[packed.offset :][: len(packed) + 1]
     frames = packed.buffers()[2][int(offsets[0]) : int(offsets[-1])]  # the planes of one row after another
     planes = np.frombuffer(CODEC.decompress(frames, len(row_N) * dtype.itemsize), np.uint8)
