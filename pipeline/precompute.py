@@ -1,5 +1,6 @@
 """Stage one: asks the large models once and keeps what they said."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing_extensions import Doc
 from adpa.data.cache.format import find_version
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
+from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     BatchTokensOption,
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from adpa.pipeline.scoring.plan import Plan, Setup
     from adpa.pipeline.scoring.run import Outcome
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class PrecomputeReport:
@@ -80,6 +84,12 @@ class PrecomputeReport:
         seconds: wall-clock time.
         dry_run: whether nothing was sampled or written, and nothing scored but the responses of a probe.
         probe: what the probe of a dry run measured.
+        reward_accuracy: share of the pairs in which Σ_t (log p_teacher − log p_reference) of the chosen response is
+            larger than that of the rejected one. It is of the pairs in the part whose two responses have signals now,
+            or of the probed pairs. None unless chosen and rejected responses are scored with a reference, or if no pair
+            has its signals yet.
+        reward_margin: chosen minus rejected, mean over these pairs, in nats; None like ``reward_accuracy``.
+        reward_pairs: number of these pairs.
     """
 
     scored: int
@@ -102,6 +112,9 @@ class PrecomputeReport:
     seconds: float
     dry_run: bool
     probe: ProbeReport | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    reward_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -259,7 +272,7 @@ def precompute(
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.scoring.plan import make_plan, open_setup
-    from adpa.pipeline.scoring.run import probe_plan, run_plan
+    from adpa.pipeline.scoring.run import measure_rewards, probe_plan, run_plan
 
     setup = open_setup(request)
     plan = make_plan(request, setup)
@@ -267,7 +280,10 @@ def precompute(
         on_example(_first_example(plan))
     outcome = run_plan(request, setup, plan)
     probed = None if probe is None else probe_plan(request, probe, setup, plan, outcome)
-    return _report(request, setup, plan, outcome, probed, time.perf_counter() - started)
+    rewards = measure_rewards(request, plan, outcome) if probed is None else probed.rewards
+    if rewards is not None and (warning := rewards.warning()):
+        logger.warning(warning)
+    return _report(request, setup, plan, outcome, probed, rewards, time.perf_counter() - started)
 
 
 def _first_example(plan: "Plan") -> FirstExample:
@@ -288,7 +304,13 @@ def _first_example(plan: "Plan") -> FirstExample:
 
 
 def _report(
-    request: Request, setup: "Setup", plan: "Plan", outcome: "Outcome", probed: ProbeReport | None, seconds: float
+    request: Request,
+    setup: "Setup",
+    plan: "Plan",
+    outcome: "Outcome",
+    probed: ProbeReport | None,
+    rewards: RewardAccuracy | None,
+    seconds: float,
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in outcome.missing)
@@ -318,4 +340,7 @@ def _report(
         seconds=seconds,
         dry_run=request.dry_run,
         probe=probed,
+        reward_accuracy=None if rewards is None else rewards.reward_accuracy,
+        reward_margin=None if rewards is None else rewards.reward_margin,
+        reward_pairs=0 if rewards is None else rewards.pairs,
     )

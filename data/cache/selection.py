@@ -79,7 +79,7 @@ def select(
     check_cache(cache)
     present = _narrow(list(read_response_sets(cache)), list(needs), response_sets)
     usable = [one for one in present if one.info.sampling is None or one.info.sampling.student == student]
-    groups = _complete_groups(usable, list(needs))
+    groups = complete_groups(usable, list(needs))
     if not groups:
         problem, fix = _missing_sets(present, usable, list(needs), student)
         raise CacheError(f"{cache}: {problem}", fix)
@@ -194,7 +194,7 @@ def _narrow(
     return [one for sets in kept.values() for one in sets]
 
 
-def _complete_groups(
+def complete_groups(
     usable: Sequence[ResponseSet], names: Sequence[ResponseName]
 ) -> list[dict[ResponseName, ResponseSet]]:
     """Every combination of one set of each name, all made from the same examples in the same way."""

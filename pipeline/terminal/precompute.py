@@ -5,6 +5,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from adpa.data.pieces import visible
+from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.precompute import FirstExample, PrecomputeReport
 from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
@@ -36,15 +37,18 @@ def _cut_middle(text: str) -> str:
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
-    """The counts, then the results of a probe, or a remark."""
-    table = show_report("precompute", report, leave_out="probe")
+    """The counts, then the reward accuracy, then the results of a probe, or a remark."""
+    table = show_report("precompute", report, leave_out=["probe", "reward_accuracy", "reward_margin", "reward_pairs"])
     below: list[RenderableType] = []
+    if report.reward_accuracy is not None and report.reward_margin is not None and report.probe is None:
+        rewards = RewardAccuracy(report.reward_pairs, report.reward_accuracy, report.reward_margin)
+        below += ["", Text(f"{rewards.describe()}.")]
     if report.probe is not None:
-        below = ["", show_probe(report.probe, report.sampled)]
+        below += ["", show_probe(report.probe, report.sampled)]
     elif report.dry_run:
-        below = ["", "Bytes: at most these, before encoding; --probe 64 predicts them."]
+        below += ["", "Bytes: at most these, before encoding; --probe 64 predicts them."]
     elif report.awaited:
-        below = [
+        below += [
             "",
             f"No sampled set yet: other parts have to sample {report.awaited:,} of its responses. The last part to "
             "finish makes the set; so does any part that runs again.",
