@@ -12,7 +12,7 @@ from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
-from adpa.pipeline.training.objectives import check_plausibility
+from adpa.pipeline.training.values import check_values
 from adpa.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # a study compares all methods with these
@@ -139,9 +139,8 @@ def _check_options(method: Method, options: Mapping[str, Any], where: str) -> No
     if method.objective == "dpo":
         return
     try:
+        check_values(options)
         terms_of(method.objective, options)
-        if "plausibility" in options:
-            check_plausibility(options["plausibility"])
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
 

@@ -50,8 +50,6 @@ def lora_settings(rank: int | None, target: str | None, load_in_4bit: bool) -> L
             if is_set:
                 raise OptionError(f"{option} without --lora-rank", "add a rank, such as --lora-rank 16")
         return None
-    if rank < 1:
-        raise OptionError(f"--lora-rank {rank}; expected at least 1")
     targets = sorted({name.strip() for name in (target or ALL_LINEAR).split(",")})
     if "" in targets or (ALL_LINEAR in targets and len(targets) > 1):
         raise OptionError(f"--lora-target {target}; expected {ALL_LINEAR}, or names of layers with commas between them")
