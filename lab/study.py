@@ -12,6 +12,7 @@ from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
+from adpa.lab.seed_list import check_seeds
 from adpa.pipeline.training.values import check_values
 from adpa.yaml_options import as_number, read_options
 
@@ -88,22 +89,6 @@ def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
         raise OptionError(f"{where}: no methods; expected at least one")
     plan = _plan(content["laboratory"], f"{where}: laboratory")
     return Study(reported, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
-
-
-def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
-    """The seeds, after a check that they are different numbers.
-
-    Raises:
-        OptionError: the list is empty, or a seed is no number or occurs twice.
-    """
-    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise OptionError(f"{where}: {seeds!r}; expected a list of numbers of at least 0")
-    if not seeds:
-        raise OptionError(f"{where}: {seeds!r}; expected at least one")
-    twice = [seed for seed, count in Counter(seeds).items() if count > 1]
-    if twice:
-        raise OptionError(f"{where}: seed {twice[0]} occurs twice", "name every seed once")
-    return tuple(seeds)
 
 
 def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:

@@ -199,7 +199,7 @@ def distill(
         "save_steps": save_steps or 500,
         "report_to": read_trackers(report_to),
     }
-    overrides = {"save_strategy": "steps" if save_steps else "no"} | read_overrides(set or [], of_options)
+    overrides = {"save_strategy": "steps" if save_steps else "no"} | read_overrides(set or [], options)
     check_schedule(lr_scheduler_type, overrides.get("lr_scheduler_kwargs"), learning_rate)
     check_optimizer(overrides.get("optim", BUILT_IN), overrides.get("optim_args"))
     check_output(output, resume_from_checkpoint, cache, student)

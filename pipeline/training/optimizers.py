@@ -65,7 +65,7 @@ def check_optimizer(name: str, arguments: str | None) -> None:
 
 def _is_right(key: str, value: str) -> bool:
     if key in TRUTH_VALUES:
-        return value.lower() in ("true", "false")
+        return value.lower() in ("true", "false", "yes", "no", "1", "0")
     try:
         return float(value) >= 0
     except ValueError:

@@ -64,30 +64,37 @@ def read_overrides(overrides: Sequence[str], options: Collection[str]) -> dict[s
 
     Args:
         overrides: key=value of each.
-        options: the fields that options of ``distill`` set.
+        options: the options of ``distill``, which set fields themselves.
 
     Raises:
         OptionError: no such field, adpa sets it itself, it is there twice, or its value is of another kind.
     """
     values: dict[str, Any] = {}
-    own = {name: f"--{name.replace('_', '-')} says it" for name in options} | OWN_ARGUMENTS
+    own = {name: _EVALUATION for name in field_types() if "eval" in name}
+    own |= {name: f"{_option(name)} says it" for name in options} | OWN_ARGUMENTS
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
         if not (key and equals and text):
             raise OptionError(
                 f"--set {override or repr(override)}; expected key=value with a field of transformers.TrainingArguments"
             )
-        if key not in field_types():
-            raise OptionError(
-                f"--set {override}: transformers.TrainingArguments has no field {key!r}",
-                did_you_mean(key, field_types() - own.keys()) or did_you_mean(key, own),
-            )
         if key in own:
             raise OptionError(f"--set {override}: {own[key]}", "leave it out")
+        if key not in field_types():
+            nearest = did_you_mean(key, field_types() - own.keys())
+            nearest = nearest or did_you_mean(_option(key), map(_option, options))
+            raise OptionError(
+                f"--set {override}: transformers.TrainingArguments has no field {key!r}",
+                nearest or "name one of its fields",
+            )
         if key in values:
             raise OptionError(f"--set {override}: {key} is there twice", "set it once")
         values[key] = _read(override, key, text)
     return values
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @cache
@@ -125,6 +132,8 @@ def _read(override: str, key: str, text: str) -> Any:
         problem = getattr(error, "problem", None) or "cannot be read"
         raise OptionError(f"--set {override}: no YAML: {problem}", "quote the value, or close its brackets") from error
     value = _with_numbers(value)
+    if key == "deepspeed" and find_spec("deepspeed") is None:
+        raise OptionError("--set deepspeed without DeepSpeed", "pip install deepspeed")
     if value is None and "None" in types:
         return None
     if key in MAPPINGS:
@@ -136,7 +145,7 @@ def _read(override: str, key: str, text: str) -> Any:
         number = int(value) if whole and value == value // 1 else value
         if whole and not isinstance(number, int):
             raise OptionError(f"{where}; expected a whole number")
-        RANGES.get(key, AT_LEAST_0).check(f"--set {key}", number)
+        RANGES.get(key, AT_LEAST_0).check(f"--set {key}=", number)
         return number
     if isinstance(value, list) and any(each.startswith("list") for each in types):
         return value
@@ -148,7 +157,7 @@ def _read(override: str, key: str, text: str) -> Any:
 def _choose(key: str, text: str, known: Sequence[str]) -> str:
     name = text.strip("'\"").lower()
     if key == "save_strategy" and name == "best":
-        raise OptionError(f"--set {key}={text}: {_EVALUATION}; adpa does not evaluate while it trains", "leave it out")
+        raise OptionError(f"--set {key}={text}: adpa does not evaluate while it trains", "leave it out")
     if name not in known:
         nearest = did_you_mean(name, known)
         listed = "" if nearest else f"; expected one of {', '.join(known)}"

@@ -42,7 +42,7 @@ def check_output(output: Path, resume_from_checkpoint: str | None, cache: Locati
             raise OptionError(f"--output {output}: {where} the {name} {location}", "name another directory")
     check_writable("--output", output)
     if resume_from_checkpoint not in (None, LAST):
-        _check_checkpoint(Path(str(resume_from_checkpoint)))
+        _check_checkpoint(str(resume_from_checkpoint))
     contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if contents and (resume_from_checkpoint is None or RECORD not in contents):
         raise OptionError(
@@ -52,12 +52,12 @@ def check_output(output: Path, resume_from_checkpoint: str | None, cache: Locati
         )
 
 
-def _check_checkpoint(checkpoint: Path) -> None:
-    option = f"--resume-from-checkpoint {checkpoint}"
-    if not checkpoint.is_dir():
-        problem = "is a file" if checkpoint.exists() else "no such directory"
+def _check_checkpoint(name: str) -> None:
+    checkpoint, option = Path(name), f"--resume-from-checkpoint {name or repr(name)}"
+    if not (name and checkpoint.is_dir()):
+        problem = "is a file" if checkpoint.is_file() else "no such directory"
         known = [LAST, *map(str, checkpoint.parent.glob("checkpoint-*"))]
-        raise OptionError(f"{option}: {problem}", did_you_mean(str(checkpoint), known) or "name a checkpoint, or last")
+        raise OptionError(f"{option}: {problem}", did_you_mean(name, known) or "name a checkpoint, or last")
     if (checkpoint / RECORD).exists():
         raise OptionError(
             f"{option}: a run, not one of its checkpoints",

@@ -38,11 +38,10 @@ def read_trackers(report_to: str) -> list[str]:
         if name in (NONE, ALL):
             continue
         if name not in TRACKERS:
-            raise OptionError(
-                f"--report-to {report_to}: no tracker {name!r}; expected {NONE}, {ALL}, or some of "
-                f"{', '.join(TRACKERS)}",
-                did_you_mean(name, [NONE, ALL, *TRACKERS]),
-            )
+            known = (NONE, ALL, *TRACKERS)
+            nearest = did_you_mean(name, known)
+            listed = "" if nearest else f"; expected some of {', '.join(known)}"
+            raise OptionError(f"--report-to {report_to or repr(report_to)}: no tracker {name!r}{listed}", nearest)
         missing = [
             to_install
             for package, to_install in TRACKERS[name].items()

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from adpa.errors import OptionError
@@ -29,8 +28,6 @@ def make_training_arguments(device: str, **arguments: Any) -> TrainingArguments:
     Raises:
         OptionError: Trainer refuses an argument, or cannot begin with them.
     """
-    if arguments.get("deepspeed") and not is_deepspeed_available():
-        raise OptionError("--set deepspeed without DeepSpeed", "pip install deepspeed")
     use_cpu = resolve_device(device).type == "cpu"
     if arguments["bf16"] is None:
         arguments["bf16"] = not use_cpu and torch.cuda.is_bf16_supported(including_emulation=False)

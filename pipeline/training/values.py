@@ -36,23 +36,24 @@ class Range:
         """Checks a value.
 
         Args:
-            name: what the error calls it, such as ``--seed``.
+            name: what the error calls it, such as ``--seed`` or ``--set seed=``.
             value: the value.
 
         Raises:
             OptionError: it is no such number.
         """
+        name += "" if name.endswith("=") else " "
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise OptionError(f"{name} {value!r}; expected a number")
+            raise OptionError(f"{name}{value!r}; expected a number")
         value = float(value) if not isinstance(value, Integral) else int(value)
         if self.whole and not isinstance(value, int):
-            raise OptionError(f"{name} {value:g}; expected a whole number", self.fix)
+            raise OptionError(f"{name}{value:g}; expected a whole number", self.fix)
         low = value <= self.least if self.above else value < self.least
         high = value >= self.most if self.below else value > self.most
         if low or high or not isfinite(value):
             shown = value if self.whole else f"{value:g}"
             expected = "a finite number" if value == inf else self._bounds(high)
-            raise OptionError(f"{name} {shown}; expected {expected}", self.fix)
+            raise OptionError(f"{name}{shown}; expected {expected}", self.fix)
 
     def _bounds(self, high: bool) -> str:
         """The bounds in words; a bound that only keeps numbers small is there for who exceeds it."""
