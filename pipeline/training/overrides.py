@@ -3,6 +3,7 @@
 import ast
 import json
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,7 +83,8 @@ def read_overrides(overrides: Sequence[str], options: Collection[str]) -> dict[s
             raise OptionError(f"--set {override}: {own[key]}", "leave it out")
         if key not in field_types():
             nearest = did_you_mean(key, field_types() - own.keys())
-            nearest = nearest or did_you_mean(_option(key), map(_option, options))
+            if not nearest and (near := get_close_matches(key, options, n=1)):
+                nearest = f"did you mean {_option(near[0])}?"
             raise OptionError(
                 f"--set {override}: transformers.TrainingArguments has no field {key!r}",
                 nearest or "name one of its fields",

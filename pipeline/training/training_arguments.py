@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import resolve_device
@@ -73,7 +75,9 @@ def _try_out(arguments: TrainingArguments) -> None:
         make, options = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)  # type: ignore[arg-type]
         optimizer = make(layer.parameters(), **options)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise OptionError(f"--set optim={arguments.optim}: {_short(error)}", "choose another one") from error
+        raise OptionError(
+            f"--set optim={OptimizerNames(arguments.optim).value}: {_short(error)}", "choose another one"
+        ) from error
     try:
         get_scheduler(
             arguments.lr_scheduler_type,
@@ -83,7 +87,9 @@ def _try_out(arguments: TrainingArguments) -> None:
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # no text: it was read,
         )
     except (TypeError, ValueError) as error:
-        raise OptionError(f"--lr-scheduler-type {arguments.lr_scheduler_type}: {_short(error)}") from error
+        raise OptionError(
+            f"--lr-scheduler-type {SchedulerType(arguments.lr_scheduler_type).value}: {_short(error)}"
+        ) from error
 
 
 def _short(error: BaseException) -> str:

@@ -276,9 +276,8 @@ ZERO_3 = "deepspeed={zero_optimization: {stage: 3}}"
 def test_deepspeed_that_is_not_installed_is_named(
     seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "adpa.pipeline.training.overrides.find_spec", lambda name: None if name == "deepspeed" else find_spec(name)
-    )
+    installed = {"deepspeed": None, "transformers": find_spec("transformers")}
+    monkeypatch.setattr("adpa.pipeline.training.overrides.find_spec", installed.get)
     with pytest.raises(OptionError, match="without DeepSpeed; pip install deepspeed"):
         distill(**call(seven, tmp_path / "out", objective="sft", set=[ZERO_3]))
 
