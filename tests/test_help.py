@@ -65,7 +65,7 @@ OUT_OF_RANGE = {
     f"{EVALUATE} --temperature -1": "--temperature -1; expected 0 or more",
     "inspect C --count 0": "--count 0; expected at least 1",
     "lab --output O --workers 0": "--workers 0; expected at least 1",
-    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected 0 or more",
+    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected more than 0",
     f"{DISTILL} --plausibility 1": "--plausibility 1; expected at least 0 and less than 1",
 }
 
