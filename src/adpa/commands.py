@@ -15,7 +15,7 @@ from typing_extensions import Doc
 from adpa.data.cache.locations import Location, check_other_file, check_outside
 from adpa.errors import AdpaError, OptionError, did_you_mean
 from adpa.parameters import as_argument, as_option, doc_of, group_of, kind_of
-from adpa.parser import print_error
+from adpa.parser import path_of, print_error
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.options import Group, PathOrName
 from adpa.pipeline.terminal.report import show_report
@@ -120,7 +120,7 @@ def _read_config(context: typer.Context, text: str | None) -> Path | None:
     if text is None:
         return None
     path: Path = read_value("--config", Path, text)
-    where, command = f"--config {path}", context.command_path
+    where, command = f"--config {path}", path_of(context)
     content = read_config("--config", path)
     written = Counter(name.replace("-", "_") for name in content)
     if twice := [name for name, count in written.items() if count > 1]:

@@ -25,7 +25,8 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer
 
 def print_error(text: str) -> None:
     """One line on standard error."""
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     sys.stderr.write(f"adpa: {line}\n")  # at once, because ranks share it
 
 
@@ -37,16 +38,27 @@ class Command(typer.core.TyperCommand):
         if not args and any(option.required for option in self.params):
             sys.stderr.write(_show_required(self, ctx))
             raise typer.Exit(2)
-        written = list(args)
+        debug = "--debug" in args
+        try:
+            return self._parse(ctx, args, list(args))
+        except AdpaError as error:
+            if debug:
+                raise
+            print_error(str(error))
+            raise typer.Exit(error.exit_code) from error
+
+    def _parse(self, ctx: Any, args: list[str], written: list[str]) -> Any:
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
+            error.ctx = ctx
             if getattr(error, "param", None) is not None and error.param.required:
                 values, _, _ = self.make_parser(ctx).parse_args(args=written)
                 missing = [one for one in self.params if one.required and one.consume_value(ctx, values)[0] is None]
                 if error.param in missing:
+                    for one in (one for one in self.params if one not in missing):
+                        one.handle_parse_result(ctx, values, [])  # a wrong value is told first
                     raise UsageError(f"{_listing(map(_name, missing))} missing", ctx) from error
-            error.ctx = ctx
             if getattr(error, "option_name", "").startswith("-"):
                 error.option_name = next((one for one in written if one.startswith(error.option_name)), "")
             raise
@@ -123,14 +135,11 @@ def load(command: Any) -> Any:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Ends the programme with one line where the command line cannot be parsed, or a value in it cannot be read."""
+    """Ends the programme with one line where the command line cannot be parsed."""
     try:
         yield
     except UsageError as error:
         print_error(_describe(error))
-        raise typer.Exit(error.exit_code) from error
-    except AdpaError as error:
-        print_error(str(error))
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         print_error("interrupted")
@@ -139,7 +148,7 @@ def _one_line() -> Iterator[None]:
 
 def _describe(error: Any) -> str:
     """What the parser says, in the form of our own errors."""
-    command = error.ctx.command_path if error.ctx else "adpa"
+    command = path_of(error.ctx) if error.ctx else "adpa"
     text, fix = error.format_message().strip().rstrip("."), f"see {command} --help"
     if option := getattr(error, "option_name", ""):
         option = option.partition("=")[0]
@@ -158,6 +167,11 @@ def _describe(error: Any) -> str:
     return text if text.endswith("?") else f"{text}; {fix}"
 
 
+def path_of(ctx: Any) -> str:
+    """The command as a user types it, however this programme was started."""
+    return " ".join(["adpa", *ctx.command_path.split()[1:]])
+
+
 def _name(option: Any) -> str:
     return str(max(option.opts, key=len) if option.param_type_name == "option" else option.metavar)
 
@@ -171,11 +185,11 @@ def _show_required(command: Any, ctx: Any) -> str:
     """The usage, then a line for each option and argument that is required."""
     required = [option for option in command.params if option.required]
     width = max(len(_name(option)) for option in required)
-    lines = [" ".join(["usage:", ctx.command_path, *map(_example, required), "[OPTIONS]"])]
+    lines = [" ".join(["usage:", path_of(ctx), *map(_example, required), "[OPTIONS]"])]
     lines += [f"  {_name(option):<{width}}  {_shortly(option.help)}" for option in required]
     columns = shutil.get_terminal_size().columns
     wrapped = [_wrap(line, columns, "    " if line is lines[0] else " " * (width + 4)) for line in lines]
-    return "\n".join([*wrapped, f"adpa: {_listing(map(_name, required))} missing; see {ctx.command_path} --help\n"])
+    return "\n".join([*wrapped, f"adpa: {_listing(map(_name, required))} missing; see {path_of(ctx)} --help\n"])
 
 
 def _example(option: Any) -> str:
@@ -190,7 +204,7 @@ def _shortly(text: str) -> str:
 
 def _narrow_help(command: Any, ctx: Any, columns: int) -> str:
     """The help without boxes; no word is cut."""
-    lines = [_wrap(f"Usage: {' '.join([ctx.command_path, *command.collect_usage_pieces(ctx)])}", columns, "  ")]
+    lines = [_wrap(f"Usage: {' '.join([path_of(ctx), *command.collect_usage_pieces(ctx)])}", columns, "  ")]
     lines += ["", _wrap(command.help, columns)]
     group = None
     for option in command.get_params(ctx):

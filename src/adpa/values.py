@@ -35,7 +35,8 @@ def read_value(label: str, kind: Any, written: Any) -> Any:
     if not isinstance(written, str):
         if kind is bool and isinstance(written, bool):
             return written
-        raise OptionError(f"{label}: found {_describe(written)}; expected {_expected(kind)}")
+        fix = "put text such as yes, no, on and off in quotes" if isinstance(written, bool) else ""
+        raise OptionError(f"{label}: found {_describe(written)}; expected {_expected(kind)}", fix)
     if written.startswith("--"):
         raise OptionError(f"{label} {_short(written)}: an option in the place of a value", f"write a value for {label}")
     if kind in NUMBERS or kind is bool or get_origin(kind) is Literal:
@@ -88,12 +89,12 @@ def _expected(kind: Any) -> str:
 
 def _describe(written: object) -> str:
     if isinstance(written, bool):
-        return "true or false without quotes"
+        return "a truth value"
     if isinstance(written, Mapping):
         return "a mapping"
     if isinstance(written, list | tuple):
         return "a list"
-    return "no value" if written is None else f"a {type(written).__name__}"
+    return "no value" if written is None else type(written).__name__
 
 
 def _short(text: str) -> str:

@@ -44,8 +44,12 @@ def _read(option: str, path: Path, loader: type[yaml.SafeLoader]) -> Any:
         raise OptionError(f"{option} {path}: {error.strerror}", f"check {option}") from error
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
         raise OptionError(f"{option} {path}: not a text file", "name a YAML file in UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f"line {mark.line + 1}: "
+        raise OptionError(f"{option} {path}: {place}{error.problem}", "correct the YAML") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise OptionError(f"{option} {path}: no YAML: {' '.join(str(error).split())}", "correct it") from error
+        raise OptionError(f"{option} {path}: {' '.join(str(error).split())}", "correct the YAML") from error
 
 
 def as_number(value: Any) -> Any:
