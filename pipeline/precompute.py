@@ -26,6 +26,7 @@ from adpa.pipeline.options import (
     HeadDtype,
     MaxNewTokensOption,
     MaxPromptLengthOption,
+    PathOrName,
     QuantizationOption,
     RenderedOption,
     SamplesPerPromptOption,
@@ -137,7 +138,9 @@ class FirstExample:
 def precompute(
     teacher: TeacherOption,
     data: Annotated[
-        str, Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name."), Group.DECIDE
+        PathOrName,
+        Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name."),
+        Group.DECIDE,
     ],
     cache: Annotated[
         Location,
@@ -145,9 +148,13 @@ def precompute(
         Group.DECIDE,
     ],
     reference: Annotated[
-        str | None, Doc("The large model before preference training; with it, tokens get advantages."), Group.DECIDE
+        PathOrName | None,
+        Doc("The large model before preference training; with it, tokens get advantages."),
+        Group.DECIDE,
     ] = None,
-    student: Annotated[str | None, Doc("The model whose own responses are sampled and scored."), Group.DECIDE] = None,
+    student: Annotated[
+        PathOrName | None, Doc("The model whose own responses are sampled and scored."), Group.DECIDE
+    ] = None,
     responses: Annotated[
         str | None,
         Doc("Responses to score, with commas; default: chosen,rejected, or sampled with --student."),

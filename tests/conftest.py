@@ -1,6 +1,7 @@
 """Real parts for the tests: SmolLM2's weights, tokenizer and template, and tiny models that speak its tokens."""
 
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from filelock import FileLock
 
 if not torch.cuda.is_available():
@@ -23,7 +25,10 @@ if not torch.cuda.is_available():
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
+from adpa import cli, precompute
+from adpa.commands import as_command
 from adpa.lab.smollm2 import save_smollm2
+from adpa.parser import Commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,6 +169,28 @@ def write_program(folder: Path) -> Path:
     program.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}/src" exec "{sys.executable}" -m adpa "$@"\n')
     program.chmod(0o755)
     return program
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Makes ``adpa precompute`` do nothing but keep the arguments that the command line passes to it."""
+    seen: dict[str, object] = {}
+
+    @dataclass
+    class Nothing:
+        done: bool = True
+
+    def record(*arguments: object, **options: object) -> Nothing:
+        """Record."""
+        seen.update(options)
+        return Nothing()
+
+    app = typer.Typer(cls=Commands)
+    record.__signature__ = inspect.signature(precompute)  # type: ignore[attr-defined]
+    app.command("precompute")(lambda: as_command(record))
+    app.command("other")(lambda: None)
+    monkeypatch.setattr(cli, "app", app)
+    return seen
 
 
 WriteRows = Callable[..., Path]
