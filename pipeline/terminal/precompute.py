@@ -10,6 +10,8 @@ from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
 
 MOST_CHARACTERS = 600  # of a text
+PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason")
+RARE_COUNTS = ("sampled", "awaited", "truncated_prompts", "truncated_responses", "thinking_left_out")
 
 
 def print_example(example: FirstExample) -> None:
@@ -36,8 +38,10 @@ def _cut_middle(text: str) -> str:
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
-    """The counts, then the results of a probe, or a remark."""
-    table = show_report("precompute", report, leave_out="probe")
+    """The counts, then the results of a probe, or a remark. A count of what is rare is left out where it is zero."""
+    zeros = [name for name in RARE_COUNTS if not getattr(report, name)]
+    leave_out = ("probe", *PAIR_COUNTS, *zeros)
+    table = show_report("precompute", report, leave_out, first={"pairs": _pairs(report)})
     below: list[RenderableType] = []
     if report.probe is not None:
         below = ["", show_probe(report.probe, report.sampled)]
@@ -50,3 +54,14 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
             "finish makes the set; so does any part that runs again.",
         ]
     return Group(table, *below)
+
+
+def _pairs(report: PrecomputeReport) -> dict[str, object]:
+    reasons = {f"dropped: {reason}": count for reason, count in report.dropped_by_reason.items()}
+    told = {
+        "duplicates": report.duplicates,
+        "identical responses": report.identical,
+        "contradicting": report.contradicting,
+    }
+    counts = {"read": report.rows, "used": report.used} | reasons
+    return counts | {name: count for name, count in told.items() if count}
