@@ -1,8 +1,9 @@
 """The columns of preference data: which are read, and what others may be meant to be."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import lru_cache
 
 RESPONSE_COLUMNS = ("chosen", "rejected")
 TEMPLATE_COLUMNS = ("system", "tools", "chat_template_kwargs")
@@ -46,29 +47,40 @@ def printable(names: Iterable[str]) -> str:
     return ", ".join(cut + more) or "none"
 
 
-def missing_columns(names: Collection[str]) -> tuple[str, str] | None:
+@lru_cache(maxsize=64)  # all rows of a file may lack the same ones
+def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
     """What is wrong with columns that lack a response, and what to do; none if both are there."""
     missing = [column for column in RESPONSE_COLUMNS if column not in names]
     if not missing:
         return None
     wanted = " and ".join(f"`{column}`" for column in missing)
-    renamed = renaming(names)
+    found = f"the columns {printable(names)}" if names else "no columns"
     fix = "name the columns prompt, chosen and rejected"
-    if renamed:
-        fix += f" ({renamed})"
+    if any(column in missing for column in _renamed(names)):
+        fix += f" ({renaming(names)})"
     elif len(missing) == 2:
-        fix = f"a pair has two responses to one prompt; {fix}"
-    return f"found the columns {printable(names)}; expected {wanted}", fix
+        fix = "a row needs a prompt and two responses to it: prompt, chosen and rejected"
+    return f"found {found}; expected {wanted}", fix
 
 
-def renaming(names: Collection[str]) -> str:
+@lru_cache(maxsize=64)
+def renaming(names: tuple[str, ...]) -> str:
     """What columns are to be renamed so that a pair's own columns are there; empty if nothing is obvious."""
-    free = {re.sub(r"\W+", "_", name.strip().lower()): name for name in names if name not in READ_COLUMNS}
-    free |= {name: name for name in names if name in PROMPT_COLUMNS}
-    found = []
+    renamed = _renamed(names)
+    return (
+        "rename " + ", ".join(f"{printable([name])} to {column}" for column, name in renamed.items()) if renamed else ""
+    )
+
+
+def _renamed(names: tuple[str, ...]) -> dict[str, str]:
+    """The columns that a pair lacks, and the columns that are obviously meant."""
+    plain = {re.sub(r"\W+", "_", name.strip().lower()): name for name in names if name not in READ_COLUMNS}
+    meant = plain | {name: name for name in names if name in PROMPT_COLUMNS}
+    renamed = {}
     for column, others in OTHER_NAMES.items():
         if column not in names:
-            near = get_close_matches(column, [name for name in free if name not in PROMPT_COLUMNS], n=1, cutoff=0.8)
-            known = [name for name in (column, *others, *near) if name in free]
-            found += [f"rename {printable([free[name]])} to {column}" for name in known[:1]]
-    return ", ".join(found)
+            near = get_close_matches(column, plain, n=1, cutoff=0.8)
+            known = [meant[name] for name in (column, *near, *others) if name in meant]
+            if known:
+                renamed[column] = known[0]
+    return renamed

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 HEAD_BYTES = 4096  # of a file, by which it is recognised
 READ_FORMATS = "JSONL, JSON or Parquet"
 
-_GIVE = f"give --data a {READ_FORMATS} file"
 _UNPACK = "unpack it and give --data the file in it"
-_CONVERT = f"write its rows to a {READ_FORMATS} file"
+_CONVERT = "convert it, for example with pandas"
 _SAVE_UTF8 = "save the file as UTF-8"
 
 
@@ -24,17 +23,17 @@ class FileKind:
     """
 
     name: str
-    fix: str = _GIVE
+    fix: str = "check --data"
 
 
-PARQUET = FileKind("a Parquet file", "give the file the suffix .parquet")
+PARQUET = FileKind("a Parquet file", "give it the suffix .parquet")
 EMPTY = FileKind("an empty file")
 
 # Where the mark stands, the mark, and what has it.
 _MARKS = (
     (0, b"PAR1", PARQUET),
-    (0, b"ARROW1\0\0", FileKind("an Arrow file", "write it as Parquet")),
-    (0, b"\xff\xff\xff\xff", FileKind("an Arrow file", "give --data the directory that datasets saved, or Parquet")),
+    (0, b"ARROW1\0\0", FileKind("an Arrow file", _CONVERT)),
+    (0, b"\xff\xff\xff\xff", FileKind("an Arrow file", "give --data the directory that datasets saved")),
     (0, b"\x1f\x8b", FileKind("a gzip file", _UNPACK)),
     (0, b"BZh", FileKind("a bzip2 file", _UNPACK)),
     (0, b"\xfd7zXZ\0", FileKind("an xz file", _UNPACK)),
@@ -59,7 +58,7 @@ _MARKS = (
     (4, b"ftyp", FileKind("a video or picture (MP4, MOV or HEIC)")),
     (0, b"%PDF-", FileKind("a PDF file")),
     (0, b"\x7fELF", FileKind("a program")),
-    (0, b"{\\rtf", FileKind("an RTF document", _CONVERT)),
+    (0, b"{\\rtf", FileKind("an RTF document")),
     (0, b"version https://git-lfs.", FileKind("a Git LFS pointer, not the file itself", "fetch it with git lfs pull")),
     (0, b"\xff\xfe\0\0", FileKind("UTF-32", _SAVE_UTF8)),
     (0, b"\0\0\xfe\xff", FileKind("UTF-32", _SAVE_UTF8)),
@@ -136,4 +135,4 @@ def text_kind(head: bytes) -> FileKind | None:
         return FileKind("a YAML file", _CONVERT)
     if any(len(cells) > 1 and max(map(len, cells)) <= 40 for cells in (first.split(","), first.split(";"))):
         return FileKind("a table (CSV)", _CONVERT)
-    return FileKind("a text that is not JSON", _CONVERT)
+    return FileKind("a text that is not JSON")

@@ -61,7 +61,7 @@ def _check_lines(path: Path) -> None:
             with suppress(ValueError, RecursionError):
                 row = json.loads(path.read_text(encoding="utf-8-sig"))
     if first.startswith("["):
-        raise DataError(f"{path}: expected one JSON object a line; found a JSON list", "give the file the suffix .json")
+        raise DataError(f"{path}: expected one JSON object a line; found a JSON list", "give it the suffix .json")
     if isinstance(row, Mapping) and (more or "chosen" not in row or _is_column(row["chosen"])):
         _refuse_object(path, row, more)
 

@@ -44,7 +44,7 @@ def parse_messages(place: str, value: Any, role: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        fix = "put the message into a list" if isinstance(value, Mapping) and "role" in value else DROP
+        fix = "put the message into a list" if isinstance(value, Mapping) and {"role", "from"} & value.keys() else DROP
         raise RowError(f"{place} is {shown(value)}; expected chat messages or a string", fix, "not messages")
     return [_parse_message(place, message) for message in value]
 

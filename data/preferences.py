@@ -15,9 +15,11 @@ from typing import Any
 from adpa.data.columns import (
     MEDIA_COLUMNS,
     PROMPT_COLUMNS,
+    READ_COLUMNS,
     RESPONSE_COLUMNS,
     TEMPLATE_COLUMNS,
     missing_columns,
+    printable,
     renaming,
 )
 from adpa.data.messages import DROP, Message, holds_messages, is_empty, parse_messages, shown, unsupported
@@ -83,17 +85,21 @@ def parse_pair(where: str, row: Row, rendered: bool = False) -> PreferencePair:
 
 
 def _check_columns(where: str, row: Mapping[str, Any]) -> None:
-    if wrong := missing_columns(row):
-        raise RowError(f"{where}: {wrong[0]}", wrong[1], "missing column")
     for column in RESPONSE_COLUMNS:
-        if row[column] is None:
-            raise RowError(f"{where}: `{column}` is null; expected chat messages or a string", DROP, "null response")
+        if row.get(column) is None:
+            raise _no_response(where, row, column)
     for column, value in row.items():
         if column in MEDIA_COLUMNS and not is_empty(value):
             raise unsupported(f"{where}: found the column `{column}`", column)
     for column in ("prompt", "system", *RESPONSE_COLUMNS):
         if isinstance(row.get(column), str):
             _refuse_messages(where, column, row[column])
+
+
+def _no_response(where: str, row: Mapping[str, Any], column: str) -> RowError:
+    if wrong := missing_columns(tuple(row)):
+        return RowError(f"{where}: {wrong[0]}", wrong[1], "missing column")
+    return RowError(f"{where}: `{column}` is null; expected chat messages or a string", DROP, "null response")
 
 
 def _refuse_messages(where: str, column: str, text: str) -> None:
@@ -169,9 +175,11 @@ def _parse_prompt(where: str, row: Mapping[str, Any], shared: list[Message]) -> 
     if is_empty(value):
         prompt = shared
         if not prompt:
-            found, fix = "found no `prompt`", renaming(row) or "add `prompt`"
+            found, fix = "found no `prompt`", renaming(tuple(row)) or "add `prompt`"
             if "prompt" in row:
                 found, fix = f"`prompt` is {shown(value)}", "write the prompt into it"
+            elif not row.keys() <= READ_COLUMNS:
+                found += f" among the columns {printable(row)}"
             raise RowError(
                 f"{where}: {found}, and `chosen` and `rejected` share no messages",
                 f"{fix}, or make both whole conversations with the same beginning",

@@ -5,6 +5,7 @@ import re
 import stat
 import urllib.error
 import urllib.request
+from difflib import get_close_matches
 from pathlib import Path
 from ssl import SSLError
 from typing import Literal
@@ -61,8 +62,10 @@ def _find_missing(source: str) -> SourceKind:
         name = re.match(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)", source)
         fix = f"give --data {name[1]}" if name else "download it"
         raise DataError(f"{source}: expected a file, a directory or a Hub name; found a URL", fix)
+    if source.startswith("~") and os.path.expanduser(source) != source:
+        raise DataError(f"{source}: no such file or directory", f"write {os.path.expanduser(source)}")
     hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
-    in_folder = "/" in source and path.parent.is_dir()
+    in_folder = "/" in source and path.parent.exists()
     file_name = "/" not in source and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix)
     if path.suffix in DATA_SUFFIXES or not hub_name or in_folder or file_name:
         raise DataError(f"{source}: no such file or directory", _near_file(path) or CHECK)
@@ -71,14 +74,14 @@ def _find_missing(source: str) -> SourceKind:
 
 def _near_file(path: Path) -> str:
     """The file or directory that a missing one may be meant to be, as a question; empty if none is near."""
-    folder = path.parent
-    while not folder.is_dir():
-        path, folder = folder, folder.parent
+    missing = next((each for each in reversed(path.parents) if not each.exists()), path)
     try:
-        names = os.listdir(folder)
+        siblings = list(missing.parent.iterdir())
     except OSError:
         return ""
-    return did_you_mean(str(path), [str(path.with_name(name)) for name in names] if path.name else [])
+    stems = get_close_matches(missing.stem, {each.stem for each in siblings})  # a suffix makes any two names alike
+    near = [each / path.relative_to(missing) for each in siblings if each.stem in stems]
+    return did_you_mean(str(path), map(str, near))
 
 
 def _find_format(path: Path) -> SourceKind:
@@ -97,16 +100,16 @@ def _find_format(path: Path) -> SourceKind:
     kind = kind or text_kind(head)
     if kind is not None:
         expected = "UTF-8 text" if kind.name.startswith("UTF-") else READ_FORMATS
-        expected = f"JSON as {path.suffix} says" if kind is PARQUET and path.suffix in DATA_SUFFIXES else expected
+        expected = "JSON" if kind is PARQUET and path.suffix in DATA_SUFFIXES else expected
         raise DataError(f"{path}: expected {expected}; found {kind.name}", kind.fix)
     return "text"
 
 
 def _not_parquet(path: Path, head: bytes, kind: FileKind | None) -> DataError:
     if kind is None:
-        json_text = FileKind("a JSON list" if head.lstrip()[:1] == b"[" else "JSONL", "give the file that suffix")
-        suffix = ".json" if head.lstrip()[:1] == b"[" else ".jsonl"
-        kind = text_kind(head) or FileKind(json_text.name, f"give the file the suffix {suffix}")
+        in_list = head.lstrip().startswith(b"[")
+        name, suffix = ("a JSON list", ".json") if in_list else ("JSONL", ".jsonl")
+        kind = text_kind(head) or FileKind(name, f"give it the suffix {suffix}")
     return DataError(f"{path}: expected a Parquet file; found {kind.name}", kind.fix)
 
 

@@ -21,16 +21,23 @@ from adpa.errors import DataError
 PAIR_COLUMNS = ("prompt", *RESPONSE_COLUMNS)
 BATCH_ROWS = 1000
 TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)  # the last two: of text and dates
+PARQUET_END = b"PAR1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 
 
 def read_parquet(path: Path) -> Rows:
     """The rows of a Parquet file."""
+    with path.open("rb") as written:
+        written.seek(-min(len(PARQUET_END), path.stat().st_size), os.SEEK_END)
+        if written.read() != PARQUET_END:
+            raise DataError(f"{path}: expected a Parquet file; found one that is cut off", "copy it again")
     try:
         file = pq.ParquetFile(path)
         columns = _used_columns(str(path), file.schema_arrow.names)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a Parquet file; found a broken one ({_first_line(error)})", CHECK) from error
+        raise DataError(
+            f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})", CHECK
+        ) from error
     with file:
         yield from _read_batches(str(path), file.iter_batches(BATCH_ROWS, columns=columns))
 
@@ -129,7 +136,7 @@ def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
 
 def _used_columns(source: str, names: Sequence[str]) -> list[str]:
     """The columns of a table that ``parse_pair`` reads. Others may have types that become no Python objects."""
-    if wrong := missing_columns(names):
+    if wrong := missing_columns(tuple(names)):
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
     for column in READ_COLUMNS:
         if names.count(column) > 1:

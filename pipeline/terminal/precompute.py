@@ -56,7 +56,7 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     return Group(table, *below)
 
 
-def _pairs(report: PrecomputeReport) -> dict[str, object]:
+def _pairs(report: PrecomputeReport) -> dict[str, int]:
     reasons = {f"dropped: {reason}": count for reason, count in report.dropped_by_reason.items()}
     told = {
         "duplicates": report.duplicates,

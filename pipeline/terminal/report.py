@@ -15,7 +15,7 @@ def show_report(
     The rows of ``first`` stand before them.
     """
     table = Table(title=f"adpa {title}", show_header=False)
-    for name, value in ((first or {}) | dataclasses.asdict(report)).items():
+    for name, value in {**(first or {}), **dataclasses.asdict(report)}.items():
         if name not in leave_out:
             table.add_row(name.replace("_", " "), _field_text(value))
     return table
