@@ -63,6 +63,11 @@ class PrecomputeReport:
     """What ``precompute`` did; with ``dry_run``, what it would do at most.
 
     Attributes:
+        rows: pairs read; like all counts of pairs, of the whole data and not of a part.
+        used: pairs that became token ids; the others were dropped.
+        duplicates: pairs in use whose content is that of an earlier one.
+        identical: pairs in use whose chosen and rejected response are the same tokens, maybe because both were cut.
+        contradicting: pairs in use that prefer what an earlier pair with the same prompt rejects, and the reverse.
         scored: token sequences scored now.
         reused: token sequences whose signals were already there.
         sampled: responses sampled now.
@@ -93,6 +98,11 @@ class PrecomputeReport:
         reward_pairs: number of these pairs.
     """
 
+    rows: int
+    used: int
+    duplicates: int
+    identical: int
+    contradicting: int
     scored: int
     reused: int
     sampled: int
@@ -320,6 +330,7 @@ def _report(
     seconds: float,
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0
+    counts = plan.encoder.counts
     tokens = sum(len(sequence.response_ids) for sequence in outcome.missing)
     tokens += planned * request.sampling.max_new_tokens
     size = outcome.bytes
@@ -327,17 +338,22 @@ def _report(
         at_most = tokens * plain_bytes(request.signals.top_k, request.reference is not None)
         size = at_most if probed is None else probed.predict_bytes(tokens)
     return PrecomputeReport(
+        rows=counts.rows,
+        used=counts.used,
+        duplicates=counts.duplicates,
+        identical=counts.identical,
+        contradicting=counts.contradicting,
         scored=len(outcome.missing) + planned,
         reused=len(outcome.wanted) - len(outcome.missing),
         sampled=len(outcome.unsampled),
         awaited=outcome.awaited,
         tokens=tokens,
         bytes=size,
-        truncated_prompts=plan.encoder.counts.truncated_prompts,
+        truncated_prompts=counts.truncated_prompts,
         truncated_responses=sum(outcome.sets[name].info.truncated_responses for name in request.names),
-        thinking_left_out=plan.encoder.counts.thinking_left_out,
-        dropped=plan.encoder.counts.dropped,
-        dropped_by_reason=plan.encoder.counts.reasons(),
+        thinking_left_out=counts.thinking_left_out,
+        dropped=counts.dropped,
+        dropped_by_reason=counts.reasons(),
         engine=setup.engine.name,
         engine_reason=setup.engine.reason,
         workers=request.executor.workers or 1,
