@@ -59,7 +59,11 @@ class PrecomputeReport:
 
     Attributes:
         scored: token sequences scored now.
-        reused: token sequences whose signals were already there.
+        reused: token sequences whose signals were already there, or came from another process in the meantime.
+        resumed: those of them that a stopped run left: they are in no response set of which all responses were scored
+            before, the chosen and rejected responses of one data set taken together. 0 if nothing was missing.
+        resumed_halves: token sequences scored now whose teacher's half a stopped run left.
+        resumed_samples: responses that a stopped run sampled: no response set was made of them. 0 if none was missing.
         sampled: responses sampled now.
         awaited: responses that other parts of the data have still to sample; until then there is no sampled set.
         tokens: response tokens scored now.
@@ -84,6 +88,9 @@ class PrecomputeReport:
 
     scored: int
     reused: int
+    resumed: int
+    resumed_halves: int
+    resumed_samples: int
     sampled: int
     awaited: int
     tokens: int
@@ -291,15 +298,18 @@ def _report(
     request: Request, setup: "Setup", plan: "Plan", outcome: "Outcome", probed: ProbeReport | None, seconds: float
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0
-    tokens = sum(len(sequence.response_ids) for sequence in outcome.missing)
+    tokens = sum(len(sequence.response_ids) for sequence in outcome.scored)
     tokens += planned * request.sampling.max_new_tokens
     size = outcome.bytes
     if request.dry_run:
         at_most = tokens * plain_bytes(request.signals.top_k, request.reference is not None)
         size = at_most if probed is None else probed.predict_bytes(tokens)
     return PrecomputeReport(
-        scored=len(outcome.missing) + planned,
-        reused=len(outcome.wanted) - len(outcome.missing),
+        scored=len(outcome.scored) + planned,
+        reused=len(outcome.wanted) - len(outcome.scored),
+        resumed=outcome.resumed.sequences,
+        resumed_halves=outcome.resumed.halves,
+        resumed_samples=outcome.resumed.samples,
         sampled=len(outcome.unsampled),
         awaited=outcome.awaited,
         tokens=tokens,

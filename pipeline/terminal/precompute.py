@@ -37,7 +37,8 @@ def _cut_middle(text: str) -> str:
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
     """The counts, then the results of a probe, or a remark."""
-    table = show_report("precompute", report, leave_out="probe")
+    not_resumed = [name for name in ("resumed", "resumed_halves", "resumed_samples") if not getattr(report, name)]
+    table = show_report("precompute", report, leave_out=("probe", *not_resumed))
     below: list[RenderableType] = []
     if report.probe is not None:
         below = ["", show_probe(report.probe, report.sampled)]

@@ -1,16 +1,17 @@
 """Shows a report in a terminal as a table of its fields."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from rich.table import Table
 
 
-def show_report(title: str, report: Any, leave_out: str = "") -> Table:
+def show_report(title: str, report: Any, leave_out: Collection[str] = ()) -> Table:
     """A row for each field of a dataclass except ``leave_out``; a mapping or list takes one line per entry."""
     table = Table(title=f"adpa {title}", show_header=False)
     for name, value in dataclasses.asdict(report).items():
-        if name != leave_out:
+        if name not in leave_out:
             table.add_row(name.replace("_", " "), _field_text(value))
     return table
 
