@@ -69,7 +69,11 @@ class PrecomputeReport:
         identical: pairs in use whose chosen and rejected response are the same tokens, maybe because both were cut.
         contradicting: pairs in use that prefer what an earlier pair with the same prompt rejects, and the reverse.
         scored: token sequences scored now.
-        reused: token sequences whose signals were already there.
+        reused: token sequences whose signals were already there, or came from another process in the meantime.
+        resumed: those of them that a stopped run left: they are in no response set of which all responses were scored
+            before, the chosen and rejected responses of one data set taken together. 0 if nothing was missing.
+        resumed_halves: token sequences scored now whose teacher's half a stopped run left.
+        resumed_samples: responses that a stopped run sampled: no response set was made of them. 0 if none was missing.
         sampled: responses sampled now.
         awaited: responses that other parts of the data have still to sample; until then there is no sampled set.
         tokens: response tokens scored now.
@@ -105,6 +109,9 @@ class PrecomputeReport:
     contradicting: int
     scored: int
     reused: int
+    resumed: int
+    resumed_halves: int
+    resumed_samples: int
     sampled: int
     awaited: int
     tokens: int
@@ -331,7 +338,7 @@ def _report(
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0
     counts = plan.encoder.counts
-    tokens = sum(len(sequence.response_ids) for sequence in outcome.missing)
+    tokens = sum(len(sequence.response_ids) for sequence in outcome.scored)
     tokens += planned * request.sampling.max_new_tokens
     size = outcome.bytes
     if request.dry_run:
@@ -343,8 +350,11 @@ def _report(
         duplicates=counts.duplicates,
         identical=counts.identical,
         contradicting=counts.contradicting,
-        scored=len(outcome.missing) + planned,
-        reused=len(outcome.wanted) - len(outcome.missing),
+        scored=len(outcome.scored) + planned,
+        reused=len(outcome.wanted) - len(outcome.scored),
+        resumed=outcome.resumed.sequences,
+        resumed_halves=outcome.resumed.halves,
+        resumed_samples=outcome.resumed.samples,
         sampled=len(outcome.unsampled),
         awaited=outcome.awaited,
         tokens=tokens,

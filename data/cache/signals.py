@@ -237,11 +237,10 @@ def read_scoring_file(path: Location) -> Scoring:
     return scoring
 
 
-def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
-    """Adds a shard of rows to a scoring, and returns its size in bytes."""
+def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> tuple[Location, int]:
+    """Adds a shard of rows to a scoring, and returns it and its size in bytes."""
     payload = serialize(compact_table(rows, scoring.top_k, scoring.lossy))
-    write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
-    return int(payload.size)
+    return write_serialized(scoring.folder(cache), SHARD_PREFIX, payload), int(payload.size)
 
 
 def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:

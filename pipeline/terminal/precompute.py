@@ -13,7 +13,16 @@ from adpa.pipeline.terminal.report import show_report
 MOST_CHARACTERS = 600  # of a text
 PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason")
 REWARDS = ("reward_accuracy", "reward_margin", "reward_pairs")
-RARE_COUNTS = ("sampled", "awaited", "truncated_prompts", "truncated_responses", "thinking_left_out")
+RARE_COUNTS = (
+    "resumed",
+    "resumed_halves",
+    "resumed_samples",
+    "sampled",
+    "awaited",
+    "truncated_prompts",
+    "truncated_responses",
+    "thinking_left_out",
+)
 
 
 def print_example(example: FirstExample) -> None:
