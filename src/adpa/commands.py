@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from adpa.data.cache.locations import check_writable_file, find_location
-from adpa.errors import AdpaError, OptionError
+from adpa.errors import AdpaError, ListedError, OptionError
 from adpa.parameters import NO_VALUE, as_argument, as_option, group_of, has_doc, is_location
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.options import Group
@@ -168,11 +168,12 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") -> None:
     if debug:
         raise error
-    text = message or " ".join(str(error).split()) or type(error).__name__
+    line = str(error) if isinstance(error, ListedError) else " ".join(str(error).split())
+    text = message or line or type(error).__name__
     print_error(text)
     raise typer.Exit(exit_code)
 
 
 def print_error(text: str) -> None:
-    """One line on standard error."""
+    """One line on standard error; of an error with a list, several."""
     sys.stderr.write(f"adpa: {text}\n")  # at once, because ranks share it
