@@ -175,9 +175,7 @@ def test_of_two_data_sets_one_is_chosen_by_the_beginning_of_its_id(tmp_path: Pat
     ]
     add_signals(tmp_path, SCORING, *sets[0], *sets[1])
     first, *lines = lines_of(tmp_path, DCKD)
-    assert first == (
-        "2 combinations of responses and scoring fit; choose one by the options at the end of its line:"
-    )
+    assert first == ("2 combinations of responses and scoring fit; choose one by the options at the end of its line:")
     assert sorted(lines) == sorted(
         "2 chosen and 2 rejected responses, data not recorded: "
         f"--response-set chosen-{chosen.id} --response-set rejected-{rejected.id} --scoring {SCORING.id}"
@@ -323,7 +321,10 @@ def test_sets_that_differ_in_template_arguments_alone_are_told_apart(tmp_path: P
     arguments: list[dict[str, Any]] = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
     sets = [add_set(tmp_path, "chosen", chat_template_kwargs=one) for one in arguments]
     _, *lines = lines_of(tmp_path, SFT)
-    shown = ("the usual rendering", *(f'template arguments {{"enable_thinking": {flag}}}' for flag in ("false", "true")))
+    shown = (
+        "the usual rendering",
+        *(f'template arguments {{"enable_thinking": {flag}}}' for flag in ("false", "true")),
+    )
     assert sorted(lines) == sorted(
         f"4 chosen responses, data not recorded, {how}: --response-set chosen-{one.id}"
         for one, how in zip(sets, shown, strict=True)

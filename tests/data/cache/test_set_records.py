@@ -150,9 +150,7 @@ def test_a_set_without_a_record_changes_nothing_that_is_there(cache: Location) -
 
 
 @pytest.mark.parametrize("first", [None, THEIRS, SetRecord("/data/prefs.jsonl", "train")])
-def test_a_set_of_an_older_version_or_other_data_gets_the_new_record(
-    first: SetRecord | None, cache: Location
-) -> None:
+def test_a_set_of_an_older_version_or_other_data_gets_the_new_record(first: SetRecord | None, cache: Location) -> None:
     write_response_set(cache, made(record=first))
     before = files(cache)
     write_response_set(cache, made())
@@ -197,7 +195,9 @@ def test_newer_sets_of_another_recipe_do_not_matter(other: Callable[[], Response
     assert files(cache) == before
 
 
-def test_the_last_run_is_the_newest_though_its_clock_is_behind(cache: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_run_is_the_newest_though_its_clock_is_behind(
+    cache: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class FastClock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> datetime:
