@@ -5,8 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -198,13 +200,10 @@ def test_newer_sets_of_another_recipe_do_not_matter(other: Callable[[], Response
 def test_the_last_run_is_the_newest_though_its_clock_is_behind(
     cache: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FastClock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) + timedelta(hours=3)
-
+    fast = Mock(wraps=datetime)
+    fast.now.side_effect = lambda zone: datetime.now(zone) + timedelta(hours=3)
     with monkeypatch.context() as patch:
-        patch.setattr(set_records, "datetime", FastClock)
+        patch.setattr(set_records, "datetime", fast)
         write_response_set(cache, made("abc"))
     write_response_set(cache, made("abcd"))
     assert ids(cache) == [made("abcd").id, made("abc").id]
@@ -254,15 +253,14 @@ def test_of_two_files_of_a_set_the_one_with_the_latest_record_counts(tmp_path: P
     assert record_of(tmp_path, responses) is not None
 
 
-def test_processes_that_write_one_set_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("_", range(5))
+def test_processes_that_write_one_set_at_once_leave_one_whole_file(_: int, tmp_path: Path) -> None:
     sets = [made(record=SetRecord(f"/data/{number % 3}.jsonl", None)) for number in range(24)]
-    for round_number in range(5):
-        cache = tmp_path / str(round_number)
-        with ThreadPoolExecutor(8) as pool:
-            reading = [pool.submit(lambda: list(read_response_sets(cache))) for _ in range(4)]
-            list(pool.map(lambda one: write_response_set(cache, one), sets))
-            for future in reading:
-                assert {one.id for one in future.result()} <= {sets[0].id}
-        (read,) = read_response_sets(cache)
-        assert read.id == sets[0].id
-        assert len(files(cache)) == 1
+    with ThreadPoolExecutor(8) as pool:
+        reading = [pool.submit(lambda: list(read_response_sets(tmp_path))) for _ in range(4)]
+        list(pool.map(partial(write_response_set, tmp_path), sets))
+        for future in reading:
+            assert {one.id for one in future.result()} <= {sets[0].id}
+    (read,) = read_response_sets(tmp_path)
+    assert read.id == sets[0].id
+    assert len(files(tmp_path)) == 1
