@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -200,10 +199,13 @@ def test_newer_sets_of_another_recipe_do_not_matter(other: Callable[[], Response
 def test_the_last_run_is_the_newest_though_its_clock_is_behind(
     cache: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = Mock(wraps=datetime)
-    fast.now.side_effect = lambda zone: datetime.now(zone) + timedelta(hours=3)
+    class FastClock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(hours=3)
+
     with monkeypatch.context() as patch:
-        patch.setattr(set_records, "datetime", fast)
+        patch.setattr(set_records, "datetime", FastClock)
         write_response_set(cache, made("abc"))
     write_response_set(cache, made("abcd"))
     assert ids(cache) == [made("abcd").id, made("abc").id]
