@@ -34,6 +34,7 @@ class DistillReport:
         output: directory of the trained student.
         scoring: id of the scoring that it learned from; None for sft.
         responses: id of each response set, by name.
+        data: the data that they were made from, and when; and of how many versions they are the newest.
         examples: number of preference pairs.
         trained_parameters: count of the numbers that were trained.
         compute_dtype: dtype of the matrix products.
@@ -50,6 +51,7 @@ class DistillReport:
     output: str
     scoring: str | None
     responses: dict[str, str]
+    data: str
     examples: int
     trained_parameters: int
     compute_dtype: str
@@ -236,6 +238,7 @@ def distill(
         output=str(output),
         scoring=origin["scoring"],
         responses=origin["responses"],
+        data=sources.data,
         examples=len(trainer.examples),
         trained_parameters=in_training.trained_parameters,
         compute_dtype=in_training.compute_dtype,

@@ -8,10 +8,11 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
+from adpa.data.cache.choice import are_versions, choose, made_from
 from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import check_writable_file
 from adpa.data.cache.responses import ResponseSet, read_response_sets
-from adpa.data.cache.selection import ScoredSet, select_scored, several_fit
+from adpa.data.cache.selection import ScoredSet, select_scored
 from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.reward_accuracy import SetRewards, set_rewards
@@ -30,6 +31,7 @@ class InspectReport:
 
     Attributes:
         summaries: one for each response set and scoring.
+        data: the data of the one set that is shown, and when it was made; empty where several are summarised.
         left_out: a line about each response set that no scoring has whole.
         responses: the responses, token by token; none where several response sets or scorings fit.
         html: the page that was written.
@@ -38,6 +40,7 @@ class InspectReport:
     """
 
     summaries: list[SignalSummary]
+    data: str
     left_out: list[str]
     responses: list[InspectedResponse]
     html: str | None
@@ -58,9 +61,9 @@ def inspect_cache(
 ) -> InspectReport:
     """Show what a cache says: its signals in a few numbers, and responses token by token.
 
-    Every response set is summarised with every scoring that has its signals. Where only one is left of each, some of
-    its responses are shown too, each token in the colour of its advantage (without a reference, of its
-    log-probability).
+    Every response set is summarised with every scoring that has its signals, the newest first. Where only one is left
+    of each, some of its responses are shown too, each token in the colour of its advantage (without a reference, of its
+    log-probability). With --response-set chosen, that is the newest version of the chosen responses.
 
     Raises:
         AdpaError: a problem with the arguments or the cache that the caller can solve.
@@ -70,8 +73,10 @@ def inspect_cache(
     if html is not None:
         check_writable_file("--html", html)
     scored, left_out = select_scored(cache, scoring, response_set)
-    if len(scored) > 1 and (example is not None or html is not None):
-        raise several_fit(scored)
+    among, one_needed = len(scored), example is not None or html is not None
+    if among > 1 and (one_needed or (response_set is not None and are_versions(scored))):
+        scored = [choose(scored)]
+    data = made_from(scored[0], among) if len(scored) == 1 else ""
     rows = _rows(scored[0].responses, example, count) if len(scored) == 1 else []
     rewards = set_rewards(scored, list(read_response_sets(cache)))
     for one in rewards:
@@ -83,7 +88,7 @@ def inspect_cache(
         responses = inspect_responses(scored[0], rows, read_tokenizer(cache, scored[0].responses.info.tokenizer))
     if html is not None:
         write_file(html, render_page(summaries[0], rewards, responses).encode())
-    return InspectReport(summaries, left_out, responses, None if html is None else str(html), rewards)
+    return InspectReport(summaries, data, left_out, responses, None if html is None else str(html), rewards)
 
 
 def _rows(responses: ResponseSet, example: str | None, count: int) -> Sequence[int]:

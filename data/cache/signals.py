@@ -96,13 +96,15 @@ class Scoring:
 
     def describe(self) -> str:
         """One line for a user who has to choose among scorings."""
+        return f"{self.id}: {self.settings}"
+
+    @property
+    def settings(self) -> str:
+        """The models and settings in words."""
         reference = f", reference {self.reference.name}" if self.reference else ", no reference"
         nucleus = f", P = {self.top_p:g}" if self.top_p < 1 else ""
         lossy = ", lossy" if self.lossy else ""
-        return (
-            f"{self.id}: teacher {self.teacher.name}{reference}, K = {self.top_k}{nucleus}{lossy}, {self.dtype}, "
-            f"{self.engine}"
-        )
+        return f"teacher {self.teacher.name}{reference}, K = {self.top_k}{nucleus}{lossy}, {self.dtype}, {self.engine}"
 
 
 TYPES = {"vocabulary": str, "top_k": int, "dtype": str, "engine": str, "top_p": float, "lossy": bool}

@@ -23,6 +23,8 @@ def show_inspection(report: InspectReport) -> RenderableType:
         parts += [_show_summary(summary), ""]
     for rewards in report.rewards:
         parts += [Text(rewards.of(), Style(bold=True)), Text(f"{rewards.describe()}\n")]
+    if report.data:
+        parts += [Text(f"data: {report.data}", overflow="fold"), ""]
     parts += [Text(f"left out: {line}") for line in report.left_out]
     if len(report.summaries) > 1:
         parts.append(Text("Choose one with --response-set and --scoring to see its responses."))

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from typing_extensions import Doc
 
 from adpa.data.cache.locations import Location, check_other_file, check_outside
-from adpa.errors import AdpaError, OptionError, did_you_mean
+from adpa.errors import AdpaError, ListedError, OptionError, did_you_mean
 from adpa.parameters import as_argument, as_option, doc_of, group_of, kind_of
 from adpa.parser import path_of, print_error
 from adpa.pipeline.models.launcher import this_rank
@@ -148,5 +148,6 @@ def _read_config(context: typer.Context, text: str | None) -> Path | None:
 def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") -> None:
     if debug:
         raise error
-    print_error(message or " ".join(str(error).split()) or type(error).__name__)
+    text = str(error) if isinstance(error, ListedError) else " ".join(str(error).split())
+    print_error(message or text or type(error).__name__)
     raise typer.Exit(exit_code)
