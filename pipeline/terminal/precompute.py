@@ -19,8 +19,6 @@ RARE_COUNTS = (
     "resumed_samples",
     "sampled",
     "awaited",
-    "truncated_prompts",
-    "truncated_responses",
     "thinking_left_out",
 )
 
