@@ -7,7 +7,7 @@ from functools import partial
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
-from adpa.data.cache.samples import SampleRequest, read_samples
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.cache.shards import list_shards
 from adpa.data.cache.signals import Scoring, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
@@ -63,7 +63,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
     with request.executor.open(setup.engine.gpus, cache) as execute:
         if (sampling := plan.sampling) is not None:
             own_samples, answers = plan.own_samples(), read_samples(cache, sampling)
-            unsampled = _unanswered(own_samples, answers)
+            unsampled = missing_requests(answers, own_samples)
             samples_left = count_samples(peek_sets(earlier), own_samples, answers) if unsampled and answers else 0
             if not request.dry_run:
                 open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, sampling)
@@ -151,15 +151,11 @@ def _sample(
     """Samples the missing ones of a part's samples; gives the responses to all of them, and those of other parts."""
     sample(missing)
     answers = read_samples(cache, sampling)
-    lost = _unanswered(samples, answers)
+    lost = missing_requests(answers, samples)
     if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
         sample(lost)
         answers |= read_samples(cache, sampling)
-        lost = _unanswered(samples, answers)
+        lost = missing_requests(answers, samples)
     if lost:
         raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
     return answers
-
-
-def _unanswered(samples: Sequence[SampleRequest], answers: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
-    return list({sample.key: sample for sample in samples if sample.key not in answers}.values())
