@@ -71,7 +71,7 @@ def test_of_a_run_that_was_stopped_at_the_teacher_the_halves_are_resumed(runs: R
 def test_of_a_run_that_was_stopped_at_its_last_model_the_sequences_are_resumed(
     model: str, after: int, runs: Runs, disturb: Disturb
 ) -> None:
-    options = {} if model == "reference" else {"reference": None}
+    options: dict[str, Any] = {} if model == "reference" else {"reference": None}
     disturb(model, after)
     runs.stopped(**options)
     halves = {"resumed_halves": 12 - after} if model == "reference" else {}
@@ -123,7 +123,7 @@ def test_sets_that_another_teacher_scored_are_not_resumed(runs: Runs, disturb: D
 
 
 def test_samples_of_a_stopped_run_are_resumed_until_their_set_is_made(runs: Runs, disturb: Disturb) -> None:
-    options = {"student": runs.student(), "samples_per_prompt": 2}
+    options: dict[str, Any] = {"student": runs.student(), "samples_per_prompt": 2}
     runs(4, **options)
     disturb("student", after=1)
     runs.stopped(**options)
@@ -163,7 +163,7 @@ def test_a_part_resumes_its_own_rows(runs: Runs, disturb: Disturb) -> None:
 
 
 def test_parts_resume_their_samples(runs: Runs, disturb: Disturb) -> None:
-    options = {"student": runs.student(), "part": "1/2"}
+    options: dict[str, Any] = {"student": runs.student(), "part": "1/2"}
     disturb("student", after=1)
     runs.stopped(**options)
     report = runs(**options)
