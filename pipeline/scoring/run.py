@@ -4,13 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
 from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.cache.shards import list_shards
-from adpa.data.cache.signals import Scoring, read_signals
+from adpa.data.cache.signals import Scoring, peek_signals, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
+from adpa.data.reward_accuracy import RewardAccuracy, stored_rewards
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import CacheError
 from adpa.pipeline.scoring.other_runs import Alarm
@@ -20,6 +24,8 @@ from adpa.pipeline.scoring.request import Request
 from adpa.pipeline.scoring.resumed import Resumed, count_samples, count_sequences, peek_sets
 from adpa.pipeline.scoring.sample import sample_responses
 from adpa.pipeline.scoring.score import Scored, read_pending, score
+
+PAIR: tuple[ResponseName, ResponseName] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,19 @@ def _missing(
     return missing, count_sequences(peek_sets(earlier), signals, reused) if missing and reused else 0
 
 
+def measure_rewards(request: Request, plan: Plan, outcome: Outcome) -> RewardAccuracy | None:
+    """The reward accuracy of the part's pairs whose two responses have signals; None without a reference or a pair.
+
+    Raises:
+        DamagedFileError: a row of the cache cannot be decoded.
+    """
+    if not plan.compares_responses:
+        return None
+    chosen, rejected = (plan.sets[name].table["key"] for name in PAIR)
+    own = pc.is_in(chosen, value_set=pa.array([sequence.key for sequence in outcome.wanted], pa.binary(16)))
+    return stored_rewards(chosen.filter(own), rejected.filter(own), peek_signals(request.cache, plan.scoring))
+
+
 def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: Outcome) -> ProbeReport:
     """Scores so many of the wanted responses in memory, after a dry run.
 
@@ -128,9 +147,16 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
         AdpaError: the engine fails.
     """
     models = setup.models
+    chosen, rejected = (plan.sets[name].sequences() if plan.compares_responses else [] for name in PAIR)
     return probe_signals(
         count,
-        Work(outcome.wanted, outcome.missing, outcome.unsampled, request.sampling.max_new_tokens),
+        Work(
+            outcome.wanted,
+            outcome.missing,
+            outcome.unsampled,
+            request.sampling.max_new_tokens,
+            list(zip(chosen, rejected, strict=True)),
+        ),
         plan.sets["chosen"].sequences(),
         plan.scoring,
         partial(models.open_scorer, setup.engine, plan.longest),
