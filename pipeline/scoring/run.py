@@ -62,7 +62,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
         AdpaError: a file of the cache is damaged, samples disappear, or the engine fails.
     """
     cache, alarm = request.cache, Alarm()
-    earlier = list_shards(cache / "responses")
+    earlier = peek_sets(list_shards(cache / "responses"))  # now: this run may replace their files
     if not request.dry_run:
         prepare_cache(cache)
     sets, unsampled, awaited, samples_left = dict(plan.sets), list[SampleRequest](), 0, 0
@@ -70,7 +70,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
         if (sampling := plan.sampling) is not None:
             own_samples, answers = plan.own_samples(), read_samples(cache, sampling)
             unsampled = missing_requests(answers, own_samples)
-            samples_left = count_samples(peek_sets(earlier), own_samples, answers) if unsampled and answers else 0
+            samples_left = count_samples(earlier, own_samples, answers) if unsampled and answers else 0
             if not request.dry_run:
                 open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, sampling)
 
@@ -110,7 +110,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
 
 
 def _missing(
-    cache: Location, scoring: Scoring, wanted: Sequence[TokenSequence], earlier: Sequence[Location]
+    cache: Location, scoring: Scoring, wanted: Sequence[TokenSequence], earlier: Sequence[ResponseSet]
 ) -> tuple[list[TokenSequence], int]:
     """The sequences without a signal row, and how many of the others a stopped run scored.
 
@@ -124,7 +124,7 @@ def _missing(
     present = signals.keys()
     missing = [sequence for sequence in wanted if sequence.key not in present]
     reused = [sequence.key for sequence in wanted if sequence.key in present]
-    return missing, count_sequences(peek_sets(earlier), signals, reused) if missing and reused else 0
+    return missing, count_sequences(earlier, signals, reused) if missing and reused else 0
 
 
 def measure_rewards(request: Request, plan: Plan, outcome: Outcome) -> RewardAccuracy | None:

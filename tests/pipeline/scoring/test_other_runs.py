@@ -3,21 +3,25 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.conftest import Row
-from tests.data.makers import SCORING, signal_row
+from tests.data.makers import SAMPLING, SCORING, signal_row
 from tests.pipeline.conftest import Disturb, Filled
+from tests.pipeline.faults import REQUESTS, SAMPLING_BATCH, Model
 
 from adpa import collect_garbage, pack_cache, precompute, verify_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.signals import write_signals
 from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.scoring.jobs import Job, run_here
 from adpa.pipeline.scoring.other_runs import Watch, Written
+from adpa.pipeline.scoring.sample import sample_responses
 
 WARNING = (
     "another process {} at the same time, so that the work is done twice; stop one of the two, or share the work: "
@@ -52,7 +56,8 @@ def test_another_run_of_the_same_command_is_told_once(
     others: list[PrecomputeReport] = []
     disturb(model.partition(" ")[0], after=3, do=lambda: others.append(precompute(**options)))
     report = precompute(**options)
-    assert caplog.messages == [f"{options['cache']}: {SCORES}"]
+    assert set(caplog.messages) == {f"{options['cache']}: {SCORES}"}
+    assert len(caplog.messages) <= 2, "the other one may see our last write, too"
     assert others[0].scored + others[0].reused == 12
     assert report.scored + report.reused == 12
 
@@ -64,7 +69,8 @@ def test_another_run_that_samples_the_same_is_told_once(
     disturb("student", after=2, do=lambda: precompute(**options))
     report = precompute(**options)
     assert report.sampled == 6
-    assert caplog.messages == [f"{options['cache']}: {SAMPLES}"]
+    assert f"{options['cache']}: {SAMPLES}" in caplog.messages
+    assert len(caplog.messages) <= 2
 
 
 def test_what_the_other_run_had_finished_is_not_scored_by_this_one(
@@ -75,7 +81,7 @@ def test_what_the_other_run_had_finished_is_not_scored_by_this_one(
     report = precompute(**options)
     assert (report.scored, report.reused) == (1, 11)
     assert report.tokens > 0
-    assert len(caplog.messages) == 1
+    assert 1 <= len(caplog.messages) <= 2
 
 
 def test_a_run_on_data_that_overlap_is_told(
@@ -143,6 +149,14 @@ def test_two_processes_at_once_say_so(options: dict[str, Any], preference_rows: 
     assert [process.returncode for process in processes] == [0, 0]
     assert 1 <= len("".join(said).splitlines()) <= 2
     assert set("".join(said).splitlines()) == {f"adpa: warning: {options['cache']}: {SCORES}"}
+
+
+def test_a_run_in_other_processes_tells_by_their_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def elsewhere(job: Job[Any, Any], batches: Sequence[Sequence[Any]]) -> list[Any]:
+        return [replace(one, doubled=True) for one in run_here(job, batches)]
+
+    sample_responses(tmp_path, SAMPLING, REQUESTS, Model, SAMPLING_BATCH, elsewhere)
+    assert caplog.messages == [f"{tmp_path}: {SAMPLES}"]
 
 
 def key(number: int) -> bytes:

@@ -108,9 +108,11 @@ def test_where_grown_data_were_stopped_only_their_own_rows_are_resumed(runs: Run
     assert counts(runs(6)) == {"scored": 3, "reused": 9, "resumed": 1, "resumed_halves": 3}
 
 
-def test_responses_of_another_name_are_another_runs(runs: Runs) -> None:
+def test_responses_of_another_name_are_another_runs(runs: Runs, tmp_path: Path) -> None:
     runs(responses="chosen")
-    assert counts(runs()) == {"scored": 6, "reused": 6}
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text((tmp_path / f"{PAIRS}.jsonl").read_text())
+    assert counts(runs(data=str(moved))) == {"scored": 6, "reused": 6}
 
 
 def test_sets_that_another_teacher_scored_are_not_resumed(runs: Runs, disturb: Disturb) -> None:
