@@ -66,7 +66,7 @@ def test_a_stopped_run_can_be_gone_on_with(resume: str, folder: Path) -> None:
 
 
 def test_no_name_is_no_checkpoint(folder: Path) -> None:
-    with pytest.raises(OptionError, match="^--resume-from-checkpoint '': no such directory; name a "):
+    with pytest.raises(OptionError, match=r"^--resume-from-checkpoint '': no such directory; name a "):
         check_output(folder / "new", "", folder / "work/cache", "student")
 
 
