@@ -169,12 +169,17 @@ def test_last_says_that_no_checkpoint_is_there(
     left: str, seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "out"
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Killed
+
     if left == "an empty directory":
         output.mkdir()
     if left == "the record of a stopped run":
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(DistillTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Killed))
-            train(seven, output, max_steps=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillTrainer, "train", stop)
+            with pytest.raises(Killed):
+                train(seven, output, max_steps=2)
         assert [path.name for path in output.iterdir()] == ["adpa.json"]
     train(seven, output, resume="last", max_steps=2)
     line = f"--resume-from-checkpoint last: no checkpoint in {output}; the run begins at its first step"
@@ -209,9 +214,7 @@ def test_a_run_goes_on_with_the_training_it_began_with(
 def test_a_finished_run_without_checkpoints_is_not_trained_again(seven: Filled, tmp_path: Path) -> None:
     once: dict[str, Any] = RUN | {"save_steps": 0, "student": str(seven.models.student), "cache": seven.cache}
     distill(**once, output=tmp_path / "out")
-    with pytest.raises(
-        OptionError, match="its run is finished, and kept no checkpoint; train anew in another --output"
-    ):
+    with pytest.raises(OptionError, match="its run is finished, and kept no checkpoint; train anew in another"):
         distill(**once, output=tmp_path / "out", resume_from_checkpoint="last")
 
 
