@@ -13,7 +13,7 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.options import DtypeName, Group
+from adpa.pipeline.options import DtypeName, Group, PathOrName
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
@@ -34,6 +34,7 @@ class DistillReport:
         output: directory of the trained student.
         scoring: id of the scoring that it learned from; None for sft.
         responses: id of each response set, by name.
+        data: the data that they were made from, and when; and of how many versions they are the newest.
         examples: number of preference pairs.
         trained_parameters: count of the numbers that were trained.
         compute_dtype: dtype of the matrix products.
@@ -50,6 +51,7 @@ class DistillReport:
     output: str
     scoring: str | None
     responses: dict[str, str]
+    data: str
     examples: int
     trained_parameters: int
     compute_dtype: str
@@ -65,7 +67,7 @@ class DistillReport:
 def distill(
     objective: Annotated[ObjectiveName, Doc("The loss to minimise: sft, kd, dckd or adpa."), Group.DECIDE],
     student: Annotated[
-        str, Doc("The small model to train: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
+        PathOrName, Doc("The small model to train: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
     ],
     cache: Annotated[
         Location, Doc("Directory of the teacher-signal cache, or a URL such as s3://bucket/folder."), Group.DECIDE
@@ -159,7 +161,7 @@ def distill(
         int, Doc("Steps between two checkpoints; 0 saves only the trained student."), Group.SAVING
     ] = 0,
     resume_from_checkpoint: Annotated[
-        str | None,
+        PathOrName | None,
         Doc("Checkpoint directory to resume from, or last for the newest one in --output, if it has one."),
         Group.SAVING,
     ] = None,
@@ -238,6 +240,7 @@ def distill(
         output=str(output),
         scoring=origin["scoring"],
         responses=origin["responses"],
+        data=sources.data,
         examples=len(trainer.examples),
         trained_parameters=in_training.trained_parameters,
         compute_dtype=in_training.compute_dtype,

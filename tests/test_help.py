@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from typing_extensions import Doc
 
 from adpa import cli, evaluate, precompute
-from adpa.commands import Commands, as_command, load
+from adpa.commands import as_command
 from adpa.data.cache.format import prepare_cache
 from adpa.parameters import group_of
+from adpa.parser import Commands, load
 from adpa.pipeline.options import Group
 
 

@@ -25,6 +25,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy, align_special_tokens
 
 from adpa.data.batches import TrainingExamples, collate
+from adpa.data.cache.choice import made_from
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.cache.selection import Need, Selection, select
@@ -43,7 +44,7 @@ from adpa.pipeline.training.lora_settings import LoraSettings
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
-from adpa.pipeline.training.run_directory import LAST, find_start, write_record
+from adpa.pipeline.training.run_directory import LAST, earlier_ids, find_start, write_record
 from adpa.pipeline.training.run_warnings import length_warnings, unused_warnings
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
 # The fields of a report that adpa.json has too.
 REPORTED = (
-    "examples", "trained_parameters", "compute_dtype", "weights_dtype", "steps", "seconds", "tokens_per_second",
+    "data", "examples", "trained_parameters", "compute_dtype", "weights_dtype", "steps", "seconds", "tokens_per_second",
 )  # fmt: skip
 
 
@@ -102,6 +103,11 @@ class Sources:
     selection: Selection
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def data(self) -> str:
+        """The data that the response sets were made from, in words."""
+        return made_from(self.selection, self.selection.newest_of)
+
 
 @dataclass(frozen=True)
 class Student:
@@ -143,7 +149,8 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
         checkpoint = open_checkpoint(student)
         if checkpoint.dtype_name(run.dtype) == "float16":
             raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
-        selection = select(cache, run.needs, checkpoint.identity.digest, scoring, response_sets)
+        earlier = earlier_ids(run.output, run.resume_from_checkpoint)
+        selection = select(cache, run.needs, checkpoint.identity.digest, scoring, response_sets, earlier)
         return Sources(checkpoint, selection, _check_student(checkpoint, cache, selection))
 
     return on_all_ranks(open_on_this_rank)
@@ -169,8 +176,7 @@ def describe_origin(run: Run, sources: Sources) -> dict[str, Any]:
         "terms": {name: term._asdict() for name, term in run.terms.items()},
         "plausibility": run.plausibility,
         "student": vars(sources.checkpoint.identity),
-        "scoring": selection.scoring.id if selection.scoring else None,
-        "responses": {name: responses.id for name, responses in selection.sets.items()},
+        **selection.ids,
         "lora": run.lora and run.lora.record,
         "training": arguments | {"batch_size": run.batch_size, "dtype": run.dtype},
         "sharding": sharding_name(run.arguments),

@@ -67,6 +67,18 @@ def _check_checkpoint(name: str) -> None:
         raise OptionError(f"{option}: found no {missing} that can be read", "name a complete checkpoint, or last")
 
 
+def earlier_ids(output: Path, resume_from_checkpoint: str | None) -> dict[str, Any]:
+    """The scoring and the response sets of the run that is resumed, as in adpa.json; empty if none can be read."""
+    if resume_from_checkpoint is None:
+        return {}
+    run = output if resume_from_checkpoint == LAST else Path(resume_from_checkpoint).parent
+    try:
+        record = json.loads((run / RECORD).read_text())
+        return {field: record[field] for field in ("scoring", "responses")}
+    except (OSError, ValueError, KeyError, TypeError):  # find_start says what is wrong
+        return {}
+
+
 def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping[str, Any]) -> Path | None:
     """The checkpoint that a run resumes from; None if it begins at its first step.
 
