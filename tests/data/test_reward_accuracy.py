@@ -71,8 +71,8 @@ def test_the_sentences() -> None:
     assert RewardAccuracy(1, 1.0, 1234.5).describe().endswith("in 100.0 % of 1 pair, mean margin +1,234.50 nats")
     assert RewardAccuracy(1000, 0.25, -3.2).warning() == (
         "teacher − reference prefers the rejected response in most pairs: it prefers the chosen one in 25.0 % of "
-        "1,000 pairs, mean margin -3.20 nats; are --teacher and --reference swapped? If not, see whether the data's "
-        "chosen and rejected are"
+        "1,000 pairs, mean margin -3.20 nats; are --teacher and --reference swapped? Or chosen and "
+        "rejected in the data?"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict, replace
+from html import unescape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_swapped_models_give_the_opposite_and_a_warning(
         if expected < 0.5:
             assert len(said) == 1
             assert said[0].startswith("teacher − reference prefers the rejected response in most pairs: ")
-            assert "are --teacher and --reference swapped?" in said[0]
+            assert "are --teacher and --reference swapped? Or chosen and rejected in the data?" in said[0]
             assert "\n" not in said[0]
         else:
             assert said == []
@@ -240,7 +241,7 @@ def test_a_probe_of_swapped_models_warns(
         models.reverse()
     probe(scored, tmp_path / "cache", 64, teacher=models[0], reference=models[1])
     (record,) = caplog.records
-    assert "are --teacher and --reference swapped?" in record.getMessage()
+    assert "are --teacher and --reference swapped? Or chosen and rejected in the data?" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -287,8 +288,11 @@ def test_the_page_of_one_set_has_them_and_the_warning(scored: Filled, tmp_path: 
         report = inspect_cache(cache, response_set="rejected", scoring=done.scoring, html=file)
         (one,) = report.rewards
         page = " ".join(file.read_text().split())
-        assert f"<p>With {one.of()}: {one.describe()}.</p>" in page
-        assert ("are --teacher and --reference swapped?" in page) == (one.reward_accuracy < 0.5)
+        told = f'<p class="warning">Warning: {one.of()}: {one.warning()}</p>'
+        if one.reward_accuracy >= 0.5:
+            told = f"<p>{one.of()}: {one.describe()}.</p>"
+        assert told in unescape(page)
+        assert page.count("mean margin") == 1
 
 
 def test_inspect_says_nothing_of_sampled_responses_and_without_a_reference(
