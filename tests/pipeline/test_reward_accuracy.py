@@ -72,7 +72,7 @@ def shown(renderable: Any) -> str:
     return " ".join(capture.get().split())
 
 
-def numbers(report: PrecomputeReport) -> tuple[float | None, float | None, int]:
+def numbers(report: PrecomputeReport) -> Any:
     return report.reward_accuracy, report.reward_margin, report.reward_pairs
 
 
@@ -181,17 +181,16 @@ NONE = (None, None, 0)
 
 
 def test_nothing_is_said_where_nothing_is_known(scored: Filled, tmp_path: Path) -> None:
-    student = {"student": str(scored.models.student), "max_new_tokens": 4}
-    for number, others in enumerate(
-        (
-            {"reference": None},
-            {"responses": "chosen"},
-            {"responses": "rejected"},
-            student,
-            student | {"responses": "chosen,sampled"},
-            {"dry_run": True},
-        )
-    ):
+    student: Any = {"student": str(scored.models.student), "max_new_tokens": 4}
+    cases: list[dict[str, Any]] = [
+        {"reference": None},
+        {"responses": "chosen"},
+        {"responses": "rejected"},
+        student,
+        student | {"responses": "chosen,sampled"},
+        {"dry_run": True},
+    ]
+    for number, others in enumerate(cases):
         report = precompute(**options(scored, tmp_path / str(number), **others))
         assert numbers(report) == NONE, others
         assert "prefers" not in shown(show_precompute(report))
