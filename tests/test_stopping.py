@@ -29,7 +29,7 @@ AT_WORK = {  # a function that each command calls at its beginning
     EVALUATE: ("evaluate._check_different", "the same command starts anew; --cache keeps samples and scores"),
     f"{EVALUATE} --cache c": ("evaluate._check_different", GOES_ON),
     "inspect c": ("inspect.select_scored", "the cache is as it was"),
-    "cache ls c": ("cache.ls._list_cache", "the cache is as it was"),
+    "cache ls c": ("cache.ls.check_cache", "the cache is as it was"),
     "cache verify c": ("cache.verify._check_marker", "the cache is as it was"),
     "cache gc c": ("cache.gc.check_cache", "the cache is as it was"),
     "cache gc c --yes": ("cache.gc.check_cache", "the cache is whole; the same command does the rest"),

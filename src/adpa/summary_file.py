@@ -8,7 +8,6 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import check_writable_file, is_special
 from adpa.errors import OptionError
 
@@ -41,6 +40,8 @@ def summary_file(report: Path | None) -> Iterator[Callable[[Any], None]]:
 
 
 def _write(report: Path, text: str) -> None:
+    from adpa.data.cache.files import write_file  # imports pyarrow, for which nobody's mistake should wait
+
     try:
         if is_special(report):
             report.write_text(text)
