@@ -150,7 +150,7 @@ def parse_responses(responses: str | None, student: str | None) -> list[Response
     """
     if responses is None:
         return ["sampled"] if student else ["chosen", "rejected"]
-    named = [name.strip() for name in responses.split(",")]
+    named = [name.strip().lower() for name in responses.split(",")]
     unknown = [name for name in named if name not in RESPONSE_NAMES]
     if unknown:
         raise OptionError(f"--responses {responses}: found {unknown[0]!r}; expected {', '.join(RESPONSE_NAMES)}")
