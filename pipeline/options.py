@@ -8,6 +8,9 @@ from typing_extensions import Doc
 
 from adpa.data.cache.locations import Location
 
+# Text that may be a path: read_value expands a ~ at its beginning.
+PathOrName = Annotated[str, "a path or a name"]
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["auto", "hf", "vllm"]
 HeadDtype = Literal["auto", "float32", "model"]
@@ -33,7 +36,7 @@ class Group(StrEnum):
 
 
 TeacherOption = Annotated[
-    str,
+    PathOrName,
     Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub."),
     Group.DECIDE,
 ]
