@@ -15,6 +15,7 @@ from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
 from adpa.pipeline.options import DtypeName, Group
 from adpa.pipeline.training.batch_size import batch_arguments
+from adpa.pipeline.training.inputs import check_inputs, find_needs
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, check_plausibility, objective_terms
 
@@ -187,6 +188,7 @@ def distill(
     )
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
     batches = batch_arguments(batch_size, micro_batch_size)
+    check_inputs(find_needs(terms), student, cache, output, resume_from_checkpoint, scoring, response_set or ())
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.cache.format import find_version
+from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
 from adpa.pipeline.options import (
@@ -35,6 +35,7 @@ from adpa.pipeline.options import (
     TensorParallelOption,
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
+from adpa.pipeline.scoring.inputs import check_inputs, check_reference
 from adpa.pipeline.scoring.parts import parse_part
 from adpa.pipeline.scoring.probe import ProbeReport
 from adpa.pipeline.scoring.request import (
@@ -75,6 +76,7 @@ class PrecomputeReport:
         engine_reason: why it was this one.
         workers: processes that ran each model, if there was work for all of them.
         part: which part of the data was sampled and scored, as i/n.
+        prompts: distinct prompts of the whole data.
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
@@ -97,6 +99,7 @@ class PrecomputeReport:
     engine_reason: str
     workers: int
     part: str
+    prompts: int
     scoring: str
     responses: dict[str, str]
     seconds: float
@@ -253,7 +256,9 @@ def precompute(
     )
     request.check()
     check_writable("--cache", cache)
-    find_version(cache)  # one that this program must not write to is refused at once
+    check_new_cache("--cache", cache)
+    check_reference(reference, teacher)
+    check_inputs({"--teacher": teacher, "--reference": reference, "--student": student}, data, split)
     if executor == "ray":
         request = replace(request, cache=cache.absolute())  # workers have a working directory of their own
 
@@ -313,6 +318,7 @@ def _report(
         engine_reason=setup.engine.reason,
         workers=request.executor.workers or 1,
         part=str(request.part),
+        prompts=plan.own.distinct,
         scoring=plan.scoring.id,
         responses={name: one.id for name, one in outcome.finished.items()},
         seconds=seconds,

@@ -1,7 +1,9 @@
 """Where a cache lies: a local directory, or the URL of an object store such as ``s3://bucket/folder``."""
 
+import errno
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeAlias
 
 from typing_extensions import TypeIs
@@ -10,6 +12,7 @@ from upath import UPath
 from adpa.errors import OptionError
 
 Location: TypeAlias = Path | UPath
+NAME_MAX = 255  # bytes of a name in a folder, in all usual file systems
 
 
 def find_location(text: str) -> Location:
@@ -40,18 +43,42 @@ def copies_folder() -> Path:
     return Path(os.environ.get("ADPA_HOME") or Path.home() / ".cache" / "adpa") / "files"
 
 
+def check_name(option: str, path: Location) -> None:
+    """Checks that a path can exist: its name is not empty or too long, and its folders can be entered.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if not is_local(path):
+        return
+    text = str(path)
+    shown = text if text.isprintable() else ascii(text)
+    try:
+        if any(len(os.fsencode(part)) > NAME_MAX for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError(f"{option} {shown}: {reason}", "name another place") from error
+
+
 def check_writable(option: str, directory: Location) -> None:
     """Checks that a directory can be written, or made if it does not exist. An object store reports this when written.
 
     Raises:
         OptionError: naming the option.
     """
+    check_name(option, directory)
     if not is_local(directory):
         return
-    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not os.path.exists(nearest):
+        raise OptionError(f"{option} {directory}: {nearest} is a broken link", "name another directory")
     if not nearest.is_dir():
         raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")
-    if not os.access(nearest, os.W_OK):
+    if not _can_write(nearest):
         raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")
 
 
@@ -71,5 +98,17 @@ def check_writable_file(option: str, file: Path) -> None:
     Raises:
         OptionError: naming the option.
     """
-    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+    check_name(option, file)
+    if file.is_dir() or not (file.parent.is_dir() and _can_write(file.parent)):
         raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")
+
+
+def _can_write(folder: Path) -> bool:
+    """Tries it with a file that has no name: permissions alone do not tell of every file system."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-
 from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import check_writable
 from adpa.errors import OptionError
 
+# What Trainer writes into a checkpoint; its own names are in a module that imports torch.
+OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 RECORD = "adpa.json"
 LAST = "last"
 

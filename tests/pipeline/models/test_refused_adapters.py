@@ -233,7 +233,7 @@ def hub(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 shutil.copy(file, snapshot)
         return str(snapshot)
 
-    monkeypatch.setattr("adpa.pipeline.models.weight_files.snapshot_download", snapshot_download)
+    monkeypatch.setattr("adpa.pipeline.models.model_names.snapshot_download", snapshot_download)
     return tmp_path / "hub"
 
 
