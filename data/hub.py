@@ -40,7 +40,7 @@ def explain(error: Exception, name: str, check: str) -> tuple[str, str]:
         return f"the Hub has no {name} that you may read", f"{check}; if it is private, run hf auth login"
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub has no such revision of {name}", "check what follows @"
-    response = getattr(error, "response", None)
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if response is not None:
         fix = "run hf auth login" if response.status_code in (401, 403) else "try again later"
         return f"the Hub answers with status {response.status_code}", fix

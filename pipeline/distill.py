@@ -15,7 +15,6 @@ from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
 from adpa.pipeline.options import DtypeName, Group
 from adpa.pipeline.training.batch_size import batch_arguments
-from adpa.pipeline.training.inputs import check_inputs, find_needs
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, check_plausibility, objective_terms
 
@@ -188,6 +187,8 @@ def distill(
     )
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
     batches = batch_arguments(batch_size, micro_batch_size)
+    from adpa.pipeline.training.inputs import check_inputs, find_needs  # a client of the Hub: not for --help
+
     check_inputs(find_needs(terms), student, cache, output, resume_from_checkpoint, scoring, response_set or ())
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.

@@ -8,6 +8,7 @@ Shapes: P distinct prompts, M responses to each, T tokens of a response.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,6 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.models.model_names import is_same
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     BatchTokensOption,
@@ -51,7 +51,6 @@ from adpa.pipeline.options import (
     check_names,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
-from adpa.pipeline.scoring.inputs import check_inputs, check_reference
 from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
 from adpa.pipeline.scoring.vllm_options import VllmOptions
 
@@ -188,14 +187,7 @@ def evaluate(
     ).check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
     EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
-    if cache is not None:
-        check_writable("--cache", cache)
-        check_new_cache("--cache", cache)
-    if is_same(student, baseline):
-        raise _same_weights(student, baseline)
-    check_reference(reference, teacher)
-    check_inputs(names, data, split)
-    _check_different(student, baseline)
+    _check_inputs(names, data, split, cache)
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
         folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
@@ -253,8 +245,21 @@ def evaluate(
     )
 
 
-def _check_different(student: str, baseline: str) -> None:
-    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all values are checked
+def _check_inputs(names: Mapping[str, str], data: str, split: str | None, cache: Location | None) -> None:
+    """Checks what is read and written; the names of the models are by their options."""
+    from adpa.pipeline.models.model_names import is_same
+    from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
+
+    if cache is not None:
+        check_writable("--cache", cache)
+        check_new_cache("--cache", cache)
+    student, baseline = names["--student"], names["--baseline"]
+    if is_same(student, baseline):
+        raise _same_weights(student, baseline)
+    check_reference(names["--reference"], names["--teacher"])
+    check_inputs(names, data, split)
+
+    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all that needs no weights
 
     if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
         raise _same_weights(student, baseline)

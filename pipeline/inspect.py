@@ -8,13 +8,14 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from adpa.data.cache.files import write_file
+from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.responses import ResponseSet
 from adpa.data.cache.selection import ScoredSet, select_scored, several_fit
 from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.summary import SignalSummary, summarize
-from adpa.errors import CacheError
+from adpa.errors import CacheError, OptionError
 from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, check_counts, check_names
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
@@ -61,8 +62,11 @@ def inspect_cache(
     check_counts({"--count": count})
     check_names({"--example": example, "--response-set": response_set, "--scoring": scoring})
     if html is not None:
-        check_outside("--html", html, cache)
         check_writable_file("--html", html)
+        if str(html.absolute()).startswith(("/dev/", "/proc/")):  # a page takes the place of what is there
+            raise OptionError(f"--html {html}: no place for a page", "name a file")
+        check_cache(cache)
+        check_outside("--html", html, cache)
     scored, left_out = select_scored(cache, scoring, response_set)
     if len(scored) > 1 and (example is not None or html is not None):
         raise several_fit(scored)

@@ -183,7 +183,9 @@ def check_device(device: str) -> None:
     kind, colon, number = device.partition(":")
     numbered = not colon or (kind in ("cuda", "xpu") and number.isascii() and number.isdigit() and len(number) < 4)
     if device != "auto" and (kind not in DEVICES or not numbered):
-        raise OptionError(f"--device {device}; expected auto, cpu, cuda, or cuda:1 for one of several GPUs")
+        raise OptionError(
+            f"--device {device or repr(device)}; expected auto, cpu, cuda, or cuda:1 for one of several GPUs"
+        )
 
 
 def _is_whole(value: object) -> bool:

@@ -35,7 +35,6 @@ from adpa.pipeline.options import (
     TensorParallelOption,
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
-from adpa.pipeline.scoring.inputs import check_inputs, check_reference
 from adpa.pipeline.scoring.parts import parse_part
 from adpa.pipeline.scoring.probe import ProbeReport
 from adpa.pipeline.scoring.request import (
@@ -255,6 +254,8 @@ def precompute(
         probe=probe,
     )
     request.check()
+    from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
+
     check_writable("--cache", cache)
     check_new_cache("--cache", cache)
     check_reference(reference, teacher)

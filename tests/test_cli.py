@@ -57,7 +57,7 @@ def test_a_command_that_cannot_be_parsed_is_one_line_and_exit_code_2(
         (signal.SIGINT, False, (130, "adpa: interrupted\n")),
         (signal.SIGTERM, False, (143, "")),
         (signal.SIGHUP, False, (129, "")),
-        (signal.SIGHUP, True, (2, "adpa: ./t: no such directory")),
+        (signal.SIGHUP, True, (2, "adpa: --teacher ./t: no such directory")),
     ],
     ids=["ctrl-c", "a scheduler", "a closed terminal", "nohup"],
 )
@@ -73,7 +73,7 @@ def test_a_stopped_run_ends_in_order(number: int, ignored: bool, ended: tuple[in
         command = ["nohup", *command]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=heed_signals)
     said = done.stderr.removeprefix("nohup: ignoring input\n")
-    assert (done.returncode, said.partition(",")[0]) == ended
+    assert (done.returncode, said.partition(";")[0]) == ended
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, models: Models) -> None:

@@ -9,7 +9,7 @@ import re
 from adpa.data.cache.documents import read_document, write_document
 from adpa.data.cache.files import list_folder
 from adpa.data.cache.kinds import did_you_mean_path, kind
-from adpa.data.cache.locations import Location, check_name, is_local
+from adpa.data.cache.locations import Location, is_local
 from adpa.data.cache.shards import damaged
 from adpa.errors import AdpaError, CacheError, DamagedFileError, OptionError
 
@@ -25,7 +25,6 @@ def check_cache(cache: Location) -> int:
         CacheError: the cache does not exist, has a newer format, names another program, or cannot be read.
         DamagedFileError: its marker is damaged, or belongs to another program.
     """
-    check_name("CACHE", cache)
     found, meant = kind(cache), did_you_mean_path(cache, "a cache")
     if found == "a file":
         raise CacheError(f"{cache}: it is a file; expected the directory of a cache", meant or "check the path")

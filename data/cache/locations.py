@@ -13,6 +13,7 @@ from adpa.errors import OptionError
 
 Location: TypeAlias = Path | UPath
 NAME_MAX = 255  # bytes of a name in a folder, in all usual file systems
+HIDING = 34  # more bytes, of the hidden name under which a file is written
 
 
 def find_location(text: str) -> Location:
@@ -43,8 +44,8 @@ def copies_folder() -> Path:
     return Path(os.environ.get("ADPA_HOME") or Path.home() / ".cache" / "adpa") / "files"
 
 
-def check_name(option: str, path: Location) -> None:
-    """Checks that a path can exist: its name is not empty or too long, and its folders can be entered.
+def check_name(option: str, path: Location, longest: int = NAME_MAX) -> None:
+    """Checks that a path can exist: no name in it is longer than ``longest`` bytes, and its folders can be entered.
 
     Raises:
         OptionError: naming the option.
@@ -54,7 +55,7 @@ def check_name(option: str, path: Location) -> None:
     text = str(path)
     shown = text if text.isprintable() else ascii(text)
     try:
-        if any(len(os.fsencode(part)) > NAME_MAX for part in path.parts):
+        if any(len(os.fsencode(part)) > longest for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -98,8 +99,8 @@ def check_writable_file(option: str, file: Path) -> None:
     Raises:
         OptionError: naming the option.
     """
-    check_name(option, file)
-    if file.is_dir() or not (file.parent.is_dir() and _can_write(file.parent)):
+    check_name(option, file, NAME_MAX - HIDING)
+    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
         raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")
 
 

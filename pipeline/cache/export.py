@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from typing_extensions import Doc
 
 from adpa.data.cache.format import check_cache
-from adpa.data.cache.locations import Location, check_outside, check_writable_file
+from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
@@ -69,8 +69,9 @@ def export_cache(
         AdpaError: something about the arguments or the cache that the caller can fix.
     """
     check_names({"--response-set": response_set, "--scoring": scoring})
-    _check_output(output, cache)
+    _check_output(output)
     check_cache(cache)
+    check_outside("--output", output, cache)
     scored, left_out = select_one_scored(cache, scoring, response_set)
     tokens = 0
     with _unfinished(output) as folder:
@@ -97,10 +98,9 @@ def export_cache(
     )
 
 
-def _check_output(output: Path, cache: Location) -> None:
+def _check_output(output: Path) -> None:
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one of a URL's two slashes
         raise OptionError(f"--output {output}: not a local path", "name a local file or directory, and copy that")
-    check_outside("--output", output, cache)
     if os.path.lexists(output):
         raise OptionError(f"--output {output}: there already", "name a new file or directory")
     ending, stem = output.suffix.lower(), output.name.partition(".")[0] or "rows"

@@ -116,12 +116,18 @@ def check_weights(name: str, files: Sequence[Path]) -> None:
     """Checks weight files as far as their beginnings tell.
 
     Raises:
-        ModelError: a file is empty, cut off, or a pointer of Git LFS, or two files have a tensor of the same name.
+        ModelError: a file cannot be read, is empty, cut off, or a pointer of Git LFS, or two files have a tensor of the
+            same name.
     """
     place: dict[str, str] = {}
     for file in files:
-        with open(file, "rb") as opened:
-            start = opened.read(len(LFS_POINTER))
+        try:
+            with open(file, "rb") as opened:
+                start = opened.read(len(LFS_POINTER))
+        except OSError as error:
+            raise ModelError(
+                f"{name}: {file.name} cannot be read: {error.strerror}", "check its permissions"
+            ) from error
         if start == LFS_POINTER:
             raise ModelError(f"{name}: {file.name} is a pointer of Git LFS, not the weights", "run git lfs pull there")
         if not start:

@@ -57,7 +57,7 @@ class ExecutorOptions:
         address = self.ray_address or "auto"
         host, _, port = address.rpartition(":")
         if address != "auto" and (not host or not port.isdigit() or "/" in host or int(port) > LAST_PORT):
-            raise OptionError(f"--ray-address {address}; expected auto or host:port", "such as node1:6379")
+            raise OptionError(f"--ray-address {address}; expected auto or host:port", "write it as node1:6379")
 
     def check_batches(self, batches: int) -> None:
         """Checks that every worker can get work. The largest job has at most this many batches.

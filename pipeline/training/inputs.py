@@ -36,7 +36,8 @@ def check_inputs(
         AdpaError: the output cannot be written, the cache lacks what every student needs, or the student is not there.
     """
     check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
-    check_names({"--response-set": name for name in response_sets if not name.strip()})
+    for name in response_sets:
+        check_names({"--response-set": name})
     check_outside("--output", output, cache)
     check_output(output, resume_from_checkpoint)
     _check_sets(cache, needs, response_sets)

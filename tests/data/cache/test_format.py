@@ -131,7 +131,7 @@ def test_a_loop_of_symbolic_links_is_one_line(link: str, tmp_path: Path) -> None
 
 def test_a_file_where_the_cache_should_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
-    with pytest.raises(CacheError, match="cannot be read: Not a directory"):
+    with pytest.raises(CacheError, match="cache: it is a file; expected the directory of a cache; check the path"):
         check_cache(tmp_path / "cache")
 
 
