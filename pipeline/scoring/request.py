@@ -102,6 +102,8 @@ class EngineOptions:
         check_choices({"--engine": (self.name, EngineName), "--dtype": (self.dtype, DtypeName)})
         check_device(self.device)
         self.vllm.check()
+        if self.name == "hf":
+            self.vllm.check_unused("as asked")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The user's options for vLLM, checked without importing torch or vLLM."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -68,6 +68,17 @@ class VllmOptions:
                 raise OptionError("--engine-arg hf_overrides: found quantization_config_file", fix)
             if key == "hf_overrides" and "head_dtype" in value:
                 raise OptionError("--engine-arg hf_overrides: found head_dtype", "use --head-dtype")
+
+    def check_unused(self, reason: str) -> None:
+        """Checks that no option is set, because the engine is hf for this reason.
+
+        Raises:
+            OptionError: one is.
+        """
+        for option, value in asdict(self).items():
+            if value != getattr(VllmOptions(), option):
+                flag = option.replace("_", "-")
+                raise OptionError(f"--{flag} is for vLLM; the engine is hf ({reason})", "leave it out")
 
     def arguments(self, model: ModelName) -> dict[str, Any]:
         """The engine arguments of a model. Only teacher and reference get tensor parallelism and quantization."""

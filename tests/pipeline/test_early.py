@@ -21,7 +21,6 @@ HUB_NAME = (
     "no such directory, and no name that the Hub can have (org/name[@revision]); check the name of the checkpoint"
 )
 OFFLINE = "HF_HUB_OFFLINE keeps adpa from asking the Hub"
-EMPTY = "an empty value; give one, or leave the option out"
 DEVICE = "expected auto, cpu, cuda, or cuda:1 for one of several GPUs"
 ENDING = "expected .parquet, or none for a directory; name rows.parquet or rows"
 OWN_DIRECTORY = "name a directory of its own for the cache"
@@ -58,6 +57,8 @@ VALUES = {
     f"{PRECOMPUTE} --part two": "--part two; expected i/n with i from 1 to n, such as 1/4",
     f"{PRECOMPUTE} --responses chosn": "--responses chosn: found 'chosn'; expected chosen, rejected, sampled; "
     "did you mean chosen?",
+    f"{PRECOMPUTE} --engine hf --tensor-parallel 2": "--tensor-parallel is for vLLM; the engine is hf (as asked); "
+    "leave it out",
     "inspect cache --count -3": "--count -3; expected at least 1",
 }
 MODELS = {
