@@ -1,11 +1,13 @@
 """What the Hub answers becomes one line, about models and about data."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.conftest import Models
 
 from adpa.data.hub import check_hub_data
 from adpa.errors import DataError, ModelError
@@ -87,6 +89,21 @@ def test_data_of_which_a_copy_is_there_may_be_read_offline(
         check_hub_data("org/missing")
     (tmp_path / "copies" / copy).mkdir(parents=True)
     check_hub_data("org/missing")
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{'a' * 40}"])
+def test_a_model_of_which_a_copy_is_there_is_found_offline(
+    revision: str, hub: None, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    copy = tmp_path / "hub" / "models--org--missing"
+    shutil.copytree(models.student, copy / "snapshots" / ("a" * 40))
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("a" * 40)
+    assert find_directory(f"org/missing{revision}") == (copy / "snapshots" / ("a" * 40), "a" * 40)
+    check_models({"--teacher": f"org/missing{revision}"})
+    with pytest.raises(ModelError, match="org/missing@v2: no such directory, and HF_HUB_OFFLINE keeps adpa from"):
+        find_directory("org/missing@v2")
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--baseline", "--student"])

@@ -50,7 +50,7 @@ def test_a_name_that_no_place_can_have_is_refused(place: str, reason: str, tmp_p
 
 def test_a_link_to_nothing_and_a_file_system_that_nobody_writes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("gone")
-    with pytest.raises(OptionError, match="--output .*: .*link is a broken link; name another directory"):
+    with pytest.raises(OptionError, match=r"--output .*: .*link is a broken link; name another directory"):
         check_writable("--output", tmp_path / "link" / "out")
     with pytest.raises(OptionError, match="--output /proc/out: /proc cannot be written; name another directory"):
         check_writable("--output", Path("/proc/out"))

@@ -122,7 +122,7 @@ def test_what_cannot_be_written_is_refused(filled: Filled, tmp_path: Path) -> No
 def test_the_ending_says_the_form(name: str, is_file: bool, filled: Filled, tmp_path: Path) -> None:
     export_cache(filled.cache, tmp_path / name, response_set="chosen")
     assert (tmp_path / name).is_file() is is_file
-    rows = pq.read_table(tmp_path / name) if is_file else datasets.load_from_disk(tmp_path / name)
+    rows = pq.read_table(tmp_path / name) if is_file else load_from_disk(tmp_path / name)
     assert len(rows) == 8
 
 
