@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from typing_extensions import Doc
 
 from adpa.data.cache.files import write_file
+from adpa.data.cache.kinds import kind
 from adpa.data.cache.locations import check_writable
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
@@ -81,7 +82,8 @@ def _check_directory(output: Path) -> None:
     """Checks that a study can be begun in a directory, or has been."""
     check_writable("--output", output)
     if output.exists() and any(output.iterdir()) and not (output / SETTINGS).exists():
-        raise OptionError(f"--output {output}: not empty, and no study", "name another directory")
+        what = kind(output) if kind(output) != "a directory" else "not empty"
+        raise OptionError(f"--output {output}: {what}, and no study", "name another directory")
 
 
 def _begin(output: Path, study: "Study") -> None:

@@ -10,7 +10,8 @@ from typing_extensions import Doc
 
 from adpa.data.cache.choice import are_versions, choose, made_from
 from adpa.data.cache.files import write_file
-from adpa.data.cache.locations import check_writable_file
+from adpa.data.cache.format import check_cache
+from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.selection import ScoredSet, select_scored
 from adpa.data.cache.tokenizers import read_tokenizer
@@ -18,7 +19,7 @@ from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, check_counts, check_names
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
 
@@ -68,10 +69,14 @@ def inspect_cache(
     Raises:
         AdpaError: a problem with the arguments or the cache that the caller can solve.
     """
-    if count < 1:
-        raise OptionError(f"--count {count}; expected at least 1")
+    check_counts({"--count": count})
+    check_names({"--example": example, "--response-set": response_set, "--scoring": scoring})
     if html is not None:
         check_writable_file("--html", html)
+        if str(html.absolute()).startswith(("/dev/", "/proc/")):  # a page takes the place of what is there
+            raise OptionError(f"--html {html}: no place for a page", "name a file")
+        check_cache(cache)
+        check_outside("--html", html, cache)
     scored, left_out = select_scored(cache, scoring, response_set)
     among, one_needed = len(scored), example is not None or html is not None
     if among > 1 and (one_needed or (response_set is not None and are_versions(scored))):

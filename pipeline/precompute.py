@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.cache.format import find_version
+from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
 from adpa.data.reward_accuracy import RewardAccuracy
@@ -89,6 +89,7 @@ class PrecomputeReport:
         engine_reason: why it was this one.
         workers: processes that ran each model, if there was work for all of them.
         part: which part of the data was sampled and scored, as i/n.
+        prompts: distinct prompts of the whole data.
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
@@ -125,6 +126,7 @@ class PrecomputeReport:
     engine_reason: str
     workers: int
     part: str
+    prompts: int
     scoring: str
     responses: dict[str, str]
     seconds: float
@@ -289,8 +291,12 @@ def precompute(
         probe=probe,
     )
     request.check()
+    from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
+
     check_writable("--cache", cache)
-    find_version(cache)  # one that this program must not write to is refused at once
+    check_new_cache("--cache", cache)
+    check_reference(reference, teacher)
+    check_inputs({"--teacher": teacher, "--reference": reference, "--student": student}, data, split)
     if executor == "ray":
         request = replace(request, cache=cache.absolute())  # workers have a working directory of their own
 
@@ -368,6 +374,7 @@ def _report(
         engine_reason=setup.engine.reason,
         workers=request.executor.workers or 1,
         part=str(request.part),
+        prompts=plan.own.distinct,
         scoring=plan.scoring.id,
         responses={name: one.id for name, one in outcome.finished.items()},
         seconds=seconds,

@@ -30,9 +30,9 @@ def test_the_programme_names_its_commands(runner: CliRunner) -> None:
 def run_light(commands: Iterable[str], folder: Path) -> list[str]:
     """What each of some commands says on standard error; all run in one process, none imports a slow package."""
     program = (
-        "import json, sys; from typer.testing import CliRunner; from adpa import cli; said = []\n"
+        "import json, shlex, sys; from typer.testing import CliRunner; from adpa import cli; said = []\n"
         "for words in sys.argv[1:]:\n"
-        "    said.append(CliRunner().invoke(cli.app, words.split()).stderr)\n"
+        "    said.append(CliRunner().invoke(cli.app, shlex.split(words)).stderr)\n"
         "    slow = {'torch', 'transformers', 'datasets'} & sys.modules.keys()\n"
         "    if slow: sys.exit(f'{words}: imports {slow}')\n"
         "print(json.dumps(said))"

@@ -22,6 +22,7 @@ from adpa.pipeline.models import adapters
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.models.merged_weights import merged_weights
+from adpa.pipeline.models.weight_files import ADAPTER_CONFIG
 from adpa.pipeline.training.lora_settings import ALL_LINEAR, LoraSettings
 
 
@@ -101,7 +102,7 @@ def merge_adapters(checkpoint: Checkpoint, directory: Path, dtype: str) -> PreTr
     nowhere on disk, and on the student's base these adapters would be another model.
     """
     model = adapters.merge(str(directory), checkpoint.load(dtype, torch.device("cpu")), directory)
-    path = directory / adapters.ADAPTER_CONFIG
+    path = directory / ADAPTER_CONFIG
     config = json.loads(path.read_text())
     name = checkpoint.name.partition("@")[0] if checkpoint.revision else checkpoint.name
     config |= {"base_model_name_or_path": name, "revision": checkpoint.revision}

@@ -39,6 +39,7 @@ from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.models.padding import check_padding
 from adpa.pipeline.options import DtypeName
+from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
@@ -90,9 +91,7 @@ class Run:
     @property
     def needs(self) -> dict[ResponseName, Need]:
         """The signals that the terms need of each response set."""
-        return {
-            name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in self.terms.items()
-        }
+        return find_needs(self.terms)
 
 
 @dataclass(frozen=True)

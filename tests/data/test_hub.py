@@ -1,71 +1,36 @@
-import socket
+"""What the Hub answers becomes one line, about models and about data."""
+
+import shutil
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from tests.conftest import Models
 
 from adpa.data.hub import check_hub_data
-from adpa.data.rows import read_rows
-from adpa.errors import DataError
+from adpa.errors import DataError, ModelError
+from adpa.pipeline.models.model_names import check_models, find_directory
+
+REPOSITORIES = {  # status, and the error code that tells its cause
+    "org/missing": (404, "RepoNotFound"),
+    "org/private": (401, "RepoNotFound"),
+    "org/gated": (403, "GatedRepo"),
+    "org/versions": (404, "RevisionNotFound"),
+    "org/secret": (401, ""),
+    "org/broken": (500, ""),
+}
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder in which copies of data sets lie; nothing listens where the Hub should be."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "copies"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return tmp_path / "copies"
-
-
-def hub_refusal(name: str) -> str:
-    with pytest.raises(DataError) as caught:
-        check_hub_data(name)
-    return str(caught.value)
-
-
-GIVE = "give --data a JSONL, JSON or Parquet file, or connect"
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_hub_that_cannot_be_reached_is_told_at_once() -> None:
-    problem = "no such file or directory, and the Hub cannot be asked: offline (Connection refused)"
-    assert hub_refusal("org/name") == f"org/name: {problem}; {GIVE}"
-
-
-@pytest.mark.usefixtures("offline")
-def test_the_switch_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    problem = "no such file or directory, and the Hub cannot be asked: offline (HF_HUB_OFFLINE is set)"
-    assert hub_refusal("org/name") == f"org/name: {problem}; {GIVE}"
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_hub_name_that_is_near_a_file_may_be_meant_to_be_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "prefs.jsonl").touch()
-    monkeypatch.chdir(tmp_path)
-    assert hub_refusal("prefs").endswith("offline (Connection refused); did you mean prefs.jsonl?")
-
-
-@pytest.mark.parametrize(
-    ("name", "copy"), [("org/name", "org___name"), ("org/UltraFeedback", "org___ultra_feedback"), ("imdb", "imdb")]
-)
-def test_a_copy_of_a_data_set_is_used_offline(name: str, copy: str, offline: Path) -> None:
-    (offline / copy).mkdir(parents=True)
-    check_hub_data(name)
-
-
-class Missing(BaseHTTPRequestHandler):
-    """Answers as the Hub does for what it does not have."""
-
-    def do_HEAD(self) -> None:
-        self.send_response(404)
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        name = "/".join(self.path.split("/")[3:5])
+        status, code = REPOSITORIES[name]
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -73,22 +38,75 @@ class Missing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def answering(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with HTTPServer(("127.0.0.1", 0), Missing) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A Hub that gives nothing, and says why."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.chdir(tmp_path)
         yield
         server.shutdown()
-        thread.join()
 
 
-@pytest.mark.usefixtures("answering")
-def test_a_hub_that_answers_is_asked() -> None:
-    check_hub_data("org/name")
+REASONS = {
+    "org/missing": ("the Hub has no org/missing that you may read", "{check}; if it is private, run hf auth login"),
+    "org/private": ("the Hub has no org/private that you may read", "{check}; if it is private, run hf auth login"),
+    "org/gated": (
+        "its owner on the Hub must let you read it",
+        "ask for it on the page of org/gated, then run hf auth login",
+    ),
+    "org/versions": ("the Hub has no such revision of org/versions", "check what follows @"),
+    "org/secret": ("the Hub answers with status 401", "run hf auth login"),
+    "org/broken": ("the Hub answers with status 500", "try again later"),
+}
 
 
-@pytest.mark.usefixtures("offline")
-def test_reading_from_a_hub_that_cannot_be_reached_ends_at_once() -> None:
-    with pytest.raises(DataError, match=r"^org/name: .* the Hub cannot be asked: offline"):
-        next(read_rows("org/name"))
+@pytest.mark.parametrize("name", REASONS)
+def test_why_the_hub_gives_no_model(name: str, hub: None) -> None:
+    problem, fix = REASONS[name]
+    with pytest.raises(ModelError) as caught:
+        find_directory(f"{name}@v1")
+    fix = fix.format(check="check the name of the checkpoint")
+    assert str(caught.value) == f"{name}@v1: no such directory, and {problem}; {fix}"
+
+
+@pytest.mark.parametrize("name", ["org/missing", "org/gated", "org/broken"])
+def test_why_the_hub_gives_no_data(name: str, hub: None) -> None:
+    problem, fix = REASONS[name]
+    with pytest.raises(DataError) as caught:
+        check_hub_data(name)
+    assert str(caught.value) == f"{name}: no such file or directory, and {problem}; {fix.format(check='check --data')}"
+
+
+@pytest.mark.parametrize("copy", ["org___missing", "org___Missing", "org___mis_sing"])
+def test_data_of_which_a_copy_is_there_may_be_read_offline(
+    copy: str, hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "copies"))
+    with pytest.raises(DataError):
+        check_hub_data("org/missing")
+    (tmp_path / "copies" / copy).mkdir(parents=True)
+    check_hub_data("org/missing")
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{'a' * 40}"])
+def test_a_model_of_which_a_copy_is_there_is_found_offline(
+    revision: str, hub: None, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    copy = tmp_path / "hub" / "models--org--missing"
+    shutil.copytree(models.student, copy / "snapshots" / ("a" * 40))
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("a" * 40)
+    assert find_directory(f"org/missing{revision}") == (copy / "snapshots" / ("a" * 40), "a" * 40)
+    check_models({"--teacher": f"org/missing{revision}"})
+    with pytest.raises(ModelError, match="org/missing@v2: no such directory, and HF_HUB_OFFLINE keeps adpa from"):
+        find_directory("org/missing@v2")
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--baseline", "--student"])
+def test_the_option_of_a_model_is_named(option: str, hub: None) -> None:
+    with pytest.raises(ModelError, match=f"^{option} org/missing: no such directory, and the Hub has no org/missing"):
+        check_models({option: "org/missing"})

@@ -279,8 +279,10 @@ def test_a_model_that_does_not_fit_is_refused_before_the_data_is_read(
     monkeypatch.setattr(
         Checkpoint, "weight_bytes", lambda self, dtype: 10**15 if self.name == models[model] else size(self, dtype)
     )
+    data = tmp_path / "prefs.jsonl"
+    data.write_text(filled.data.read_text().splitlines()[0] + "\nbroken\n")
     with pytest.raises(ModelError, match=rf"{models[model]}: its weights take about 1000000\.0 GB in float32"):
-        precompute(**models, data="./nowhere.jsonl", cache=tmp_path / "cache")
+        precompute(**models, data=str(data), cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -23,6 +23,7 @@ REPORT = PrecomputeReport(
     tokens=0,
     bytes=0,
     truncated_prompts=0,
+    prompts=1200,
     truncated_responses=0,
     thinking_left_out=0,
     dropped=0,
