@@ -13,11 +13,12 @@ from filelock import FileLock, Timeout
 from typing_extensions import Doc
 
 from adpa.data.cache.files import write_file
-from adpa.data.cache.kinds import kind
 from adpa.data.cache.locations import check_writable
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
-from adpa.pipeline.options import Group, check_counts, check_seed
+from adpa.lab.seed_list import check_seeds
+from adpa.pipeline.options import Group
+from adpa.pipeline.training.values import COUNT
 from adpa.yaml_options import read_options
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ def lab(
         AdpaError: a problem with the arguments, the study or the directory that the caller can solve.
     """
     started = time.perf_counter()
-    check_counts({"--workers": workers})
-    for one in seed or ():
-        check_seed(one)
-    _check_output(output)
+    COUNT.check("--workers", workers)
+    if seed:
+        check_seeds(seed, "--seed")
     if study is not None:
-        read_options("--study", study)  # what is in it is checked later
+        read_options("--study", study)
+    _check_directory(output)
     for package in ("trl", "matplotlib"):
         if find_spec(package) is None:
             raise OptionError(f"adpa lab needs {package}, which is not installed", "pip install 'adpa[lab]'")
@@ -76,11 +77,11 @@ def lab(
         return report
 
 
-def _check_output(output: Path) -> None:
+def _check_directory(output: Path) -> None:
+    """Checks that a study can be begun in a directory, or has been."""
     check_writable("--output", output)
     if output.exists() and any(output.iterdir()) and not (output / SETTINGS).exists():
-        what = kind(output) if kind(output) != "a directory" else "not empty"
-        raise OptionError(f"--output {output}: {what}, and no study", "name another directory")
+        raise OptionError(f"--output {output}: not empty, and no study", "name another directory")
 
 
 def _begin(output: Path, study: "Study") -> None:

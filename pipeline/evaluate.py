@@ -39,6 +39,7 @@ from adpa.pipeline.options import (
     Group,
     MaxNewTokensOption,
     MaxPromptLengthOption,
+    PathOrName,
     QuantizationOption,
     RenderedOption,
     SamplesPerPromptOption,
@@ -127,14 +128,18 @@ class EvaluateReport:
 
 
 def evaluate(
-    student: Annotated[str, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE],
+    student: Annotated[
+        PathOrName, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
+    ],
     baseline: Annotated[
-        str, Doc("The model that it is compared with, such as the student before training."), Group.DECIDE
+        PathOrName, Doc("The model that it is compared with, such as the student before training."), Group.DECIDE
     ],
     teacher: TeacherOption,
-    reference: Annotated[str, Doc("The large model before preference training."), Group.DECIDE],
+    reference: Annotated[PathOrName, Doc("The large model before preference training."), Group.DECIDE],
     data: Annotated[
-        str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."), Group.DECIDE
+        PathOrName,
+        Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
+        Group.DECIDE,
     ],
     cache: Annotated[
         Location | None,

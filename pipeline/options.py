@@ -16,6 +16,9 @@ LARGEST_SEED = 2**63 - 1
 LEAST_TEMPERATURE = 1e-6
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
+# Text that may be a path: read_value expands a ~ at its beginning.
+PathOrName = Annotated[str, "a path or a name"]
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["auto", "hf", "vllm"]
 HeadDtype = Literal["auto", "float32", "model"]
@@ -41,7 +44,7 @@ class Group(StrEnum):
 
 
 TeacherOption = Annotated[
-    str,
+    PathOrName,
     Doc("The large preference-aligned model: a directory, or org/name[@revision] of the Hub."),
     Group.DECIDE,
 ]

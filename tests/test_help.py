@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from typing_extensions import Doc
 
 from adpa import cli, evaluate, precompute
-from adpa.commands import Commands, as_command, load
+from adpa.commands import as_command
 from adpa.data.cache.format import prepare_cache
 from adpa.parameters import group_of
+from adpa.parser import Commands, load
 from adpa.pipeline.options import Group
 
 
@@ -65,7 +66,7 @@ OUT_OF_RANGE = {
     f"{EVALUATE} --temperature -1": "--temperature -1; expected 0 or more",
     "inspect C --count 0": "--count 0; expected at least 1",
     "lab --output O --workers 0": "--workers 0; expected at least 1",
-    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected 0 or more",
+    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected more than 0",
     f"{DISTILL} --plausibility 1": "--plausibility 1; expected at least 0 and less than 1",
 }
 

@@ -89,19 +89,49 @@ def check_outside(option: str, path: Location, cache: Location) -> None:
     Raises:
         OptionError: naming the option.
     """
+    check_name(option, path)
     if is_local(path) and is_local(cache) and cache.resolve() in (path.resolve(), *path.resolve().parents):
         raise OptionError(f"{option} {path}: lies in the cache {cache}", "name a place outside of it")
 
 
 def check_writable_file(option: str, file: Path) -> None:
-    """Checks that a file can be written into an existing directory.
+    """Checks that a file can be written: a new one into an existing directory, or one that is there.
 
     Raises:
         OptionError: naming the option.
     """
     check_name(option, file, NAME_MAX - HIDING)
-    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+    if file.exists():
+        writable = not file.is_dir() and os.access(file, os.W_OK)
+    else:
+        writable = file.parent.is_dir() and not file.is_symlink()
+    if not writable or (not is_special(file) and not os.access(file.resolve().parent, os.W_OK)):
         raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")
+
+
+def check_other_file(option: str, file: Path, other: str, path: Path, is_read: bool) -> None:
+    """Checks that a file that is written is not the place of another option, nor a file that the other option reads.
+
+    Args:
+        option: the option that names the file.
+        file: the file.
+        other: the other option.
+        path: its file or directory.
+        is_read: whether it is read, with the files in it.
+
+    Raises:
+        OptionError: naming both options.
+    """
+    same = file.samefile(path) if file.exists() and path.exists() else file.resolve() == path.resolve()
+    if same and not is_special(file):
+        raise OptionError(f"{option} {file}: {other} names it too", "name another file")
+    if is_read and file.exists() and path.resolve() in file.resolve().parents:
+        raise OptionError(f"{option} {file}: one of the files of {other} {path}", "name a new file")
+
+
+def is_special(file: Path) -> bool:
+    """Whether a path is a device or a pipe, such as /dev/null: it is written, and not replaced."""
+    return file.exists() and not file.is_file() and not file.is_dir()
 
 
 def _can_write(folder: Path) -> bool:

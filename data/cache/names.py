@@ -1,6 +1,7 @@
 """Finds the response sets and the scoring that a user names.
 
-Users copy what a command printed (a name with its id, a file, a folder, a whole line), or type the beginning of an id.
+Users copy what a command printed (a name with its id, a file, a folder, a whole line), or type the beginning of an id,
+in any case.
 """
 
 import re
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseSet
 from adpa.data.cache.signals import Scoring
-from adpa.errors import CacheError
+from adpa.errors import CacheError, ListedError
 
 # A text may have more around a whole name: folders, a file's checksum, the rest of a line. The last name counts.
 WHOLE_SET = re.compile(rf"({'|'.join(RESPONSE_NAMES)})[- ]+([0-9a-f]{{16}})(?![0-9a-f])")
@@ -25,16 +26,16 @@ def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
         CacheError: no set fits, or a beginning fits several.
     """
     text = _tidy(text)
-    whole = WHOLE_SET.findall(text)
-    beginning = "-".join(whole[-1]) if whole else text.removeprefix("responses/")
+    whole = WHOLE_SET.findall(text.lower())
+    beginning = "-".join(whole[-1]) if whole else text.lower().removeprefix("responses/")
     if beginning in RESPONSE_NAMES:
         fitting = [one for one in present if one.info.name == beginning]
     else:
         fitting = [one for one in present if _begins(beginning, one.id, one.shard_prefix())]
         if len(fitting) > 1:
-            raise _several("--response-set", text, "response sets", [one.describe() for one in fitting])
+            raise _several("--response-set", text, "response sets", list(map(_set_line, fitting)))
     if not fitting:
-        raise _none("--response-set", text, [one.describe() for one in present] or ["no response sets"])
+        raise _none("--response-set", text, present, list(map(_set_line, present)), "response sets")
     return fitting
 
 
@@ -45,13 +46,13 @@ def find_scoring(text: str, present: Sequence[Scoring]) -> Scoring:
         CacheError: no scoring fits, or several do.
     """
     text = _tidy(text)
-    whole = WHOLE_SCORING.findall(text)
-    beginning = whole[-1] if whole else re.sub("^scorings?[ /]", "", text)
+    whole = WHOLE_SCORING.findall(text.lower())
+    beginning = whole[-1] if whole else re.sub("^scorings?[ /]", "", text.lower())
     fitting = [one for one in present if _begins(beginning, one.id)]
     if len(fitting) > 1:
-        raise _several("--scoring", text, "scorings", [one.describe() for one in fitting])
+        raise _several("--scoring", text, "scorings", list(map(_scoring_line, fitting)))
     if not fitting:
-        raise _none("--scoring", text, [one.describe() for one in present] or ["no scorings"])
+        raise _none("--scoring", text, present, list(map(_scoring_line, present)), "scorings")
     return fitting[0]
 
 
@@ -63,10 +64,26 @@ def _begins(beginning: str, *names: str) -> bool:
     return beginning != "" and any(name.startswith(beginning) for name in names)
 
 
-def _none(option: str, text: str, present: Sequence[str]) -> CacheError:
-    problem = f"{option} {text}: the cache has none" if text else f"{option} '': an empty name"
-    return CacheError(f"{problem}; found {'; '.join(present)}")
+def _set_line(responses: ResponseSet) -> str:
+    """A set in a list, with the option that names it at the end, so that the whole line names it too."""
+    data = f", from {responses.record.describe()}" if responses.record else ""
+    return f"{responses.describe_content()}{data}: --response-set {responses.shard_prefix()}"
 
 
-def _several(option: str, text: str, kind: str, fitting: Sequence[str]) -> CacheError:
-    return CacheError(f"{option} {text}: {len(fitting)} {kind} fit: {'; '.join(fitting)}", "name one of them")
+def _scoring_line(scoring: Scoring) -> str:
+    return f"{scoring.settings}: --scoring {scoring.id}"
+
+
+def _none(
+    option: str, text: str, present: Sequence[ResponseSet | Scoring], lines: Sequence[str], kind: str
+) -> CacheError:
+    if not text:
+        return CacheError(f"{option} '': an empty name", "name one that adpa cache ls lists, or leave the option out")
+    problem = f"{option} {text}: the cache has none"
+    if len(lines) > 1:
+        return ListedError(problem, "name one of these", *lines)
+    return CacheError(f"{problem}; found {present[0].describe() if present else f'no {kind}'}")
+
+
+def _several(option: str, text: str, kind: str, lines: Sequence[str]) -> CacheError:
+    return ListedError(f"{option} {text}: {len(lines)} {kind} fit", "name one of them", *lines)

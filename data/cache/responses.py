@@ -2,19 +2,26 @@
 
 A set is one shard, ``CACHE/responses/<name>-<id>-<digest of the file's bytes>.arrow``. Its id is the digest of its rows
 and of how it was made. So the same responses to the same prompts are the same set, whatever the order of the data.
+
+Beside its rows a file has the record of the run that last wrote it. Of several files of one set the one with the latest
+record counts, then the last name. A writer may remove the others: as all processes go by this order, that one stays.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
+from adpa.data.cache.files import remove_file
 from adpa.data.cache.locations import Location
 from adpa.data.cache.ragged import list_column, list_row
+from adpa.data.cache.set_records import KEY, SetRecord, read_record
 from adpa.data.cache.shards import damaged, list_shards, open_shards, peek_shard, read_shard, write_shard
 from adpa.data.sequences import TokenIds, TokenSequence, sequence_key
 from adpa.errors import CacheError
@@ -118,6 +125,13 @@ class ResponseSetInfo:
         return (self.turn_end,) if self.sampling is None else self.sampling.ends
 
     @property
+    def encoding(self) -> tuple[object, ...]:
+        """Everything that decides how a pair of the data becomes tokens."""
+        arguments = json.dumps(self.chat_template_kwargs, sort_keys=True)
+        limits = (self.max_prompt_length, self.max_length)
+        return (self.tokenizer, self.chat_template, arguments, self.rendered, self.turn_end, *limits)
+
+    @property
     def rendering(self) -> list[str]:
         """How the prompts were rendered, in words; empty for the usual way."""
         arguments = self.chat_template_kwargs
@@ -129,10 +143,11 @@ class ResponseSetInfo:
 
 @dataclass(frozen=True)
 class ResponseSet:
-    """A response set: its origin, and a table with the columns of ``SCHEMA``."""
+    """A response set: its origin, a table with the columns of ``SCHEMA``, and the record of a run that made it."""
 
     info: ResponseSetInfo
     table: pa.Table
+    record: SetRecord | None = None
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -154,17 +169,39 @@ class ResponseSet:
             for row, key in enumerate(self.table["key"].to_pylist())
         ]
 
+    @property
+    def time(self) -> str:
+        """The time of the record; empty without one."""
+        return self.record.time if self.record else ""
+
+    @property
+    def recipe(self) -> tuple[object, ...] | None:
+        """Everything that versions of one set share, made from data that changes; none without a record."""
+        if self.record is None:
+            return None
+        return (self.info.name, self.record.data, self.record.split, self.info.encoding, self.info.sampling)
+
+    @property
+    def sampled(self) -> str:
+        """How the responses were sampled, in words; empty if they were not."""
+        sampling = self.info.sampling
+        if sampling is None:
+            return ""
+        made = [f"of the student {sampling.student[:8]}", f"temperature {sampling.temperature:g}"]
+        return ", ".join([*made, f"seed {sampling.seed}", *([sampling.describe_ends()] if sampling.stops else [])])
+
     def describe(self) -> str:
         """One line for a user who has to choose among sets."""
-        sampling, made = self.info.sampling, [f"{self.info.name}-{self.id}: {len(self)} responses"]
-        if sampling is not None:
-            made[0] += f" of the student {sampling.student[:8]}"
-            made += [f"temperature {sampling.temperature:g}", f"seed {sampling.seed}"]
-            made += [sampling.describe_ends()] if sampling.stops else []
-        return ", ".join([*made, *self.info.rendering])
+        return f"{self.shard_prefix()}: {self.describe_content()}"
+
+    def describe_content(self) -> str:
+        """The same without name and id."""
+        return ", ".join([f"{len(self)} responses {self.sampled}".rstrip(), *self.info.rendering])
 
 
-def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds, TokenIds]]) -> ResponseSet:
+def make_response_set(
+    info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds, TokenIds]], record: SetRecord | None = None
+) -> ResponseSet:
     """Makes a set of (example id, prompt ids, response ids), none of them empty; rows of one example keep their order.
 
     This fills in the fields of ``info`` that depend on the rows: ``truncated_responses`` and ``examples``.
@@ -186,29 +223,58 @@ def make_response_set(info: ResponseSetInfo, rows: Iterable[tuple[str, TokenIds,
         list_column(responses, SCHEMA.field("response_ids").type),
     ]
     schema = SCHEMA.with_metadata({"adpa": _canonical(info)})
-    return ResponseSet(info, pa.Table.from_arrays(columns, schema=schema))
+    return ResponseSet(info, pa.Table.from_arrays(columns, schema=schema), record)
 
 
 def write_response_set(cache: Location, responses: ResponseSet) -> None:
-    """Adds a set to a cache; changes nothing if the cache has it."""
-    folder, prefix = cache / "responses", responses.shard_prefix()
-    if not list_shards(folder, prefix):
-        write_shard(folder, prefix, responses.table)
+    """Adds a set to a cache, with its record at this moment.
+
+    If the cache has the set, it is written again only if its record names other data, or if a newer set has the same
+    recipe: then the data has changed back, and this set is the newest again.
+    """
+    folder, prefix, record = cache / "responses", responses.shard_prefix(), responses.record
+    present = bool(list_shards(folder, prefix))
+    if record is None:
+        if not present:
+            write_shard(folder, prefix, responses.table)
+        return
+    known = [one for _, one in _readable(folder, responses.info.name, peek_response_set)]
+    own = [one for one in known if one.id == responses.id]
+    if present and not own:  # damaged: it is for the user to remove
+        return
+    versions = [one for one in known if one.recipe == responses.recipe]
+    newest = max((one.time for one in versions), default="")
+    if any(one.id == responses.id and one.time == newest for one in versions):
+        return
+    record = record.after(max([newest, *(one.time for one in own)]))
+    metadata = responses.table.schema.metadata | {KEY.encode(): record.serialize().encode()}
+    write_shard(folder, prefix, responses.table.replace_schema_metadata(metadata))
+    for path, _ in _readable(folder, prefix, read_response_set)[:-1]:
+        remove_file(path)
+
+
+def _readable(
+    folder: Location, prefix: str, read: Callable[[Location], ResponseSet]
+) -> list[tuple[Location, ResponseSet]]:
+    """The sets that can be read, those with the latest records last."""
+    sets = []
+    for path in list_shards(folder, prefix):
+        with suppress(FileNotFoundError, CacheError):  # another process has just replaced it, or it is damaged
+            sets.append((path, read(path)))
+    return sorted(sets, key=lambda each: (each[1].time, each[0].name))
 
 
 def read_response_sets(cache: Location) -> Iterator[ResponseSet]:
-    """Reads every response set of a cache, each once.
+    """Reads every response set of a cache, each once: first the newest, last those without a record.
 
     Raises:
         CacheError: a set is of a newer format.
         DamagedFileError: the digests of a file's bytes or content differ from those in its name.
     """
-    read: set[str] = set()
-    for path, table in open_shards(cache / "responses"):
-        responses = _checked(path, table)
-        if responses.id not in read:  # two processes may have written one set as different bytes
-            read.add(responses.id)
-            yield responses
+    sets = [(path.name, _checked(path, table)) for path, table in open_shards(cache / "responses")]
+    ordered = [responses for _, responses in sorted(sets, key=lambda each: (each[1].time, each[0]))]
+    counting = {responses.id: responses for responses in ordered}
+    yield from sorted(counting.values(), key=attrgetter("time"), reverse=True)
 
 
 def read_response_set(path: Location) -> ResponseSet:
@@ -258,7 +324,7 @@ def _interpret(path: Location, table: pa.Table) -> ResponseSet:
     typed = isinstance(info.chat_template_kwargs, dict) and isinstance(info.rendered, bool)
     if not typed or not table.schema.equals(SCHEMA):
         raise damaged(path, STRANGER)
-    return ResponseSet(info, table)
+    return ResponseSet(info, table, read_record(table.schema.metadata))
 
 
 def _unknown(described: Mapping[str, Any], known: type[ResponseSetInfo] | type[Sampling]) -> set[str]:

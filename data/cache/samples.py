@@ -66,13 +66,13 @@ def missing_requests(cache: Location, sampling: Sampling, requests: Sequence[Sam
 
 def write_samples(
     cache: Location, sampling: Sampling, requests: Sequence[SampleRequest], responses: Sequence[TokenIds]
-) -> None:
-    """Adds the responses to some requests, int32 [T] each, as one shard."""
+) -> Location:
+    """Adds the responses to some requests, int32 [T] each, as one shard, and returns it."""
     columns = [
         pa.array([request.key for request in requests], SCHEMA.field("key").type),
         list_column(responses, SCHEMA.field("response_ids").type),
     ]
-    write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+    return write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
 
 
 def samples_folder(cache: Location, sampling: Sampling) -> Location:

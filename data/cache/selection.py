@@ -1,17 +1,19 @@
 """Selects the response sets and the scoring of a cache that a run reads."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from operator import attrgetter
+from typing import Any
 
+from adpa.data.cache.choice import choose, last_time, options_of
 from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.names import find_scoring, find_sets
 from adpa.data.cache.responses import ResponseName, ResponseSet, read_response_sets
 from adpa.data.cache.signals import Scoring, SignalTable, read_scorings, read_signals
-from adpa.errors import CacheError
+from adpa.errors import CacheError, ListedError
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,27 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Selection:
-    """The response sets that a run reads, by name, and the scoring that has every row that it needs."""
+    """The response sets that a run reads, by name, and the scoring that has every row that it needs.
+
+    Attributes:
+        sets: the response sets.
+        scoring: the scoring; none if no signals are needed.
+        signals: its rows.
+        newest_of: the number of versions that fit, of which this is the newest.
+    """
 
     sets: dict[ResponseName, ResponseSet]
     scoring: Scoring | None
     signals: SignalTable | None
+    newest_of: int = 1
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """The ids of the sets and of the scoring."""
+        return {
+            "scoring": self.scoring.id if self.scoring else None,
+            "responses": {name: responses.id for name, responses in self.sets.items()},
+        }
 
     def training_sets(self, needs: Mapping[ResponseName, Need]) -> list[TrainingSet]:
         """The training sets, in the order of ``needs``."""
@@ -45,11 +63,17 @@ class Selection:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """A response set, and a scoring that has the signals of all its responses."""
+    """A response set, and a scoring that has the signals of all its responses; ``newest_of`` as in ``Selection``."""
 
     responses: ResponseSet
     scoring: Scoring
     signals: SignalTable
+    newest_of: int = 1
+
+    @property
+    def sets(self) -> dict[ResponseName, ResponseSet]:
+        """The set by its name."""
+        return {self.responses.info.name: self.responses}
 
     def describe(self) -> str:
         """One line for a user who has to choose among scored sets."""
@@ -62,8 +86,9 @@ def select(
     student: str,
     scoring: str | None = None,
     response_sets: Sequence[str] = (),
+    earlier: Mapping[str, Any] = {},  # only read
 ) -> Selection:
-    """Finds the one combination of response sets and scoring that has everything.
+    """Finds the combination of response sets and scoring that has everything: the one that fits, or the newest version.
 
     Args:
         cache: the cache's directory.
@@ -71,34 +96,72 @@ def select(
         student: digest of the student's weights; sampled responses must be its own.
         scoring: the scoring to use, as ``find_scoring`` takes it; default: the one that fits.
         response_sets: the response sets to use, each as ``find_sets`` takes it; of a name without one, all.
+        earlier: the ``ids`` of the run that this one resumes: they go before newer ones.
 
     Raises:
-        CacheError: no combination fits, or several do.
+        CacheError: no combination fits, several do that are not versions of one data set, or the newest version lacks
+            something.
         DamagedFileError: a file of the cache is damaged.
     """
     check_cache(cache)
-    present = _narrow(list(read_response_sets(cache)), list(needs), response_sets)
+    every = list(read_response_sets(cache))
+    present = _narrow(every, list(needs), response_sets)
     usable = [one for one in present if one.info.sampling is None or one.info.sampling.student == student]
-    groups = _complete_groups(usable, list(needs))
+    groups = complete_groups(usable, list(needs))
     if not groups:
-        problem, fix = _missing_sets(present, usable, list(needs), student)
-        raise CacheError(f"{cache}: {problem}", fix)
-    if not any(need.signals for need in needs.values()):
-        return _only([Selection(group, None, None) for group in groups])
-    scorings = _read_scorings(cache, scoring)
+        raise _missing_sets(cache, present, usable, list(needs), student)
+    fitting = [Selection(group, None, None) for group in groups]
+    lacks: list[tuple[Selection, str]] = []
+    if any(need.signals for need in needs.values()):
+        fitting, lacks = _scored(cache, groups, _read_scorings(cache, scoring), needs)
+    if again := [one for one in fitting if one.ids == earlier]:
+        return again[0]
+    selection = choose(fitting)
+    if len(present) == sum(one.info.name in needs for one in every):  # the user named none of them
+        _check_nothing_is_newer(cache, selection, usable, lacks)
+    return replace(selection, newest_of=len(fitting))
+
+
+def _scored(
+    cache: Location,
+    groups: Sequence[dict[ResponseName, ResponseSet]],
+    scorings: Sequence[Scoring],
+    needs: Mapping[ResponseName, Need],
+) -> tuple[list[Selection], list[tuple[Selection, str]]]:
+    """The groups with the scorings that fit; the others with the reason why they do not."""
     tables = {entry.id: read_signals(cache, entry) for entry in scorings}
-    pairs = [(group, entry) for group in groups for entry in scorings]
-    lacks = [_lacks(group, entry, tables[entry.id], needs) for group, entry in pairs]
-    fitting = [
-        Selection(group, entry, tables[entry.id]) for (group, entry), lack in zip(pairs, lacks, strict=True) if not lack
+    pairs = [Selection(group, entry, tables[entry.id]) for group in groups for entry in scorings]
+    lacks = [
+        (one, f"scoring {one.scoring.id} {reason}")
+        for one in pairs
+        if one.scoring and one.signals and (reason := _lacks(one.sets, one.scoring, one.signals, needs))
     ]
-    if not fitting:
-        reasons = "; ".join(f"scoring {entry.id} {lack}" for (_, entry), lack in zip(pairs, lacks, strict=True))
-        raise CacheError(
-            f"{cache}: no scoring has the signals that are needed: {reasons}",
+    if len(lacks) == len(pairs):
+        raise _found(
+            f"{cache}: no scoring has the signals that are needed",
             "run adpa precompute with these responses, and with --reference for advantages",
+            [f"{', '.join(each.shard_prefix() for each in one.sets.values())}: {lack}" for one, lack in lacks],
         )
-    return _only(fitting)
+    refused = [id(one) for one, _ in lacks]
+    return [one for one in pairs if id(one) not in refused], lacks
+
+
+def _check_nothing_is_newer(
+    cache: Location, selection: Selection, usable: Sequence[ResponseSet], lacks: Sequence[tuple[Selection, str]]
+) -> None:
+    """Checks that the data has no newer version that is unfinished: nobody should train on the older one unawares."""
+    recipes = [one.recipe for one in selection.sets.values() if one.record]
+    newest = max((one for one in usable if one.recipe in recipes), key=attrgetter("time"), default=None)
+    if newest is None or newest.time <= last_time(selection):
+        return
+    reasons = [lack for one, lack in lacks if newest in one.sets.values()]
+    missing = " and ".join(name for name in selection.sets if name != newest.info.name)
+    record = newest.record.describe() if newest.record else ""
+    raise CacheError(
+        f"{cache}: {newest.shard_prefix()}, from {record}, is newer than the responses that fit, but "
+        + (", ".join(reasons) or f"the cache has no {missing} responses that go with it"),
+        f"finish it with the same adpa precompute, or take the older ones with {options_of(selection)}",
+    )
 
 
 def select_scored(
@@ -130,12 +193,13 @@ def select_scored(
         lacks = [_lacks({name: responses}, entry, table, {name: Need(True, False)}) for entry, table in tables]
         scored += [ScoredSet(responses, *pair) for pair, lack in zip(tables, lacks, strict=True) if not lack]
         if all(lacks):
-            reasons = "; ".join(f"scoring {entry.id} {lack}" for (entry, _), lack in zip(tables, lacks, strict=True))
+            reasons = ", ".join(f"scoring {entry.id} {lack}" for (entry, _), lack in zip(tables, lacks, strict=True))
             left_out.append(f"{responses.describe()}: {reasons}")
     if not scored:
-        raise CacheError(
-            f"{cache}: no response set has the signals of all its responses: {'; '.join(left_out)}",
+        raise _found(
+            f"{cache}: no response set has the signals of all its responses",
             "finish scoring with the same adpa precompute",
+            left_out,
         )
     return scored, left_out
 
@@ -143,24 +207,16 @@ def select_scored(
 def select_one_scored(
     cache: Location, scoring: str | None = None, response_set: str | None = None
 ) -> tuple[ScoredSet, list[str]]:
-    """Finds the one response set with the one scoring that has all its signals; arguments as in ``select_scored``.
+    """Finds the response set with the scoring that has all its signals: the one that fits, or the newest version.
+
+    The arguments are those of ``select_scored``.
 
     Raises:
-        CacheError: none fits, or more than one.
+        CacheError: none fits, or several do that are not versions of one data set.
         DamagedFileError: a file of the cache is damaged.
     """
     scored, left_out = select_scored(cache, scoring, response_set)
-    if len(scored) > 1:
-        raise several_fit(scored)
-    return scored[0], left_out
-
-
-def several_fit(scored: Sequence[ScoredSet]) -> CacheError:
-    """The error where exactly one combination is needed."""
-    return CacheError(
-        f"{len(scored)} combinations of responses and scoring fit: {'; '.join(one.describe() for one in scored)}",
-        "choose with --response-set ID and --scoring ID",
-    )
+    return replace(choose(scored), newest_of=len(scored)), left_out
 
 
 def _read_scorings(cache: Location, scoring: str | None) -> list[Scoring]:
@@ -194,18 +250,14 @@ def _narrow(
     return [one for sets in kept.values() for one in sets]
 
 
-def _complete_groups(
+def complete_groups(
     usable: Sequence[ResponseSet], names: Sequence[ResponseName]
 ) -> list[dict[ResponseName, ResponseSet]]:
     """Every combination of one set of each name, all made from the same examples in the same way."""
     by_origin: dict[tuple[object, ...], dict[ResponseName, list[ResponseSet]]] = defaultdict(lambda: defaultdict(list))
     for responses in usable:
         info = responses.info
-        arguments = json.dumps(info.chat_template_kwargs, sort_keys=True)
-        limits = (info.max_prompt_length, info.max_length)
-        made = (arguments, info.rendered, info.turn_end)
-        origin = (info.examples, info.tokenizer, info.chat_template, *made, *limits)
-        by_origin[origin][info.name].append(responses)
+        by_origin[info.examples, info.encoding][info.name].append(responses)
     return [
         dict(zip(names, combination, strict=True))
         for sets in by_origin.values()
@@ -215,21 +267,34 @@ def _complete_groups(
 
 
 def _missing_sets(
-    present: Sequence[ResponseSet], usable: Sequence[ResponseSet], names: Sequence[ResponseName], student: str
-) -> tuple[str, str]:
-    """The reason why no group is complete, and what to do."""
+    cache: Location,
+    present: Sequence[ResponseSet],
+    usable: Sequence[ResponseSet],
+    names: Sequence[ResponseName],
+    student: str,
+) -> CacheError:
+    """The error where no group is complete."""
     for name in names:
         if not any(one.info.name == name for one in usable):
-            others = "; ".join(one.describe() for one in present if one.info.name == name)
             whose = f" of this student ({student[:8]})" if name == "sampled" else ""
-            problem = f"the cache has no {name} responses{whose}" + (f"; found {others}" if others else "")
-            return problem, "run adpa precompute " + ("with --student" if name == "sampled" else f"--responses {name}")
-    listing = "; ".join(one.describe() for one in usable)
-    return (
-        f"the cache has no {' and '.join(names)} responses made from the same data with the same tokenizer and limits; "
-        f"found {listing}",
+            return _found(
+                f"{cache}: the cache has no {name} responses{whose}",
+                "run adpa precompute " + ("with --student" if name == "sampled" else f"--responses {name}"),
+                [one.describe() for one in present if one.info.name == name],
+            )
+    return _found(
+        f"{cache}: the cache has no {' and '.join(names)} responses made from the same data with the same tokenizer "
+        "and limits",
         "run adpa precompute on one data set with one set of options",
+        [one.describe() for one in usable],
     )
+
+
+def _found(problem: str, fix: str, found: Sequence[str]) -> CacheError:
+    """An error with what was found instead: one thing in its line, several as a list."""
+    if len(found) > 1:
+        return ListedError(problem, f"{fix}; found", *found)
+    return CacheError("; found ".join([problem, *found]), fix)
 
 
 def _lacks(
@@ -247,17 +312,3 @@ def _lacks(
         if not present.all():
             return f"has {present.sum()} of {len(present)} {name} responses"
     return ""
-
-
-def _only(fitting: Sequence[Selection]) -> Selection:
-    if len(fitting) == 1:
-        return fitting[0]
-    listing = "; ".join(
-        ", ".join(responses.describe() for responses in selection.sets.values())
-        + (f" with scoring {selection.scoring.describe()}" if selection.scoring else "")
-        for selection in fitting
-    )
-    raise CacheError(
-        f"{len(fitting)} combinations of responses and scoring fit: {listing}",
-        "choose with --response-set ID and --scoring ID",
-    )

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Doc
 
+from adpa.data.cache.choice import made_from
 from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
@@ -32,6 +33,7 @@ class ExportReport:
     Attributes:
         output: the file or directory.
         response_set: name and id of the set.
+        data: the data that the set was made from, and when; and of how many versions it is the newest.
         scoring: id of the scoring.
         rows: responses.
         tokens: their tokens.
@@ -41,6 +43,7 @@ class ExportReport:
 
     output: str
     response_set: str
+    data: str
     scoring: str
     rows: int
     tokens: int
@@ -62,8 +65,8 @@ def export_cache(
 
     The file is Parquet, or a directory for datasets.load_from_disk. The columns are example_id, prompt_ids,
     response_ids, token_logprobs, token_advantages, topk_ids, topk_logprobs, topk_advantages (lists of lists) and
-    tail_logprob. Without a reference, advantages are null. If several response sets or scorings fit, the error lists
-    them.
+    tail_logprob. Without a reference, advantages are null. Of several versions of one data set the newest is taken. If
+    other response sets or scorings fit, the error lists them.
 
     Raises:
         AdpaError: something about the arguments or the cache that the caller can fix.
@@ -90,6 +93,7 @@ def export_cache(
     return ExportReport(
         output=str(output),
         response_set=scored.responses.shard_prefix(),
+        data=made_from(scored, scored.newest_of),
         scoring=scored.scoring.id,
         rows=len(scored.responses),
         tokens=tokens,

@@ -16,6 +16,7 @@ from adpa.data.cache.inventory import CacheFile, list_files
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseSet, ResponseSetInfo, peek_response_set
 from adpa.data.cache.samples import samples_folder
+from adpa.data.cache.set_records import SetRecord
 from adpa.data.cache.shards import join_keys, list_again, peek_keys, peek_shard
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError, DamagedFileError
@@ -33,6 +34,7 @@ class ListedSet:
         prompt_tokens: the tokens of the prompts; a prompt counts once for each of its responses.
         bytes: size of its file.
         info: how it was made.
+        record: from which data, and when; none for a set of an older version.
         scored: the number of its responses in each scoring of its vocabulary, by the id of the scoring.
     """
 
@@ -42,6 +44,7 @@ class ListedSet:
     prompt_tokens: int
     bytes: int
     info: ResponseSetInfo
+    record: SetRecord | None
     scored: dict[str, int]
 
 
@@ -112,7 +115,7 @@ class CacheListing:
 
     Attributes:
         cache: the cache.
-        sets: the response sets.
+        sets: the response sets, the newest first.
         scorings: the scorings.
         samples: the samples.
         tokenizers: the tokenizers.
@@ -154,11 +157,10 @@ def list_cache(cache: CacheArgument) -> CacheListing:
 def _list_cache(cache: Location) -> CacheListing:
     files = list_files(cache)
     peek = _Peek([])
-    sets = {
-        file.path.stem.rpartition("-")[0]: (file, responses)
-        for file in files
-        if file.kind == "response set" and (responses := peek.response_set(file)) is not None
-    }
+    peeked = [(file, peek.response_set(file)) for file in files if file.kind == "response set"]
+    readable = [(file, responses) for file, responses in peeked if responses is not None]
+    counting = {one.shard_prefix(): (file, one) for file, one in sorted(readable, key=lambda each: each[1].time)}
+    sets = dict(sorted(counting.items(), key=lambda each: each[1][1].time, reverse=True))
     signals = {
         scoring: [
             (file, keys)
@@ -232,6 +234,7 @@ def _list_set(
         prompt_tokens=_sum(pc.list_value_length(responses.table["prompt_ids"])),
         bytes=file.size,
         info=responses.info,
+        record=responses.record,
         scored={
             scoring.id: _sum(pc.is_in(responses.table["key"], value_set=join_keys([keys for _, keys in shards])))
             for scoring, shards in signals.items()

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from adpa.data.cache.kinds import did_you_mean_path
-from adpa.data.hub import HUB_ERRORS, HUB_NAME, NO_HUB_NAME, explain
 from adpa.errors import ModelError
+from adpa.pipeline.models.hub_answers import HUB_ERRORS, HUB_NAME, NO_HUB_NAME, explain
 from adpa.pipeline.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

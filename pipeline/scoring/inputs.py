@@ -1,14 +1,11 @@
 """Checks, without torch, the models and the data that a run names: at once, and before the Hub is asked for files."""
 
-import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 from adpa.data.cache.kinds import kind
-from adpa.data.cache.locations import check_name
-from adpa.data.hub import check_hub_data
-from adpa.data.rows import FILE_SUFFIXES, read_rows
+from adpa.data.rows import read_rows
+from adpa.data.sources import CHECK, check_hub, find_source
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.models.model_names import check_models, is_here, is_same
 
@@ -54,32 +51,10 @@ def check_data(source: str, split: str | None) -> None:
     Raises:
         AdpaError: it is not.
     """
-    path = Path(source)
-    check_name("--data", path)
-    found = kind(path)
+    found = kind(Path(source))
     if found in ("a model", "a cache"):
-        raise DataError(f"{source}: it is {found}; expected preference pairs", "check --data")
-    if found == "a file" and not path.is_file():
-        raise DataError(f"{source}: a device or a pipe; expected a file, which can be read twice", "write it to a file")
-    try:
-        if found or path.suffix in FILE_SUFFIXES or source.startswith((".", "/", "~")):
-            next(iter(read_rows(source, split)))
-        elif "://" not in source:
-            check_hub_data(source)
-    except DataError as error:
-        meant = _near_file(path)
-        if meant is None:
-            raise
-        raise DataError(error.args[0], f"did you mean {meant}?") from error
-
-
-def _near_file(path: Path) -> Path | None:
-    """A file of rows with nearly the name of one that is not there, or the first one in a directory that is no data."""
-    found = kind(path)
-    if found not in ("", "a directory"):
-        return None
-    folder = path if found else path.parent
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    files = [name for name in names if name.endswith(FILE_SUFFIXES) and (folder / name).is_file()]
-    near = files if found else get_close_matches(path.name, files, n=1)
-    return folder / near[0] if near else None
+        raise DataError(f"{source}: it is {found}; expected preference pairs", CHECK)
+    if find_source(source, split) == "hub":
+        check_hub(source)
+    else:
+        next(iter(read_rows(source, split)))

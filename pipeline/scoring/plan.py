@@ -1,10 +1,12 @@
 """From a request to the work of a run: the models, opened and checked; the data, read; the settings that name rows."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adpa.data.cache.responses import ResponseName, ResponseSet, ResponseSetInfo, Sampling, make_response_set
 from adpa.data.cache.samples import SampleRequest
+from adpa.data.cache.set_records import SetRecord
 from adpa.data.cache.signals import Scoring
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
@@ -64,6 +66,11 @@ class Plan:
     longest: int
     first: EncodedPair
 
+    @property
+    def compares_responses(self) -> bool:
+        """Whether both responses of the pairs are scored by teacher and reference."""
+        return self.scoring.reference is not None and {"chosen", "rejected"}.issubset(self.names)
+
     def own_samples(self) -> list[SampleRequest]:
         """The responses to sample for the part."""
         return [sample for _, sample in self.samples if sample.prompt_ids in self.own]
@@ -71,7 +78,8 @@ class Plan:
     def sampled_set(self, answers: Mapping[bytes, TokenIds]) -> ResponseSet:
         """The set of the responses that are sampled already, by the keys of their requests."""
         rows = [(example, one.prompt_ids, answers[one.key]) for example, one in self.samples if one.key in answers]
-        return make_response_set(replace(self.sets["chosen"].info, name="sampled", sampling=self.sampling), rows)
+        chosen = self.sets["chosen"]
+        return make_response_set(replace(chosen.info, name="sampled", sampling=self.sampling), rows, chosen.record)
 
     def sequences(self, sets: Mapping[ResponseName, ResponseSet]) -> list[TokenSequence]:
         """The distinct sequences of some sets that the part scores."""
@@ -115,7 +123,8 @@ def make_plan(request: Request, setup: Setup) -> Plan:
         raise DataError(problem, "mend the data")
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
-    sets = _preference_sets(pairs, encoder, request.names)
+    source = os.path.abspath(data.source) if os.path.exists(data.source) else data.source
+    sets = _preference_sets(pairs, encoder, request.names, SetRecord(source, data.split))
     plan = Plan(
         encoder=encoder,
         names=request.names,
@@ -156,7 +165,7 @@ def _open_encoder(request: Request, teacher: Checkpoint) -> Encoder:
 
 
 def _preference_sets(
-    pairs: Sequence[EncodedPair], encoder: Encoder, names: Sequence[ResponseName]
+    pairs: Sequence[EncodedPair], encoder: Encoder, names: Sequence[ResponseName], record: SetRecord
 ) -> dict[ResponseName, ResponseSet]:
     digests = digest_tokenizer(encoder.template.tokenizer)
     info = ResponseSetInfo(
@@ -173,11 +182,13 @@ def _preference_sets(
         rendered=encoder.rendered,
     )
     sets: dict[ResponseName, ResponseSet] = {
-        "chosen": make_response_set(info, [(pair.example_id, pair.prompt_ids, pair.chosen_ids) for pair in pairs])
+        "chosen": make_response_set(
+            info, [(pair.example_id, pair.prompt_ids, pair.chosen_ids) for pair in pairs], record
+        )
     }
     if "rejected" in names:
         rejected = [(pair.example_id, pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-        sets["rejected"] = make_response_set(replace(info, name="rejected"), rejected)
+        sets["rejected"] = make_response_set(replace(info, name="rejected"), rejected, record)
     return sets
 
 

@@ -94,7 +94,7 @@ def show_packing(report: PackReport) -> RenderableType:
 
 
 def _about_set(listed: ListedSet) -> str:
-    info, parts = listed.info, []
+    info, parts = listed.info, [f"from {listed.record.describe()}"] if listed.record else []
     if info.sampling is not None:
         how = info.sampling
         parts.append(
@@ -115,7 +115,7 @@ def _about_set(listed: ListedSet) -> str:
 
 
 def _about_scoring(scored: ListedScoring) -> str:
-    parts = [scored.scoring.describe().partition(": ")[2]]
+    parts = [scored.scoring.settings]
     if (errors := scored.rounding) is not None:
         parts.append(
             f"rounding changes the KL of a token by {errors.kl:.1e} nats in the mean, {errors.largest_kl:.1e} at most, "

@@ -17,7 +17,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adpa.errors import ModelError, OptionError
+from adpa.errors import ModelError, OptionError, did_you_mean
 from adpa.pipeline.models import adapters
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks
@@ -80,9 +80,10 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> Any:
     The random numbers of A are the next ones of torch's generator.
 
     Raises:
-        OptionError: a target is no linear layer of the decoder.
+        OptionError: a target is no linear layer of the decoder, or the rank is larger than a layer.
     """
     _check_targets(model, settings.targets)
+    _check_rank(model, settings)
     # The head gets no adapter: the loss reads its weight directly, and computes no gradient for it.
     return adapters.add(
         model,
@@ -131,5 +132,25 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
             }
             raise OptionError(
                 f"--lora-target {target}: no linear layer of {type(model).__name__} has this name; "
-                f"expected one of {', '.join(sorted(linear))}"
+                f"expected one of {', '.join(sorted(linear))}",
+                did_you_mean(target.rpartition(".")[2], linear),
             )
+
+
+def _check_rank(model: PreTrainedModel, settings: LoraSettings) -> None:
+    """Checks that no adapter has a larger rank than its layer: it would have more numbers, and could say no more."""
+    tied = (model.get_output_embeddings(), model.get_input_embeddings())
+    sizes = {}
+    for name, module in model.named_modules():
+        targeted = not settings.targets or any(f".{name}".endswith(f".{target}") for target in settings.targets)
+        if targeted and module not in tied and isinstance(module, torch.nn.Linear | Conv1D):
+            if isinstance(module, Conv1D):
+                sizes[name] = (module.nx, module.nf)
+            else:
+                sizes[name] = (module.in_features, module.out_features)
+    name, size = min(sizes.items(), key=lambda layer: min(layer[1]))
+    if settings.rank > min(size):
+        raise OptionError(
+            f"--lora-rank {settings.rank}: larger than the layer {name} ({size[0]} × {size[1]})",
+            f"choose {min(size)} at most, or name larger layers with --lora-target",
+        )

@@ -29,7 +29,7 @@ def on_all_ranks(prepare: Callable[[], Result]) -> Result:
         error = RankError(f"{type(raised).__name__}: {raised}")
     for rank, raised_there in enumerate(gather_object([error])):
         if raised_there is not None:
-            raise type(raised_there)(f"rank {rank}: {raised_there.args[0]}", raised_there.args[1])
+            raise type(raised_there)(f"rank {rank}: {raised_there.args[0]}", *raised_there.args[1:])
     return result[0]
 
 

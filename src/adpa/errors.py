@@ -66,6 +66,24 @@ class CacheError(AdpaError):
     """A cache that lacks what a command needs, or that cannot be used."""
 
 
+class ListedError(CacheError):
+    """A cache error with a list of what the user can choose from.
+
+    Args:
+        problem: as for every error.
+        fix: as for every error.
+        lines: the list, which is printed below the error, one a line.
+    """
+
+    def __init__(self, problem: str, fix: str, *lines: str) -> None:
+        super().__init__(problem, fix)
+        self.args = (problem, fix, *lines)  # all that pickling keeps
+
+    def __str__(self) -> str:
+        first, *lines = (" ".join(line.split()) for line in (super().__str__(), *self.args[2:]))
+        return "\n  ".join([f"{first}:", *lines]) if lines else first
+
+
 class DamagedFileError(CacheError):
     """A cache file that differs from what was written."""
 

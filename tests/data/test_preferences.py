@@ -122,14 +122,57 @@ SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"
     ("row", "problem"),
     [
         pytest.param(["chosen", "rejected"], "found a list; expected an object", id="a list"),
-        pytest.param("text", "found a str; expected an object", id="a string"),
+        pytest.param("text", "found a string; expected an object", id="a string"),
+        pytest.param(None, "found null; expected an object", id="null"),
+        pytest.param(5, "found a number; expected an object", id="a number instead of a row"),
         pytest.param(
             {"prompt": "Hi", "chosen": "Hello"}, "found the columns prompt, chosen; expected `rejected`", id="no column"
         ),
         pytest.param(
             {"instruction": "Hi", "output": ["Hello"]}, "found the columns instruction, output", id="other columns"
         ),
-        pytest.param(explicit([QUESTION]) | {"chosen": None}, "expected `chosen`", id="chosen is null"),
+        pytest.param(
+            explicit([QUESTION]) | {"chosen": None},
+            "`chosen` is null; expected chat messages or a string; mend or remove",
+            id="chosen is null",
+        ),
+        pytest.param(
+            explicit([QUESTION]) | {"rejected": None},
+            "`rejected` is null; expected chat messages or a string; mend or remove",
+            id="rejected is null",
+        ),
+        pytest.param(
+            {"prompt": None, "chosen": "a", "rejected": "b"},
+            "`prompt` is null, and `chosen` and `rejected` share no messages; write the prompt into it, or make",
+            id="prompt is null",
+        ),
+        pytest.param(
+            {"prompt": 0, "chosen": "a", "rejected": "b"},
+            "`prompt` is 0, and `chosen` and `rejected` share no messages",
+            id="prompt is zero",
+        ),
+        pytest.param(
+            {"question": "Hi", "chosen": "a", "rejected": "b"},
+            "found no `prompt` among the columns question, chosen, rejected, and `chosen` and `rejected` share no "
+            "messages; rename question to prompt, or make both",
+            id="prompt has another name",
+        ),
+        pytest.param(
+            {"ask": "Hi", "chosen": "a", "rejected": "b"},
+            "found no `prompt` among the columns ask, chosen, rejected, and `chosen` and `rejected` share no messages; "
+            "add `prompt`, or make both",
+            id="no prompt at all",
+        ),
+        pytest.param(explicit([QUESTION]) | {"chosen": True}, "`chosen` is true; expected chat messages", id="true"),
+        pytest.param(
+            explicit([QUESTION]) | {"chosen": float("nan")}, "`chosen` is NaN; expected chat messages", id="NaN"
+        ),
+        pytest.param(
+            explicit([QUESTION]) | {"chosen": ["Paris."]}, "`chosen` has the message 'Paris.'; expected", id="texts"
+        ),
+        pytest.param(
+            explicit([QUESTION]) | {"chosen": CHOSEN}, "; put the message into a list", id="a message without its list"
+        ),
         pytest.param(explicit([QUESTION]) | {"chosen": 5}, "`chosen` is 5; expected chat messages", id="a number"),
         pytest.param(explicit([QUESTION]) | {"chosen": []}, "`chosen` is []; expected", id="no messages"),
         pytest.param(explicit([QUESTION]) | {"chosen": ""}, "`chosen` is an empty response", id="empty string"),
@@ -162,7 +205,7 @@ SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"
             id="differ from the start",
         ),
         pytest.param({"chosen": "Hello", "rejected": "Hi"}, "found no `prompt`", id="strings without a prompt"),
-        pytest.param(explicit([]), "found no `prompt`", id="empty prompt"),
+        pytest.param(explicit([]), "`prompt` is [], and `chosen` and `rejected` share no messages", id="empty prompt"),
         pytest.param(
             {"chosen": SHAREGPT, "rejected": SHAREGPT},
             "expected an object with `role` and `content`, both strings",
@@ -366,7 +409,7 @@ def test_a_rendered_prompt_stays_as_it_is() -> None:
     ("changed", "problem"),
     [
         ({"prompt": [QUESTION]}, "`prompt` is [{'role': 'user'"),
-        ({"prompt": None}, "`prompt` is None; expected a rendered prompt, a string"),
+        ({"prompt": None}, "`prompt` is null; expected a rendered prompt, a string"),
         ({"prompt": json.dumps([QUESTION])}, "`prompt` is a string that holds chat messages"),
         ({"chosen": [QUESTION, CHOSEN]}, "after the prompt, `chosen` has messages of user, assistant"),
         ({"chosen": RENDERED["prompt"] + "Hello"}, "`chosen` begins with the whole prompt; leave only the response"),
@@ -384,5 +427,37 @@ def test_rendered_rows_that_do_not_fit_are_refused(changed: Row, problem: str) -
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_a_blank_prompt_is_no_prompt(prompt: str) -> None:
-    with pytest.raises(RowError, match="found no `prompt`"):
-        parse_pair("row 1", {"prompt": prompt, "chosen": "Paris.", "rejected": "Lyon."})
+    message = refusal({"prompt": prompt, "chosen": "Paris.", "rejected": "Lyon."}, "no prompt")
+    assert f"`prompt` is {prompt!r}, and `chosen` and `rejected` share no messages" in message
+
+
+def test_a_null_response_has_a_reason_of_its_own() -> None:
+    refusal(explicit([QUESTION]) | {"rejected": None}, "null response")
+    refusal({"prompt": "Hi", "chosen": "Hello"}, "missing column")
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {LONG: 1},
+        {f"{number} {LONG}": number for number in range(500)},
+        explicit([QUESTION]) | {"chosen": [LONG]},
+        explicit([QUESTION]) | {"chosen": {"a": LONG}},
+        explicit([QUESTION]) | {"chosen": [{"role": LONG, "content": "a"}]},
+        explicit([QUESTION]) | {"chosen": [{"content": LONG}]},
+        explicit([QUESTION]) | {"chosen": [CHOSEN | {"content": [{"type": LONG}]}]},
+        explicit([QUESTION]) | {"chosen": [CHOSEN | {"content": [LONG]}]},
+        explicit([QUESTION]) | {"chosen": [CHOSEN | {"name": [LONG]}]},
+        explicit([QUESTION]) | {"chosen": [CHOSEN | {"tool_calls": LONG}]},
+        explicit([QUESTION]) | {"system": [LONG]},
+        explicit([QUESTION]) | {"tools": LONG},
+        explicit([QUESTION]) | {"chat_template_kwargs": [LONG]},
+    ],
+)
+def test_long_content_is_cut_in_the_message(row: Row) -> None:
+    message = refusal(row)
+    assert len(message) < 800
+    assert "…" in message

@@ -1,4 +1,3 @@
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from tests.data.makers import INFO, SAMPLING, SCORING, response_rows, signal_row
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set, write_response_set
 from adpa.data.cache.selection import Need, select, select_scored
 from adpa.data.cache.signals import ModelIdentity, Scoring, write_scoring, write_signals
-from adpa.errors import CacheError
+from adpa.errors import CacheError, ListedError
 
 EXAMPLES = ["a", "b", "c", "d"]
 STUDENT = SAMPLING.student
@@ -49,6 +48,15 @@ def refusal(cache: Path, needs: Mapping[ResponseName, Need], student: str = STUD
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def lines_of(cache: Path, needs: Mapping[ResponseName, Need], student: str = STUDENT, **options: Any) -> list[str]:
+    """The lines of an error with a list: first what is wrong, then what can be chosen."""
+    with pytest.raises(ListedError) as caught:
+        select(cache, needs, student, **options)
+    first, *lines = str(caught.value).splitlines()
+    assert all(line.startswith("  ") for line in lines)
+    return [first, *(line[2:] for line in lines)]
 
 
 def test_the_one_combination_that_fits_is_found(tmp_path: Path) -> None:
@@ -143,10 +151,15 @@ def test_a_scoring_that_lacks_rows_is_refused_with_their_number(tmp_path: Path) 
     add_signals(tmp_path, SCORING, chosen)
     add_signals(tmp_path, SCORING, rejected, rows=3)
     add_signals(tmp_path, OTHER_SCORING, chosen, rows=1)
-    message = refusal(tmp_path, DCKD)
-    assert f"scoring {SCORING.id} has 3 of 4 rejected responses" in message
-    assert f"scoring {OTHER_SCORING.id} has 1 of 4 chosen responses" in message
-    assert "run adpa precompute" in message
+    first, *lines = lines_of(tmp_path, DCKD)
+    assert "no scoring has the signals that are needed; run adpa precompute" in first
+    sets = f"{chosen.shard_prefix()}, {rejected.shard_prefix()}"
+    assert sorted(lines) == sorted(
+        [
+            f"{sets}: scoring {SCORING.id} has 3 of 4 rejected responses",
+            f"{sets}: scoring {OTHER_SCORING.id} has 1 of 4 chosen responses",
+        ]
+    )
 
 
 def test_a_scoring_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -161,11 +174,13 @@ def test_of_two_data_sets_one_is_chosen_by_the_beginning_of_its_id(tmp_path: Pat
         for seed, examples in enumerate((["a", "b"], ["c", "d"]))
     ]
     add_signals(tmp_path, SCORING, *sets[0], *sets[1])
-    message = refusal(tmp_path, DCKD)
-    assert "2 combinations of responses and scoring fit" in message
-    for responses in (*sets[0], *sets[1]):
-        assert responses.describe() in message
-    assert "choose with --response-set ID and --scoring ID" in message
+    first, *lines = lines_of(tmp_path, DCKD)
+    assert first == ("2 combinations of responses and scoring fit; choose one by the options at the end of its line:")
+    assert sorted(lines) == sorted(
+        "2 chosen and 2 rejected responses, data not recorded: "
+        f"--response-set chosen-{chosen.id} --response-set rejected-{rejected.id} --scoring {SCORING.id}"
+        for chosen, rejected in sets
+    )
 
     for chosen, rejected in sets:
         for options in ([chosen.id], [rejected.id[:8]], [chosen.id[:8], rejected.id]):
@@ -178,16 +193,17 @@ def test_of_two_scorings_that_fit_one_is_chosen_by_the_beginning_of_its_id(tmp_p
     needs: dict[ResponseName, Need] = {"chosen": SIGNALS}
     for scoring in (SCORING, OTHER_SCORING):
         add_signals(tmp_path, scoring, chosen)
-    message = refusal(tmp_path, needs)
-    assert SCORING.describe() in message
-    assert OTHER_SCORING.describe() in message
+    _, *lines = lines_of(tmp_path, needs)
+    assert sorted(lines) == sorted(
+        f"4 chosen responses, data not recorded, {scoring.settings}: "
+        f"--response-set chosen-{chosen.id} --scoring {scoring.id}"
+        for scoring in (SCORING, OTHER_SCORING)
+    )
     for scoring in (SCORING, OTHER_SCORING):
         assert select(tmp_path, needs, STUDENT, scoring=scoring.id[:8]).scoring == scoring
-    listing = f"{SCORING.describe()}; {OTHER_SCORING.describe()}"
-    assert refusal(tmp_path, needs, scoring="f00d") in (
-        f"--scoring f00d: the cache has none; found {listing}",
-        f"--scoring f00d: the cache has none; found {'; '.join(listing.split('; ')[::-1])}",
-    )
+    first, *lines = lines_of(tmp_path, needs, scoring="f00d")
+    assert first == "--scoring f00d: the cache has none; name one of these:"
+    assert sorted(lines) == sorted(f"{one.settings}: --scoring {one.id}" for one in (SCORING, OTHER_SCORING))
 
 
 def test_two_samplings_of_one_student_are_listed_with_their_settings(tmp_path: Path) -> None:
@@ -197,9 +213,9 @@ def test_two_samplings_of_one_student_are_listed_with_their_settings(tmp_path: P
         for seed, temperature in ((1, 0.5), (2, 1.0))
     ]
     add_signals(tmp_path, SCORING, *sampled)
-    message = refusal(tmp_path, ADPA)
-    assert "temperature 0.5, seed 1" in message
-    assert "temperature 1, seed 2" in message
+    _, *lines = lines_of(tmp_path, ADPA)
+    for one, settings in zip(sampled, ("temperature 0.5, seed 1", "temperature 1, seed 2"), strict=True):
+        assert sum(settings in line and one.id in line for line in lines) == 1
     assert select(tmp_path, ADPA, STUDENT, response_sets=[sampled[1].id]).sets["sampled"].id == sampled[1].id
 
 
@@ -235,9 +251,9 @@ def test_two_response_sets_that_exclude_each_other_are_refused(tmp_path: Path) -
 def test_sets_that_were_made_differently_do_not_go_together(difference: dict[str, Any], tmp_path: Path) -> None:
     chosen, rejected = add_set(tmp_path, "chosen"), add_set(tmp_path, "rejected", 1, **difference)
     add_signals(tmp_path, SCORING, chosen, rejected)
-    message = refusal(tmp_path, DCKD)
-    assert "no chosen and rejected responses made from the same data with the same tokenizer and limits" in message
-    assert re.search(f"found .*{chosen.id}.*{rejected.id}", message)
+    first, *lines = lines_of(tmp_path, DCKD)
+    assert "no chosen and rejected responses made from the same data with the same tokenizer and limits" in first
+    assert lines == [chosen.describe(), rejected.describe()]
     assert select(tmp_path, {"rejected": SIGNALS}, STUDENT).sets["rejected"].id == rejected.id
 
 
@@ -287,7 +303,7 @@ def test_a_set_is_chosen_by_every_name_of_it(tmp_path: Path) -> None:
         for text in (one.shard_prefix(), one.shard_prefix()[:11], path.name, str(path), one.describe()):
             for texts in ([text], ["chosen", text], [text, "chosen"], [text, one.id]):
                 assert select(tmp_path, SFT, STUDENT, response_sets=texts).sets["chosen"].id == one.id
-    assert "2 combinations of responses and scoring fit" in refusal(tmp_path, SFT, response_sets=["chosen"])
+    assert "2 combinations of responses and scoring fit" in lines_of(tmp_path, SFT, response_sets=["chosen"])[0]
 
 
 def test_a_named_set_that_the_run_does_not_read_is_refused(tmp_path: Path) -> None:
@@ -297,16 +313,19 @@ def test_a_named_set_that_the_run_does_not_read_is_refused(tmp_path: Path) -> No
             f"--response-set {text}: {rejected.describe()}; this run reads chosen responses; "
             "leave it out, or choose another objective or --on"
         )
-    assert "sampled: the cache has none; found " in refusal(tmp_path, SFT, response_sets=["sampled"])
+    assert "sampled: the cache has none; name one" in lines_of(tmp_path, SFT, response_sets=["sampled"])[0]
     assert select(tmp_path, SFT, STUDENT, response_sets=["chosen"]).sets["chosen"].id == chosen.id
 
 
 def test_sets_that_differ_in_template_arguments_alone_are_told_apart(tmp_path: Path) -> None:
     arguments: list[dict[str, Any]] = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
     sets = [add_set(tmp_path, "chosen", chat_template_kwargs=one) for one in arguments]
-    message = refusal(tmp_path, SFT)
-    assert "3 combinations of responses and scoring fit" in message
-    for one, shown in zip(sets, ("", ", template arguments ", ", template arguments "), strict=True):
-        assert f"{one.shard_prefix()}: 4 responses{shown}" in message
-    assert '{"enable_thinking": false}' in message
-    assert '{"enable_thinking": true}' in message
+    _, *lines = lines_of(tmp_path, SFT)
+    shown = (
+        "the usual rendering",
+        *(f'template arguments {{"enable_thinking": {flag}}}' for flag in ("false", "true")),
+    )
+    assert sorted(lines) == sorted(
+        f"4 chosen responses, data not recorded, {how}: --response-set chosen-{one.id}"
+        for one, how in zip(sets, shown, strict=True)
+    )

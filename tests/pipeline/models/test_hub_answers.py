@@ -1,4 +1,4 @@
-"""What the Hub answers becomes one line, about models and about data."""
+"""What the Hub answers becomes one line."""
 
 import shutil
 import threading
@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import Models
 
-from adpa.data.hub import check_hub_data
-from adpa.errors import DataError, ModelError
+from adpa.errors import ModelError
 from adpa.pipeline.models.model_names import check_models, find_directory
 
 REPOSITORIES = {  # status, and the error code that tells its cause
@@ -70,25 +69,6 @@ def test_why_the_hub_gives_no_model(name: str, hub: None) -> None:
         find_directory(f"{name}@v1")
     fix = fix.format(check="check the name of the checkpoint")
     assert str(caught.value) == f"{name}@v1: no such directory, and {problem}; {fix}"
-
-
-@pytest.mark.parametrize("name", ["org/missing", "org/gated", "org/broken"])
-def test_why_the_hub_gives_no_data(name: str, hub: None) -> None:
-    problem, fix = REASONS[name]
-    with pytest.raises(DataError) as caught:
-        check_hub_data(name)
-    assert str(caught.value) == f"{name}: no such file or directory, and {problem}; {fix.format(check='check --data')}"
-
-
-@pytest.mark.parametrize("copy", ["org___missing", "org___Missing", "org___mis_sing"])
-def test_data_of_which_a_copy_is_there_may_be_read_offline(
-    copy: str, hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "copies"))
-    with pytest.raises(DataError):
-        check_hub_data("org/missing")
-    (tmp_path / "copies" / copy).mkdir(parents=True)
-    check_hub_data("org/missing")
 
 
 @pytest.mark.parametrize("revision", ["", "@main", f"@{'a' * 40}"])

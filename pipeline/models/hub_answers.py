@@ -1,10 +1,8 @@
 """Names of the Hub, and what its errors mean."""
 
-import os
 import re
-from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,13 +13,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from adpa.errors import DataError
-
 HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]{0,95}", re.ASCII)
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]  # of the library beneath, which depends on the version
 HUB_ERRORS = (HFValidationError, HTTP_ERROR, OSError)
 NO_HUB_NAME = "no name that the Hub can have"
-SECONDS = 10  # to wait for an answer
 
 
 def explain(error: Exception, name: str, check: str) -> tuple[str, str]:
@@ -49,31 +44,3 @@ def explain(error: Exception, name: str, check: str) -> tuple[str, str]:
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | HTTP_ERROR):
         return "the Hub cannot be reached", f"{check}, and the network"
     return f"the Hub does not give it ({' '.join(str(error).split())})", check
-
-
-def check_hub_data(name: str) -> None:
-    """Checks that the Hub has a data set, or that a copy is there; ``datasets`` itself would try for half a minute.
-
-    Raises:
-        DataError: it has not, or cannot be asked.
-    """
-    missing = f"{name}: no such file or directory"
-    if not HUB_NAME.fullmatch(name):
-        raise DataError(f"{missing}, and {NO_HUB_NAME}", "check --data")
-    try:
-        HfApi().dataset_info(name, timeout=SECONDS)
-    except HUB_ERRORS as error:
-        if not _is_cached(name):
-            problem, fix = explain(error, name, "check --data")
-            raise DataError(f"{missing}, and {problem}", fix) from error
-
-
-def _is_cached(name: str) -> bool:
-    """Whether ``datasets`` has a copy, in whatever case it writes the name."""
-
-    def plain(text: str) -> str:
-        return text.replace("_", "").lower()
-
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    names = os.listdir(folder) if folder.is_dir() else []
-    return plain(name.replace("/", "___")) in map(plain, names)
