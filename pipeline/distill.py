@@ -13,7 +13,7 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.options import DtypeName, Group, PathOrName
+from adpa.pipeline.options import DtypeName, Group, PathOrName, check_names
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
@@ -181,6 +181,7 @@ def distill(
     options = dict(locals())
     started = time.perf_counter()
     check_values(options)
+    check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
     _check_choices(packing, dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)

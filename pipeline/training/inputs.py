@@ -31,7 +31,6 @@ def check_inputs(
     Raises:
         AdpaError: the cache lacks what every student needs, or the student is not there.
     """
-    check_names({"--student": student, "--scoring": scoring})
     for name in response_sets:
         check_names({"--response-set": name})
     _check_sets(cache, needs, response_sets)
