@@ -47,8 +47,7 @@ class RewardAccuracy:
             return None
         return (
             "teacher − reference prefers the rejected response in most pairs: it prefers the chosen one in "
-            f"{self._numbers()}; are --teacher and --reference swapped? If not, see whether the data's chosen and "
-            "rejected are"
+            f"{self._numbers()}; are --teacher and --reference swapped? Or chosen and rejected in the data?"
         )
 
     def _numbers(self) -> str:

@@ -11,7 +11,7 @@ from adpa.data.tables import read_directory, read_hub, read_parquet
 from adpa.errors import DataError
 
 
-def read_rows(source: str, split: str | None = None) -> Rows:
+def read_rows(source: str | Path, split: str | None = None) -> Rows:
     """Yields (where, row) for every row of a JSONL, JSON or Parquet file, a ``datasets`` directory, or a Hub dataset.
 
     A row that cannot be read by its own fault is yielded as its ``RowError``.
@@ -20,7 +20,7 @@ def read_rows(source: str, split: str | None = None) -> Rows:
         DataError: the source does not exist, cannot be read, or has no rows.
     """
     empty = True
-    for where, row in _open(source, split):
+    for where, row in _open(str(source), split):
         empty = False
         yield where, row
     if empty:

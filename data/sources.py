@@ -3,11 +3,8 @@
 import os
 import re
 import stat
-import urllib.error
-import urllib.request
 from difflib import get_close_matches
 from pathlib import Path
-from ssl import SSLError
 from typing import Literal
 
 from adpa.data.file_kinds import EMPTY, HEAD_BYTES, PARQUET, READ_FORMATS, FileKind, binary_kind, text_kind
@@ -16,9 +13,8 @@ from adpa.errors import DataError, did_you_mean
 SourceKind = Literal["text", "parquet", "directory", "hub"]
 
 TABLE_SUFFIX = ".parquet"
-DATA_SUFFIXES = (".jsonl", ".json", TABLE_SUFFIX)
+FILE_SUFFIXES = (".jsonl", ".json", TABLE_SUFFIX)
 CHECK = "check --data"
-HUB_SECONDS = 3  # for its first answer
 SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"} | dict.fromkeys(
     (stat.S_IFCHR, stat.S_IFBLK), "a device"
 )
@@ -34,12 +30,13 @@ def find_source(source: str, split: str | None = None) -> SourceKind:
         raise DataError("--data is empty", f"give it a {READ_FORMATS} file, a directory of datasets, or a Hub name")
     try:
         mode = os.stat(source).st_mode
+        if stat.S_ISDIR(mode):
+            os.listdir(source)
+            return "directory"
     except (FileNotFoundError, NotADirectoryError):
         return _find_missing(source)
     except (OSError, ValueError) as error:  # a name with a zero byte
         raise unreadable(source, error) from error
-    if stat.S_ISDIR(mode):
-        return "directory"
     if special := SPECIAL_FILES.get(stat.S_IFMT(mode)):
         raise DataError(f"{source}: expected a file; found {special}", "write its content to a file first")
     if split is not None:
@@ -50,7 +47,7 @@ def find_source(source: str, split: str | None = None) -> SourceKind:
 def unreadable(source: str, error: Exception) -> DataError:
     """The error for a source that the system does not open."""
     problem = (isinstance(error, OSError) and error.strerror) or str(error)
-    fix = f"ask for the right to read it: chmod u+r {source}" if isinstance(error, PermissionError) else CHECK
+    fix = f"ask for the right to read it: chmod u+rX {source}" if isinstance(error, PermissionError) else CHECK
     return DataError(f"{source}: cannot be read ({problem})", fix)
 
 
@@ -67,12 +64,12 @@ def _find_missing(source: str) -> SourceKind:
     hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
     in_folder = "/" in source and path.parent.exists()
     file_name = "/" not in source and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix)
-    if path.suffix in DATA_SUFFIXES or not hub_name or in_folder or file_name:
-        raise DataError(f"{source}: no such file or directory", _near_file(path) or CHECK)
+    if path.suffix in FILE_SUFFIXES or not hub_name or in_folder or file_name:
+        raise DataError(f"{source}: no such file or directory", near_file(path) or CHECK)
     return "hub"
 
 
-def _near_file(path: Path) -> str:
+def near_file(path: Path) -> str:
     """The file or directory that a missing one may be meant to be, as a question; empty if none is near."""
     missing = next((each for each in reversed(path.parents) if not each.exists()), path)
     try:
@@ -100,7 +97,7 @@ def _find_format(path: Path) -> SourceKind:
     kind = kind or text_kind(head)
     if kind is not None:
         expected = "UTF-8 text" if kind.name.startswith("UTF-") else READ_FORMATS
-        expected = "JSON" if kind is PARQUET and path.suffix in DATA_SUFFIXES else expected
+        expected = "JSON" if kind is PARQUET and path.suffix in FILE_SUFFIXES else expected
         raise DataError(f"{path}: expected {expected}; found {kind.name}", kind.fix)
     return "text"
 
@@ -111,44 +108,3 @@ def _not_parquet(path: Path, head: bytes, kind: FileKind | None) -> DataError:
         name, suffix = ("a JSON list", ".json") if in_list else ("JSONL", ".jsonl")
         kind = text_kind(head) or FileKind(name, f"give it the suffix {suffix}")
     return DataError(f"{path}: expected a Parquet file; found {kind.name}", kind.fix)
-
-
-def check_hub(name: str) -> None:
-    """Checks at once that the Hub answers, or that a copy of the data set is in its local cache.
-
-    Raises:
-        DataError: neither.
-    """
-    from huggingface_hub import constants
-
-    problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
-    if not problem or _is_cached(name, Path(constants.HF_HOME)):
-        return
-    near = _near_file(Path(name))
-    raise DataError(
-        f"{name}: no such file or directory, and the Hub cannot be asked: offline ({problem})",
-        near or f"give --data a {READ_FORMATS} file, or connect",
-    )
-
-
-def _unreachable(address: str) -> str:
-    """Why a server gives no answer; empty if it gives one, even an error."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return ""
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, SSLError):
-            return ""  # another program may trust the server
-        return getattr(error.reason, "strerror", None) or str(error.reason)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
-def _is_cached(name: str, home: Path) -> bool:
-    def plain(folder: str) -> str:
-        return folder.replace("_", "").lower()
-
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
-    return folder.is_dir() and plain(name.replace("/", "")) in {plain(each.name) for each in folder.iterdir()}

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from adpa.data.columns import OTHER_NAMES, READ_COLUMNS, RESPONSE_COLUMNS, missing_columns
 from adpa.data.json_rows import Rows, broken_row
-from adpa.data.sources import CHECK, DATA_SUFFIXES, check_hub
-from adpa.errors import DataError
+from adpa.data.sources import CHECK, FILE_SUFFIXES
+from adpa.errors import DataError, did_you_mean
 
 PAIR_COLUMNS = ("prompt", *RESPONSE_COLUMNS)
 BATCH_ROWS = 1000
@@ -60,7 +60,7 @@ def read_directory(path: Path, split: str | None) -> Rows:
 
 def _other_directory(path: Path) -> DataError:
     names = sorted(each.name for each in path.iterdir())
-    readable = [name for name in names if name.endswith(DATA_SUFFIXES) and name != "config.json"]
+    readable = [name for name in names if name.endswith(FILE_SUFFIXES) and name != "config.json"]
     fix = "give --data a file, or a directory of datasets"
     if not names:
         found = "an empty one"
@@ -110,8 +110,10 @@ def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch
 
 def read_hub(name: str, split: str | None) -> Rows:
     """The rows of a data set on the Hub."""
-    check_hub(name)
-    from datasets import load_dataset  # takes a second, and no other source needs it
+    from adpa.data.hub import check_hub_data  # no other source needs it
+
+    check_hub_data(name)
+    from datasets import load_dataset  # takes a second
     from datasets.exceptions import DatasetsError
 
     try:
@@ -130,7 +132,8 @@ def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
         return names[0]
     if split is None or split not in names:
         choice = "no --split" if split is None else f"--split {split}"
-        raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", "name it with --split")
+        near = did_you_mean(split or "", names)
+        raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", near or "name it with --split")
     return split
 
 

@@ -165,7 +165,9 @@ def distill(
         Doc("Checkpoint directory to resume from, or last for the newest one in --output, if it has one."),
         Group.SAVING,
     ] = None,
-    report_to: Annotated[str, Doc("Experiment tracker: none, wandb, tensorboard, …"), Group.SAVING] = "none",
+    report_to: Annotated[
+        str, Doc("Experiment trackers: none, or wandb, tensorboard, … with commas between them."), Group.SAVING
+    ] = "none",
     set: Annotated[
         list[str] | None, Doc("key=value of any transformers.TrainingArguments field; repeatable."), Group.TRAINING
     ] = None,

@@ -123,7 +123,7 @@ def test_a_value_is_read_as_on_the_command_line(
         ("teacher:", "teacher has no value; write one, or remove the line"),
         ("split: ~", "split has no value; write one, or remove the line"),
         ("engine: vlm", "engine vlm; expected one of auto, hf, vllm; did you mean vllm?"),
-        ("chat-template-kwargs: [1]", "chat-template-kwargs: '[1]' is no JSON object; write a mapping"),
+        ("chat-template-kwargs: [1]", "chat-template-kwargs: found a list; expected a mapping"),
         ("teacher: ''", "teacher '': an empty value; write one, or leave the option out"),
         ("engine-arg: [seed=1, ' ']", "engine-arg ' ': an empty value; write one, or leave the option out"),
         ('teacher: "a\\0b"', "teacher 'a\\x00b': has a null character; remove it"),

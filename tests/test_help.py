@@ -155,6 +155,29 @@ def test_no_name_is_cut_in_any_width(name: str, columns: int, runner: CliRunner)
     assert {word for option in options_of(name).values() for word in option.opts if word[0] == "-"} <= {*text.split()}
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("name", ["", "cache", *COMMANDS])
+def test_no_line_and_no_word_is_cut(name: str, columns: int, runner: CliRunner) -> None:
+    def shown(columns: int) -> str:
+        done = runner.invoke(cli.app, [*name.split(), "--help"], env={"COLUMNS": str(columns)}, prog_name="adpa")
+        assert done.exit_code == 0
+        return done.stdout
+
+    text = shown(columns)
+    assert max(map(len, text.splitlines())) <= columns
+    words, all_words = (
+        {word for word in each.translate(dict.fromkeys(map(ord, "│─╭╮╰╯*"), " ")).split() if word[-1].isalpha()}
+        for each in (text, shown(300))
+    )
+    assert words <= all_words
+
+
+@pytest.mark.parametrize("name", ["", "cache", *COMMANDS])
+def test_h_is_help(name: str, runner: CliRunner) -> None:
+    by_letter, by_word = (runner.invoke(cli.app, [*name.split(), option]) for option in ("-h", "--help"))
+    assert (by_letter.exit_code, by_letter.stdout) == (0, by_word.stdout)
+
+
 def test_brackets_are_text_and_no_markup(runner: CliRunner) -> None:
     def stage(model: Annotated[str, Doc("A [bold]model[/bold]: org/name[@revision]."), Group.DECIDE]) -> None:
         """Take [one] model.

@@ -9,6 +9,7 @@ from upath import UPath
 
 from adpa import cli
 from adpa.parameters import kind_of
+from adpa.pipeline.scoring.request import parse_responses
 
 NEEDED = {"--teacher": "T", "--data": "d", "--cache": "c"}
 
@@ -206,3 +207,8 @@ def test_every_command_alone_names_what_it_needs(name: str, runner: CliRunner) -
     needed = [option for option in options_of(name).values() if option.required]
     assert all((option.metavar if option.name in ARGUMENTS[name] else option.opts[0]) in lines[-1] for option in needed)
     assert len(lines) <= len(needed) + 4
+
+
+def test_the_names_of_responses_may_be_written_in_any_case() -> None:
+    assert parse_responses("Chosen,REJECTED", None) == ["chosen", "rejected"]
+    assert parse_responses(" Sampled ", "S") == ["sampled"]

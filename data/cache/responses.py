@@ -227,7 +227,7 @@ def make_response_set(
 
 
 def write_response_set(cache: Location, responses: ResponseSet) -> None:
-    """Adds a set to a cache, with its record at this moment.
+    """Adds a set to a cache, with its record.
 
     If the cache has the set, it is written again only if its record names other data, or if a newer set has the same
     recipe: then the data has changed back, and this set is the newest again.

@@ -19,12 +19,12 @@ class SetRecord:
     Attributes:
         data: the absolute path of the data, or its name on the Hub.
         split: the split that was named.
-        time: when a run last wrote the set, as ISO 8601 in UTC with microseconds; empty before a run writes it.
+        time: when a run read the data last, as ISO 8601 in UTC with microseconds.
     """
 
     data: str
     split: str | None
-    time: str = ""
+    time: str
 
     @property
     def source(self) -> str:
@@ -41,9 +41,13 @@ class SetRecord:
         return json.dumps(asdict(self), sort_keys=True)
 
     def after(self, latest: str) -> "SetRecord":
-        """The record at this moment. If the clock is behind ``latest``, the time of another record: just after that."""
-        now = datetime.now(UTC)
-        return replace(self, time=_stamp(max(now, datetime.fromisoformat(latest) + STEP) if latest else now))
+        """The record, with a time after ``latest``, that of another record: the clock of its machine may be ahead."""
+        return self if self.time > latest else replace(self, time=_stamp(datetime.fromisoformat(latest) + STEP))
+
+
+def make_record(data: str, split: str | None) -> SetRecord:
+    """The record of data that is read now."""
+    return SetRecord(data, split, _stamp(datetime.now(UTC)))
 
 
 def read_record(metadata: Mapping[bytes, bytes] | None) -> SetRecord | None:

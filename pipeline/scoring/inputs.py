@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adpa.data.cache.kinds import kind
+from adpa.data.hub import check_hub_data
 from adpa.data.rows import read_rows
-from adpa.data.sources import CHECK, check_hub, find_source
+from adpa.data.sources import CHECK, find_source
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.models.model_names import check_models, is_here, is_same
 
@@ -55,6 +56,6 @@ def check_data(source: str, split: str | None) -> None:
     if found in ("a model", "a cache"):
         raise DataError(f"{source}: it is {found}; expected preference pairs", CHECK)
     if find_source(source, split) == "hub":
-        check_hub(source)
+        check_hub_data(source)
     else:
         next(iter(read_rows(source, split)))

@@ -18,7 +18,7 @@ from adpa.errors import CacheError
 logger = logging.getLogger(__name__)
 
 LISTED_AT_ONCE = 1000  # names; an object store takes one request for them
-MOST_READ = 4  # new shards at a time: those of other parts are many
+MOST_READ = 16  # new shards at a time: those of other parts may be many
 
 
 class Keyed(Protocol):
@@ -66,17 +66,16 @@ class Alarm:
 
 
 class Watch:
-    """Watches the folder into which a job writes, from now on.
+    """Watches the folders into which another process that does the same work would write, from now on.
 
     Args:
-        folder: the folder.
-        prefix: how the names of the job's shards begin.
+        folders: each folder with the beginning of its shards' names.
         alarm: is called when another process does the same work. A worker on a cluster cannot warn: its results say it.
     """
 
-    def __init__(self, folder: Location, prefix: str, alarm: Callable[[], None]) -> None:
-        self._folder, self._prefix, self._alarm = folder, prefix, alarm
-        self._seen = self._names()
+    def __init__(self, folders: Sequence[tuple[Location, str]], alarm: Callable[[], None]) -> None:
+        self._folders, self._alarm = folders, alarm
+        self._seen = set(self._list())
         self._pause = self._strangers = 0
         self._noticed = False
 
@@ -109,19 +108,20 @@ class Watch:
         self._pause -= 1
         if self._noticed or self._pause >= 0:
             return False
-        names = self._names()
-        new = sorted(names - self._seen)
-        self._seen |= names
-        self._noticed = any(not waiting.isdisjoint(self._keys(name)) for name in new[:MOST_READ])
+        paths = self._list()
+        new = sorted(paths.keys() - self._seen)
+        self._seen |= paths.keys()
+        self._noticed = any(not waiting.isdisjoint(_read_keys(paths[name])) for name in new[:MOST_READ])
         self._strangers += bool(new)
-        self._pause = max(len(names) // LISTED_AT_ONCE, 2**self._strangers - 1 if new else 0)
+        self._pause = max(len(paths) // LISTED_AT_ONCE, 2**self._strangers - 1 if new else 0)
         return self._noticed
 
-    def _names(self) -> set[str]:
-        return {path.name for path in list_shards(self._folder, self._prefix)}
+    def _list(self) -> dict[str, Location]:
+        return {path.name: path for folder, prefix in self._folders for path in list_shards(folder, prefix)}
 
-    def _keys(self, name: str) -> list[bytes]:
-        keys: list[bytes] = []
-        with suppress(FileNotFoundError, CacheError):  # it was replaced; or it is damaged, and its readers will say so
-            keys = peek_keys(self._folder / name).to_pylist()
-        return keys
+
+def _read_keys(path: Location) -> list[bytes]:
+    keys: list[bytes] = []
+    with suppress(FileNotFoundError, CacheError):  # it was replaced; or it is damaged, and its readers will say so
+        keys = peek_keys(path).to_pylist()
+    return keys

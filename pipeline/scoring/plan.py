@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from adpa.data.cache.responses import ResponseName, ResponseSet, ResponseSetInfo, Sampling, make_response_set
 from adpa.data.cache.samples import SampleRequest
-from adpa.data.cache.set_records import SetRecord
+from adpa.data.cache.set_records import SetRecord, make_record
 from adpa.data.cache.signals import Scoring
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.encoding import EncodedPair, Encoder
@@ -116,6 +116,7 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     """
     models, data = setup.models, request.data
     encoder = _open_encoder(request, models.teacher)
+    record = make_record(os.path.abspath(data.source) if os.path.exists(data.source) else data.source, data.split)
     pairs = list(encoder.encode(read_rows(data.source, data.split)))
     if not pairs:
         counts = encoder.counts
@@ -123,8 +124,7 @@ def make_plan(request: Request, setup: Setup) -> Plan:
         raise DataError(problem, "mend the data")
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
-    source = os.path.abspath(data.source) if os.path.exists(data.source) else data.source
-    sets = _preference_sets(pairs, encoder, request.names, SetRecord(source, data.split))
+    sets = _preference_sets(pairs, encoder, request.names, record)
     plan = Plan(
         encoder=encoder,
         names=request.names,

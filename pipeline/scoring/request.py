@@ -168,7 +168,7 @@ def parse_responses(responses: str | None, student: str | None) -> list[Response
     check_names({"--responses": responses})
     if responses is None:
         return ["chosen", "rejected"] if student is None else ["sampled"]
-    named = [name.strip() for name in responses.split(",")]
+    named = [name.strip().lower() for name in responses.split(",")]
     unknown = [name for name in named if name not in RESPONSE_NAMES]
     if unknown:
         raise OptionError(

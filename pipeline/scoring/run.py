@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
-from adpa.data.cache.samples import SampleRequest, read_samples
+from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.cache.shards import list_shards
 from adpa.data.cache.signals import Scoring, peek_signals, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
@@ -62,15 +62,15 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
         AdpaError: a file of the cache is damaged, samples disappear, or the engine fails.
     """
     cache, alarm = request.cache, Alarm()
-    earlier = list_shards(cache / "responses")
+    earlier = peek_sets(list_shards(cache / "responses"))  # now: this run may replace their files
     if not request.dry_run:
         prepare_cache(cache)
     sets, unsampled, awaited, samples_left = dict(plan.sets), list[SampleRequest](), 0, 0
     with request.executor.open(setup.engine.gpus, cache) as execute:
         if (sampling := plan.sampling) is not None:
             own_samples, answers = plan.own_samples(), read_samples(cache, sampling)
-            unsampled = _unanswered(own_samples, answers)
-            samples_left = count_samples(peek_sets(earlier), own_samples, answers) if unsampled and answers else 0
+            unsampled = missing_requests(answers, own_samples)
+            samples_left = count_samples(earlier, own_samples, answers) if unsampled and answers else 0
             if not request.dry_run:
                 open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, sampling)
 
@@ -110,7 +110,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
 
 
 def _missing(
-    cache: Location, scoring: Scoring, wanted: Sequence[TokenSequence], earlier: Sequence[Location]
+    cache: Location, scoring: Scoring, wanted: Sequence[TokenSequence], earlier: Sequence[ResponseSet]
 ) -> tuple[list[TokenSequence], int]:
     """The sequences without a signal row, and how many of the others a stopped run scored.
 
@@ -124,7 +124,7 @@ def _missing(
     present = signals.keys()
     missing = [sequence for sequence in wanted if sequence.key not in present]
     reused = [sequence.key for sequence in wanted if sequence.key in present]
-    return missing, count_sequences(peek_sets(earlier), signals, reused) if missing and reused else 0
+    return missing, count_sequences(earlier, signals, reused) if missing and reused else 0
 
 
 def measure_rewards(request: Request, plan: Plan, outcome: Outcome) -> RewardAccuracy | None:
@@ -177,15 +177,11 @@ def _sample(
     """Samples the missing ones of a part's samples; gives the responses to all of them, and those of other parts."""
     sample(missing)
     answers = read_samples(cache, sampling)
-    lost = _unanswered(samples, answers)
+    lost = missing_requests(answers, samples)
     if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
         sample(lost)
         answers |= read_samples(cache, sampling)
-        lost = _unanswered(samples, answers)
+        lost = missing_requests(answers, samples)
     if lost:
         raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
     return answers
-
-
-def _unanswered(samples: Sequence[SampleRequest], answers: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
-    return list({sample.key: sample for sample in samples if sample.key not in answers}.values())

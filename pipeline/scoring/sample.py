@@ -45,7 +45,7 @@ class SamplingJob:
     @contextmanager
     def open(self) -> Iterator[Callable[[Sequence[Sequence[SampleRequest]]], Iterator[Callable[[], Written]]]]:
         """See ``Job.open``."""
-        watch = Watch(samples_folder(self.cache, self.sampling), SHARD_PREFIX, self.alarm)
+        watch = Watch([(samples_folder(self.cache, self.sampling), SHARD_PREFIX)], self.alarm)
         with closing(self.open_sampler()) as sampler:
             yield lambda batches: watch.over(batches, self._sample(sampler, batches))
 

@@ -149,10 +149,8 @@ class TeacherJob:
     @contextmanager
     def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Written]]]]:
         """See ``Job.open``."""
-        write, folder, prefix = _write_signals, self.scoring.folder(self.cache), SHARD_PREFIX
-        if self.scoring.reference is not None:
-            write, folder, prefix = _write_pending, _pending_folder(self.cache, self.scoring), PENDING_PREFIX
-        watch = Watch(folder, prefix, self.alarm)
+        write = _write_signals if self.scoring.reference is None else _write_pending
+        watch = Watch(_folders(self.cache, self.scoring), self.alarm)
         with closing(self.open_scorer(self.scoring.teacher)) as teacher:
 
             def process(batches: Sequence[Batch]) -> Iterator[Callable[[], Written]]:
@@ -181,7 +179,7 @@ class ReferenceJob:
     def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Written]]]]:
         """See ``Job.open``."""
         assert self.scoring.reference is not None
-        watch = Watch(self.scoring.folder(self.cache), SHARD_PREFIX, self.alarm)
+        watch = Watch(_folders(self.cache, self.scoring)[:1], self.alarm)
         pending = read_pending(self.cache, self.scoring)
         keys = pending.keys()
         with closing(self.open_scorer(self.scoring.reference)) as reference:
@@ -229,6 +227,11 @@ def _remove_finished(cache: Location, scoring: Scoring) -> None:
             finished = finished or read_signals(cache, scoring).keys()
             if finished.issuperset(keys):
                 remove_file(path)
+
+
+def _folders(cache: Location, scoring: Scoring) -> list[tuple[Location, str]]:
+    """Where signal rows and pending rows appear, and how their files' names begin."""
+    return [(scoring.folder(cache), SHARD_PREFIX), (_pending_folder(cache, scoring), PENDING_PREFIX)]
 
 
 def _pending_folder(cache: Location, scoring: Scoring) -> Location:

@@ -65,8 +65,9 @@ thead th { border-bottom: 1px solid #888; }
 the largest is {{ "%.3f" % group.largest }}{% endif %}.</p>
 {% endfor %}
 {% for one in rewards %}
-<p>With {{ one.of() }}: {{ one.describe() }}.</p>
-{% if one.warning() %}<p class="warning">Warning: {{ one.warning() }}.</p>{% endif %}
+{% if one.warning() %}<p class="warning">Warning: {{ one.of() }}: {{ one.warning() }}</p>
+{% else %}<p>{{ one.of() }}: {{ one.describe() }}.</p>
+{% endif %}
 {% endfor %}
 <p class="legend">{{ "log-probability" if summary.token_advantage is none else "advantage" }}
 {% for value in summary.legend %}<span style="{{ value | background }}">{{ "%+.2g" % value }}</span>{% endfor %}

@@ -83,7 +83,7 @@ def read_overrides(overrides: Sequence[str], options: Collection[str]) -> dict[s
             raise OptionError(f"--set {override}: {own[key]}", "leave it out")
         if key not in field_types():
             nearest = did_you_mean(key, field_types() - own.keys())
-            if not nearest and (near := get_close_matches(key, options, n=1)):
+            if not nearest and (near := get_close_matches(key, options, n=1, cutoff=0.65)):
                 nearest = f"did you mean {_option(near[0])}?"
             raise OptionError(
                 f"--set {override}: transformers.TrainingArguments has no field {key!r}",

@@ -79,8 +79,8 @@ def as_command(
                 print_error("; ".join(filter(None, (word, after_stop(options)))))
             raise typer.Exit(128 + code) from stop
         except (OSError, RuntimeError) as error:
-            if done is not None and isinstance(error, BrokenPipeError):
-                raise  # whoever read standard output has left
+            if done is not None and isinstance(error, OSError):
+                raise  # standard output cannot be written
             _fail(error, debug, 1, OUT_OF_MEMORY if type(error).__name__ == "OutOfMemoryError" else "")
         except Exception as error:  # the last resort, so that nobody is shown a traceback unasked
             _fail(error, debug, 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows more")

@@ -8,8 +8,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import check_writable_file, is_special
+from adpa.errors import OptionError
 
 OUTPUT = {Path(name) for name in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")}
 ERRORS = {Path(name) for name in ("/dev/stderr", "/dev/fd/2", "/proc/self/fd/2")}
@@ -28,6 +28,8 @@ def summary_file(report: Path | None) -> Iterator[Callable[[Any], None]]:
         yield lambda _: None
     elif report in OUTPUT:
         output = sys.stdout
+        if output is None:
+            raise OptionError(f"--report {report}: standard output is closed", "name a file")
         with redirect_stdout(sys.stderr):
             yield lambda done: print(_as_json(done), end="", file=output, flush=True)
     elif report in ERRORS:
@@ -38,10 +40,15 @@ def summary_file(report: Path | None) -> Iterator[Callable[[Any], None]]:
 
 
 def _write(report: Path, text: str) -> None:
-    if is_special(report):
-        report.write_text(text)
-    else:
-        write_file(report.resolve(), text.encode())
+    from adpa.data.cache.files import write_file  # imports pyarrow, for which nobody's mistake should wait
+
+    try:
+        if is_special(report):
+            report.write_text(text)
+        else:
+            write_file(report.resolve(), text.encode())
+    except OSError as error:
+        raise RuntimeError(f"--report {report}: {error.strerror}") from error
 
 
 def _as_json(done: Any) -> str:

@@ -30,7 +30,7 @@ def read_value(label: str, kind: Any, written: Any) -> Any:
     """
     if isinstance(written, str) and not written.strip():
         raise OptionError(f"{label} {written!r}: an empty value", "write one, or leave the option out")
-    if kind is Mapping:
+    if kind is Mapping and isinstance(written, str | Mapping):
         return _read_object(label, written)
     if not isinstance(written, str):
         if kind is bool and isinstance(written, bool):
@@ -82,6 +82,8 @@ def _expected(kind: Any) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if kind is bool:
         return "true or false"
+    if kind is Mapping:
+        return "a mapping"
     if kind == Location:
         return "a path or a URL"
     return NUMBERS.get(kind) or ("a path" if kind is Path else "text" if kind is str else "a path or a name")

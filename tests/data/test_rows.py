@@ -51,11 +51,19 @@ def test_a_split_of_data_that_has_none_is_refused(tmp_path: Path) -> None:
             list(read_rows(str(source), "train"))
 
 
-@pytest.mark.parametrize(("split", "choice"), [(None, "no --split"), ("test", "--split test")])
+@pytest.mark.parametrize(
+    ("split", "choice", "fix"),
+    [
+        (None, "no --split", "name it with --split"),
+        ("validation", "--split validation", "name it with --split"),
+        ("train", "--split train", "did you mean train_prefs?"),
+        ("test-prefs", "--split test-prefs", "did you mean test_prefs?"),
+    ],
+)
 def test_a_split_that_is_missing_is_refused_with_the_names_there_are(
-    split: str | None, choice: str, tmp_path: Path
+    split: str | None, choice: str, fix: str, tmp_path: Path
 ) -> None:
     folder = save_two_splits(tmp_path / "prefs")
     with pytest.raises(DataError) as caught:
         list(read_rows(str(folder), split))
-    assert str(caught.value).startswith(f"{folder}: found {choice}; expected one of train_prefs, test_prefs")
+    assert str(caught.value) == f"{folder}: found {choice}; expected one of train_prefs, test_prefs; {fix}"

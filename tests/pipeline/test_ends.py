@@ -149,12 +149,12 @@ def test_another_list_makes_new_samples_and_training_asks_which_to_use(
     assert (report.sampled, report.truncated_responses) == (8, 0)
     with pytest.raises(CacheError) as caught:
         distill("adpa", str(student), cache, tmp_path / "trained", batch_size=4, max_steps=1)
-    message = str(caught.value)
-    assert message.startswith("2 combinations of responses and scoring fit: ")
-    assert f"sampled-{before.id}: 8 responses" in message
+    first, newer, older = str(caught.value).splitlines()
+    assert first.startswith("2 combinations of responses and scoring fit; choose one by the options")
     new = report.responses["sampled"]
-    assert f"sampled-{new}: 8 responses of the student " in message
-    assert message.count("ends at 2 or 90") == 1
+    assert f"--response-set sampled-{before.id}" in older
+    assert f"--response-set sampled-{new}" in newer
+    assert ["ends at 2 or 90" in line for line in (newer, older)] == [True, False]
     chosen = f"sampled-{new}"
     trained = distill(
         "adpa", str(student), cache, tmp_path / "trained", response_set=[chosen], batch_size=4, max_steps=1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 
 from adpa import InspectReport, inspect_cache, precompute
 from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
-from adpa.errors import AdpaError, CacheError, DamagedFileError, OptionError
+from adpa.errors import AdpaError, CacheError, DamagedFileError, ListedError, OptionError
 from adpa.pipeline.terminal.inspection import GREEN, RED, colour, show_inspection
 
 
@@ -43,7 +44,8 @@ def as_text(report: InspectReport, colours: bool = False) -> str:
 
 def test_a_whole_cache_is_summarised_and_asks_for_a_choice(filled: Filled) -> None:
     report = inspect_cache(filled.cache)
-    assert [summary.response_set.partition("-")[0] for summary in report.summaries] == ["chosen", "rejected", "sampled"]
+    names = [summary.response_set.partition("-")[0] for summary in report.summaries]
+    assert names == ["sampled", "chosen", "rejected"], "the newest first"
     assert (report.responses, report.left_out, report.html) == ([], [], None)
     text = as_text(report)
     assert "Choose one with --response-set and --scoring" in text
@@ -233,7 +235,8 @@ def test_what_cannot_be_shown_is_refused(filled: Filled, tmp_path: Path) -> None
     assert refused(OptionError, cache, count=0) == "--count 0; expected at least 1"
     assert "no cache there" in refused(CacheError, tmp_path)
     assert "--scoring f00d: the cache has none; found " in refused(CacheError, cache, scoring="f00d")
-    assert "--response-set f00d: the cache has none; found chosen-" in refused(CacheError, cache, response_set="f00d")
+    with pytest.raises(ListedError, match="--response-set f00d: the cache has none; name one of these:\n"):
+        inspect_cache(cache, response_set="f00d")
     for path in (tmp_path, tmp_path / "nowhere" / "page.html"):
         assert f"--html {path}: cannot be written there" in refused(OptionError, cache, html=path)
     message = refused(CacheError, cache, response_set="chosen", example="zz")
@@ -246,9 +249,14 @@ def test_what_cannot_be_shown_is_refused(filled: Filled, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("option", ["example", "html"])
 def test_several_sets_are_listed_where_one_is_needed(option: str, filled: Filled, tmp_path: Path) -> None:
-    message = refused(CacheError, filled.cache, **{option: tmp_path / "page.html" if option == "html" else "0"})
-    assert message.startswith("3 combinations of responses and scoring fit: chosen-")
-    assert message.endswith("choose with --response-set ID and --scoring ID")
+    options: dict[str, Any] = {option: tmp_path / "page.html" if option == "html" else "0"}
+    with pytest.raises(ListedError) as caught:
+        inspect_cache(filled.cache, **options)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("3 combinations of responses and scoring fit; choose one by the options")
+    assert [re.findall("--response-set ([a-z]+)-.{16} --scoring .{16}$", line)[0] for line in lines] == [
+        "sampled", "chosen", "rejected"
+    ]  # fmt: skip
     assert not (tmp_path / "page.html").exists()
 
 

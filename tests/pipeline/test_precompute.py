@@ -158,8 +158,22 @@ def test_pairs_that_cannot_be_used_are_dropped_and_counted_when_asked(
         precompute(str(models.teacher), data, tmp_path / "cache")
     report = precompute(str(models.teacher), data, tmp_path / "cache", drop_invalid=True)
     assert (report.dropped, report.scored) == (1, 6)
+    assert (report.rows, report.used, report.dropped_by_reason) == (4, 3, {"empty response": 1})
     with pytest.raises(DataError, match="all of its 1 pairs were dropped"):
         precompute(str(models.teacher), str(write_rows(rows[3:], "bad.jsonl")), tmp_path / "cache", drop_invalid=True)
+
+
+def test_repeated_identical_and_exchanged_pairs_are_counted_and_stay_in_use(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    first, second = preference_rows[:2]
+    exchanged = {**first, "chosen": first["rejected"], "rejected": first["chosen"]}
+    identical = {**second, "rejected": second["chosen"]}
+    data = str(write_rows([first, second, first, exchanged, identical, {**first, "rejected": None}]))
+    report = precompute(str(models.teacher), data, tmp_path, drop_invalid=True, dry_run=True)
+    assert (report.rows, report.used, report.dropped_by_reason) == (6, 5, {"null response": 1})
+    assert (report.duplicates, report.identical, report.contradicting) == (1, 1, 1)
+    assert report.scored == 4
 
 
 def test_a_dry_run_predicts_what_a_run_does_and_loads_no_model(

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict, replace
+from html import unescape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def shown(renderable: Any) -> str:
     return " ".join(capture.get().split())
 
 
-def numbers(report: PrecomputeReport) -> tuple[float | None, float | None, int]:
+def numbers(report: PrecomputeReport) -> Any:
     return report.reward_accuracy, report.reward_margin, report.reward_pairs
 
 
@@ -117,7 +118,7 @@ def test_swapped_models_give_the_opposite_and_a_warning(
         if expected < 0.5:
             assert len(said) == 1
             assert said[0].startswith("teacher − reference prefers the rejected response in most pairs: ")
-            assert "are --teacher and --reference swapped?" in said[0]
+            assert "are --teacher and --reference swapped? Or chosen and rejected in the data?" in said[0]
             assert "\n" not in said[0]
         else:
             assert said == []
@@ -180,17 +181,16 @@ NONE = (None, None, 0)
 
 
 def test_nothing_is_said_where_nothing_is_known(scored: Filled, tmp_path: Path) -> None:
-    student = {"student": str(scored.models.student), "max_new_tokens": 4}
-    for number, others in enumerate(
-        (
-            {"reference": None},
-            {"responses": "chosen"},
-            {"responses": "rejected"},
-            student,
-            student | {"responses": "chosen,sampled"},
-            {"dry_run": True},
-        )
-    ):
+    student: Any = {"student": str(scored.models.student), "max_new_tokens": 4}
+    cases: list[dict[str, Any]] = [
+        {"reference": None},
+        {"responses": "chosen"},
+        {"responses": "rejected"},
+        student,
+        student | {"responses": "chosen,sampled"},
+        {"dry_run": True},
+    ]
+    for number, others in enumerate(cases):
         report = precompute(**options(scored, tmp_path / str(number), **others))
         assert numbers(report) == NONE, others
         assert "prefers" not in shown(show_precompute(report))
@@ -240,7 +240,7 @@ def test_a_probe_of_swapped_models_warns(
         models.reverse()
     probe(scored, tmp_path / "cache", 64, teacher=models[0], reference=models[1])
     (record,) = caplog.records
-    assert "are --teacher and --reference swapped?" in record.getMessage()
+    assert "are --teacher and --reference swapped? Or chosen and rejected in the data?" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,11 @@ def test_the_page_of_one_set_has_them_and_the_warning(scored: Filled, tmp_path: 
         report = inspect_cache(cache, response_set="rejected", scoring=done.scoring, html=file)
         (one,) = report.rewards
         page = " ".join(file.read_text().split())
-        assert f"<p>With {one.of()}: {one.describe()}.</p>" in page
-        assert ("are --teacher and --reference swapped?" in page) == (one.reward_accuracy < 0.5)
+        told = f'<p class="warning">Warning: {one.of()}: {one.warning()}</p>'
+        if one.reward_accuracy >= 0.5:
+            told = f"<p>{one.of()}: {one.describe()}.</p>"
+        assert told in unescape(page)
+        assert page.count("mean margin") == 1
 
 
 def test_inspect_says_nothing_of_sampled_responses_and_without_a_reference(

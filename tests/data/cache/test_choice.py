@@ -14,11 +14,11 @@ from tests.data.makers import INFO, SAMPLING, SCORING, response_rows
 from adpa.data.cache.choice import made_from
 from adpa.data.cache.responses import ResponseName, ResponseSet, make_response_set, write_response_set
 from adpa.data.cache.selection import Need, select, select_one_scored, select_scored
-from adpa.data.cache.set_records import SetRecord
+from adpa.data.cache.set_records import SetRecord, make_record
 from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import CacheError, ListedError
 
-PREFS = SetRecord("/x/prefs.jsonl", None)
+PREFS = make_record("/x/prefs.jsonl", None)
 KD: dict[ResponseName, Need] = {"chosen": Need(signals=True, advantages=False)}
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"
 
@@ -27,7 +27,7 @@ def run(
     cache: Path, examples: str, *names: ResponseName, record: SetRecord | None = PREFS, seed: int = 0, **info: Any
 ) -> dict[ResponseName, ResponseSet]:
     """What a run of precompute writes before it scores."""
-    sets = {}
+    record, sets = record and make_record(record.data, record.split), {}
     for number, name in enumerate(names):
         made = replace(INFO, name=name, sampling=SAMPLING if name == "sampled" else None)
         rows = [row for each in examples for row in response_rows(seed + ord(each) + 1000 * number, each)]
@@ -51,7 +51,7 @@ def test_the_newest_version_of_grown_data_is_taken_and_counted(tmp_path: Path) -
 
 
 def test_a_single_set_tells_its_data_too(tmp_path: Path) -> None:
-    run(tmp_path, "ab", "chosen", record=SetRecord("org/data", "train"))
+    run(tmp_path, "ab", "chosen", record=make_record("org/data", "train"))
     selection = select(tmp_path, SFT, STUDENT)
     assert selection.newest_of == 1
     assert made_from(selection, 1).startswith("org/data split train (20")
@@ -78,8 +78,8 @@ def test_sampled_responses_of_one_student_have_versions_too(tmp_path: Path) -> N
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
-    "another path": ({"record": SetRecord("/y/prefs.jsonl", None)}, "from /y/prefs.jsonl ("),
-    "another split": ({"record": SetRecord("/x/prefs.jsonl", "test")}, "from /x/prefs.jsonl split test ("),
+    "another path": ({"record": make_record("/y/prefs.jsonl", None)}, "from /y/prefs.jsonl ("),
+    "another split": ({"record": make_record("/x/prefs.jsonl", "test")}, "from /x/prefs.jsonl split test ("),
     "no record": ({"record": None}, "data not recorded"),
     "another length": ({"max_length": 64}, "max length 64"),
     "another prompt length": ({"max_prompt_length": 8}, "max prompt length 8"),
@@ -139,7 +139,7 @@ def test_two_samplings_of_grown_data_are_listed(tmp_path: Path) -> None:
         sampling = replace(SAMPLING, temperature=temperature)
         info = replace(sets["chosen"].info, name="sampled", sampling=sampling)
         rows = [row for each in examples for row in response_rows(ord(each), each)]
-        write_response_set(tmp_path, sampled := make_response_set(info, rows, PREFS))
+        write_response_set(tmp_path, sampled := make_response_set(info, rows, sets["chosen"].record))
         add_signals(tmp_path, SCORING, sampled)
     _, *lines = lines_of(tmp_path, ADPA)
     assert [line.partition("temperature ")[2][:3] for line in lines] == ["1, ", "0.7", "0.7"]
@@ -148,7 +148,7 @@ def test_two_samplings_of_grown_data_are_listed(tmp_path: Path) -> None:
 
 def test_lines_are_copied_as_they_are(tmp_path: Path) -> None:
     """The options at the end of each line leave one combination: that line's."""
-    for record in (PREFS, SetRecord("/y/prefs.jsonl", None), SetRecord("/z/prefs.jsonl", None)):
+    for record in (PREFS, make_record("/y/prefs.jsonl", None), make_record("/z/prefs.jsonl", None)):
         sets = run(tmp_path, record.data[1:2] + "ab", "chosen", "rejected", record=record)
         add_signals(tmp_path, SCORING, *sets.values())
         add_signals(tmp_path, WITHOUT_REFERENCE, *sets.values())
@@ -167,7 +167,7 @@ def test_lines_are_copied_as_they_are(tmp_path: Path) -> None:
 
 
 def test_two_users_with_equal_names_of_files_are_kept_apart(tmp_path: Path) -> None:
-    mine, theirs = (SetRecord(f"/home/{user}/prefs.jsonl", None) for user in ("ann", "bob"))
+    mine, theirs = (make_record(f"/home/{user}/prefs.jsonl", None) for user in ("ann", "bob"))
     run(tmp_path, "ab", "chosen", record=mine)
     run(tmp_path, "cd", "chosen", record=theirs)
     _, *lines = lines_of(tmp_path, SFT)
@@ -207,7 +207,9 @@ def test_a_newest_version_without_its_samples_is_refused(tmp_path: Path) -> None
     assert ids(select(tmp_path, ADPA, STUDENT, response_sets=["chosen-" + older["chosen"].id]).sets) == ids(older)
 
 
-@pytest.mark.parametrize("other", [{"record": SetRecord("/y/prefs.jsonl", None)}, {"max_length": 64}, {"record": None}])
+@pytest.mark.parametrize(
+    "other", [{"record": make_record("/y/prefs.jsonl", None)}, {"max_length": 64}, {"record": None}]
+)
 def test_unfinished_sets_of_another_recipe_hinder_nobody(other: dict[str, Any], tmp_path: Path) -> None:
     sets = run(tmp_path, "ab", "chosen", "rejected")
     add_signals(tmp_path, SCORING, *sets.values())
@@ -238,7 +240,7 @@ def test_one_scored_set_is_the_newest_version_of_a_name(tmp_path: Path) -> None:
         select_one_scored(tmp_path)
     _, *lines = str(caught.value).splitlines()
     assert [line.partition(" responses")[0] for line in lines] == [
-        "  3 rejected", "  3 chosen", "  2 rejected", "  2 chosen"
+        "  3 chosen", "  3 rejected", "  2 chosen", "  2 rejected"
     ]  # fmt: skip
     scored, _ = select_scored(tmp_path)
     assert [len(one.responses) for one in scored] == [3, 3, 2, 2]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 from tests.data.makers import INFO, SAMPLING, response_rows
 from upath import UPath
 
-from adpa.data.cache import set_records
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import (
     ResponseSet,
@@ -24,12 +23,12 @@ from adpa.data.cache.responses import (
     read_response_sets,
     write_response_set,
 )
-from adpa.data.cache.set_records import SetRecord, read_record
+from adpa.data.cache.set_records import SetRecord, make_record, read_record
 from adpa.data.cache.shards import list_shards, write_shard
 from adpa.errors import DamagedFileError
 
-MINE = SetRecord("/data/prefs.jsonl", None)
-THEIRS = SetRecord("/home/other/prefs.jsonl", None)
+MINE = make_record("/data/prefs.jsonl", None)
+THEIRS = make_record("/home/other/prefs.jsonl", None)
 
 
 def made(examples: str = "abc", record: SetRecord | None = MINE, **info: Any) -> ResponseSet:
@@ -56,14 +55,15 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return UPath(f"memory://records/{tmp_path.name}")
 
 
-def test_a_record_has_the_data_and_the_moment_of_writing_and_is_no_part_of_the_id(cache: Location) -> None:
-    responses = made(record=SetRecord("/data/prefs.jsonl", "train"))
-    assert responses.id == made(record=None).id
+def test_a_record_has_the_data_and_its_moment_and_is_no_part_of_the_id(cache: Location) -> None:
     before = datetime.now(UTC)
-    write_response_set(cache, responses)
+    responses = made(record=make_record("/data/prefs.jsonl", "train"))
     after = datetime.now(UTC)
+    assert responses.id == made(record=None).id
+    write_response_set(cache, responses)
     (read,) = read_response_sets(cache)
     assert (read.id, read.info, len(read)) == (responses.id, responses.info, 3)
+    assert read.record == responses.record
     assert read.record is not None
     assert (read.record.data, read.record.split) == ("/data/prefs.jsonl", "train")
     assert before <= datetime.fromisoformat(read.record.time) <= after
@@ -150,7 +150,7 @@ def test_a_set_without_a_record_changes_nothing_that_is_there(cache: Location) -
     assert files(cache) == before
 
 
-@pytest.mark.parametrize("first", [None, THEIRS, SetRecord("/data/prefs.jsonl", "train")])
+@pytest.mark.parametrize("first", [None, THEIRS, make_record("/data/prefs.jsonl", "train")])
 def test_a_set_of_an_older_version_or_other_data_gets_the_new_record(first: SetRecord | None, cache: Location) -> None:
     write_response_set(cache, made(record=first))
     before = files(cache)
@@ -196,22 +196,21 @@ def test_newer_sets_of_another_recipe_do_not_matter(other: Callable[[], Response
     assert files(cache) == before
 
 
-def test_the_last_run_is_the_newest_though_its_clock_is_behind(
-    cache: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class FastClock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + timedelta(hours=3)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(set_records, "datetime", FastClock)
-        write_response_set(cache, made("abc"))
+def test_the_last_run_is_the_newest_though_its_clock_is_behind(cache: Location) -> None:
+    write_response_set(cache, made("abc", record=replace(MINE, time="2126-11-28T14:02:00.999999+00:00")))
     write_response_set(cache, made("abcd"))
     assert ids(cache) == [made("abcd").id, made("abc").id]
+    record = record_of(cache, made("abcd"))
+    assert record == replace(MINE, time="2126-11-28T14:02:01.000000+00:00")
     before = files(cache)
     write_response_set(cache, made("abcd"))
     assert files(cache) == before
+
+
+def test_the_sets_of_one_run_come_in_the_order_of_their_names(cache: Location) -> None:
+    for name in ("sampled", "rejected", "chosen"):
+        write_response_set(cache, made(name=name, sampling=SAMPLING if name == "sampled" else None))
+    assert [one.info.name for one in read_response_sets(cache)] == ["chosen", "rejected", "sampled"]
 
 
 def test_sets_without_a_record_come_last_in_the_order_of_their_names(cache: Location) -> None:
@@ -257,7 +256,7 @@ def test_of_two_files_of_a_set_the_one_with_the_latest_record_counts(tmp_path: P
 
 @pytest.mark.parametrize("_", range(5))
 def test_processes_that_write_one_set_at_once_leave_one_whole_file(_: int, tmp_path: Path) -> None:
-    sets = [made(record=SetRecord(f"/data/{number % 3}.jsonl", None)) for number in range(24)]
+    sets = [made(record=make_record(f"/data/{number % 3}.jsonl", None)) for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
         reading = [pool.submit(lambda: list(read_response_sets(tmp_path))) for _ in range(4)]
         list(pool.map(partial(write_response_set, tmp_path), sets))

@@ -104,7 +104,7 @@ def refused(error: type[AdpaError], *arguments: Any, **options: Any) -> str:
 def test_what_cannot_be_written_is_refused(filled: Filled, tmp_path: Path) -> None:
     output = tmp_path / "rows"
     assert "3 combinations of responses and scoring fit" in refused(CacheError, filled.cache, output)
-    assert "--response-set f00d: the cache has none; found " in refused(
+    assert "--response-set f00d: the cache has none; name one of these:\n" in refused(
         CacheError, filled.cache, output, response_set="f00d"
     )
     assert "no cache there" in refused(CacheError, tmp_path, output)

@@ -49,7 +49,8 @@ def test_sets_and_scorings_are_counted(cache: Path) -> None:
     sets = {one.shard_prefix(): one for one in read_response_sets(cache)}
     (scoring,) = read_scorings(cache)
     signals = read_signals(cache, scoring)
-    assert [one.name for one in listing.sets] == sorted(sets)
+    assert [one.name for one in listing.sets] == list(sets), "the newest first"
+    assert [one.record for one in listing.sets] == [one.record for one in sets.values()]
     for listed in listing.sets:
         sequences = sets[listed.name].sequences()
         assert (listed.rows, listed.info) == (len(sequences), sets[listed.name].info)

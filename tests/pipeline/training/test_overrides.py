@@ -22,6 +22,8 @@ REFUSED = {
     "--set nonsense=1": f"--set nonsense=1: {FIELDS} has no field 'nonsense'; name one of its fields",
     "--set micro_batch=3": f"--set micro_batch=3: {FIELDS} has no field 'micro_batch'; "
     "did you mean --micro-batch-size?",
+    "--set warmup_ratio=0.1": f"--set warmup_ratio=0.1: {FIELDS} has no field 'warmup_ratio'; "
+    "did you mean --warmup-steps?",
     "--set batch_size=3": "--set batch_size=3: --batch-size says it; leave it out",
     "--set learning_rate=1": "--set learning_rate=1: --learning-rate says it; leave it out",
     "--set eval_steps=5": "--set eval_steps=5: adpa evaluate compares students; leave it out",
