@@ -13,12 +13,13 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.options import DtypeName, Group, PathOrName
+from adpa.pipeline.options import DtypeName, Group, PathOrName, check_names
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
 from adpa.pipeline.training.optimizers import BUILT_IN, check_optimizer
 from adpa.pipeline.training.overrides import read_overrides
+from adpa.pipeline.training.run_directory import check_output
 from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
 from adpa.pipeline.training.values import check_values
@@ -182,6 +183,7 @@ def distill(
     options = dict(locals())
     started = time.perf_counter()
     check_values(options)
+    check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
     _check_choices(packing, dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
@@ -205,9 +207,10 @@ def distill(
     overrides = {"save_strategy": "steps" if save_steps else "no"} | read_overrides(set or [], options)
     check_schedule(lr_scheduler_type, overrides.get("lr_scheduler_kwargs"), learning_rate)
     check_optimizer(overrides.get("optim", BUILT_IN), overrides.get("optim_args"))
+    check_output(output, resume_from_checkpoint, cache, student)
     from adpa.pipeline.training.inputs import check_inputs, find_needs  # a client of the Hub: not for --help
 
-    check_inputs(find_needs(terms), student, cache, output, resume_from_checkpoint, scoring, response_set or ())
+    check_inputs(find_needs(terms), student, cache, scoring, response_set or ())
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps

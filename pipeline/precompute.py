@@ -89,7 +89,6 @@ class PrecomputeReport:
         engine_reason: why it was this one.
         workers: processes that ran each model, if there was work for all of them.
         part: which part of the data was sampled and scored, as i/n.
-        prompts: distinct prompts of the whole data.
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
@@ -101,6 +100,7 @@ class PrecomputeReport:
             has its signals yet.
         reward_margin: chosen minus rejected, mean over these pairs, in nats; None like ``reward_accuracy``.
         reward_pairs: number of these pairs.
+        prompts: distinct prompts of the whole data.
     """
 
     rows: int
@@ -126,7 +126,6 @@ class PrecomputeReport:
     engine_reason: str
     workers: int
     part: str
-    prompts: int
     scoring: str
     responses: dict[str, str]
     seconds: float
@@ -135,6 +134,7 @@ class PrecomputeReport:
     reward_accuracy: float | None = None
     reward_margin: float | None = None
     reward_pairs: int = 0
+    prompts: int = 0
 
 
 @dataclass(frozen=True)

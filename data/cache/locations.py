@@ -89,6 +89,7 @@ def check_outside(option: str, path: Location, cache: Location) -> None:
     Raises:
         OptionError: naming the option.
     """
+    check_name(option, path)
     if is_local(path) and is_local(cache) and cache.resolve() in (path.resolve(), *path.resolve().parents):
         raise OptionError(f"{option} {path}: lies in the cache {cache}", "name a place outside of it")
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adpa.data.cache.kinds import kind
-from adpa.data.cache.locations import check_name
 from adpa.data.hub import check_hub_data
 from adpa.data.rows import read_rows
-from adpa.data.sources import find_source
+from adpa.data.sources import CHECK, find_source
 from adpa.errors import DataError, OptionError
 from adpa.pipeline.models.model_names import check_models, is_here, is_same
 
@@ -53,9 +52,9 @@ def check_data(source: str, split: str | None) -> None:
     Raises:
         AdpaError: it is not.
     """
-    check_name("--data", Path(source))
-    if (found := kind(Path(source))) in ("a model", "a cache"):
-        raise DataError(f"{source}: it is {found}; expected preference pairs", "check --data")
+    found = kind(Path(source))
+    if found in ("a model", "a cache"):
+        raise DataError(f"{source}: it is {found}; expected preference pairs", CHECK)
     if find_source(source, split) == "hub":
         check_hub_data(source)
     else:

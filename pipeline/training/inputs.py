@@ -1,7 +1,6 @@
-"""Checks, without torch, the output, the cache and the student of a run, as far as that does not need the weights."""
+"""Checks, without torch, the cache and the student of a run, as far as that does not need the weights."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import Location
@@ -13,7 +12,6 @@ from adpa.errors import CacheError
 from adpa.pipeline.models.model_names import check_models
 from adpa.pipeline.options import check_names
 from adpa.pipeline.training.objectives import TermWeights
-from adpa.pipeline.training.run_directory import check_output
 
 
 def find_needs(terms: Mapping[ResponseName, TermWeights]) -> dict[ResponseName, Need]:
@@ -25,20 +23,16 @@ def check_inputs(
     needs: Mapping[ResponseName, Need],
     student: str,
     cache: Location,
-    output: Path,
-    resume_from_checkpoint: str | None,
     scoring: str | None,
     response_sets: Sequence[str],
 ) -> None:
-    """Checks what a run reads and where it writes, before the long imports; the arguments are those of ``distill``.
+    """Checks what a run reads, before the long imports; the arguments are those of ``distill``.
 
     Raises:
-        AdpaError: the output cannot be written, the cache lacks what every student needs, or the student is not there.
+        AdpaError: the cache lacks what every student needs, or the student is not there.
     """
-    check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
     for name in response_sets:
         check_names({"--response-set": name})
-    check_output(output, resume_from_checkpoint, cache, student)
     _check_sets(cache, needs, response_sets)
     if any(need.signals for need in needs.values()):
         _check_scorings(cache, scoring, any(need.advantages for need in needs.values()))

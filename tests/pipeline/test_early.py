@@ -39,7 +39,7 @@ VALUES = {
     f"{SAMPLE} --seed -1": "--seed -1; expected a whole number from 0 to 2^63 − 1",
     f"{EVALUATE} --seed -7": "--seed -7; expected a whole number from 0 to 2^63 − 1",
     f"{SAMPLE} --seed {2**63}": f"--seed {2**63}; expected a whole number from 0 to 2^63 − 1",
-    "lab --output o --seed -1": "--seed -1; expected a whole number from 0 to 2^63 − 1",
+    "lab --output o --seed -1": "--seed: [-1]; expected a list of whole numbers from 0 to 4294967295",
     f"{PRECOMPUTE} --top-k {2**31}": f"--top-k {2**31}; expected at most {2**31 - 1}",
     f"{PRECOMPUTE} --max-model-len -1": "--max-model-len -1; expected at least 1",
     f"{PRECOMPUTE} --batch-tokens -1": "--batch-tokens -1; expected at least 1",
@@ -107,17 +107,15 @@ MODELS = {
 DATA = {
     f"{PRECOMPUTE} --data pref.jsonl": "pref.jsonl: no such file or directory; did you mean prefs.jsonl?",
     f"{EVALUATE} --data ./no.parquet": "./no.parquet: no such file or directory; check --data",
-    f"{PRECOMPUTE} --data org/pairs": f"org/pairs: no such file or directory, and {OFFLINE}; "
-    "check --data, or unset HF_HUB_OFFLINE",
-    f"{PRECOMPUTE} --data 'my pairs'": "my pairs: no such file or directory, and no name that the Hub can have; "
-    "check --data",
+    f"{PRECOMPUTE} --data org/pairs": "org/pairs: no such file or directory, and the Hub cannot be asked: "
+    "offline (HF_HUB_OFFLINE is set); give --data a JSONL, JSON or Parquet file, or connect",
+    f"{PRECOMPUTE} --data 'my pairs'": "my pairs: no such file or directory; check --data",
     f"{PRECOMPUTE} --data models/teacher": "models/teacher: it is a model; expected preference pairs; check --data",
     f"{EVALUATE} --data cache": "cache: it is a cache; expected preference pairs; check --data",
-    f"{PRECOMPUTE} --data /dev/null": "/dev/null: a device or a pipe; expected a file, which can be read twice; "
-    "write it to a file",
-    f"{PRECOMPUTE} --data none.jsonl": "none.jsonl: found no rows; expected at least one preference pair; check --data",
-    f"{PRECOMPUTE} --data loop": "--data loop: Too many levels of symbolic links; name another place",
-    f"{PRECOMPUTE} --data {LONG}": f"--data {LONG}: File name too long; name another place",
+    f"{PRECOMPUTE} --data /dev/null": "/dev/null: expected a file; found a device; write its content to a file first",
+    f"{PRECOMPUTE} --data none.jsonl": "none.jsonl: found no rows: the file is empty; check --data",
+    f"{PRECOMPUTE} --data loop": "loop: cannot be read (Too many levels of symbolic links); check --data",
+    f"{PRECOMPUTE} --data {LONG}": f"{LONG}: cannot be read (File name too long); check --data",
 }
 CACHES = {
     "inspect cach": "cach: no cache there; did you mean cache?",
@@ -148,8 +146,7 @@ OUTPUTS = {
     f"{DISTILL} --output cache/../cache/out": "--output cache/../cache/out: lies in the cache cache; "
     "name a place outside of it",
     f"{DISTILL} --output prefs.jsonl": "--output prefs.jsonl: prefs.jsonl is not a directory; name another directory",
-    f"{DISTILL} --output run": "--output run: not empty, found checkpoint-10; name another directory, or resume with "
-    "--resume-from-checkpoint last",
+    f"{DISTILL} --output run": "--output run: not empty, found checkpoint-10; name another directory",
     "inspect cache --html cache/page.html": "--html cache/page.html: lies in the cache cache; "
     "name a place outside of it",
     "inspect cache --html no/page.html": "--html no/page.html: cannot be written there; name a file in an existing "
@@ -162,7 +159,7 @@ OUTPUTS = {
     "cache export cache --output cache/rows": "--output cache/rows: lies in the cache cache; "
     "name a place outside of it",
     "lab --output prefs.jsonl": "--output prefs.jsonl: prefs.jsonl is not a directory; name another directory",
-    "lab --output cache": "--output cache: a cache, and no study; name another directory",
+    "lab --output cache": "--output cache: not empty, and no study; name another directory",
     "lab --output run": "--output run: not empty, and no study; name another directory",
 }
 
@@ -209,5 +206,6 @@ def test_the_hub_that_does_not_answer_is_one_line_at_once(desk: Path, monkeypatc
     assert run_light(commands, desk) == [
         f"adpa: --teacher org/name: no such directory, and {network} the name of the checkpoint, and the network\n",
         f"adpa: --baseline org/name@v1: no such directory, and {network} the name of the checkpoint, and the network\n",
-        f"adpa: org/x: no such file or directory, and {network} --data, and the network\n",
+        "adpa: org/x: no such file or directory, and the Hub cannot be asked: offline (Connection refused); "
+        "give --data a JSONL, JSON or Parquet file, or connect\n",
     ]
