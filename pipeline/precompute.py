@@ -37,7 +37,6 @@ from adpa.pipeline.options import (
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.scoring.parts import parse_part
-from adpa.pipeline.scoring.probe import ProbeReport
 from adpa.pipeline.scoring.request import (
     DataOptions,
     EngineOptions,
@@ -51,6 +50,7 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions
 if TYPE_CHECKING:
     from adpa.data.sequences import TokenIds
     from adpa.pipeline.scoring.plan import Plan, Setup
+    from adpa.pipeline.scoring.probe import ProbeReport
     from adpa.pipeline.scoring.run import Outcome
 
 
@@ -102,7 +102,7 @@ class PrecomputeReport:
     responses: dict[str, str]
     seconds: float
     dry_run: bool
-    probe: ProbeReport | None = None
+    probe: "ProbeReport | None" = None
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _first_example(plan: "Plan") -> FirstExample:
 
 
 def _report(
-    request: Request, setup: "Setup", plan: "Plan", outcome: "Outcome", probed: ProbeReport | None, seconds: float
+    request: Request, setup: "Setup", plan: "Plan", outcome: "Outcome", probed: "ProbeReport | None", seconds: float
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0
     tokens = sum(len(sequence.response_ids) for sequence in outcome.missing)
