@@ -11,7 +11,6 @@ from typing_extensions import Doc
 from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
-from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     BatchTokensOption,
@@ -39,7 +38,6 @@ from adpa.pipeline.options import (
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.scoring.parts import parse_part
-from adpa.pipeline.scoring.probe import ProbeReport
 from adpa.pipeline.scoring.request import (
     DataOptions,
     EngineOptions,
@@ -51,8 +49,10 @@ from adpa.pipeline.scoring.request import (
 from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
+    from adpa.data.reward_accuracy import RewardAccuracy
     from adpa.data.sequences import TokenIds
     from adpa.pipeline.scoring.plan import Plan, Setup
+    from adpa.pipeline.scoring.probe import ProbeReport
     from adpa.pipeline.scoring.run import Outcome
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class PrecomputeReport:
     responses: dict[str, str]
     seconds: float
     dry_run: bool
-    probe: ProbeReport | None = None
+    probe: "ProbeReport | None" = None
     reward_accuracy: float | None = None
     reward_margin: float | None = None
     reward_pairs: int = 0
@@ -338,8 +338,8 @@ def _report(
     setup: "Setup",
     plan: "Plan",
     outcome: "Outcome",
-    probed: ProbeReport | None,
-    rewards: RewardAccuracy | None,
+    probed: "ProbeReport | None",
+    rewards: "RewardAccuracy | None",
     seconds: float,
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0

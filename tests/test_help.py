@@ -53,6 +53,12 @@ def test_what_looks_after_a_cache_does_not_wait_for_torch(tmp_path: Path) -> Non
     assert set(run_light([f"cache {name} ." for name in ("ls", "gc", "verify", "pack")], tmp_path)) == {""}
 
 
+def test_a_mistake_on_the_command_line_does_not_wait_for_torch(tmp_path: Path) -> None:
+    mistakes = ("precompute --techer x", "distill", "precompute --cache=", "distill --objective dpo", "lab --study ''")
+    said = run_light(mistakes, tmp_path)
+    assert all(text.splitlines()[-1].startswith("adpa: ") for text in said)
+
+
 PRECOMPUTE = "precompute --teacher T --data D --cache C"
 DISTILL = "distill --objective sft --student S --cache C --output O"
 EVALUATE = "evaluate --student S --baseline B --teacher T --reference R --data D"

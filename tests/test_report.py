@@ -119,3 +119,10 @@ def test_a_page_is_no_place_of_another_option_either(cache: Path, tmp_path: Path
     done = runner.invoke(cli.app, ["inspect", str(cache), "--html", str(cache / "page")])
     assert done.stderr.startswith(f"adpa: --html {cache}/page: lies in the cache")
     assert not (cache / "page").exists()
+
+
+@pytest.mark.parametrize("words", ["inspect {} --html -", "cache export {} --output -"])
+def test_only_the_summary_goes_to_standard_output(words: str, cache: Path, runner: CliRunner) -> None:
+    done = runner.invoke(cli.app, words.format(cache).split())
+    option = words.split()[-2]
+    assert (done.exit_code, done.stderr) == (2, f"adpa: {option} -: not a file; write ./- for a file of this name\n")

@@ -1,14 +1,17 @@
 """Shows the results of a probe in a terminal."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from adpa.pipeline.scoring.probe import ProbeReport
+if TYPE_CHECKING:
+    from adpa.pipeline.scoring.probe import ProbeReport
 
 
-def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
+def show_probe(report: "ProbeReport", unsampled: int) -> RenderableType:
     """A line for each K, the run's own in bold, then notes on the numbers; ``unsampled``: responses not sampled yet."""
     table = Table("K", box=None, padding=(0, 1, 0, 0))
     losses = ["KL lost", "95%"] if report.kl_against else []
@@ -49,7 +52,7 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
     return Group(table, "", *map(Text, lines))
 
 
-def _losses(report: ProbeReport) -> str:
+def _losses(report: "ProbeReport") -> str:
     if report.kl_against is None:
         return "Without a student and without a reference, the lost KL and advantages are unknown."
     text = "KL lost: nats a token that the student's KL over K + 1 outcomes does not see"
@@ -63,7 +66,7 @@ def _losses(report: ProbeReport) -> str:
     return f"{text}."
 
 
-def _hours(report: ProbeReport) -> str:
+def _hours(report: "ProbeReport") -> str:
     hours = {"teacher": report.teacher_hours, "reference": report.reference_hours or 0.0}
     whole, missing = f"{sum(hours.values()):.3g}", f"{report.missing_hours:.3g}"
     parts = [f"{model} {share:.3g}" for model, share in hours.items() if report.reference_hours is not None]

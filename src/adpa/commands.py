@@ -105,6 +105,9 @@ def _own_options(
 def _check_files(kinds: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Checks that no file that is written is also read, or lies in a cache."""
     given = {name: value for name, value in options.items() if value is not None and name in kinds}
+    for name, value in given.items():
+        if kinds[name] is Path and name != "report" and str(value) == "-":
+            raise OptionError(f"--{name} -: not a file", "write ./- for a file of this name")
     for written in (name for name in FILES_WRITTEN if name in given):
         option, file = f"--{written}", given[written]
         for name, value in given.items():

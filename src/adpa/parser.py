@@ -1,7 +1,6 @@
 """Commands as the parser has them: imported when they are called, one line for what cannot be parsed, their help."""
 
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import typer
 import typer.core
+from rich.console import Console
 from rich.markup import escape
 
 from adpa.errors import AdpaError, did_you_mean
@@ -75,7 +75,7 @@ class Command(typer.core.TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Shows the help; in a narrow terminal every option has lines of its own."""
-        if (columns := shutil.get_terminal_size().columns) < NARROW:
+        if (columns := Console().width) < NARROW:
             typer.echo(_narrow_help(self, ctx, columns))
         else:
             super().format_help(ctx, formatter)
@@ -187,7 +187,7 @@ def _show_required(command: Any, ctx: Any) -> str:
     width = max(len(_name(option)) for option in required)
     lines = [" ".join(["usage:", path_of(ctx), *map(_example, required), "[OPTIONS]"])]
     lines += [f"  {_name(option):<{width}}  {_shortly(option.help)}" for option in required]
-    columns = shutil.get_terminal_size().columns
+    columns = Console().width
     wrapped = [_wrap(line, columns, "    " if line is lines[0] else " " * (width + 4)) for line in lines]
     return "\n".join([*wrapped, f"adpa: {_listing(map(_name, required))} missing; see {path_of(ctx)} --help\n"])
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from adpa.data.cache.locations import check_name, check_outside, check_writable, check_writable_file, find_location
+from adpa.data.cache.locations import (
+    check_name,
+    check_other_file,
+    check_outside,
+    check_writable,
+    check_writable_file,
+    find_location,
+)
 from adpa.errors import OptionError
 
 
@@ -61,6 +68,39 @@ def test_a_file_needs_a_directory_that_is_there(tmp_path: Path) -> None:
     for file in (tmp_path, tmp_path / "nowhere" / "page.html"):
         with pytest.raises(OptionError, match=f"--html {file}: cannot be written there; name a file in an existing"):
             check_writable_file("--html", file)
+
+
+def test_a_device_may_be_written_and_a_file_without_permission_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable_file("--report", Path("/dev/null"))
+    (tmp_path / "report.json").write_text("old")
+    check_writable_file("--report", tmp_path / "report.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "report.json")
+    with pytest.raises(OptionError, match="cannot be written there"):
+        check_writable_file("--report", tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ("model", "--teacher names it too"),
+        ("model/../model", "--teacher names it too"),
+        ("model/config.json", "one of the files of --teacher"),
+    ],
+)
+def test_a_file_that_is_written_is_none_that_another_option_reads(file: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(OptionError, match=problem):
+        check_other_file("--report", tmp_path / file, "--teacher", tmp_path / "model", is_read=True)
+
+
+def test_a_new_file_beside_what_is_read_and_one_in_an_output_are_good(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_other_file("--report", tmp_path / "run" / "new.json", "--teacher", tmp_path / "run", is_read=True)
+    (tmp_path / "run" / "old.json").write_text("{}")
+    check_other_file("--report", tmp_path / "run" / "old.json", "--output", tmp_path / "run", is_read=False)
 
 
 def test_a_plain_path_stays_one() -> None:
