@@ -257,6 +257,6 @@ def test_one_reason_for_all_versions_is_said_once(tmp_path: Path) -> None:
     for examples in ("ab", "abc"):
         add_signals(tmp_path, WITHOUT_REFERENCE, *run(tmp_path, examples, "chosen").values())
     assert refusal(tmp_path, {"chosen": Need(signals=True, advantages=True)}) == (
-        f"{tmp_path}: no scoring has the signals that are needed: scoring {WITHOUT_REFERENCE.id} has no reference, hence "
-        "no advantages; run adpa precompute with these responses, and with --reference for advantages"
+        f"{tmp_path}: no scoring has the signals that are needed: scoring {WITHOUT_REFERENCE.id} has no reference, "
+        "hence no advantages; run adpa precompute with these responses, and with --reference for advantages"
     )
