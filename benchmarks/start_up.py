@@ -1,4 +1,4 @@
-"""How long every command takes to show its help, as a process of its own: ``make bench``."""
+"""How long every command takes to show its help, and to tell of a mistake: ``make bench``. Each is a process."""
 
 import statistics
 import subprocess
@@ -11,15 +11,16 @@ import typer
 from adpa import cli
 
 ROUNDS = 7
+MISTAKES = (["precompute", "--techer", "x"], ["distill"])  # an option that does not exist; options that are missing
 
 
 def main() -> None:
-    """Prints a Markdown table of seconds; a round runs every command once."""
-    names = commands()
-    rounds = [[seconds(*name, "--help") for name in names] for _ in range(ROUNDS)]
+    """Prints a Markdown table of seconds; a round runs every command line once."""
+    lines = [*([*name, "--help"] for name in commands()), *MISTAKES]
+    rounds = [[seconds(*line) for line in lines] for _ in range(ROUNDS)]
     print(f"| of {ROUNDS} runs, seconds | minimum | median |\n| --- | --: | --: |")
-    for name, times in zip(names, zip(*rounds, strict=True), strict=True):
-        print(f"| `{' '.join(['adpa', *name, '--help'])}` | {min(times):.2f} | {statistics.median(times):.2f} |")
+    for line, times in zip(lines, zip(*rounds, strict=True), strict=True):
+        print(f"| `{' '.join(['adpa', *line])}` | {min(times):.2f} | {statistics.median(times):.2f} |")
 
 
 def commands() -> list[list[str]]:
@@ -32,8 +33,10 @@ def commands() -> list[list[str]]:
 def seconds(*arguments: str) -> float:
     """Wall-clock time of one run of ``adpa``."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "adpa", *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    done = subprocess.run([sys.executable, "-m", "adpa", *arguments], check=False, capture_output=True)
+    taken = time.perf_counter() - started
+    assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+    return taken
 
 
 if __name__ == "__main__":

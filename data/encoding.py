@@ -5,7 +5,6 @@ the rendered conversation with the response adds, up to and including the end-of
 a prefix of the tokens of the whole, and nothing that a row says may be missing.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +13,10 @@ from itertools import chain, islice
 import numpy as np
 
 from adpa.data.chat_template import THINKING_FIELDS, ChatTemplate
-from adpa.data.preferences import PreferencePair, parse_pair
+from adpa.data.preferences import PreferencePair, Row, parse_pair
 from adpa.data.rendering import Rendered, Renderer
 from adpa.data.round_trip import check_round_trip, find_losses, lost_bytes
-from adpa.data.rows import Row
+from adpa.data.row_counts import RowCounts
 from adpa.data.sequences import TokenIds, check_lengths
 from adpa.data.vocabulary import token_ids
 from adpa.errors import RowError
@@ -34,53 +33,6 @@ class EncodedPair:
     prompt_ids: TokenIds
     chosen_ids: TokenIds
     rejected_ids: TokenIds
-
-
-@dataclass
-class EncodingCounts:
-    """What happened to the rows.
-
-    Attributes:
-        rows: rows read.
-        truncated_prompts: prompts cut to the limit.
-        thinking_left_out: rows whose earlier turns had thinking that the chat template leaves out.
-        invalid: rows that cannot be used, by reason.
-    """
-
-    rows: int = 0
-    truncated_prompts: int = 0
-    thinking_left_out: int = 0
-    invalid: Counter[str] = field(default_factory=Counter)
-
-    _first: tuple[int, RowError] | None = field(default=None, init=False, repr=False)
-
-    @property
-    def dropped(self) -> int:
-        """Rows that cannot be used."""
-        return self.invalid.total()
-
-    def reasons(self) -> dict[str, int]:
-        """``invalid`` by falling count."""
-        return dict(sorted(self.invalid.items(), key=lambda item: (-item[1], item[0])))
-
-    def add(self, number: int, error: RowError) -> None:
-        """Counts a row that cannot be used, by its number."""
-        self.invalid[error.reason] += 1
-        if self._first is None or number < self._first[0]:
-            self._first = number, error
-
-    def error(self) -> RowError:
-        """The error of the first row that cannot be used; it counts the others."""
-        assert self._first is not None
-        error = self._first[1]
-        if self.dropped == 1:
-            return error
-        problem, fix, reason = error.args
-        return RowError(f"{problem} (first of {self.dropped:,} invalid rows; {self.describe()})", fix, reason)
-
-    def describe(self) -> str:
-        """The rows that cannot be used, by reason, as a part of a line."""
-        return ", ".join(f"{reason}: {count:,}" for reason, count in self.reasons().items())
 
 
 @dataclass(frozen=True)
@@ -103,7 +55,7 @@ class Encoder:
     drop_invalid: bool = False
     rendered: bool = False
     allow_control_tokens: bool = False
-    counts: EncodingCounts = field(default_factory=EncodingCounts)
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def __post_init__(self) -> None:
         check_lengths(self.max_prompt_length, self.max_length)
@@ -115,11 +67,10 @@ class Encoder:
             RowError: rows cannot be used; after the last row, so that the message says how many and why.
             ModelError: the tokenizer does not keep text.
         """
-        seen: dict[str, int] = {}
         rendered = self._render(self._parse(rows))
         while batch := list(islice(rendered, BATCH)):
             for pair, encoded in self._tokenize(batch):
-                occurrence = seen[pair.example_id] = seen.get(pair.example_id, 0) + 1
+                occurrence = self.counts.add_used(pair.example_id, *encoded)
                 example_id = pair.example_id if occurrence == 1 else f"{pair.example_id}:{occurrence}"
                 yield EncodedPair(example_id, *encoded)
         if self.counts.dropped and not self.drop_invalid:
@@ -131,7 +82,7 @@ class Encoder:
             try:
                 yield number, parse_pair(where, row, self.rendered)
             except RowError as error:
-                self.counts.add(number, error)
+                self.counts.add_invalid(number, error)
 
     def _render(self, pairs: Iterator[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair, Rendered]]:
         first = list(islice(pairs, FIRST_ROWS))
@@ -143,7 +94,7 @@ class Encoder:
                         raise _lost(pair, lost[text])
                 yield number, pair, self._renderer.render(pair)
             except RowError as error:
-                self.counts.add(number, error)
+                self.counts.add_invalid(number, error)
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -161,7 +112,7 @@ class Encoder:
                 rejected_ids = self._response(pair, "rejected", one, prompt, rejected)
                 self._check_known(pair, one, chosen, rejected)
             except RowError as error:
-                self.counts.add(number, error)
+                self.counts.add_invalid(number, error)
                 continue
             self.counts.thinking_left_out += one.thinking_left_out
             self.counts.truncated_prompts += len(prompt) > self.max_prompt_length

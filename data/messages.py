@@ -20,6 +20,7 @@ UNSUPPORTED_FIELDS = {
     *("function_call", "function_calls", "functions", "tools", "tool_plan", "tool_responses", "tool_results"),
     *("refusal", "reasoning_details", "thinking_blocks", "thoughts"),
 }
+ROLE_NAMES = {"human": "user", "function": "tool"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 DROP = "mend or remove the row, or pass --drop-invalid"
 
 _AUTHORS = {*ROLES, "human", "gpt", "chatgpt", "bot", "model", "function", "observation", "function_call", "ipython"}
@@ -43,17 +44,21 @@ def parse_messages(place: str, value: Any, role: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise RowError(f"{place} is {value!r:.60}; expected chat messages or a string", DROP, "not messages")
+        fix = "put the message into a list" if isinstance(value, Mapping) and {"role", "from"} & value.keys() else DROP
+        raise RowError(f"{place} is {shown(value)}; expected chat messages or a string", fix, "not messages")
     return [_parse_message(place, message) for message in value]
 
 
 def _parse_message(place: str, message: Any) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise _no_message(place, message)
+        raise _no_message(place, message, "role")
     role = message["role"]
     if role not in ROLES:
+        known = role.lower() if role.lower() in ROLES else ROLE_NAMES.get(role.lower(), "")
         raise RowError(
-            f"{place} has a message with the role {role!r}; expected one of {', '.join(ROLES)}", DROP, "wrong role"
+            f"{place} has a message with the role {shown(role)}; expected one of {', '.join(ROLES)}",
+            f"rename it to {known}" if known else DROP,
+            "wrong role",
         )
     parsed: Message = {"role": role, "content": ""}
     for field, value in message.items():
@@ -66,7 +71,7 @@ def _parse_message(place: str, message: Any) -> Message:
         elif field in TEXT_FIELDS:
             if not isinstance(value, str):
                 raise RowError(
-                    f"{place} has a message with the {field} {value!r:.60}; expected a string", DROP, "not messages"
+                    f"{place} has a message whose `{field}` is {shown(value)}; expected a string", DROP, "not messages"
                 )
             parsed[field] = value
     parsed["content"] = _parse_content(place, message)
@@ -80,23 +85,35 @@ def _parse_content(place: str, message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _no_message(place, message)
+        raise _no_message(place, message, "content")
     for part in content:
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-            raise _no_message(place, message)
+            raise _no_part(place, part)
         if part["type"] != "text":
-            raise unsupported(f"{place} has a content part of the type {part['type']!r}", part["type"])
+            raise unsupported(f"{place} has a content part of the type {shown(part['type'])}", part["type"])
         if not isinstance(part.get("text"), str):
-            raise _no_message(place, message)
+            raise _no_part(place, part)
     return "".join(part["text"] for part in content)
 
 
-def _no_message(place: str, message: Any) -> RowError:
+def _no_message(place: str, message: Any, field: str) -> RowError:
+    if not isinstance(message, Mapping):
+        problem = f"has the message {shown(message)}"
+    elif field in message:
+        problem = f"has a message whose `{field}` is {shown(message[field])}"
+    else:
+        problem = f"has a message without `{field}`, {shown(message)}"
+    fix = DROP
+    if isinstance(message, Mapping) and "role" not in message and {"from", "value"} <= message.keys():
+        fix = "rename from to role, value to content, human to user, and gpt to assistant"  # ShareGPT
     return RowError(
-        f"{place} has the message {message!r:.80}; expected an object with `role` and `content`, both strings",
-        DROP,
-        "not messages",
+        f"{place} {problem}; expected an object with `role` and `content`, both strings", fix, "not messages"
     )
+
+
+def _no_part(place: str, part: Any) -> RowError:
+    expected = "expected a string, or parts of the form {'type': 'text', 'text': …}, both strings"
+    return RowError(f"{place} has a message with the content part {shown(part)}; {expected}", DROP, "not messages")
 
 
 def unsupported(problem: str, name: str) -> RowError:
@@ -105,6 +122,16 @@ def unsupported(problem: str, name: str) -> RowError:
         if word in name:
             return RowError(f"{problem}; {medium} {'is' if medium == 'audio' else 'are'} not supported", DROP, medium)
     return RowError(f"{problem}, which is not supported", DROP, "unsupported field")
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value for one line of text, as JSON names it; a long one is cut."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    text = repr(value[: most + 1] if isinstance(value, str) else value)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def is_empty(value: Any) -> bool:
@@ -118,7 +145,7 @@ def _parse_tool_calls(place: str, role: str, calls: Any) -> list[dict[str, Any]]
     if role != "assistant":
         raise RowError(f"{place} has tool calls in a message of the {role}", DROP, "broken tool call")
     if not isinstance(calls, list):
-        raise RowError(f"{place} has the tool calls {calls!r:.60}; expected a list", DROP, "broken tool call")
+        raise RowError(f"{place} has the tool calls {shown(calls)}; expected a list", DROP, "broken tool call")
     return [_parse_tool_call(place, call) for call in calls]
 
 
@@ -145,7 +172,7 @@ def _parse_tool_call(place: str, call: Any) -> dict[str, Any]:
 
 def _broken_tool_call(place: str, call: Any) -> RowError:
     return RowError(
-        f"{place} has the tool call {call!r:.80}; "
+        f"{place} has the tool call {shown(call, 80)}; "
         'expected {"type": "function", "function": {"name": …, "arguments": {…}}}',
         DROP,
         "broken tool call",

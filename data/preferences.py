@@ -8,28 +8,26 @@ user's for a prompt, the assistant's for a response. ``system`` becomes the firs
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adpa.data.messages import DROP, Message, holds_messages, is_empty, parse_messages, unsupported
+from adpa.data.columns import (
+    MEDIA_COLUMNS,
+    PROMPT_COLUMNS,
+    READ_COLUMNS,
+    RESPONSE_COLUMNS,
+    TEMPLATE_COLUMNS,
+    missing_columns,
+    printable,
+    renaming,
+)
+from adpa.data.messages import DROP, Message, holds_messages, is_empty, parse_messages, shown, unsupported
 from adpa.errors import RowError
 
-RESPONSE_COLUMNS = ("chosen", "rejected")
-TEMPLATE_COLUMNS = ("system", "tools", "chat_template_kwargs")
-MEDIA_COLUMNS = {
-    *("image", "images", "image_url", "image_urls", "image_path", "image_paths", "pixel_values"),
-    *("video", "videos", "audio", "audios"),
-}
-# Columns that other programs make a part of the prompt, and what to do with them.
-PROMPT_COLUMNS = {
-    "system_prompt": "name it system",
-    "system_message": "name it system",
-    "functions": "name it tools",
-    "documents": "put it into chat_template_kwargs",
-    "history": "write it into `prompt` as messages",
-} | dict.fromkeys(("context", "instruction", "input", "query"), "write it into `prompt`")
-READ_COLUMNS = {"prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS}
+Row = Mapping[str, Any] | RowError  # or the error with which it was read
+
+JSON_TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
 
 # The arguments of a chat template that adpa decides itself, or that would change how it calls the tokenizer.
 RESERVED_TEMPLATE_KWARGS = {
@@ -63,7 +61,7 @@ class PreferencePair:
     chat_template_kwargs: dict[str, Any]
 
 
-def parse_pair(where: str, row: Mapping[str, Any] | RowError, rendered: bool = False) -> PreferencePair:
+def parse_pair(where: str, row: Row, rendered: bool = False) -> PreferencePair:
     """Turns one row of any of the supported forms into a ``PreferencePair``.
 
     Args:
@@ -77,7 +75,8 @@ def parse_pair(where: str, row: Mapping[str, Any] | RowError, rendered: bool = F
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, Mapping):
-        raise RowError(f"{where}: found a {type(row).__name__}; expected an object with `chosen` and `rejected`", DROP)
+        found = JSON_TYPES.get(type(row), "null")
+        raise RowError(f"{where}: found {found}; expected an object with `chosen` and `rejected`", DROP)
     try:
         _check_columns(where, row)
         return _parse_rendered(where, row) if rendered else _parse_chat(where, row)
@@ -85,25 +84,22 @@ def parse_pair(where: str, row: Mapping[str, Any] | RowError, rendered: bool = F
         raise RowError(f"{where}: the row is nested too deeply", DROP, "broken JSON") from error
 
 
-def printable(names: Iterable[str]) -> str:
-    """The names of columns for one line of text."""
-    return ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
-
-
 def _check_columns(where: str, row: Mapping[str, Any]) -> None:
     for column in RESPONSE_COLUMNS:
         if row.get(column) is None:
-            raise RowError(
-                f"{where}: found the columns {printable(row)}; expected `{column}`",
-                "name the columns prompt, chosen and rejected",
-                "missing column",
-            )
+            raise _no_response(where, row, column)
     for column, value in row.items():
         if column in MEDIA_COLUMNS and not is_empty(value):
             raise unsupported(f"{where}: found the column `{column}`", column)
     for column in ("prompt", "system", *RESPONSE_COLUMNS):
         if isinstance(row.get(column), str):
             _refuse_messages(where, column, row[column])
+
+
+def _no_response(where: str, row: Mapping[str, Any], column: str) -> RowError:
+    if wrong := missing_columns(tuple(row)):
+        return RowError(f"{where}: {wrong[0]}", wrong[1], "missing column")
+    return RowError(f"{where}: `{column}` is null; expected chat messages or a string", DROP, "null response")
 
 
 def _refuse_messages(where: str, column: str, text: str) -> None:
@@ -118,7 +114,7 @@ def _refuse_messages(where: str, column: str, text: str) -> None:
 def _parse_chat(where: str, row: Mapping[str, Any]) -> PreferencePair:
     chosen, rejected = (parse_messages(f"{where}: `{column}`", row[column], "assistant") for column in RESPONSE_COLUMNS)
     shared = _shared_prefix(chosen, rejected)
-    prompt = _with_system(where, row.get("system"), _parse_prompt(where, row.get("prompt"), shared))
+    prompt = _with_system(where, row.get("system"), _parse_prompt(where, row, shared))
     for column, conversation in (("chosen", chosen), ("rejected", rejected)):
         _check_response(where, column, conversation[len(shared) :])
     questions = [message["content"] for message in prompt if message["role"] == "user"]
@@ -134,7 +130,7 @@ def _parse_chat(where: str, row: Mapping[str, Any]) -> PreferencePair:
 def _parse_rendered(where: str, row: Mapping[str, Any]) -> PreferencePair:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise RowError(f"{where}: `prompt` is {prompt!r:.60}; expected a rendered prompt, a string", DROP, "no prompt")
+        raise RowError(f"{where}: `prompt` is {shown(prompt)}; expected a rendered prompt, a string", DROP, "no prompt")
     for column in TEMPLATE_COLUMNS:
         if not is_empty(row.get(column)):
             raise RowError(
@@ -174,13 +170,19 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
     return chosen[:length]
 
 
-def _parse_prompt(where: str, value: Any, shared: list[Message]) -> list[Message]:
+def _parse_prompt(where: str, row: Mapping[str, Any], shared: list[Message]) -> list[Message]:
+    value = row.get("prompt")
     if is_empty(value):
         prompt = shared
         if not prompt:
+            found, fix = "found no `prompt`", renaming(tuple(row)) or "add `prompt`"
+            if "prompt" in row:
+                found, fix = f"`prompt` is {shown(value)}", "write the prompt into it"
+            elif not row.keys() <= READ_COLUMNS:
+                found += f" among the columns {printable(row)}"
             raise RowError(
-                f"{where}: found no `prompt`, and `chosen` and `rejected` share no messages",
-                "add `prompt`, or make both whole conversations with the same beginning",
+                f"{where}: {found}, and `chosen` and `rejected` share no messages",
+                f"{fix}, or make both whole conversations with the same beginning",
                 "no prompt",
             )
     else:
@@ -204,7 +206,7 @@ def _with_system(where: str, system: Any, prompt: list[Message]) -> list[Message
     if is_empty(system):
         return prompt
     if not isinstance(system, str):
-        raise RowError(f"{where}: `system` is {system!r:.60}; expected a string", DROP, "system message")
+        raise RowError(f"{where}: `system` is {shown(system)}; expected a string", DROP, "system message")
     if prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     if prompt[0]["content"] != system:
@@ -251,7 +253,7 @@ def _parse_tools(where: str, value: Any) -> tuple[dict[str, Any], ...] | None:
     if is_empty(tools):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and tool for tool in tools):
-        raise RowError(f"{where}: `tools` is {value!r:.60}; expected a list of JSON schemas", DROP, "broken tools")
+        raise RowError(f"{where}: `tools` is {shown(value)}; expected a list of JSON schemas", DROP, "broken tools")
     return tuple(dict(tool) for tool in tools)
 
 
@@ -263,7 +265,7 @@ def _parse_kwargs(where: str, value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(kwargs, Mapping):
         raise RowError(
-            f"{where}: `chat_template_kwargs` is {value!r:.60}; expected an object", DROP, "broken template arguments"
+            f"{where}: `chat_template_kwargs` is {shown(value)}; expected an object", DROP, "broken template arguments"
         )
     for name in kwargs:
         if name in RESERVED_TEMPLATE_KWARGS:
@@ -282,7 +284,7 @@ def _decode(where: str, column: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(
-            f"{where}: `{column}` is the string {value!r:.60}; expected JSON", DROP, "broken JSON"
+            f"{where}: `{column}` is the string {shown(value)}; expected JSON", DROP, "broken JSON"
         ) from error
 
 

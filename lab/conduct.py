@@ -13,10 +13,14 @@ from filelock import FileLock, Timeout
 from typing_extensions import Doc
 
 from adpa.data.cache.files import write_file
+from adpa.data.cache.kinds import kind
 from adpa.data.cache.locations import check_writable
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
+from adpa.lab.seed_list import check_seeds
 from adpa.pipeline.options import Group
+from adpa.pipeline.training.values import COUNT
+from adpa.yaml_options import read_options
 
 if TYPE_CHECKING:
     from adpa.lab.report import StudyReport
@@ -44,8 +48,12 @@ def lab(
         AdpaError: a problem with the arguments, the study or the directory that the caller can solve.
     """
     started = time.perf_counter()
-    if workers < 1:
-        raise OptionError(f"--workers {workers}; expected at least 1")
+    COUNT.check("--workers", workers)
+    if seed:
+        check_seeds(seed, "--seed")
+    if study is not None:
+        read_options("--study", study)
+    _check_directory(output)
     for package in ("trl", "matplotlib"):
         if find_spec(package) is None:
             raise OptionError(f"adpa lab needs {package}, which is not installed", "pip install 'adpa[lab]'")
@@ -58,7 +66,6 @@ def lab(
     from adpa.lab.study import OWN_STUDY, read_study
 
     chosen = read_study(study or OWN_STUDY, seed)
-    check_writable("--output", output)
     _begin(output, chosen)
     with _alone(output):
         tuned = tune(output, chosen, workers)
@@ -69,6 +76,14 @@ def lab(
         report = report_study(output, tuned, chosen.variants, results, time.perf_counter() - started)
         plot_study(output, report, _signals(output, chosen.seeds[0]))
         return report
+
+
+def _check_directory(output: Path) -> None:
+    """Checks that a study can be begun in a directory, or has been."""
+    check_writable("--output", output)
+    if output.exists() and any(output.iterdir()) and not (output / SETTINGS).exists():
+        what = kind(output) if kind(output) != "a directory" else "not empty"
+        raise OptionError(f"--output {output}: {what}, and no study", "name another directory")
 
 
 def _begin(output: Path, study: "Study") -> None:
@@ -92,8 +107,6 @@ def _begin(output: Path, study: "Study") -> None:
                 f"--output {output}: a study of other settings was begun there: its {' and '.join(different)} differ",
                 "name another directory",
             )
-    elif output.exists() and any(output.iterdir()):
-        raise OptionError(f"--output {output}: not empty, and no study", "name another directory")
     else:
         output.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(settings, indent=2).encode())

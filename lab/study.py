@@ -12,7 +12,8 @@ from adpa.lab.advantages import AdvantageName
 from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
-from adpa.pipeline.training.objectives import check_plausibility
+from adpa.lab.seed_list import check_seeds
+from adpa.pipeline.training.values import check_values
 from adpa.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # a study compares all methods with these
@@ -90,22 +91,6 @@ def read_study(path: Path = OWN_STUDY, seeds: list[int] | None = None) -> Study:
     return Study(reported, tuple(tuning_seeds), content["prompts"], plan, methods, variants)
 
 
-def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
-    """The seeds, after a check that they are different numbers.
-
-    Raises:
-        OptionError: the list is empty, or a seed is no number or occurs twice.
-    """
-    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise OptionError(f"{where}: {seeds!r}; expected a list of numbers of at least 0")
-    if not seeds:
-        raise OptionError(f"{where}: {seeds!r}; expected at least one")
-    twice = [seed for seed, count in Counter(seeds).items() if count > 1]
-    if twice:
-        raise OptionError(f"{where}: seed {twice[0]} occurs twice", "name every seed once")
-    return tuple(seeds)
-
-
 def _method(content: Any, common: Mapping[str, Any], where: str) -> Method:
     objective = str(_read(content, where).get("objective"))
     if objective not in OBJECTIVES:
@@ -139,9 +124,8 @@ def _check_options(method: Method, options: Mapping[str, Any], where: str) -> No
     if method.objective == "dpo":
         return
     try:
+        check_values(options)
         terms_of(method.objective, options)
-        if "plausibility" in options:
-            check_plausibility(options["plausibility"])
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
 

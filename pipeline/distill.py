@@ -1,10 +1,10 @@
 """Stage two: trains a student from the signals in a cache."""
 
+import inspect
 import time
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from typing_extensions import Doc
 
@@ -12,15 +12,16 @@ from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
-from adpa.errors import OptionError
-from adpa.pipeline.options import DtypeName, Group
+from adpa.errors import OptionError, did_you_mean
+from adpa.pipeline.options import DtypeName, Group, PathOrName
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
-from adpa.pipeline.training.objectives import ObjectiveName, check_plausibility, objective_terms
-
-SchedulerName = Literal[
-    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-]
+from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
+from adpa.pipeline.training.optimizers import BUILT_IN, check_optimizer
+from adpa.pipeline.training.overrides import read_overrides
+from adpa.pipeline.training.schedules import SchedulerName, check_schedule
+from adpa.pipeline.training.trackers import read_trackers
+from adpa.pipeline.training.values import check_values
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class DistillReport:
 def distill(
     objective: Annotated[ObjectiveName, Doc("The loss to minimise: sft, kd, dckd or adpa."), Group.DECIDE],
     student: Annotated[
-        str, Doc("The small model to train: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
+        PathOrName, Doc("The small model to train: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
     ],
     cache: Annotated[
         Location, Doc("Directory of the teacher-signal cache, or a URL such as s3://bucket/folder."), Group.DECIDE
@@ -159,11 +160,13 @@ def distill(
         int, Doc("Steps between two checkpoints; 0 saves only the trained student."), Group.SAVING
     ] = 0,
     resume_from_checkpoint: Annotated[
-        str | None,
+        PathOrName | None,
         Doc("Checkpoint directory to resume from, or last for the newest one in --output, if it has one."),
         Group.SAVING,
     ] = None,
-    report_to: Annotated[str, Doc("Experiment tracker: none, wandb, tensorboard, …"), Group.SAVING] = "none",
+    report_to: Annotated[
+        str, Doc("Experiment trackers: none, or wandb, tensorboard, … with commas between them."), Group.SAVING
+    ] = "none",
     set: Annotated[
         list[str] | None, Doc("key=value of any transformers.TrainingArguments field; repeatable."), Group.TRAINING
     ] = None,
@@ -176,45 +179,42 @@ def distill(
     Raises:
         AdpaError: a problem with the arguments, the cache or the student that the caller can solve.
     """
+    options = dict(locals())
     started = time.perf_counter()
+    check_values(options)
+    _check_choices(packing, dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
-    check_plausibility(plausibility)
-    _check_training(packing, max_steps, num_train_epochs)
-    _check_not_negative(
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        save_steps=save_steps,
-    )
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
-    batches = batch_arguments(batch_size, micro_batch_size)
+    of_options: dict[str, Any] = {
+        "output_dir": str(output),
+        "learning_rate": learning_rate,
+        "num_train_epochs": num_train_epochs,
+        "max_steps": max_steps,
+        **batch_arguments(batch_size, micro_batch_size),
+        "lr_scheduler_type": lr_scheduler_type,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "gradient_checkpointing": gradient_checkpointing,
+        "bf16": bf16,
+        "seed": seed,
+        "logging_steps": logging_steps,
+        "save_steps": save_steps or 500,
+        "report_to": read_trackers(report_to),
+    }
+    overrides = {"save_strategy": "steps" if save_steps else "no"} | read_overrides(set or [], options)
+    check_schedule(lr_scheduler_type, overrides.get("lr_scheduler_kwargs"), learning_rate)
+    check_optimizer(overrides.get("optim", BUILT_IN), overrides.get("optim_args"))
+    from adpa.pipeline.training.inputs import check_inputs, find_needs  # a client of the Hub: not for --help
+
+    check_inputs(find_needs(terms), student, cache, output, resume_from_checkpoint, scoring, response_set or ())
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps
     from adpa.pipeline.training.model_sharding import check_sharding
     from adpa.pipeline.training.training_arguments import make_training_arguments
 
-    arguments = make_training_arguments(
-        set or [],
-        device,
-        output_dir=str(output),
-        learning_rate=learning_rate,
-        num_train_epochs=num_train_epochs,
-        max_steps=max_steps,
-        **batches,
-        lr_scheduler_type=lr_scheduler_type,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        gradient_checkpointing=gradient_checkpointing,
-        bf16=bf16,
-        seed=seed,
-        logging_steps=logging_steps,
-        save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or 500,
-        report_to=report_to,
-    )
+    arguments = make_training_arguments(device, **of_options | overrides)
     check_sharding(arguments)
     run = steps.Run(
         objective=objective,
@@ -231,8 +231,10 @@ def distill(
     sources = steps.open_sources(run, student, cache, scoring, response_set or ())
     origin = steps.describe_origin(run, sources)
     start = steps.find_common_start(run, origin)
+    defaults = {name: each.default for name, each in inspect.signature(distill).parameters.items()}
+    warnings = steps.warn_before(run, sources, start, options, defaults)
     in_training = steps.load_student(run, sources)
-    trainer = steps.train_student(run, sources, in_training, start, origin)
+    trainer = steps.train_student(run, sources, in_training, start, origin, warnings)
     steps.save_student(run, sources, in_training, trainer)
     report = DistillReport(
         objective=objective,
@@ -255,16 +257,11 @@ def distill(
     return report
 
 
-def _check_training(packing: Packing, max_steps: int, num_train_epochs: float) -> None:
-    if packing not in get_args(Packing):
-        raise OptionError(f"--packing {packing!r}; expected one of {', '.join(get_args(Packing))}")
-    if max_steps != -1 and max_steps < 1:
-        raise OptionError(f"--max-steps {max_steps}; expected at least 1, or −1 for no limit")
-    if not 0 < num_train_epochs < inf:
-        raise OptionError(f"--num-train-epochs {num_train_epochs:g}; expected more than 0")
-
-
-def _check_not_negative(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not 0 <= number < inf:
-            raise OptionError(f"--{name.replace('_', '-')} {number:g}; expected 0 or more")
+def _check_choices(packing: Packing, dtype: DtypeName, device: str) -> None:
+    for option, name, known in (("--packing", packing, get_args(Packing)), ("--dtype", dtype, get_args(DtypeName))):
+        if name not in known:
+            raise OptionError(f"{option} {name!r}; expected one of {', '.join(known)}", did_you_mean(str(name), known))
+    if dtype == "float16":
+        raise OptionError("--dtype float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")

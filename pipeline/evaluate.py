@@ -8,6 +8,7 @@ Shapes: P distinct prompts, M responses to each, T tokens of a response.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from typing_extensions import Doc
 
 from adpa.data.bootstrap import Interval, bootstrap_interval, win_share
-from adpa.data.cache.locations import Location
+from adpa.data.cache.format import check_new_cache
+from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
@@ -37,6 +39,7 @@ from adpa.pipeline.options import (
     Group,
     MaxNewTokensOption,
     MaxPromptLengthOption,
+    PathOrName,
     QuantizationOption,
     RenderedOption,
     SamplesPerPromptOption,
@@ -46,6 +49,7 @@ from adpa.pipeline.options import (
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
+    check_names,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
@@ -124,14 +128,18 @@ class EvaluateReport:
 
 
 def evaluate(
-    student: Annotated[str, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE],
+    student: Annotated[
+        PathOrName, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
+    ],
     baseline: Annotated[
-        str, Doc("The model that it is compared with, such as the student before training."), Group.DECIDE
+        PathOrName, Doc("The model that it is compared with, such as the student before training."), Group.DECIDE
     ],
     teacher: TeacherOption,
-    reference: Annotated[str, Doc("The large model before preference training."), Group.DECIDE],
+    reference: Annotated[PathOrName, Doc("The large model before preference training."), Group.DECIDE],
     data: Annotated[
-        str, Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."), Group.DECIDE
+        PathOrName,
+        Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
+        Group.DECIDE,
     ],
     cache: Annotated[
         Location | None,
@@ -168,6 +176,8 @@ def evaluate(
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
     """
     started = time.perf_counter()
+    names = {"--student": student, "--baseline": baseline, "--teacher": teacher, "--reference": reference}
+    check_names(names)
     max_length = max_prompt_length + max_new_tokens
     SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
     DataOptions(
@@ -182,7 +192,7 @@ def evaluate(
     ).check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
     EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
-    _check_different(student, baseline)
+    _check_inputs(names, data, split, cache)
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
         folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
@@ -213,12 +223,11 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
-        ask(student=baseline, dry_run=True)  # checks everything else before the student's long work
+        if ask(student=baseline, dry_run=True).prompts < 2:  # also checks everything else before the long work
+            raise DataError(f"{data}: all its prompts are one and the same", "give at least two, and better hundreds")
         by_student, by_baseline = ask(student=student), ask(student=baseline)
         mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
     assert mine.prompts == theirs.prompts, "both answer the same data"
-    if len(mine.prompts) < 2:
-        raise DataError(f"{data}: all its prompts are one and the same", "give at least two, and better hundreds")
     return EvaluateReport(
         student=mine.summary(),
         baseline=theirs.summary(),
@@ -241,14 +250,31 @@ def evaluate(
     )
 
 
-def _check_different(student: str, baseline: str) -> None:
-    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all values are checked
+def _check_inputs(names: Mapping[str, str], data: str, split: str | None, cache: Location | None) -> None:
+    """Checks what is read and written; the names of the models are by their options."""
+    from adpa.pipeline.models.model_names import is_same
+    from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
+
+    if cache is not None:
+        check_writable("--cache", cache)
+        check_new_cache("--cache", cache)
+    student, baseline = names["--student"], names["--baseline"]
+    if is_same(student, baseline):
+        raise _same_weights(student, baseline)
+    check_reference(names["--reference"], names["--teacher"])
+    check_inputs(names, data, split)
+
+    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all that needs no weights
 
     if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
-        raise OptionError(
-            f"--baseline {baseline}: it has the weights of --student {student}, so that there is nothing to compare",
-            "name the model before training, or another one",
-        )
+        raise _same_weights(student, baseline)
+
+
+def _same_weights(student: str, baseline: str) -> OptionError:
+    return OptionError(
+        f"--baseline {baseline}: it has the weights of --student {student}, so that there is nothing to compare",
+        "name the model before training, or another one",
+    )
 
 
 def repetition(response_ids: TokenIds) -> float:

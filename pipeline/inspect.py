@@ -1,5 +1,6 @@
 """Pictures of a cache: its signals in a few numbers, and responses token by token."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing_extensions import Doc
 
 from adpa.data.cache.choice import are_versions, choose, made_from
 from adpa.data.cache.files import write_file
-from adpa.data.cache.locations import check_writable_file
-from adpa.data.cache.responses import ResponseSet
+from adpa.data.cache.format import check_cache
+from adpa.data.cache.locations import check_outside, check_writable_file
+from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.selection import ScoredSet, select_scored
 from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.inspection import InspectedResponse, inspect_responses
+from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, check_counts, check_names
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class InspectReport:
         left_out: a line about each response set that no scoring has whole.
         responses: the responses, token by token; none where several response sets or scorings fit.
         html: the page that was written.
+        rewards: one for each chosen and rejected set of the same data with each scoring that has both and a reference;
+            at least one of the two is among the summaries.
     """
 
     summaries: list[SignalSummary]
@@ -38,6 +45,7 @@ class InspectReport:
     left_out: list[str]
     responses: list[InspectedResponse]
     html: str | None
+    rewards: list[SetRewards]
 
 
 def inspect_cache(
@@ -61,23 +69,31 @@ def inspect_cache(
     Raises:
         AdpaError: a problem with the arguments or the cache that the caller can solve.
     """
-    if count < 1:
-        raise OptionError(f"--count {count}; expected at least 1")
+    check_counts({"--count": count})
+    check_names({"--example": example, "--response-set": response_set, "--scoring": scoring})
     if html is not None:
         check_writable_file("--html", html)
+        if str(html.absolute()).startswith(("/dev/", "/proc/")):  # a page takes the place of what is there
+            raise OptionError(f"--html {html}: no place for a page", "name a file")
+        check_cache(cache)
+        check_outside("--html", html, cache)
     scored, left_out = select_scored(cache, scoring, response_set)
     among, one_needed = len(scored), example is not None or html is not None
     if among > 1 and (one_needed or (response_set is not None and are_versions(scored))):
         scored = [choose(scored)]
     data = made_from(scored[0], among) if len(scored) == 1 else ""
     rows = _rows(scored[0].responses, example, count) if len(scored) == 1 else []
+    rewards = set_rewards(scored, list(read_response_sets(cache)))
+    for one in rewards:
+        if (warning := one.warning()) is not None:
+            logger.warning("%s: %s", one.of(), warning)
     summaries = [_summarize(one) for one in scored]
     responses = []
     if rows:
         responses = inspect_responses(scored[0], rows, read_tokenizer(cache, scored[0].responses.info.tokenizer))
     if html is not None:
-        write_file(html, render_page(summaries[0], responses).encode())
-    return InspectReport(summaries, data, left_out, responses, None if html is None else str(html))
+        write_file(html, render_page(summaries[0], rewards, responses).encode())
+    return InspectReport(summaries, data, left_out, responses, None if html is None else str(html), rewards)
 
 
 def _rows(responses: ResponseSet, example: str | None, count: int) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """Stage one: asks the large models once and keeps what they said."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from adpa.data.cache.format import find_version
+from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
+from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     BatchTokensOption,
@@ -24,6 +26,7 @@ from adpa.pipeline.options import (
     HeadDtype,
     MaxNewTokensOption,
     MaxPromptLengthOption,
+    PathOrName,
     QuantizationOption,
     RenderedOption,
     SamplesPerPromptOption,
@@ -52,14 +55,25 @@ if TYPE_CHECKING:
     from adpa.pipeline.scoring.plan import Plan, Setup
     from adpa.pipeline.scoring.run import Outcome
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class PrecomputeReport:
     """What ``precompute`` did; with ``dry_run``, what it would do at most.
 
     Attributes:
+        rows: pairs read; like all counts of pairs, of the whole data and not of a part.
+        used: pairs that became token ids; the others were dropped.
+        duplicates: pairs in use whose content is that of an earlier one.
+        identical: pairs in use whose chosen and rejected response are the same tokens, maybe because both were cut.
+        contradicting: pairs in use that prefer what an earlier pair with the same prompt rejects, and the reverse.
         scored: token sequences scored now.
-        reused: token sequences whose signals were already there.
+        reused: token sequences whose signals were already there, or came from another process in the meantime.
+        resumed: those of them that a stopped run left: they are in no response set of which all responses were scored
+            before, the chosen and rejected responses of one data set taken together. 0 if nothing was missing.
+        resumed_halves: token sequences scored now whose teacher's half a stopped run left.
+        resumed_samples: responses that a stopped run sampled: no response set was made of them. 0 if none was missing.
         sampled: responses sampled now.
         awaited: responses that other parts of the data have still to sample; until then there is no sampled set.
         tokens: response tokens scored now.
@@ -75,15 +89,30 @@ class PrecomputeReport:
         engine_reason: why it was this one.
         workers: processes that ran each model, if there was work for all of them.
         part: which part of the data was sampled and scored, as i/n.
+        prompts: distinct prompts of the whole data.
         scoring: the scoring's id.
         responses: the id of each response set.
         seconds: wall-clock time.
         dry_run: whether nothing was sampled or written, and nothing scored but the responses of a probe.
         probe: what the probe of a dry run measured.
+        reward_accuracy: share of the pairs in which Σ_t (log p_teacher − log p_reference) of the chosen response is
+            larger than that of the rejected one. It is of the pairs in the part whose two responses have signals now,
+            or of the probed pairs. None unless chosen and rejected responses are scored with a reference, or if no pair
+            has its signals yet.
+        reward_margin: chosen minus rejected, mean over these pairs, in nats; None like ``reward_accuracy``.
+        reward_pairs: number of these pairs.
     """
 
+    rows: int
+    used: int
+    duplicates: int
+    identical: int
+    contradicting: int
     scored: int
     reused: int
+    resumed: int
+    resumed_halves: int
+    resumed_samples: int
     sampled: int
     awaited: int
     tokens: int
@@ -97,11 +126,15 @@ class PrecomputeReport:
     engine_reason: str
     workers: int
     part: str
+    prompts: int
     scoring: str
     responses: dict[str, str]
     seconds: float
     dry_run: bool
     probe: ProbeReport | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    reward_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +157,9 @@ class FirstExample:
 def precompute(
     teacher: TeacherOption,
     data: Annotated[
-        str, Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name."), Group.DECIDE
+        PathOrName,
+        Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name."),
+        Group.DECIDE,
     ],
     cache: Annotated[
         Location,
@@ -132,9 +167,13 @@ def precompute(
         Group.DECIDE,
     ],
     reference: Annotated[
-        str | None, Doc("The large model before preference training; with it, tokens get advantages."), Group.DECIDE
+        PathOrName | None,
+        Doc("The large model before preference training; with it, tokens get advantages."),
+        Group.DECIDE,
     ] = None,
-    student: Annotated[str | None, Doc("The model whose own responses are sampled and scored."), Group.DECIDE] = None,
+    student: Annotated[
+        PathOrName | None, Doc("The model whose own responses are sampled and scored."), Group.DECIDE
+    ] = None,
     responses: Annotated[
         str | None,
         Doc("Responses to score, with commas; default: chosen,rejected, or sampled with --student."),
@@ -252,14 +291,18 @@ def precompute(
         probe=probe,
     )
     request.check()
+    from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
+
     check_writable("--cache", cache)
-    find_version(cache)  # one that this program must not write to is refused at once
+    check_new_cache("--cache", cache)
+    check_reference(reference, teacher)
+    check_inputs({"--teacher": teacher, "--reference": reference, "--student": student}, data, split)
     if executor == "ray":
         request = replace(request, cache=cache.absolute())  # workers have a working directory of their own
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.scoring.plan import make_plan, open_setup
-    from adpa.pipeline.scoring.run import probe_plan, run_plan
+    from adpa.pipeline.scoring.run import measure_rewards, probe_plan, run_plan
 
     setup = open_setup(request)
     plan = make_plan(request, setup)
@@ -267,7 +310,10 @@ def precompute(
         on_example(_first_example(plan))
     outcome = run_plan(request, setup, plan)
     probed = None if probe is None else probe_plan(request, probe, setup, plan, outcome)
-    return _report(request, setup, plan, outcome, probed, time.perf_counter() - started)
+    rewards = measure_rewards(request, plan, outcome) if probed is None else probed.rewards
+    if rewards is not None and (warning := rewards.warning()):
+        logger.warning(warning)
+    return _report(request, setup, plan, outcome, probed, rewards, time.perf_counter() - started)
 
 
 def _first_example(plan: "Plan") -> FirstExample:
@@ -288,34 +334,53 @@ def _first_example(plan: "Plan") -> FirstExample:
 
 
 def _report(
-    request: Request, setup: "Setup", plan: "Plan", outcome: "Outcome", probed: ProbeReport | None, seconds: float
+    request: Request,
+    setup: "Setup",
+    plan: "Plan",
+    outcome: "Outcome",
+    probed: ProbeReport | None,
+    rewards: RewardAccuracy | None,
+    seconds: float,
 ) -> PrecomputeReport:
     planned = len(outcome.unsampled) if request.dry_run else 0
-    tokens = sum(len(sequence.response_ids) for sequence in outcome.missing)
+    counts = plan.encoder.counts
+    tokens = sum(len(sequence.response_ids) for sequence in outcome.scored)
     tokens += planned * request.sampling.max_new_tokens
     size = outcome.bytes
     if request.dry_run:
         at_most = tokens * plain_bytes(request.signals.top_k, request.reference is not None)
         size = at_most if probed is None else probed.predict_bytes(tokens)
     return PrecomputeReport(
-        scored=len(outcome.missing) + planned,
-        reused=len(outcome.wanted) - len(outcome.missing),
+        rows=counts.rows,
+        used=counts.used,
+        duplicates=counts.duplicates,
+        identical=counts.identical,
+        contradicting=counts.contradicting,
+        scored=len(outcome.scored) + planned,
+        reused=len(outcome.wanted) - len(outcome.scored),
+        resumed=outcome.resumed.sequences,
+        resumed_halves=outcome.resumed.halves,
+        resumed_samples=outcome.resumed.samples,
         sampled=len(outcome.unsampled),
         awaited=outcome.awaited,
         tokens=tokens,
         bytes=size,
-        truncated_prompts=plan.encoder.counts.truncated_prompts,
+        truncated_prompts=counts.truncated_prompts,
         truncated_responses=sum(outcome.sets[name].info.truncated_responses for name in request.names),
-        thinking_left_out=plan.encoder.counts.thinking_left_out,
-        dropped=plan.encoder.counts.dropped,
-        dropped_by_reason=plan.encoder.counts.reasons(),
+        thinking_left_out=counts.thinking_left_out,
+        dropped=counts.dropped,
+        dropped_by_reason=counts.reasons(),
         engine=setup.engine.name,
         engine_reason=setup.engine.reason,
         workers=request.executor.workers or 1,
         part=str(request.part),
+        prompts=plan.own.distinct,
         scoring=plan.scoring.id,
         responses={name: one.id for name, one in outcome.finished.items()},
         seconds=seconds,
         dry_run=request.dry_run,
         probe=probed,
+        reward_accuracy=None if rewards is None else rewards.reward_accuracy,
+        reward_margin=None if rewards is None else rewards.reward_margin,
+        reward_pairs=0 if rewards is None else rewards.pairs,
     )

@@ -22,9 +22,9 @@ from adpa import (
     precompute,
     verify_cache,
 )
-from adpa.commands import load
 from adpa.lab.conduct import lab
-from adpa.parameters import has_doc
+from adpa.parameters import doc_of
+from adpa.parser import load
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "precompute": precompute,
@@ -43,7 +43,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def parameters_of(command: str) -> dict[str, inspect.Parameter]:
     """The parameters of a command's function that are options: those with a ``Doc``."""
-    return {name: each for name, each in inspect.signature(COMMANDS[command]).parameters.items() if has_doc(each)}
+    return {name: each for name, each in inspect.signature(COMMANDS[command]).parameters.items() if doc_of(each)}
 
 
 def registered_as(command: str) -> Any:

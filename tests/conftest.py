@@ -1,10 +1,12 @@
 """Real parts for the tests: SmolLM2's weights, tokenizer and template, and tiny models that speak its tokens."""
 
 import gc
+import inspect
 import json
 import os
 import shutil
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from filelock import FileLock
 
 if not torch.cuda.is_available():
@@ -22,7 +25,12 @@ if not torch.cuda.is_available():
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
+from adpa import cli, precompute
+from adpa.commands import as_command
 from adpa.lab.smollm2 import save_smollm2
+from adpa.parser import Commands
+
+ROOT = Path(__file__).parents[1]
 
 Row = dict[str, Any]
 
@@ -152,6 +160,37 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     """Runs commands in this process, in a terminal of 80 columns."""
     monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", None)  # CI may ask for colours
     return CliRunner(env={"COLUMNS": "80"})
+
+
+def write_program(folder: Path) -> Path:
+    """Writes this tree's ``adpa`` as a program into a folder, which a shell can have in its PATH."""
+    program = folder / "adpa"
+    folder.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}/src" exec "{sys.executable}" -m adpa "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Makes ``adpa precompute`` do nothing but keep the arguments that the command line passes to it."""
+    seen: dict[str, object] = {}
+
+    @dataclass
+    class Nothing:
+        done: bool = True
+
+    def record(*arguments: object, **options: object) -> Nothing:
+        """Record."""
+        seen.update(options)
+        return Nothing()
+
+    app = typer.Typer(cls=Commands)
+    record.__signature__ = inspect.signature(precompute)  # type: ignore[attr-defined]
+    app.command("precompute")(lambda: as_command(record))
+    app.command("other")(lambda: None)
+    monkeypatch.setattr(cli, "app", app)
+    return seen
 
 
 WriteRows = Callable[..., Path]

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from typing_extensions import Doc
 
 from adpa import cli, evaluate, precompute
-from adpa.commands import Commands, as_command, load
+from adpa.commands import as_command
 from adpa.data.cache.format import prepare_cache
 from adpa.parameters import group_of
+from adpa.parser import Commands, load
 from adpa.pipeline.options import Group
 
 
@@ -29,9 +30,9 @@ def test_the_programme_names_its_commands(runner: CliRunner) -> None:
 def run_light(commands: Iterable[str], folder: Path) -> list[str]:
     """What each of some commands says on standard error; all run in one process, none imports a slow package."""
     program = (
-        "import json, sys; from typer.testing import CliRunner; from adpa import cli; said = []\n"
+        "import json, shlex, sys; from typer.testing import CliRunner; from adpa import cli; said = []\n"
         "for words in sys.argv[1:]:\n"
-        "    said.append(CliRunner().invoke(cli.app, words.split()).stderr)\n"
+        "    said.append(CliRunner().invoke(cli.app, shlex.split(words)).stderr)\n"
         "    slow = {'torch', 'transformers', 'datasets'} & sys.modules.keys()\n"
         "    if slow: sys.exit(f'{words}: imports {slow}')\n"
         "print(json.dumps(said))"
@@ -65,7 +66,7 @@ OUT_OF_RANGE = {
     f"{EVALUATE} --temperature -1": "--temperature -1; expected 0 or more",
     "inspect C --count 0": "--count 0; expected at least 1",
     "lab --output O --workers 0": "--workers 0; expected at least 1",
-    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected 0 or more",
+    f"{DISTILL} --learning-rate -1": "--learning-rate -1; expected more than 0",
     f"{DISTILL} --plausibility 1": "--plausibility 1; expected at least 0 and less than 1",
 }
 
@@ -152,6 +153,29 @@ def test_no_name_is_cut_in_any_width(name: str, columns: int, runner: CliRunner)
     text = runner.invoke(cli.app, [*name.split(), "--help"], env={"COLUMNS": str(columns)}).output
     assert max(map(len, text.splitlines())) <= columns
     assert {word for option in options_of(name).values() for word in option.opts if word[0] == "-"} <= {*text.split()}
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("name", ["", "cache", *COMMANDS])
+def test_no_line_and_no_word_is_cut(name: str, columns: int, runner: CliRunner) -> None:
+    def shown(columns: int) -> str:
+        done = runner.invoke(cli.app, [*name.split(), "--help"], env={"COLUMNS": str(columns)}, prog_name="adpa")
+        assert done.exit_code == 0
+        return done.stdout
+
+    text = shown(columns)
+    assert max(map(len, text.splitlines())) <= columns
+    words, all_words = (
+        {word for word in each.translate(dict.fromkeys(map(ord, "│─╭╮╰╯*"), " ")).split() if word[-1].isalpha()}
+        for each in (text, shown(300))
+    )
+    assert words <= all_words
+
+
+@pytest.mark.parametrize("name", ["", "cache", *COMMANDS])
+def test_h_is_help(name: str, runner: CliRunner) -> None:
+    by_letter, by_word = (runner.invoke(cli.app, [*name.split(), option]) for option in ("-h", "--help"))
+    assert (by_letter.exit_code, by_letter.stdout) == (0, by_word.stdout)
 
 
 def test_brackets_are_text_and_no_markup(runner: CliRunner) -> None:

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"pipeline", "pipeline.scoring", "pipeline.training", "pipeline.models", "pipeline.terminal"}
     | {"kernels", *CACHE_FILES},
     "lab": {"lab", "pipeline", "pipeline.models", "pipeline.training", "kernels", *CACHE_FILES},
-    "cli": {"commands", "parameters", "lab", "pipeline", "pipeline.cache", "pipeline.terminal"},
+    "cli": {"commands", "parser", "lab", "pipeline", "pipeline.cache", "pipeline.terminal"},
 }
 OWN_MODULE_ONLY = ("vllm", "ray", "peft", "bitsandbytes", "trl")
 MODEL_PACKAGES = ("torch", "transformers")  # no room of files imports them

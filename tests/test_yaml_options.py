@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from adpa.errors import OptionError
-from adpa.yaml_options import as_number, read_options
+from adpa.yaml_options import as_number, read_config, read_options
 
 
 def read(text: str | bytes, tmp_path: Path) -> Any:
@@ -35,12 +35,13 @@ def test_what_a_mapping_takes_from_another_is_not_there_twice(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", "'a' is there twice in .*, line 3, column 1"),
+        ("a: 1\nb: 2\na: 3\n", "line 3: 'a' is there twice; correct the YAML"),
         ("x: {on: 1, 'on': 2}", "'on' is there twice"),
-        ("x: [", "while parsing"),
+        ("x: [", "line 1: expected the node content"),
         ("[a]: 1", "unhashable key"),
         ("day: 2024-13-01", "month must be in 1..12"),
-        (b"\xff", "decode"),
+        (b"\xff", "not a text file; name a YAML file in UTF-8"),
+        (b"PK\x00\x01", "not a text file"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line_that_names_the_option_and_the_file(
@@ -70,3 +71,17 @@ def test_digits_after_a_zero_are_text_as_in_an_id(text: str, tmp_path: Path) -> 
     path = tmp_path / "options.yaml"
     path.write_text(f"scoring: {text}\nworkers: 0\nseed: 12\n")
     assert read_options("--config", path) == {"scoring": text, "workers": 0, "seed": 12}
+
+
+def test_the_numbers_of_a_commands_options_are_the_text_that_was_written(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "seed: 1_0\nrate: 1.0e-3\nday: 2024-13-01\non: on\nlist: [0x1, 2, {a: 3}]\nobject: {number: 4}\n"
+    )
+    assert read_config("--config", tmp_path / "run.yaml") == {
+        "seed": "1_0",
+        "rate": "1.0e-3",
+        "day": "2024-13-01",
+        "on": True,
+        "list": ["0x1", "2", {"a": 3}],
+        "object": {"number": 4},
+    }

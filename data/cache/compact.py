@@ -141,6 +141,30 @@ def read_compact_row(table: pa.Table, place: int) -> SignalRow:
         ) from error
 
 
+def compact_advantage_sums(table: pa.Table) -> NDArray[np.float64]:
+    """Σ_t of the token advantages of each row of a compact table [rows]; decodes no other array.
+
+    Raises:
+        ValueError, OSError: they are not what ``compact_table`` makes of rows with a reference.
+    """
+    encoding = json.loads(table.schema.metadata[b"adpa"])["encoding"]
+    dtype = F16 if ENCODINGS[encoding] else F32
+    tokens_R = table["tokens"].to_numpy().astype(np.int64)
+    packed = table["token_advantages"].combine_chunks()
+    if packed.null_count:
+        raise ValueError(f"{packed.null_count} of {len(packed)} rows lack advantages")
+    if (tokens_R < 0).any() or tokens_R.sum() * dtype.itemsize > LARGEST_ARRAY:
+        raise ValueError(f"{len(tokens_R)} rows with {tokens_R.sum()} tokens")
+    row_N = np.repeat(np.arange(len(tokens_R)), tokens_R)
+    offsets = np.frombuffer(packed.buffers()[1], np.int32)[packed.offset :][: len(packed) + 1]
+    frames = packed.buffers()[2][int(offsets[0]) : int(offsets[-1])]  # the planes of one row after another
+    planes = np.frombuffer(CODEC.decompress(frames, len(row_N) * dtype.itemsize), np.uint8)
+    starts_R = (np.cumsum(tokens_R) - tokens_R) * (dtype.itemsize - 1)
+    lowest_N, step_N = starts_R[row_N] + np.arange(len(row_N)), tokens_R[row_N]
+    values = np.stack([planes[lowest_N + byte * step_N] for byte in range(dtype.itemsize)], axis=1)
+    return np.bincount(row_N, values.reshape(-1).view(dtype), len(tokens_R)).astype(np.float64)
+
+
 def _encode(row: SignalRow, top_k: int, lossy: bool) -> dict[str, Any]:
     assert row.topk_ids.shape[1] == top_k, f"{row.topk_ids.shape[1]} ids where {top_k} are expected"
     kept_TK = row.topk_ids != PADDING

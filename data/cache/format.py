@@ -8,9 +8,10 @@ import re
 
 from adpa.data.cache.documents import read_document, write_document
 from adpa.data.cache.files import list_folder
-from adpa.data.cache.locations import Location
+from adpa.data.cache.kinds import did_you_mean_path, kind
+from adpa.data.cache.locations import Location, is_local
 from adpa.data.cache.shards import damaged
-from adpa.errors import AdpaError, CacheError, DamagedFileError
+from adpa.errors import AdpaError, CacheError, DamagedFileError, OptionError
 
 FORMAT, VERSION = "adpa-cache", 2
 MARKER = "cache.json"
@@ -24,10 +25,29 @@ def check_cache(cache: Location) -> int:
         CacheError: the cache does not exist, has a newer format, names another program, or cannot be read.
         DamagedFileError: its marker is damaged, or belongs to another program.
     """
+    found, meant = kind(cache), did_you_mean_path(cache, "a cache")
+    if found == "a file":
+        raise CacheError(f"{cache}: it is a file; expected the directory of a cache", meant or "check the path")
     version = find_version(cache)
     if version is None:
-        raise CacheError(f"{cache}: no cache there", "make it with adpa precompute, or check the path")
+        there = f", but {found}" if found in ("a model", "a data set") else ""
+        raise CacheError(f"{cache}: no cache there{there}", meant or "make it with adpa precompute, or check the path")
     return version
+
+
+def check_new_cache(option: str, cache: Location) -> None:
+    """Checks that a directory is a cache that this version may write to, or may become one.
+
+    Raises:
+        OptionError: it is a model or a data set, or lies in one.
+        CacheError: see ``find_version``.
+        DamagedFileError: see ``find_version``.
+    """
+    if find_version(cache) is None and is_local(cache):
+        for place in (cache, *cache.absolute().parents):
+            if (found := kind(place)) in ("a model", "a data set"):
+                problem = f"{option} {cache}: " + ("it" if place == cache else str(place)) + f" is {found}"
+                raise OptionError(problem, "name a directory of its own for the cache")
 
 
 def prepare_cache(cache: Location) -> None:

@@ -1,7 +1,9 @@
 """Where a cache lies: a local directory, or the URL of an object store such as ``s3://bucket/folder``."""
 
+import errno
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeAlias
 
 from typing_extensions import TypeIs
@@ -10,6 +12,8 @@ from upath import UPath
 from adpa.errors import OptionError
 
 Location: TypeAlias = Path | UPath
+NAME_MAX = 255  # bytes of a name in a folder, in all usual file systems
+HIDING = 34  # more bytes, of the hidden name under which a file is written
 
 
 def find_location(text: str) -> Location:
@@ -40,18 +44,42 @@ def copies_folder() -> Path:
     return Path(os.environ.get("ADPA_HOME") or Path.home() / ".cache" / "adpa") / "files"
 
 
+def check_name(option: str, path: Location, longest: int = NAME_MAX) -> None:
+    """Checks that a path can exist: no name in it is longer than ``longest`` bytes, and its folders can be entered.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if not is_local(path):
+        return
+    text = str(path)
+    shown = text if text.isprintable() else ascii(text)
+    try:
+        if any(len(os.fsencode(part)) > longest for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError(f"{option} {shown}: {reason}", "name another place") from error
+
+
 def check_writable(option: str, directory: Location) -> None:
     """Checks that a directory can be written, or made if it does not exist. An object store reports this when written.
 
     Raises:
         OptionError: naming the option.
     """
+    check_name(option, directory)
     if not is_local(directory):
         return
-    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not os.path.exists(nearest):
+        raise OptionError(f"{option} {directory}: {nearest} is a broken link", "name another directory")
     if not nearest.is_dir():
         raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")
-    if not os.access(nearest, os.W_OK):
+    if not _can_write(nearest):
         raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")
 
 
@@ -66,10 +94,51 @@ def check_outside(option: str, path: Location, cache: Location) -> None:
 
 
 def check_writable_file(option: str, file: Path) -> None:
-    """Checks that a file can be written into an existing directory.
+    """Checks that a file can be written: a new one into an existing directory, or one that is there.
 
     Raises:
         OptionError: naming the option.
     """
-    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+    check_name(option, file, NAME_MAX - HIDING)
+    if file.exists():
+        writable = not file.is_dir() and os.access(file, os.W_OK)
+    else:
+        writable = file.parent.is_dir() and not file.is_symlink()
+    if not writable or (not is_special(file) and not os.access(file.resolve().parent, os.W_OK)):
         raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")
+
+
+def check_other_file(option: str, file: Path, other: str, path: Path, is_read: bool) -> None:
+    """Checks that a file that is written is not the place of another option, nor a file that the other option reads.
+
+    Args:
+        option: the option that names the file.
+        file: the file.
+        other: the other option.
+        path: its file or directory.
+        is_read: whether it is read, with the files in it.
+
+    Raises:
+        OptionError: naming both options.
+    """
+    same = file.samefile(path) if file.exists() and path.exists() else file.resolve() == path.resolve()
+    if same and not is_special(file):
+        raise OptionError(f"{option} {file}: {other} names it too", "name another file")
+    if is_read and file.exists() and path.resolve() in file.resolve().parents:
+        raise OptionError(f"{option} {file}: one of the files of {other} {path}", "name a new file")
+
+
+def is_special(file: Path) -> bool:
+    """Whether a path is a device or a pipe, such as /dev/null: it is written, and not replaced."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
+def _can_write(folder: Path) -> bool:
+    """Tries it with a file that has no name: permissions alone do not tell of every file system."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

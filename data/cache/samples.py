@@ -5,7 +5,7 @@ is the digest of the prompt and the index of the sample.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,21 +58,20 @@ def check_samples(path: Location, table: pa.Table) -> pa.Table:
     return table
 
 
-def missing_requests(cache: Location, sampling: Sampling, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
-    """The distinct requests that have no response in the cache."""
-    present = read_samples(cache, sampling)
-    return list({request.key: request for request in requests if request.key not in present}.values())
+def missing_requests(samples: Container[bytes], requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+    """The distinct requests without a response in the result of ``read_samples``."""
+    return list({request.key: request for request in requests if request.key not in samples}.values())
 
 
 def write_samples(
     cache: Location, sampling: Sampling, requests: Sequence[SampleRequest], responses: Sequence[TokenIds]
-) -> None:
-    """Adds the responses to some requests, int32 [T] each, as one shard."""
+) -> Location:
+    """Adds the responses to some requests, int32 [T] each, as one shard, and returns it."""
     columns = [
         pa.array([request.key for request in requests], SCHEMA.field("key").type),
         list_column(responses, SCHEMA.field("response_ids").type),
     ]
-    write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
+    return write_shard(samples_folder(cache, sampling), SHARD_PREFIX, pa.Table.from_arrays(columns, schema=SCHEMA))
 
 
 def samples_folder(cache: Location, sampling: Sampling) -> Location:

@@ -107,7 +107,7 @@ def select(
     every = list(read_response_sets(cache))
     present = _narrow(every, list(needs), response_sets)
     usable = [one for one in present if one.info.sampling is None or one.info.sampling.student == student]
-    groups = _complete_groups(usable, list(needs))
+    groups = complete_groups(usable, list(needs))
     if not groups:
         raise _missing_sets(cache, present, usable, list(needs), student)
     fitting = [Selection(group, None, None) for group in groups]
@@ -251,7 +251,7 @@ def _narrow(
     return [one for sets in kept.values() for one in sets]
 
 
-def _complete_groups(
+def complete_groups(
     usable: Sequence[ResponseSet], names: Sequence[ResponseName]
 ) -> list[dict[ResponseName, ResponseSet]]:
     """Every combination of one set of each name, all made from the same examples in the same way."""

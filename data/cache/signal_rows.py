@@ -129,3 +129,17 @@ def read_plain_row(table: pa.Table, place: int) -> SignalRow:
         if name != "key"
     }
     return SignalRow(table["key"][place].as_py(), **arrays)
+
+
+def plain_advantage_sums(table: pa.Table) -> NDArray[np.float64]:
+    """Σ_t of the token advantages of each row of a plain table [rows]; reads no other column.
+
+    Raises:
+        ValueError: a row has none.
+    """
+    column = table["token_advantages"].combine_chunks()
+    if column.null_count:
+        raise ValueError(f"{column.null_count} of {len(column)} rows lack advantages")
+    tokens_R = column.value_lengths().to_numpy()
+    row_N = np.repeat(np.arange(len(column)), tokens_R)
+    return np.bincount(row_N, column.flatten().to_numpy(), len(column)).astype(np.float64)

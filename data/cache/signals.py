@@ -16,16 +16,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from adpa.data.cache.compact import check_encoding, compact_schema, compact_table, is_compact, read_compact_row
+from adpa.data.cache.compact import (
+    check_encoding,
+    compact_advantage_sums,
+    compact_schema,
+    compact_table,
+    is_compact,
+    read_compact_row,
+)
 from adpa.data.cache.documents import read_document, write_document
 from adpa.data.cache.files import list_folder
 from adpa.data.cache.locations import Location
-from adpa.data.cache.shards import damaged, join_keys, open_shards, serialize, write_serialized
-from adpa.data.cache.signal_rows import SignalRow, plain_schema, read_plain_row
-from adpa.errors import CacheError
+from adpa.data.cache.shards import (
+    damaged,
+    join_keys,
+    list_again,
+    list_shards,
+    open_shards,
+    peek_shard,
+    serialize,
+    write_serialized,
+)
+from adpa.data.cache.signal_rows import SignalRow, plain_advantage_sums, plain_schema, read_plain_row
+from adpa.errors import CacheError, DamagedFileError
 
 SHARD_PREFIX = "signals"
 TOP_K_LIMIT = 1 << 24
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,34 @@ class SignalTable:
         place = number - (int(self._ends[shard]) - len(table))
         return read_compact_row(table, place) if is_compact(table.schema) else read_plain_row(table, place)
 
+    def advantage_sums(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Σ_t of ``SignalRow.token_advantages`` of each row with a number from ``locate``; decodes nothing else.
+
+        Raises:
+            DamagedFileError: the advantages cannot be decoded, or a row has none.
+        """
+        assert (numbers >= 0).all(), "a sequence without its row"
+        wanted, sums = np.zeros(len(self), dtype=bool), np.zeros(len(self))
+        wanted[numbers] = True
+        for table, end in zip(self._tables, self._ends, strict=True):
+            for place in range(0, len(table), ROWS_AT_ONCE):
+                rows = table.slice(place, ROWS_AT_ONCE)
+                here = slice(end - len(table) + place, end - len(table) + place + len(rows))
+                if wanted[here].any():
+                    sums[here] = _advantage_sums(rows)
+        return sums[numbers]
+
+
+def _advantage_sums(table: pa.Table) -> NDArray[np.float64]:
+    try:
+        return compact_advantage_sums(table) if is_compact(table.schema) else plain_advantage_sums(table)
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        key = table["key"][0].as_py().hex()
+        raise DamagedFileError(
+            f"the advantages of the signal row {key} or of one soon after it cannot be decoded: {error}",
+            "run adpa cache verify --repair",
+        ) from error
+
 
 def write_scoring(cache: Location, scoring: Scoring) -> None:
     """Writes the description of a scoring into a cache; changes nothing if the cache has it."""
@@ -194,11 +239,10 @@ def read_scoring_file(path: Location) -> Scoring:
     return scoring
 
 
-def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
-    """Adds a shard of rows to a scoring, and returns its size in bytes."""
+def write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> tuple[Location, int]:
+    """Adds a shard of rows to a scoring, and returns it and its size in bytes."""
     payload = serialize(compact_table(rows, scoring.top_k, scoring.lossy))
-    write_serialized(scoring.folder(cache), SHARD_PREFIX, payload)
-    return int(payload.size)
+    return write_serialized(scoring.folder(cache), SHARD_PREFIX, payload), int(payload.size)
 
 
 def encoded_bytes(rows: Sequence[SignalRow], scoring: Scoring) -> int:
@@ -215,6 +259,21 @@ def read_signals(cache: Location, scoring: Scoring) -> SignalTable:
     """
     shards = open_shards(scoring.folder(cache), SHARD_PREFIX)
     return SignalTable(check_signals(path, table, scoring) for path, table in shards)
+
+
+def peek_signals(cache: Location, scoring: Scoring) -> SignalTable:
+    """Opens every row of a scoring without computing digests, where ``read_signals`` has checked them just before.
+
+    Raises:
+        CacheError: a shard is of a newer format.
+        DamagedFileError: a shard is not a table, or its columns are not those of the scoring.
+    """
+    folder = scoring.folder(cache)
+
+    def peek() -> list[pa.Table]:
+        return [check_signals(path, peek_shard(path), scoring) for path in list_shards(folder, SHARD_PREFIX)]
+
+    return SignalTable(list_again(folder, peek))
 
 
 def check_signals(path: Location, table: pa.Table, scoring: Scoring) -> pa.Table:

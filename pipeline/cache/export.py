@@ -1,5 +1,6 @@
 """Exports a response set with its scoring to files that need no adpa: Parquet, or a directory of ``datasets``."""
 
+import os
 import re
 import shutil
 import uuid
@@ -15,12 +16,14 @@ from typing_extensions import Doc
 
 from adpa.data.cache.choice import made_from
 from adpa.data.cache.format import check_cache
-from adpa.data.cache.locations import check_writable_file
+from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, check_names
 from adpa.progress import progress
+
+PARQUET = ".parquet"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def export_cache(
     cache: CacheArgument,
     output: Annotated[
         Path,
-        Doc("What to write, locally: a Parquet file if it ends with .parquet, or else a directory of datasets."),
+        Doc("What to write, locally: a Parquet file, which ends with .parquet, or a directory of datasets."),
         Group.DECIDE,
     ],
     response_set: ResponseSetOption = None,
@@ -68,19 +71,15 @@ def export_cache(
     Raises:
         AdpaError: something about the arguments or the cache that the caller can fix.
     """
+    check_names({"--response-set": response_set, "--scoring": scoring})
+    _check_output(output)
     check_cache(cache)
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one of a URL's two slashes
-        raise OptionError(f"--output {output}: not a local path", "name a local file or directory, and copy that")
-    if output.exists():
-        raise OptionError(f"--output {output}: there already", "name a new file or directory")
-    if cache.resolve() in output.resolve().parents:
-        raise OptionError(f"--output {output}: lies in the cache", "name a place outside of it")
+    check_outside("--output", output, cache)
     scored, left_out = select_one_scored(cache, scoring, response_set)
-    check_writable_file("--output", output)
     tokens = 0
     with _unfinished(output) as folder:
         pieces = _with_progress(scored)
-        if output.suffix == ".parquet":
+        if output.suffix.lower() == PARQUET:
             whole = folder / "rows.parquet"
             with pq.ParquetWriter(whole, SCHEMA) as writer:
                 tokens = _write(pieces, writer.write_table)
@@ -101,6 +100,20 @@ def export_cache(
         bytes=sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file()),
         left_out=left_out,
     )
+
+
+def _check_output(output: Path) -> None:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one of a URL's two slashes
+        raise OptionError(f"--output {output}: not a local path", "name a local file or directory, and copy that")
+    if os.path.lexists(output):
+        raise OptionError(f"--output {output}: there already", "name a new file or directory")
+    ending, stem = output.suffix.lower(), output.name.partition(".")[0] or "rows"
+    if ending not in ("", PARQUET) and not ending[1:].isdigit():  # rows-1.5 is the name of a directory
+        raise OptionError(
+            f"--output {output}: found the ending {output.suffix}; expected {PARQUET}, or none for a directory",
+            f"name {stem}{PARQUET} or {stem}",
+        )
+    check_writable_file("--output", output)
 
 
 def _with_progress(scored: ScoredSet) -> Iterator[pa.Table]:

@@ -17,66 +17,20 @@ import torch
 from transformers import PreTrainedModel
 
 from adpa.errors import ModelError
+from adpa.pipeline.models.model_names import BASE
 from adpa.pipeline.models.weight_files import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     check_weights,
-    check_whole,
     digest_files,
     digest_lines,
-    find_directory,
-    is_quantized,
     read_json,
     tensor_shapes,
-    whole_weights,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
-BASE = ("base_model_name_or_path", "revision")  # the keys of adapter_config.json that say where the base is
 NOT_MERGED = ("XLORA", "POLY")  # besides prompts
 MERGE_YOURSELF = "merge it with PEFT, and save that"
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-
-
-def is_adapter(name: str, directory: Path) -> bool:
-    """Whether a model directory is an adapter, and not whole weights.
-
-    Raises:
-        ModelError: it is both. transformers would change the whole weights by the adapter, and say nothing.
-    """
-    files = [each for each in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS) if (directory / each).is_file()]
-    if files and whole_weights(directory):
-        raise ModelError(f"{name}: it has whole weights and an adapter ({files[0]})", "merge it or remove it")
-    return ADAPTER_CONFIG in files
-
-
-def find_base(name: str, directory: Path) -> Path:
-    """The directory of the base that adapter_config.json names, checked.
-
-    Raises:
-        ModelError: it names none, or one that is not complete, or an adapter, or quantized weights.
-    """
-    base, revision = (read_json(name, directory / ADAPTER_CONFIG).get(key) for key in BASE)
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"{name}: its {ADAPTER_CONFIG} names no base", f"write its {BASE[0]}, or merge the adapter")
-    if revision and not Path(base).is_dir():
-        base = f"{base}@{revision}"
-    try:
-        found, _ = find_directory(base)
-        if is_adapter(base, found):
-            raise ModelError(f"{base}: it is an adapter itself", f"merge {base} into its own base first")
-        check_whole(base, found)
-        if is_quantized(base, found):
-            raise ModelError(
-                f"{base}: its weights are quantized on disk; adapters are merged into weights that are not",
-                "name the checkpoint that it was made from",
-            )
-    except ModelError as error:
-        raise ModelError(
-            f"{name}: an adapter whose base cannot be used: {error.args[0]}",
-            f"{error.args[1] or 'name another base'}; {ADAPTER_CONFIG} names the base, a relative path from the "
-            "working directory",
-        ) from error
-    return found
 
 
 def check_adapter(name: str, directory: Path) -> None:

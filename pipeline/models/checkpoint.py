@@ -28,12 +28,12 @@ from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import HeadError, ModelError
 from adpa.pipeline.models import adapters
 from adpa.pipeline.models.lm_head import LmHead, check_head, read_head
+from adpa.pipeline.models.model_names import find_base, find_directory, is_adapter
 from adpa.pipeline.models.weight_files import (
     CONFIG,
     check_whole,
     digest_files,
     digest_lines,
-    find_directory,
     is_quantized,
     model_files,
     read_json,
@@ -328,11 +328,11 @@ def open_checkpoint(name: str) -> Checkpoint:
         ModelError: the checkpoint does not exist, is not complete, or does not say without doubt what is loaded.
     """
     directory, revision = find_directory(name)
-    if not adapters.is_adapter(name, directory):
+    if not is_adapter(name, directory):
         check_whole(name, directory)
         return Checkpoint(name, revision, directory)
     adapters.check_adapter(name, directory)
-    return Checkpoint(name, revision, adapters.find_base(name, directory), adapter=directory)
+    return Checkpoint(name, revision, find_base(name, directory), adapter=directory)
 
 
 def resolve_device(device: str) -> torch.device:

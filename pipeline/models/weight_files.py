@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they are, which of them are loaded, their digests, and what is wrong with them.
+"""The files of a checkpoint: which of them are loaded, their digests, and what is wrong with them. Imports no torch.
 
 transformers and vLLM choose weight files by different rules. adpa takes only a directory from which both load the same
 files, and digests these.
@@ -6,16 +6,16 @@ files, and digests these.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from adpa.data.cache.kinds import did_you_mean_path, kind
 from adpa.errors import ModelError
 
 CONFIG = "config.json"
@@ -27,35 +27,9 @@ WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")  # of the files t
 QUANTIZATION_PATTERNS = ("*quantize_config.json", "*quant_config.json", "*quantization_config.json")
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # files beside the weights that trainers write
 KINDS_OF_WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"}
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT loads the first that is there
-HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", *ADAPTER_WEIGHTS]
 LFS_POINTER = b"version https://git-lfs"
-
-
-def find_directory(name: str) -> tuple[Path, str | None]:
-    """The directory of a checkpoint, and its commit if it comes from the Hub.
-
-    Raises:
-        ModelError: the checkpoint does not exist.
-    """
-    directory = Path(name)
-    if directory.is_dir():
-        return directory.absolute(), None
-    if directory.is_file():
-        raise ModelError(f"{name}: it is a file; expected a Hugging Face checkpoint directory")
-    hub_name, _, revision = name.partition("@")
-    try:
-        for weights in WEIGHT_PATTERNS:  # the second only if the first has no file
-            patterns = [*HUB_PATTERNS, weights]
-            directory = Path(snapshot_download(hub_name, revision=revision or None, allow_patterns=patterns))
-            if whole_weights(directory):
-                break
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"{name}: no such directory, and the Hub does not give it ({line})", "check the name of the checkpoint"
-        ) from error
-    return directory.absolute(), directory.name
 
 
 def check_whole(name: str, directory: Path) -> None:
@@ -65,7 +39,11 @@ def check_whole(name: str, directory: Path) -> None:
         ModelError: it has not, or an error of ``weight_files`` or ``check_weights``.
     """
     if not (directory / CONFIG).is_file():
-        raise ModelError(f"{name}: found no config.json; expected a Hugging Face checkpoint directory")
+        found = "" if kind(directory) in ("a directory", "a model") else f", but {kind(directory)}"
+        place = Path(name) if os.path.isdir(name) else directory  # as the user wrote it
+        below = [str(file.parent) for file in sorted(place.glob("*/config.json"))]
+        meant = did_you_mean_path(place, "a model") or (f"did you mean {below[-1]}?" if below else "check the path")
+        raise ModelError(f"{name}: found no config.json{found}; expected a Hugging Face checkpoint directory", meant)
     files = weight_files(name, directory)
     if not files:
         others = sorted(file.name for file in _glob(directory, "*") if file.suffix in KINDS_OF_WEIGHTS)
@@ -138,12 +116,18 @@ def check_weights(name: str, files: Sequence[Path]) -> None:
     """Checks weight files as far as their beginnings tell.
 
     Raises:
-        ModelError: a file is empty, cut off, or a pointer of Git LFS, or two files have a tensor of the same name.
+        ModelError: a file cannot be read, is empty, cut off, or a pointer of Git LFS, or two files have a tensor of the
+            same name.
     """
     place: dict[str, str] = {}
     for file in files:
-        with open(file, "rb") as opened:
-            start = opened.read(len(LFS_POINTER))
+        try:
+            with open(file, "rb") as opened:
+                start = opened.read(len(LFS_POINTER))
+        except OSError as error:
+            raise ModelError(
+                f"{name}: {file.name} cannot be read: {error.strerror}", "check its permissions"
+            ) from error
         if start == LFS_POINTER:
             raise ModelError(f"{name}: {file.name} is a pointer of Git LFS, not the weights", "run git lfs pull there")
         if not start:
@@ -164,7 +148,7 @@ def tensor_shapes(name: str, file: Path) -> dict[str, tuple[int, ...]]:
         ModelError: the file is damaged.
     """
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, "np") as opened:  # needs no torch
             return {tensor: tuple(opened.get_slice(tensor).get_shape()) for tensor in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         problem = f"{name}: transformers cannot load it: {file.name} is damaged ({error})"

@@ -4,14 +4,13 @@ Both engines give the same signals.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import Scoring
-from adpa.errors import OptionError
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.options import EngineName, ModelName
@@ -137,10 +136,7 @@ def choose_engine(
         name, reason = ("hf", obstacle) if obstacle else ("vllm", "a GPU and vLLM are there")
     if name == "vllm":
         return open_vllm(options, device, models, dtypes, reason)
-    for option, value in asdict(options).items():
-        if value != getattr(VllmOptions(), option):
-            flag = option.replace("_", "-")
-            raise OptionError(f"--{flag} is for vLLM; the engine is hf ({reason})", "leave it out")
+    options.check_unused(reason)
     for model, checkpoint in models.items():
         advice = "use --engine vllm with --tensor-parallel or --quantization, or another --dtype"
         checkpoint.check_memory(dtypes[model], device_memory(device), advice)

@@ -9,8 +9,10 @@ from typing import Literal
 from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
+from adpa.pipeline.options import check_choices, check_counts, check_names
 from adpa.pipeline.scoring.jobs import Executor, run_here
 
+LAST_PORT = 65535
 ExecutorName = Literal["here", "ray"]
 
 
@@ -28,6 +30,7 @@ class ExecutorOptions:
         Raises:
             OptionError: an option is out of range or does not fit the others, or Ray is not installed.
         """
+        check_choices({"--executor": (self.executor, ExecutorName)})
         if number_of_ranks() > 1:
             raise OptionError(
                 f"{number_of_ranks()} ranks would all do the same work", "use --executor ray --workers, or --part"
@@ -39,14 +42,22 @@ class ExecutorOptions:
             return
         if self.workers is None:
             raise OptionError("--executor ray without --workers", "set the number of workers")
-        if self.workers < 1:
-            raise OptionError(f"--workers {self.workers}; expected at least 1")
+        check_counts({"--workers": self.workers})
+        check_names({"--ray-address": self.ray_address})
         number = device.partition(":")[2]
         if number.isdigit() and int(number) != 0:
             raise OptionError(f"--device {device}: Ray gives every worker its own GPU", "use --device cuda")
+        self._check_address()
         ray_module = _import_ray()
         if self.ray_address is not None:
             ray_module.check_address(self.ray_address)
+
+    def _check_address(self) -> None:
+        """Checks the form of the address, which needs no Ray."""
+        address = self.ray_address or "auto"
+        host, _, port = address.rpartition(":")
+        if address != "auto" and (not host or not port.isdigit() or "/" in host or int(port) > LAST_PORT):
+            raise OptionError(f"--ray-address {address}; expected auto or host:port", "write it as node1:6379")
 
     def check_batches(self, batches: int) -> None:
         """Checks that every worker can get work. The largest job has at most this many batches.

@@ -11,6 +11,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.options import DtypeName, ModelName
 from adpa.pipeline.scoring.engine import Engine
+from adpa.pipeline.scoring.inputs import teachers_weights
 from adpa.pipeline.scoring.sample import Sampler
 from adpa.pipeline.scoring.score import Scorer
 
@@ -46,10 +47,7 @@ class Models:
             OptionError: both have the same weights.
         """
         if self.reference is not None and self.reference.identity.digest == self.teacher.identity.digest:
-            raise OptionError(
-                f"--reference {self.reference.name}: it has the teacher's weights, so that every advantage would be 0",
-                "name the model before preference training",
-            )
+            raise teachers_weights(self.reference.name)
 
     def check_data(
         self, pairs: Sequence[EncodedPair], names: Sequence[ResponseName], new_tokens: int, engine: Engine

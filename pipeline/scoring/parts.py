@@ -34,9 +34,9 @@ def parse_part(text: str | None) -> Part:
     """
     if text is None:
         return WHOLE
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise OptionError(f"--part {text}; expected i/n with i from 1 to n, such as 1/4")
+        raise OptionError(f"--part {text or repr(text)}; expected i/n with i from 1 to n, such as 1/4")
     return Part(int(match[1]), int(match[2]))
 
 
@@ -51,6 +51,7 @@ class PartPrompts:
 
     def __init__(self, part: Part, prompts: Iterable[TokenIds]) -> None:
         digests = sorted({_digest(prompt_ids) for prompt_ids in prompts})
+        self.distinct = len(digests)  # in all parts
         if len(digests) < part.count:
             raise OptionError(
                 f"--part {part}: the data has only {len(digests)} different prompts", "divide it into fewer parts"

@@ -66,6 +66,11 @@ class Plan:
     longest: int
     first: EncodedPair
 
+    @property
+    def compares_responses(self) -> bool:
+        """Whether both responses of the pairs are scored by teacher and reference."""
+        return self.scoring.reference is not None and {"chosen", "rejected"}.issubset(self.names)
+
     def own_samples(self) -> list[SampleRequest]:
         """The responses to sample for the part."""
         return [sample for _, sample in self.samples if sample.prompt_ids in self.own]

@@ -1,20 +1,25 @@
 """Probes stage one before a run: measures what each K keeps, and predicts cache size and scoring time.
 
-The probe scores some responses twice, in memory. The first pass uses K = 1,000, which contains every smaller K, and
-warms the engine up. The second pass uses the run's own K and is timed. If the run has a student, it scores the
-responses once, as a reference does, because the KL that is lost at a given K depends on the student.
+The probe scores some responses twice, in memory, whole pairs where it can. The first pass uses K = 1,000, which
+contains every smaller K, and warms the engine up. The second pass uses the run's own K and is timed. If the run has a
+student, it scores the responses once, as a reference does, because the KL that is lost at a given K depends on the
+student.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.data.fidelity import Fidelity, measure_fidelity
+from adpa.data.reward_accuracy import RewardAccuracy, compare_rewards
 from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.scoring.jobs import make_batches, write_batches
 from adpa.pipeline.scoring.score import Batch, Scorer, score_reference, score_teacher
@@ -32,12 +37,14 @@ class Work:
         missing: the sequences whose signals the cache lacks.
         unsampled: the responses that the run will sample before it scores them.
         max_new_tokens: maximum tokens of each of these responses.
+        pairs: the chosen and the rejected response of each pair, where teacher − reference can compare them.
     """
 
     requested: Sequence[TokenSequence]
     missing: Sequence[TokenSequence]
     unsampled: Sequence[SampleRequest]
     max_new_tokens: int
+    pairs: Sequence[tuple[TokenSequence, TokenSequence]] = ()
 
     @property
     def tokens(self) -> int:
@@ -70,6 +77,7 @@ class ProbeReport:
         teacher_hours: hours of one process for the teacher to score all responses, loading not included.
         reference_hours: the same for the reference; None without one.
         missing_hours: hours for both models to score only the sequences that the cache lacks.
+        rewards: how often teacher − reference prefers the chosen response of the probed pairs; None without a pair.
     """
 
     responses: int
@@ -86,6 +94,7 @@ class ProbeReport:
     teacher_hours: float
     reference_hours: float | None
     missing_hours: float
+    rewards: RewardAccuracy | None = None
 
     def predict_bytes(self, tokens: int) -> int:
         """Predicted cache size in bytes of this many response tokens with the run's own K."""
@@ -119,7 +128,7 @@ def probe_signals(
         pads: see ``Engine.pads``.
     """
     candidates = work.missing or work.requested or [_cut(sequence, work.max_new_tokens) for sequence in chosen]
-    sequences = _spread(candidates, count)
+    sequences = _spread(_units(candidates, work.pairs), count)
     wide = replace(scoring, top_k=min(max(PROBE_TOP_K, scoring.top_k), vocabulary))
     batches = make_batches(sequences, len, batch_tokens)
     with closing(open_scorer(wide, scoring.teacher)) as teacher:
@@ -169,14 +178,45 @@ def probe_signals(
         teacher_hours=hours(teacher_seconds, cost),
         reference_hours=None if reference_seconds is None else hours(reference_seconds, cost),
         missing_hours=hours(teacher_seconds + (reference_seconds or 0), missing_cost),
+        rewards=_rewards(shards, work.pairs),
     )
 
 
-def _spread(sequences: Sequence[TokenSequence], count: int) -> list[TokenSequence]:
-    """Up to ``count`` of the sequences, evenly spread over their lengths."""
-    ordered = sorted(sequences, key=len)
-    count = min(count, len(ordered))
-    return [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
+def _units(
+    sequences: Sequence[TokenSequence], pairs: Sequence[tuple[TokenSequence, TokenSequence]]
+) -> list[tuple[TokenSequence, ...]]:
+    """The distinct sequences, those of a pair together; one in several pairs is with its first partner."""
+    left = {sequence.key: sequence for sequence in sequences}
+    units: list[tuple[TokenSequence, ...]] = []
+    for chosen, rejected in pairs:
+        if chosen.key in left and rejected.key in left and chosen.key != rejected.key:
+            units.append((left.pop(chosen.key), left.pop(rejected.key)))
+    return units + [(sequence,) for sequence in left.values()]
+
+
+def _spread(units: Sequence[tuple[TokenSequence, ...]], count: int) -> list[TokenSequence]:
+    """Up to ``count`` of the sequences, evenly spread over the mean lengths of their units."""
+    ordered = sorted(units, key=lambda unit: sum(map(len, unit)) / len(unit))
+    sequences = sum(len(unit) for unit in ordered)
+    taken = math.ceil(min(count, sequences) * len(ordered) / sequences)
+    spread = [ordered[(2 * place + 1) * len(ordered) // (2 * taken)] for place in range(taken)]
+    return [sequence for unit in spread for sequence in unit][:count]
+
+
+def _rewards(
+    shards: Sequence[list[SignalRow]], pairs: Sequence[tuple[TokenSequence, TokenSequence]]
+) -> RewardAccuracy | None:
+    """The reward accuracy of the pairs whose two responses were probed."""
+    rewards = {
+        row.key: float(row.token_advantages.sum(dtype=np.float64))
+        for shard in shards
+        for row in shard
+        if row.token_advantages is not None
+    }
+    keys = [(chosen.key, rejected.key) for chosen, rejected in pairs]
+    probed = [pair for pair in keys if rewards.keys() >= set(pair) and pair[0] != pair[1]]
+    chosen_N, rejected_N = (np.array([rewards[pair[side]] for pair in probed]) for side in (0, 1))
+    return compare_rewards(chosen_N, rejected_N)
 
 
 def _cut(sequence: TokenSequence, tokens: int) -> TokenSequence:

@@ -8,8 +8,18 @@ from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName
 from adpa.data.preferences import RESERVED_TEMPLATE_KWARGS
 from adpa.data.sequences import check_lengths
-from adpa.errors import OptionError
-from adpa.pipeline.options import DtypeName, EngineName
+from adpa.errors import OptionError, did_you_mean
+from adpa.pipeline.options import (
+    DtypeName,
+    EngineName,
+    check_choices,
+    check_counts,
+    check_device,
+    check_names,
+    check_seed,
+    check_shares,
+    check_temperature,
+)
 from adpa.pipeline.scoring.executor import ExecutorOptions
 from adpa.pipeline.scoring.parts import Part
 from adpa.pipeline.scoring.vllm_options import VllmOptions
@@ -29,7 +39,9 @@ class DataOptions:
     allow_control_tokens: bool
 
     def check(self) -> None:
-        """Raises an ``OptionError`` for lengths out of range, and for arguments that no chat template gets."""
+        """Raises an ``OptionError`` for empty names, lengths out of range, and arguments that no chat template gets."""
+        check_names({"--data": self.source, "--split": self.split})
+        check_counts({"--max-prompt-length": self.max_prompt_length, "--max-length": self.max_length})
         check_lengths(self.max_prompt_length, self.max_length)
         if reserved := sorted(self.chat_template_kwargs.keys() & RESERVED_TEMPLATE_KWARGS):
             raise OptionError(f"--chat-template-kwargs: {reserved[0]!r} is adpa's own to decide", "leave it out")
@@ -60,10 +72,10 @@ class SamplingOptions:
 
     def check(self) -> None:
         """Raises an ``OptionError`` for a value out of range."""
-        _check_at_least_one({"--samples-per-prompt": self.samples_per_prompt, "--max-new-tokens": self.max_new_tokens})
-        _check_probabilities({"--sampling-top-p": self.top_p})
-        if self.temperature < 0:
-            raise OptionError(f"--temperature {self.temperature:g}; expected 0 or more")
+        check_counts({"--samples-per-prompt": self.samples_per_prompt, "--max-new-tokens": self.max_new_tokens})
+        check_shares({"--sampling-top-p": self.top_p})
+        check_temperature(self.temperature)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,12 @@ class EngineOptions:
 
     def check(self) -> None:
         """Raises an ``OptionError`` for a value out of range."""
-        _check_at_least_one({"--batch-tokens": self.batch_tokens})
+        check_counts({"--batch-tokens": self.batch_tokens})
+        check_choices({"--engine": (self.name, EngineName), "--dtype": (self.dtype, DtypeName)})
+        check_device(self.device)
         self.vllm.check()
+        if self.name == "hf":
+            self.vllm.check_unused("as asked")
 
 
 @dataclass(frozen=True)
@@ -130,8 +146,9 @@ class Request:
         Raises:
             OptionError: one is out of its range, or has no meaning beside the others.
         """
-        _check_at_least_one({"--top-k": self.signals.top_k, "--probe": self.probe})
-        _check_probabilities({"--top-p": self.signals.top_p})
+        check_names({"--teacher": self.teacher, "--reference": self.reference, "--student": self.student})
+        check_counts({"--top-k": self.signals.top_k, "--probe": self.probe})
+        check_shares({"--top-p": self.signals.top_p})
         self.sampling.check()
         if self.probe is not None and not self.dry_run:
             raise OptionError(
@@ -148,27 +165,19 @@ def parse_responses(responses: str | None, student: str | None) -> list[Response
     Raises:
         OptionError: there is no such set, or sampled responses and a student do not come together.
     """
+    check_names({"--responses": responses})
     if responses is None:
-        return ["sampled"] if student else ["chosen", "rejected"]
-    named = [name.strip() for name in responses.split(",")]
+        return ["chosen", "rejected"] if student is None else ["sampled"]
+    named = [name.strip().lower() for name in responses.split(",")]
     unknown = [name for name in named if name not in RESPONSE_NAMES]
     if unknown:
-        raise OptionError(f"--responses {responses}: found {unknown[0]!r}; expected {', '.join(RESPONSE_NAMES)}")
+        raise OptionError(
+            f"--responses {responses}: found {unknown[0]!r}; expected {', '.join(RESPONSE_NAMES)}",
+            did_you_mean(unknown[0], RESPONSE_NAMES),
+        )
     if ("sampled" in named) != (student is not None):
         raise OptionError(
             f"--responses {responses} {'without' if student is None else 'with'} --student",
             "sampled responses need the student that samples them; a student only samples",
         )
     return [name for name in RESPONSE_NAMES if name in named]
-
-
-def _check_at_least_one(options: Mapping[str, int | None]) -> None:
-    for option, value in options.items():
-        if value is not None and value < 1:
-            raise OptionError(f"{option} {value}; expected at least 1")
-
-
-def _check_probabilities(options: Mapping[str, float]) -> None:
-    for option, value in options.items():
-        if not 0 < value <= 1:
-            raise OptionError(f"{option} {value:g}; expected more than 0 and at most 1")

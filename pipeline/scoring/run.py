@@ -4,19 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
 from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.shards import list_shards
+from adpa.data.cache.signals import Scoring, peek_signals, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
+from adpa.data.reward_accuracy import RewardAccuracy, stored_rewards
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import CacheError
-from adpa.pipeline.scoring.jobs import Executor
+from adpa.pipeline.scoring.other_runs import Alarm
 from adpa.pipeline.scoring.plan import Plan, Setup
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.request import Request
-from adpa.pipeline.scoring.sample import Sampler, sample_responses
-from adpa.pipeline.scoring.score import missing_sequences, score
+from adpa.pipeline.scoring.resumed import Resumed, count_samples, count_sequences, peek_sets
+from adpa.pipeline.scoring.sample import sample_responses
+from adpa.pipeline.scoring.score import Scored, read_pending, score
+
+PAIR: tuple[ResponseName, ResponseName] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,10 @@ class Outcome:
         unsampled: responses that the cache lacked before the run.
         awaited: responses that other parts of the data have still to sample.
         wanted: the sequences that the part scores.
-        missing: those whose signals the cache lacked before the run; a run has scored them.
+        missing: those whose signals the cache lacked before the run.
+        scored: those of them that the run scored, and not another process in the meantime; of a dry run, all.
         bytes: size of the files with their signals.
+        resumed: what a stopped run had done.
     """
 
     sets: Mapping[ResponseName, ResponseSet]
@@ -39,7 +50,9 @@ class Outcome:
     awaited: int
     wanted: Sequence[TokenSequence]
     missing: Sequence[TokenSequence]
+    scored: Sequence[TokenSequence]
     bytes: int
+    resumed: Resumed
 
 
 def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
@@ -48,21 +61,23 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
     Raises:
         AdpaError: a file of the cache is damaged, samples disappear, or the engine fails.
     """
-    cache = request.cache
+    cache, alarm = request.cache, Alarm()
+    earlier = peek_sets(list_shards(cache / "responses"))  # now: this run may replace their files
     if not request.dry_run:
         prepare_cache(cache)
-    sets, unsampled, awaited, written = dict(plan.sets), list[SampleRequest](), 0, 0
+    sets, unsampled, awaited, samples_left = dict(plan.sets), list[SampleRequest](), 0, 0
     with request.executor.open(setup.engine.gpus, cache) as execute:
-        if plan.sampling is not None:
-            own_samples = plan.own_samples()
-            unsampled = missing_requests(cache, plan.sampling, own_samples)
-            if request.dry_run:
-                answers = read_samples(cache, plan.sampling)
-            else:
-                open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, plan.sampling)
-                answers = _sample(
-                    cache, plan.sampling, own_samples, unsampled, open_sampler, setup.sampling_tokens, execute
-                )
+        if (sampling := plan.sampling) is not None:
+            own_samples, answers = plan.own_samples(), read_samples(cache, sampling)
+            unsampled = missing_requests(answers, own_samples)
+            samples_left = count_samples(earlier, own_samples, answers) if unsampled and answers else 0
+            if not request.dry_run:
+                open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, sampling)
+
+                def sample(requests: Sequence[SampleRequest]) -> None:
+                    sample_responses(cache, sampling, requests, open_sampler, setup.sampling_tokens, execute, alarm)
+
+                answers = _sample(cache, sampling, own_samples, unsampled, sample)
             sets["sampled"] = plan.sampled_set(answers)
             others = {sample.key for _, sample in plan.samples if sample.prompt_ids not in plan.own}
             awaited = len(others - answers.keys())
@@ -73,11 +88,56 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
                 write_response_set(cache, responses)
             write_tokenizer(cache, plan.encoder.template.tokenizer, sets["chosen"].info.tokenizer)
         wanted = plan.sequences(sets)
-        missing = missing_sequences(cache, plan.scoring, wanted)
-        if not request.dry_run:
+        missing, rows_left = _missing(cache, plan.scoring, wanted, earlier)
+        if request.dry_run:
+            pending = read_pending(cache, plan.scoring).keys()
+            halves = sum(sequence.key in pending for sequence in missing)
+            done = Scored({sequence.key for sequence in missing}, halves, 0)
+        else:
             open_scorer = partial(setup.models.open_scorer, setup.engine, plan.longest, plan.scoring)
-            written = score(cache, plan.scoring, missing, open_scorer, setup.scoring_tokens, execute)
-    return Outcome(sets, finished, unsampled, awaited, wanted, missing, written)
+            done = score(cache, plan.scoring, missing, open_scorer, setup.scoring_tokens, execute, alarm)
+    return Outcome(
+        sets=sets,
+        finished=finished,
+        unsampled=unsampled,
+        awaited=awaited,
+        wanted=wanted,
+        missing=missing,
+        scored=[sequence for sequence in missing if sequence.key in done.keys],
+        bytes=done.bytes,
+        resumed=Resumed(rows_left, done.halves, samples_left),
+    )
+
+
+def _missing(
+    cache: Location, scoring: Scoring, wanted: Sequence[TokenSequence], earlier: Sequence[ResponseSet]
+) -> tuple[list[TokenSequence], int]:
+    """The sequences without a signal row, and how many of the others a stopped run scored.
+
+    Args:
+        cache: the cache's directory.
+        scoring: the scoring of the run.
+        wanted: distinct sequences.
+        earlier: the response sets that the cache had before the run.
+    """
+    signals = read_signals(cache, scoring)
+    present = signals.keys()
+    missing = [sequence for sequence in wanted if sequence.key not in present]
+    reused = [sequence.key for sequence in wanted if sequence.key in present]
+    return missing, count_sequences(earlier, signals, reused) if missing and reused else 0
+
+
+def measure_rewards(request: Request, plan: Plan, outcome: Outcome) -> RewardAccuracy | None:
+    """The reward accuracy of the part's pairs whose two responses have signals; None without a reference or a pair.
+
+    Raises:
+        DamagedFileError: a row of the cache cannot be decoded.
+    """
+    if not plan.compares_responses:
+        return None
+    chosen, rejected = (plan.sets[name].table["key"] for name in PAIR)
+    own = pc.is_in(chosen, value_set=pa.array([sequence.key for sequence in outcome.wanted], pa.binary(16)))
+    return stored_rewards(chosen.filter(own), rejected.filter(own), peek_signals(request.cache, plan.scoring))
 
 
 def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: Outcome) -> ProbeReport:
@@ -87,9 +147,16 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
         AdpaError: the engine fails.
     """
     models = setup.models
+    chosen, rejected = (plan.sets[name].sequences() if plan.compares_responses else [] for name in PAIR)
     return probe_signals(
         count,
-        Work(outcome.wanted, outcome.missing, outcome.unsampled, request.sampling.max_new_tokens),
+        Work(
+            outcome.wanted,
+            outcome.missing,
+            outcome.unsampled,
+            request.sampling.max_new_tokens,
+            list(zip(chosen, rejected, strict=True)),
+        ),
         plan.sets["chosen"].sequences(),
         plan.scoring,
         partial(models.open_scorer, setup.engine, plan.longest),
@@ -105,22 +172,16 @@ def _sample(
     sampling: Sampling,
     samples: Sequence[SampleRequest],
     missing: Sequence[SampleRequest],
-    open_sampler: Callable[[], Sampler],
-    batch_tokens: int,
-    execute: Executor,
+    sample: Callable[[Sequence[SampleRequest]], None],
 ) -> dict[bytes, TokenIds]:
     """Samples the missing ones of a part's samples; gives the responses to all of them, and those of other parts."""
-    sample_responses(cache, sampling, missing, open_sampler, batch_tokens, execute)
+    sample(missing)
     answers = read_samples(cache, sampling)
-    lost = _unanswered(samples, answers)
+    lost = missing_requests(answers, samples)
     if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
-        sample_responses(cache, sampling, lost, open_sampler, batch_tokens, execute)
+        sample(lost)
         answers |= read_samples(cache, sampling)
-        lost = _unanswered(samples, answers)
+        lost = missing_requests(answers, samples)
     if lost:
         raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
     return answers
-
-
-def _unanswered(samples: Sequence[SampleRequest], answers: Mapping[bytes, TokenIds]) -> list[SampleRequest]:
-    return list({sample.key: sample for sample in samples if sample.key not in answers}.values())

@@ -9,9 +9,10 @@ from typing import Protocol
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import Sampling
-from adpa.data.cache.samples import SampleRequest, write_samples
+from adpa.data.cache.samples import SHARD_PREFIX, SampleRequest, samples_folder, write_samples
 from adpa.data.sequences import TokenIds
 from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
+from adpa.pipeline.scoring.other_runs import Alarm, Watch, Written
 
 
 class Sampler(Protocol):
@@ -33,6 +34,7 @@ class SamplingJob:
     cache: Location
     sampling: Sampling
     open_sampler: Callable[[], Sampler]
+    alarm: Callable[[], None]
 
     counts = "sampling: responses"
 
@@ -41,14 +43,19 @@ class SamplingJob:
         return 1
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[Sequence[Sequence[SampleRequest]]], Iterator[Callable[[], None]]]]:
+    def open(self) -> Iterator[Callable[[Sequence[Sequence[SampleRequest]]], Iterator[Callable[[], Written]]]]:
         """See ``Job.open``."""
+        watch = Watch([(samples_folder(self.cache, self.sampling), SHARD_PREFIX)], self.alarm)
         with closing(self.open_sampler()) as sampler:
-            yield partial(self._sample, sampler)
+            yield lambda batches: watch.over(batches, self._sample(sampler, batches))
 
-    def _sample(self, sampler: Sampler, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[Callable[[], None]]:
+    def _sample(self, sampler: Sampler, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[Callable[[], Written]]:
         for batch, responses in zip(batches, sampler.sample(batches), strict=True):
-            yield partial(write_samples, self.cache, self.sampling, batch, responses)
+            yield partial(self._write, batch, responses)
+
+    def _write(self, batch: Sequence[SampleRequest], responses: Sequence[TokenIds]) -> Written:
+        path = write_samples(self.cache, self.sampling, batch, responses)
+        return Written(path.name, [request.key for request in batch])
 
 
 def sample_responses(
@@ -58,6 +65,7 @@ def sample_responses(
     open_sampler: Callable[[], Sampler],
     batch_tokens: int,
     run: Executor = run_here,
+    alarm: Alarm | None = None,
 ) -> None:
     """Samples a response to each request and adds it to the cache, batch by batch.
 
@@ -68,12 +76,15 @@ def sample_responses(
         open_sampler: loads the student.
         batch_tokens: tokens of a batch: prompts and the longest possible responses together.
         run: runs the student.
+        alarm: warns if another process samples the same.
     """
-    if requests:
-        run(
-            SamplingJob(cache, sampling, open_sampler),
-            sampling_batches(requests, sampling.max_new_tokens, batch_tokens),
-        )
+    if not requests:
+        return
+    doubled = partial(alarm or Alarm(), cache, "samples the same responses")
+    job = SamplingJob(cache, sampling, open_sampler, doubled)
+    written = run(job, sampling_batches(requests, sampling.max_new_tokens, batch_tokens))
+    if any(one.doubled for one in written):
+        doubled()
 
 
 def sampling_batches(

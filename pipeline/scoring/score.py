@@ -3,14 +3,15 @@
 Each batch becomes a shard in the cache, so that a killed run loses only open batches. The teacher goes first and writes
 its log-probabilities in float32 under ``pending``. Then the reference turns these pending rows into signal rows. So
 only one of the two models is in memory at a time, and advantages are subtracted in float32. Several processes may score
-side by side, even the same sequences: a missing pending row means that another process finished that sequence.
+side by side. If they score the same sequences, a warning says so; a missing pending row means that another process
+finished that sequence.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +21,21 @@ from adpa.data.cache.files import remove_file
 from adpa.data.cache.locations import Location
 from adpa.data.cache.shards import list_shards, peek_shard, read_shards, write_shard
 from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
-from adpa.data.cache.signals import ModelIdentity, Scoring, SignalTable, read_signals, write_scoring, write_signals
+from adpa.data.cache.signals import (
+    SHARD_PREFIX,
+    ModelIdentity,
+    Scoring,
+    SignalTable,
+    read_signals,
+    write_scoring,
+    write_signals,
+)
 from adpa.data.sequences import TokenSequence
 from adpa.errors import CacheError, ModelError
 from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
+from adpa.pipeline.scoring.other_runs import Alarm, Watch, Written
 
 PENDING_PREFIX = "teacher"
-
-Result = TypeVar("Result")
 
 Batch = Sequence[TokenSequence]
 ReferenceLogprobs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -57,10 +65,30 @@ class Scorer(Protocol):
 OpenScorer = Callable[[ModelIdentity], Scorer]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What ``score`` did.
+
+    Attributes:
+        keys: the keys of the rows that it wrote; the others were finished by another process in the meantime.
+        halves: sequences whose teacher's row was there before.
+        bytes: size of the new files.
+    """
+
+    keys: Set[bytes]
+    halves: int
+    bytes: int
+
+
 def missing_sequences(cache: Location, scoring: Scoring, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     """The distinct sequences without a signal row."""
     present = read_signals(cache, scoring).keys()
     return list({sequence.key: sequence for sequence in sequences if sequence.key not in present}.values())
+
+
+def read_pending(cache: Location, scoring: Scoring) -> SignalTable:
+    """The teacher's rows that wait for the reference; none without a reference."""
+    return SignalTable(read_shards(_pending_folder(cache, scoring), PENDING_PREFIX))
 
 
 def score(
@@ -70,8 +98,9 @@ def score(
     open_scorer: OpenScorer,
     batch_tokens: int,
     run: Executor = run_here,
-) -> int:
-    """Scores sequences and adds their rows to the cache. Returns the size of the new files in bytes.
+    alarm: Alarm | None = None,
+) -> Scored:
+    """Scores sequences and adds their rows to the cache.
 
     Args:
         cache: the cache's directory.
@@ -80,33 +109,36 @@ def score(
         open_scorer: loads a model of the scoring.
         batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
         run: runs the models.
+        alarm: warns if another process scores the same.
     """
     write_scoring(cache, scoring)
-    written: list[int] = []
-    if scoring.reference is None:
-        if missing:
-            job = TeacherJob(scoring, open_scorer, partial(_write_signals, cache, scoring))
-            written = run(job, make_batches(missing, len, batch_tokens))
-    else:
-        pending = SignalTable(read_shards(_pending_folder(cache, scoring), PENDING_PREFIX)).keys()
+    doubled = partial(alarm or Alarm(), cache, "scores the same sequences")
+    passes: list[list[Written]] = [[]]
+    unscored = missing
+    if scoring.reference is not None:
+        pending = read_pending(cache, scoring).keys()
         unscored = [sequence for sequence in missing if sequence.key not in pending]
-        if unscored:
-            first = TeacherJob(scoring, open_scorer, partial(_write_pending, cache, scoring))
-            run(first, make_batches(unscored, len, batch_tokens))
-        if missing:
-            written = run(ReferenceJob(cache, scoring, open_scorer), make_batches(missing, len, batch_tokens))
+    if unscored:
+        passes.append(run(TeacherJob(cache, scoring, open_scorer, doubled), make_batches(unscored, len, batch_tokens)))
+    if missing and scoring.reference is not None:
+        passes.append(run(ReferenceJob(cache, scoring, open_scorer, doubled), make_batches(missing, len, batch_tokens)))
+    if scoring.reference is not None:
         _remove_finished(cache, scoring)
     write_scoring(cache, scoring)  # again: while there were no rows, a gc may have removed it
-    return sum(written)
+    if any(one.doubled for written in passes for one in written):
+        doubled()
+    keys = {key for one in passes[-1] for key in one.keys}
+    return Scored(keys, len(missing) - len(unscored), sum(one.bytes for one in passes[-1]))
 
 
 @dataclass(frozen=True)
-class TeacherJob(Generic[Result]):
-    """A ``Job`` that computes the teacher's part of signal rows and passes it to ``write``."""
+class TeacherJob:
+    """A ``Job`` that computes the teacher's part of signal rows: the whole of them without a reference."""
 
+    cache: Location
     scoring: Scoring
     open_scorer: OpenScorer
-    write: Callable[[list[SignalRow]], Result]
+    alarm: Callable[[], None]
 
     counts = "teacher: tokens"
 
@@ -115,10 +147,17 @@ class TeacherJob(Generic[Result]):
         return len(sequence)
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Result]]]]:
+    def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Written]]]]:
         """See ``Job.open``."""
+        write = _write_signals if self.scoring.reference is None else _write_pending
+        watch = Watch(_folders(self.cache, self.scoring), self.alarm)
         with closing(self.open_scorer(self.scoring.teacher)) as teacher:
-            yield lambda batches: (partial(self.write, rows) for rows in score_teacher(teacher, batches, self.scoring))
+
+            def process(batches: Sequence[Batch]) -> Iterator[Callable[[], Written]]:
+                scored = score_teacher(teacher, batches, self.scoring)
+                return watch.over(batches, (partial(write, self.cache, self.scoring, rows) for rows in scored))
+
+            yield process
 
 
 @dataclass(frozen=True)
@@ -128,6 +167,7 @@ class ReferenceJob:
     cache: Location
     scoring: Scoring
     open_scorer: OpenScorer
+    alarm: Callable[[], None]
 
     counts = "reference: tokens"
 
@@ -136,16 +176,18 @@ class ReferenceJob:
         return len(sequence)
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], int]]]]:
+    def open(self) -> Iterator[Callable[[Sequence[Batch]], Iterator[Callable[[], Written]]]]:
         """See ``Job.open``."""
         assert self.scoring.reference is not None
-        pending = SignalTable(read_shards(_pending_folder(self.cache, self.scoring), PENDING_PREFIX))
+        watch = Watch(_folders(self.cache, self.scoring)[:1], self.alarm)
+        pending = read_pending(self.cache, self.scoring)
+        keys = pending.keys()
         with closing(self.open_scorer(self.scoring.reference)) as reference:
-            yield partial(self._complete, reference, pending, pending.keys())
+            yield lambda batches: watch.over(batches, self._complete(reference, pending, keys, batches))
 
     def _complete(
         self, reference: Scorer, pending: SignalTable, keys: Set[bytes], batches: Sequence[Batch]
-    ) -> Iterator[Callable[[], int]]:
+    ) -> Iterator[Callable[[], Written]]:
         not_pending = [sequence for batch in batches for sequence in batch if sequence.key not in keys]
         if not_pending and (lost := missing_sequences(self.cache, self.scoring, not_pending)):
             raise CacheError(
@@ -163,13 +205,17 @@ class ReferenceJob:
             yield partial(_write_signals, self.cache, self.scoring, next(rows) if batch else [])
 
 
-def _write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> int:
-    return write_signals(cache, scoring, [keep_nucleus(row, scoring.top_p) for row in rows]) if rows else 0
+def _write_signals(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> Written:
+    if not rows:
+        return Written()
+    path, size = write_signals(cache, scoring, [keep_nucleus(row, scoring.top_p) for row in rows])
+    return Written(path.name, [row.key for row in rows], size)
 
 
-def _write_pending(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> None:
+def _write_pending(cache: Location, scoring: Scoring, rows: Sequence[SignalRow]) -> Written:
     table = plain_table(rows, plain_schema(scoring.top_k, logprob_type=pa.float32()))
-    write_shard(_pending_folder(cache, scoring), PENDING_PREFIX, table)
+    path = write_shard(_pending_folder(cache, scoring), PENDING_PREFIX, table)
+    return Written(path.name, [row.key for row in rows])
 
 
 def _remove_finished(cache: Location, scoring: Scoring) -> None:
@@ -181,6 +227,11 @@ def _remove_finished(cache: Location, scoring: Scoring) -> None:
             finished = finished or read_signals(cache, scoring).keys()
             if finished.issuperset(keys):
                 remove_file(path)
+
+
+def _folders(cache: Location, scoring: Scoring) -> list[tuple[Location, str]]:
+    """Where signal rows and pending rows appear, and how their files' names begin."""
+    return [(scoring.folder(cache), SHARD_PREFIX), (_pending_folder(cache, scoring), PENDING_PREFIX)]
 
 
 def _pending_folder(cache: Location, scoring: Scoring) -> Location:

@@ -1,12 +1,12 @@
 """The user's options for vLLM, checked without importing torch or vLLM."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args
 
 from adpa.errors import OptionError
-from adpa.pipeline.options import HeadDtype, ModelName
+from adpa.pipeline.options import HeadDtype, ModelName, check_choices, check_counts, check_names, check_shares
 
 # adpa sets the first group itself. The second would load something else than the files that are digested. The third
 # changes only speed and memory. Any other argument may change a number, so that it is part of a scoring's identity.
@@ -47,14 +47,10 @@ class VllmOptions:
         Raises:
             OptionError: a value is out of range or has the wrong type, or adpa sets this argument itself.
         """
-        if self.tensor_parallel < 1:
-            raise OptionError(f"--tensor-parallel {self.tensor_parallel}; expected at least 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise OptionError(
-                f"--gpu-memory-utilization {self.gpu_memory_utilization:g}; expected more than 0 and at most 1"
-            )
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise OptionError(f"--max-model-len {self.max_model_len}; expected at least 1")
+        check_counts({"--tensor-parallel": self.tensor_parallel, "--max-model-len": self.max_model_len})
+        check_shares({"--gpu-memory-utilization": self.gpu_memory_utilization})
+        check_choices({"--head-dtype": (self.head_dtype, HeadDtype)})
+        check_names({"--quantization": self.quantization})
         for _, key, value in self._engine_args:
             if key in OWN_ARGUMENTS:
                 raise OptionError(f"--engine-arg {key}: adpa sets it", "leave it out; --max-model-len is an option")
@@ -72,6 +68,17 @@ class VllmOptions:
                 raise OptionError("--engine-arg hf_overrides: found quantization_config_file", fix)
             if key == "hf_overrides" and "head_dtype" in value:
                 raise OptionError("--engine-arg hf_overrides: found head_dtype", "use --head-dtype")
+
+    def check_unused(self, reason: str) -> None:
+        """Checks that no option is set, because the engine is hf for this reason.
+
+        Raises:
+            OptionError: one is.
+        """
+        for option, value in asdict(self).items():
+            if value != getattr(VllmOptions(), option):
+                flag = option.replace("_", "-")
+                raise OptionError(f"--{flag} is for vLLM; the engine is hf ({reason})", "leave it out")
 
     def arguments(self, model: ModelName) -> dict[str, Any]:
         """The engine arguments of a model. Only teacher and reference get tensor parallelism and quantization."""

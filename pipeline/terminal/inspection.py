@@ -17,10 +17,12 @@ STRONGEST = 5  # tokens of a response that are shown with the teacher's alternat
 
 
 def show_inspection(report: InspectReport) -> RenderableType:
-    """The summaries, then the responses in colour, each with its strongest tokens."""
+    """The summaries, the reward accuracies, then the responses in colour, each with its strongest tokens."""
     parts: list[RenderableType] = []
     for summary in report.summaries:
         parts += [_show_summary(summary), ""]
+    for rewards in report.rewards:
+        parts += [Text(rewards.of(), Style(bold=True)), Text(f"{rewards.describe()}\n")]
     if report.data:
         parts += [Text(f"data: {report.data}", overflow="fold"), ""]
     parts += [Text(f"left out: {line}") for line in report.left_out]

@@ -6,6 +6,7 @@ from jinja2 import Environment, StrictUndefined
 
 from adpa.data.inspection import InspectedResponse
 from adpa.data.pieces import visible
+from adpa.data.reward_accuracy import SetRewards
 from adpa.data.summary import PLAUSIBLE, QUANTILES, SignalSummary
 
 RED, GREEN = "214 40 57", "0 146 70"
@@ -39,6 +40,7 @@ thead th { border-bottom: 1px solid #888; }
   border: 1px solid #888; border-radius: 6px; background: light-dark(#ffffff, #23262d); }
 .row { display: grid; grid-template-columns: 5rem 12rem 5rem 5rem; gap: .6rem; }
 .row > * { overflow: hidden; text-overflow: ellipsis; white-space: pre; }
+.warning { border-left: 3px solid rgb({{ red }}); padding-left: 1rem; }
 .legend span { padding: 0 .5rem; }
 </style>
 </head>
@@ -61,6 +63,11 @@ thead th { border-bottom: 1px solid #888; }
 {{ "{:,}".format(group.positive) }} of them positive
 {%- if group.mean_positive is not none %}, with the mean {{ "%.3f" % group.mean_positive }};
 the largest is {{ "%.3f" % group.largest }}{% endif %}.</p>
+{% endfor %}
+{% for one in rewards %}
+{% if one.warning() %}<p class="warning">Warning: {{ one.of() }}: {{ one.warning() }}</p>
+{% else %}<p>{{ one.of() }}: {{ one.describe() }}.</p>
+{% endif %}
 {% endfor %}
 <p class="legend">{{ "log-probability" if summary.token_advantage is none else "advantage" }}
 {% for value in summary.legend %}<span style="{{ value | background }}">{{ "%+.2g" % value }}</span>{% endfor %}
@@ -90,8 +97,8 @@ the largest is {{ "%.3f" % group.largest }}{% endif %}.</p>
 """
 
 
-def render_page(summary: SignalSummary, responses: Sequence[InspectedResponse]) -> str:
-    """The page: the summary, then each response below its prompt, with the teacher's choices at every token."""
+def render_page(summary: SignalSummary, rewards: Sequence[SetRewards], responses: Sequence[InspectedResponse]) -> str:
+    """The page: the summary, the reward accuracies, then each response below its prompt, with the teacher's choices."""
 
     def background(value: float) -> str:
         opacity = STRONGEST * min(abs(value) / summary.colour_scale, 1.0)
@@ -101,6 +108,8 @@ def render_page(summary: SignalSummary, responses: Sequence[InspectedResponse]) 
     environment.filters |= {"visible": visible, "background": background}
     return environment.from_string(PAGE).render(
         summary=summary,
+        rewards=rewards,
+        red=RED,
         responses=responses,
         plausible=PLAUSIBLE,
         quantiles=QUANTILES,

@@ -5,11 +5,22 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from adpa.data.pieces import visible
+from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.precompute import FirstExample, PrecomputeReport
 from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
 
 MOST_CHARACTERS = 600  # of a text
+PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason")
+REWARDS = ("reward_accuracy", "reward_margin", "reward_pairs")
+RARE_COUNTS = (
+    "resumed",
+    "resumed_halves",
+    "resumed_samples",
+    "sampled",
+    "awaited",
+    "thinking_left_out",
+)
 
 
 def print_example(example: FirstExample) -> None:
@@ -36,17 +47,36 @@ def _cut_middle(text: str) -> str:
 
 
 def show_precompute(report: PrecomputeReport) -> RenderableType:
-    """The counts, then the results of a probe, or a remark."""
-    table = show_report("precompute", report, leave_out="probe")
+    """The counts, then the reward accuracy, then the results of a probe, or a remark.
+
+    A count of what is rare is left out where it is zero.
+    """
+    zeros = [name for name in RARE_COUNTS if not getattr(report, name)]
+    leave_out = ("probe", *REWARDS, *PAIR_COUNTS, *zeros)
+    table = show_report("precompute", report, leave_out, first={"pairs": _pairs(report)})
     below: list[RenderableType] = []
+    if report.reward_accuracy is not None and report.reward_margin is not None and report.probe is None:
+        rewards = RewardAccuracy(report.reward_pairs, report.reward_accuracy, report.reward_margin)
+        below += ["", Text(f"{rewards.describe()}.")]
     if report.probe is not None:
-        below = ["", show_probe(report.probe, report.sampled)]
+        below += ["", show_probe(report.probe, report.sampled)]
     elif report.dry_run:
-        below = ["", "Bytes: at most these, before encoding; --probe 64 predicts them."]
+        below += ["", "Bytes: at most these, before encoding; --probe 64 predicts them."]
     elif report.awaited:
-        below = [
+        below += [
             "",
             f"No sampled set yet: other parts have to sample {report.awaited:,} of its responses. The last part to "
             "finish makes the set; so does any part that runs again.",
         ]
     return Group(table, *below)
+
+
+def _pairs(report: PrecomputeReport) -> dict[str, int]:
+    reasons = {f"dropped: {reason}": count for reason, count in report.dropped_by_reason.items()}
+    told = {
+        "duplicates": report.duplicates,
+        "identical responses": report.identical,
+        "contradicting": report.contradicting,
+    }
+    counts = {"read": report.rows, "used": report.used} | reasons
+    return counts | {name: count for name, count in told.items() if count}

@@ -38,6 +38,8 @@ def show_probe(report: ProbeReport, unsampled: int) -> RenderableType:
             f"{unsampled:,} responses are not sampled yet: none of them was probed, and they are counted with "
             "--max-new-tokens tokens each."
         )
+    if report.rewards is not None:
+        lines.append(f"Probed pairs: {report.rewards.describe()}.")
     lines.append(_losses(report))
     lines += [
         f"Bytes: for the {report.data_tokens:,} response tokens, scored already or not.",

@@ -1,16 +1,22 @@
 """Shows a report in a terminal as a table of its fields."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.table import Table
 
 
-def show_report(title: str, report: Any, leave_out: str = "") -> Table:
-    """A row for each field of a dataclass except ``leave_out``; a mapping or list takes one line per entry."""
+def show_report(
+    title: str, report: Any, leave_out: Collection[str] = (), first: Mapping[str, object] | None = None
+) -> Table:
+    """A row for each field of a dataclass except those to leave out and those without a value or an entry.
+
+    The rows of ``first`` stand before them. A mapping or list takes one line per entry.
+    """
     table = Table(title=f"adpa {title}", show_header=False)
-    for name, value in dataclasses.asdict(report).items():
-        if name != leave_out:
+    for name, value in {**(first or {}), **dataclasses.asdict(report)}.items():
+        if name not in leave_out and value is not None and value != {}:
             table.add_row(name.replace("_", " "), _field_text(value))
     return table
 

@@ -10,8 +10,6 @@ def batch_arguments(batch_size: int, micro_batch_size: int | None) -> dict[str, 
     Raises:
         OptionError: ranks and micro-batches do not divide the step evenly.
     """
-    if batch_size < 1:
-        raise OptionError(f"--batch-size {batch_size}; expected at least 1")
     ranks = number_of_ranks()
     per_rank, rest = divmod(batch_size, ranks)
     if rest:

@@ -17,11 +17,12 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adpa.errors import ModelError, OptionError
+from adpa.errors import ModelError, OptionError, did_you_mean
 from adpa.pipeline.models import adapters
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.models.merged_weights import merged_weights
+from adpa.pipeline.models.weight_files import ADAPTER_CONFIG
 from adpa.pipeline.training.lora_settings import ALL_LINEAR, LoraSettings
 
 
@@ -79,9 +80,10 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> Any:
     The random numbers of A are the next ones of torch's generator.
 
     Raises:
-        OptionError: a target is no linear layer of the decoder.
+        OptionError: a target is no linear layer of the decoder, or the rank is larger than a layer.
     """
     _check_targets(model, settings.targets)
+    _check_rank(model, settings)
     # The head gets no adapter: the loss reads its weight directly, and computes no gradient for it.
     return adapters.add(
         model,
@@ -100,7 +102,7 @@ def merge_adapters(checkpoint: Checkpoint, directory: Path, dtype: str) -> PreTr
     nowhere on disk, and on the student's base these adapters would be another model.
     """
     model = adapters.merge(str(directory), checkpoint.load(dtype, torch.device("cpu")), directory)
-    path = directory / adapters.ADAPTER_CONFIG
+    path = directory / ADAPTER_CONFIG
     config = json.loads(path.read_text())
     name = checkpoint.name.partition("@")[0] if checkpoint.revision else checkpoint.name
     config |= {"base_model_name_or_path": name, "revision": checkpoint.revision}
@@ -130,5 +132,25 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
             }
             raise OptionError(
                 f"--lora-target {target}: no linear layer of {type(model).__name__} has this name; "
-                f"expected one of {', '.join(sorted(linear))}"
+                f"expected one of {', '.join(sorted(linear))}",
+                did_you_mean(target.rpartition(".")[2], linear),
             )
+
+
+def _check_rank(model: PreTrainedModel, settings: LoraSettings) -> None:
+    """Checks that no adapter has a larger rank than its layer: it would have more numbers, and could say no more."""
+    tied = (model.get_output_embeddings(), model.get_input_embeddings())
+    sizes = {}
+    for name, module in model.named_modules():
+        targeted = not settings.targets or any(f".{name}".endswith(f".{target}") for target in settings.targets)
+        if targeted and module not in tied and isinstance(module, torch.nn.Linear | Conv1D):
+            if isinstance(module, Conv1D):
+                sizes[name] = (module.nx, module.nf)
+            else:
+                sizes[name] = (module.in_features, module.out_features)
+    name, size = min(sizes.items(), key=lambda layer: min(layer[1]))
+    if settings.rank > min(size):
+        raise OptionError(
+            f"--lora-rank {settings.rank}: larger than the layer {name} ({size[0]} × {size[1]})",
+            f"choose {min(size)} at most, or name larger layers with --lora-target",
+        )

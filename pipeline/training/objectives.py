@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
+from adpa.pipeline.training.values import check_values
 
 ObjectiveName = Literal["sft", "kd", "dckd", "adpa"]
 
@@ -40,7 +41,8 @@ def objective_terms(
         advantage_weight: γ of adpa.
 
     Raises:
-        OptionError: an unknown objective or response set, a negative weight, or an option that the objective lacks.
+        OptionError: an unknown objective or response set, a weight out of its range, or an option that the
+            objective lacks.
     """
     if objective not in get_args(ObjectiveName):
         raise OptionError(f"objective {objective!r}; expected one of {', '.join(get_args(ObjectiveName))}")
@@ -50,9 +52,7 @@ def objective_terms(
         raise OptionError(f"--on {on} with {objective}, whose responses are fixed", "leave it out, or use kd or adpa")
     if kl_weight is not None and objective == "sft":
         raise OptionError("--kl-weight with sft, which has no KL term", "leave it out, or use kd, dckd or adpa")
-    for option, weight in (("--kl-weight", kl_weight or 0.0), ("--advantage-weight", advantage_weight)):
-        if not weight >= 0:
-            raise OptionError(f"{option} {weight:g}; expected 0 or more")
+    check_values({"kl_weight": kl_weight, "advantage_weight": advantage_weight})
     nll = TermWeights(nll=1.0)
     if objective == "sft":
         return {"chosen": nll}
@@ -63,13 +63,3 @@ def objective_terms(
     if objective == "dckd":
         return {"chosen": term._replace(nll=1.0), "rejected": term}
     return {"chosen": term._replace(nll=1.0)} if on == "chosen" else {"chosen": nll, on: term}
-
-
-def check_plausibility(plausibility: float) -> None:
-    """Checks the value of ``--plausibility``.
-
-    Raises:
-        OptionError: it is no probability below 1.
-    """
-    if not 0 <= plausibility < 1:
-        raise OptionError(f"--plausibility {plausibility:g}; expected at least 0 and less than 1")

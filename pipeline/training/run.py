@@ -3,8 +3,9 @@
 Every rank takes every step.
 """
 
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy, align_special_tokens
 
 from adpa.data.batches import TrainingExamples, collate
@@ -37,15 +39,19 @@ from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.models.padding import check_padding
 from adpa.pipeline.options import DtypeName
+from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
-from adpa.pipeline.training.run_directory import check_output, earlier_ids, find_start, write_record
+from adpa.pipeline.training.run_directory import LAST, earlier_ids, find_start, write_record
+from adpa.pipeline.training.run_warnings import length_warnings, unused_warnings
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
 from adpa.pipeline.training.training_arguments import TRAINING
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 # The fields of a report that adpa.json has too.
@@ -85,9 +91,7 @@ class Run:
     @property
     def needs(self) -> dict[ResponseName, Need]:
         """The signals that the terms need of each response set."""
-        return {
-            name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in self.terms.items()
-        }
+        return find_needs(self.terms)
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,10 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
         response_sets: the response sets to train on, as ``select`` takes them.
 
     Raises:
-        AdpaError: an error of ``open_checkpoint`` or ``select``, an output that is not empty, or a student that does
-            not fit the data.
+        AdpaError: an error of ``open_checkpoint`` or ``select``, or a student that does not fit the data.
     """
 
     def open_on_this_rank() -> Sources:
-        check_output(run.output, run.resume_from_checkpoint)
         checkpoint = open_checkpoint(student)
         if checkpoint.dtype_name(run.dtype) == "float16":
             raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
@@ -200,6 +202,30 @@ def find_common_start(run: Run, origin: Mapping[str, Any]) -> Path | None:
     return start
 
 
+def warn_before(
+    run: Run, sources: Sources, start: Path | None, chosen: Mapping[str, Any], usual: Mapping[str, Any]
+) -> list[str]:
+    """Says what in a run's options does little or nothing; returns these warnings.
+
+    Args:
+        run: the run.
+        sources: its sources.
+        start: the checkpoint that it resumes from.
+        chosen: the options of ``distill``, by name.
+        usual: their defaults.
+    """
+    examples = len(TrainingExamples(sources.selection.training_sets(run.needs)))
+    warnings = unused_warnings(run.terms, chosen, usual) + length_warnings(examples, chosen, usual)
+    if run.resume_from_checkpoint == LAST and start is None:
+        warnings.append(
+            f"--resume-from-checkpoint {LAST}: no checkpoint in {run.output}; the run begins at its first step"
+        )
+    if this_rank() == 0:
+        for warning in warnings:
+            logger.warning(warning)
+    return warnings
+
+
 def load_student(run: Run, sources: Sources) -> Student:
     """Loads the student, whole on every rank, and prepares it for the loss.
 
@@ -240,13 +266,34 @@ class KeepEnds(TrainerCallback):
         self._settings.eos_token_id = self._ends if len(self._ends) > 1 else self._ends[0]
 
 
+def name_failing_trackers(trainer: DistillTrainer) -> None:
+    """Makes a tracker that does not start, such as one without a login, an error of one line."""
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    for callback in trainer.callback_handler.callbacks:
+        if name := names.get(type(callback)):
+            callback.on_train_begin = partial(_start_tracker, name, callback.on_train_begin)
+
+
+def _start_tracker(name: str, begin: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    try:
+        begin(*arguments, **options)
+    except Exception as error:  # each tracker has errors of its own, and none of their classes is known here
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise OptionError(f"--report-to {name}: it does not start: {problem}", "log in, or leave it out") from error
+
+
 def train_student(
-    run: Run, sources: Sources, student: Student, start: Path | None, origin: Mapping[str, Any]
+    run: Run,
+    sources: Sources,
+    student: Student,
+    start: Path | None,
+    origin: Mapping[str, Any],
+    warnings: Sequence[str],
 ) -> DistillTrainer:
-    """Trains the student; returns the trainer, whose logs tell how it went.
+    """Trains the student; returns the trainer, whose logs tell how it went; its warnings begin with those so far.
 
     Raises:
-        OptionError: a micro-batch does not fit in memory.
+        OptionError: a micro-batch does not fit in memory, or a tracker does not start.
         ModelError: a loss is not finite.
     """
     trainer = DistillTrainer(
@@ -259,7 +306,9 @@ def train_student(
         packing=run.packing,
         processing_class=sources.tokenizer,
     )
+    trainer.warnings += warnings
     trainer.remove_callback(PrinterCallback)
+    name_failing_trackers(trainer)
     trainer.add_callback(KeepEnds(sources, student.model))
     if run.arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
         write_record(run.output, origin)  # a killed run can only resume with it

@@ -1,18 +1,22 @@
-"""The directory of a training run: its record adpa.json, its checkpoints, and the one that a run resumes from."""
+"""The directory of a training run: its record adpa.json, its checkpoints, and the one that a run resumes from.
+
+Imports no torch.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-
 from adpa.data.cache.files import write_file
-from adpa.data.cache.locations import check_writable
-from adpa.errors import OptionError
+from adpa.data.cache.locations import Location, check_outside, check_writable, is_local
+from adpa.errors import OptionError, did_you_mean
 
+# What Trainer writes into a checkpoint; its own names are in a module that imports torch.
+OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 RECORD = "adpa.json"
 LAST = "last"
+STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"  # transformers' names
 
 
 def write_record(output: Path, record: Mapping[str, Any]) -> None:
@@ -20,20 +24,49 @@ def write_record(output: Path, record: Mapping[str, Any]) -> None:
     write_file(output / RECORD, json.dumps(record, indent=2).encode() + b"\n")
 
 
-def check_output(output: Path, resume_from_checkpoint: str | None) -> None:
+def check_output(output: Path, resume_from_checkpoint: str | None, cache: Location, student: str) -> None:
     """Checks that a run can write to a directory, which must be empty unless the run resumes.
+
+    Args:
+        output: the directory.
+        resume_from_checkpoint: see ``find_start``; here it only has to exist.
+        cache: the cache that the run reads; the output may not lie in it, nor the other way around.
+        student: the student that is trained, a directory or a name; its directory may not be the output, nor in it.
 
     Raises:
         OptionError: it cannot.
     """
+    check_outside("--output", output, cache)
+    place = output.resolve()
+    for name, location in (("cache", cache), ("student", Path(student))):
+        if is_local(location) and location.is_dir() and place in (location.resolve(), *location.resolve().parents):
+            where = "is the directory of" if place == location.resolve() else "holds"
+            raise OptionError(f"--output {output}: {where} the {name} {location}", "name another directory")
     check_writable("--output", output)
+    if resume_from_checkpoint not in (None, LAST):
+        _check_checkpoint(str(resume_from_checkpoint))
     contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if contents and (resume_from_checkpoint is None or RECORD not in contents):
         raise OptionError(
             f"--output {output}: not empty, found {contents[0]}"
             + ("" if resume_from_checkpoint is None else f" and no {RECORD} of its run"),
-            "name another directory, or resume with --resume-from-checkpoint last",
+            "name another directory" + (", or resume with --resume-from-checkpoint last" if RECORD in contents else ""),
         )
+
+
+def _check_checkpoint(name: str) -> None:
+    checkpoint, option = Path(name), f"--resume-from-checkpoint {name or repr(name)}"
+    if not (name and checkpoint.is_dir()):
+        problem = "is a file" if checkpoint.is_file() else "no such directory"
+        known = [LAST, *map(str, checkpoint.parent.glob("checkpoint-*"))]
+        raise OptionError(f"{option}: {problem}", did_you_mean(name, known) or "name a checkpoint, or last")
+    if (checkpoint / RECORD).exists():
+        raise OptionError(
+            f"{option}: a run, not one of its checkpoints",
+            f"go on with --output {checkpoint} --resume-from-checkpoint {LAST}",
+        )
+    if missing := _missing_file(checkpoint, (STATE,)):
+        raise OptionError(f"{option}: found no {missing} that can be read", "name a complete checkpoint, or last")
 
 
 def earlier_ids(output: Path, resume_from_checkpoint: str | None) -> dict[str, Any]:
@@ -63,9 +96,10 @@ def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping
     """
     if resume_from_checkpoint is None:
         return None
+    needed = (STATE,) if origin["sharding"] else (STATE, OPTIMIZER, SCHEDULER)  # sharded, they have other names
     if resume_from_checkpoint != LAST:
         checkpoint = Path(resume_from_checkpoint)
-        if missing := _missing_file(checkpoint, origin):
+        if missing := _missing_file(checkpoint, needed):
             raise OptionError(
                 f"--resume-from-checkpoint {checkpoint}: found no {missing} that can be read",
                 "name a complete checkpoint, or last",
@@ -83,22 +117,23 @@ def find_start(output: Path, resume_from_checkpoint: str | None, origin: Mapping
     numbers = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
     steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
     checkpoints = (output / f"checkpoint-{step}" for step in steps)
-    start = next((checkpoint for checkpoint in checkpoints if not _missing_file(checkpoint, origin)), None)
+    start = next((checkpoint for checkpoint in checkpoints if not _missing_file(checkpoint, needed)), None)
     if finished and start is None:
-        raise OptionError(f"--output {output}: its run is finished", "start anew in another --output")
+        raise OptionError(
+            f"--output {output}: its run is finished, and kept no checkpoint", "train anew in another --output"
+        )
     return start
 
 
-def _missing_file(checkpoint: Path, origin: Mapping[str, Any]) -> str:
-    """A file that a checkpoint lacks, or an empty string.
+def _missing_file(checkpoint: Path, needed: Sequence[str]) -> str:
+    """The first of the needed files that a checkpoint lacks, or an empty string.
 
     Trainer writes its state last. It resumes without the other files, but then the optimizer would start anew.
     """
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError):
-        return TRAINER_STATE_NAME
-    needed = () if origin["sharding"] else (OPTIMIZER_NAME, SCHEDULER_NAME)  # sharded, they have other names
+        return STATE
     return next((name for name in needed if not (checkpoint / name).exists()), "")
 
 

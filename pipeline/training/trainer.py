@@ -23,6 +23,7 @@ from adpa.data.sequences import Packing
 from adpa.data.steps import StepSampler
 from adpa.errors import ModelError
 from adpa.pipeline.training.collapse import Watch, collapse
+from adpa.pipeline.training.divergence import BEFORE, divergence, positive_loss
 from adpa.pipeline.training.objectives import TermWeights
 from adpa.pipeline.training.plausibility import plausible_advantages
 from adpa.pipeline.training.ranks import on_all_ranks
@@ -112,6 +113,7 @@ class DistillTrainer(Trainer):
         self._weights_S3 = weights_S3.to(self.args.device)
         self._term_sums_S3 = torch.zeros_like(self._weights_S3)
         self._steps_summed = 0
+        self._first_sums_S3: Tensor | None = None  # of the run's first step
         self._tokens = 0  # of this rank
         self._loader: StepLoader | None = None
         self._tokens_since: float | None = None  # on the clock, until they are logged
@@ -175,6 +177,8 @@ class DistillTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None  # resumed from its last step; Trainer checks only after one more
         self._tokens_since = self._tokens_since or time.perf_counter()
+        if self.state.global_step == 1 and self._steps_summed == 1:
+            self._first_sums_S3 = self._term_sums_S3.clone()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -307,7 +311,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term, the tokens and the student's statistics to Trainer's log.
 
-        Warns of a collapse, once.
+        Warns of a collapse and of a divergence, once each.
 
         Raises:
             ModelError: the loss is not finite.
@@ -320,23 +324,43 @@ class DistillTrainer(Trainer):
                 )
             logs |= self._take_terms() | self._take_tokens() | self._watch.measure(self.model_wrapped)
         super().log(logs, start_time)
-        warning = collapse(self.state.log_history, self._plausibility)
-        if warning is not None and not self.warnings:
-            self.warnings.append(warning)
-            if self.is_world_process_zero():
-                logger.warning(warning)
+        history = self.state.log_history
+        for warning in (
+            collapse(history, self._plausibility),
+            divergence(history, self._weights, self.state.max_steps),
+        ):
+            if warning is not None and warning not in self.warnings:
+                self.warnings.append(warning)
+                if self.is_world_process_zero():
+                    logger.warning(warning)
 
     def _take_terms(self) -> dict[str, float]:
-        means_S3 = self.accelerator.reduce(self._term_sums_S3, reduction="sum") / max(self._steps_summed, 1)
-        means = {
-            f"{term}/{name}": means_S3[number, column].item()
-            for number, name in enumerate(self._names)
-            for column, term in enumerate(TermWeights._fields)
-            if self._weights_S3[number, column] != 0
-        }
+        """The mean of every term since the last log; in the first log also the loss at the first step."""
+        terms = self._means(self._term_sums_S3, self._steps_summed)
+        if self.state.global_step <= 1:
+            terms |= {BEFORE: positive_loss(terms, self._weights)}
+        elif self._first_sums_S3 is not None:
+            terms |= {BEFORE: positive_loss(self._means(self._first_sums_S3, 1), self._weights)}
+        self._first_sums_S3 = None
         self._term_sums_S3.zero_()
         self._steps_summed = 0
-        return means
+        return terms
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """The weight of every term in the loss, by its key in a log."""
+        return {
+            f"{term}/{name}": weight
+            for name, weights in zip(self._names, self._weights_S3.tolist(), strict=False)  # the last set has no name
+            for term, weight in zip(TermWeights._fields, weights, strict=True)
+            if weight != 0
+        }
+
+    def _means(self, sums_S3: Tensor, steps: int) -> dict[str, float]:
+        means_S3 = self.accelerator.reduce(sums_S3, reduction="sum") / max(steps, 1)
+        means = (mean for row in means_S3.tolist() for mean in row)
+        keys = [f"{term}/{name}" for name in self._names for term in TermWeights._fields]
+        return {key: mean for key, mean in zip(keys, means, strict=False) if key in self._weights}
 
     def _take_tokens(self) -> dict[str, float]:
         assert self._tokens_since is not None

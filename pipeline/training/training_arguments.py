@@ -1,47 +1,17 @@
 """From the options of ``distill`` to the arguments of transformers' Trainer."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
-import yaml
-from transformers import TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import resolve_device
-from adpa.yaml_options import as_number
 
-_BATCHES = "--batch-size sets the examples of a step, and --micro-batch-size says how many fit in memory at a time"
-_EVALUATION = "adpa evaluate compares students"
-_ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
-# Fields of TrainingArguments that adpa sets itself, so that a step does not depend on micro-batches and ranks.
-OWN_ARGUMENTS = {
-    "output_dir": "--output says where",
-    "use_cpu": "--device says where",
-    "fp16": "float16 loses small gradients in the loss head",
-    "save_only_model": "a run could not resume from such a checkpoint",
-    "remove_unused_columns": "a batch has columns that no model's forward names",
-    "logging_nan_inf_filter": "it would hide a loss that is not finite",
-    "disable_tqdm": "a terminal shows a progress bar",
-    "average_tokens_across_devices": "losses are means over the tokens of all ranks",
-    "per_device_train_batch_size": _BATCHES,
-    "gradient_accumulation_steps": _BATCHES,
-    "auto_find_batch_size": _BATCHES,
-    "train_sampling_strategy": _ORDER,
-    "dataloader_drop_last": _ORDER,
-    "data_seed": _ORDER,
-    "accelerator_config": _ORDER,
-    "ignore_data_skip": _ORDER,
-    "parallelism_config": "fsdp or deepspeed shards a student over ranks",
-    "label_smoothing_factor": "losses are adpa's own",
-    "eval_strategy": _EVALUATION,
-    "eval_on_start": _EVALUATION,
-    "load_best_model_at_end": _EVALUATION,
-    "resume_from_checkpoint": "--resume-from-checkpoint says it",
-}
 # A resumed run must have the same values of these.
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -50,34 +20,16 @@ TRAINING = (
 )  # fmt: skip
 
 
-def make_training_arguments(overrides: Sequence[str], device: str, **arguments: Any) -> TrainingArguments:
-    """Trainer's arguments: those of ``distill``'s options, those of ``--set``, and those that adpa sets for every run.
+def make_training_arguments(device: str, **arguments: Any) -> TrainingArguments:
+    """Trainer's arguments: those of ``distill``'s options and of ``--set``, and those that adpa sets for every run.
 
     Args:
-        overrides: key=value of each ``--set``.
         device: auto, cpu or cuda.
-        arguments: arguments from options, by Trainer's names.
+        arguments: arguments from options and from ``--set``, by Trainer's names.
 
     Raises:
-        OptionError: Trainer has no such argument or refuses it, or adpa sets it itself.
+        OptionError: Trainer refuses an argument, or cannot begin with them.
     """
-    known = {field.name for field in fields(TrainingArguments)}
-    options = {name: f"--{name.replace('_', '-')} says it" for name in arguments if name != "save_strategy"}
-    own = options | OWN_ARGUMENTS
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or key not in known:
-            raise OptionError(f"--set {override}; expected key=value with a field of transformers.TrainingArguments")
-        if key in own:
-            raise OptionError(f"--set {override}: {own[key]}", "leave it out")
-        try:
-            arguments[key] = as_number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise OptionError(f"--set {override}: {' '.join(str(error).split())}", "write the value as YAML") from error
-    if device not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"--device {device}; expected auto, cpu or cuda", "choose a GPU by CUDA_VISIBLE_DEVICES")
-    if arguments.get("deepspeed") and not is_deepspeed_available():
-        raise OptionError("--set deepspeed without DeepSpeed", "pip install deepspeed")
     use_cpu = resolve_device(device).type == "cpu"
     if arguments["bf16"] is None:
         arguments["bf16"] = not use_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -93,7 +45,7 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
             average_tokens_across_devices=False,  # Trainer would gather labels for a number that is not used
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise OptionError(f"transformers.TrainingArguments refuses the options: {error}") from error
+        raise OptionError(f"transformers.TrainingArguments refuses the options: {_short(error)}") from error
     precision = "bf16" if made.bf16 else "no"
     if made.mixed_precision != precision:
         raise OptionError(
@@ -101,4 +53,45 @@ def make_training_arguments(overrides: Sequence[str], device: str, **arguments: 
             "give --bf16, or accelerate launch --mixed_precision no",
         )
     made._n_gpu = min(made.n_gpu, 1)  # one process drives one GPU: no DataParallel
+    _try_out(made)
     return made
+
+
+def _try_out(arguments: TrainingArguments) -> None:
+    """Makes the trackers, the optimizer and the schedule for a model of one layer, before any other model is loaded.
+
+    Raises:
+        OptionError: one of them refuses the options.
+    """
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise OptionError(f"--report-to: {_short(error)}") from error
+    if arguments.deepspeed or arguments.optim_target_modules:  # these need the layers of the student
+        return
+    layer = torch.nn.Linear(1, 1)
+    try:
+        make, options = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)  # type: ignore[arg-type]
+        optimizer = make(layer.parameters(), **options)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(
+            f"--set optim={OptimizerNames(arguments.optim).value}: {_short(error)}", "choose another one"
+        ) from error
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # no text: it was read,
+        )
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"--lr-scheduler-type {SchedulerType(arguments.lr_scheduler_type).value}: {_short(error)}"
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    """The message of a library's error, in one line."""
+    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__

@@ -1,6 +1,19 @@
-"""``python -m adpa`` is the ``adpa`` command."""
+"""The ``adpa`` command, also as ``python -m adpa``. It imports the rest while a Ctrl-C is already one line."""
 
-from adpa.cli import main
+import os
+import sys
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        from adpa.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("adpa: interrupted\n")
+        os._exit(130)  # threads of libraries that it caught at work abort an orderly end
+
 
 if __name__ == "__main__":
     main()

@@ -27,8 +27,9 @@ class AdpaError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What to do about an unknown name: the nearest known one as a question; empty if none is near."""
-    nearest = get_close_matches(name, list(known), n=1)
-    return f"did you mean {nearest[0]}?" if nearest else ""
+    beginnings = {one[: len(name)]: one for one in sorted(known, key=len, reverse=True)}  # of several, the shortest
+    nearest = get_close_matches(name, list(beginnings), n=1) or get_close_matches(name, beginnings.values(), n=1)
+    return f"did you mean {beginnings.get(nearest[0], nearest[0])}?" if nearest else ""
 
 
 class OptionError(AdpaError):

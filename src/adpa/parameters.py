@@ -1,9 +1,8 @@
 """From a parameter of a stage to an option of its command: its type, and the ``Doc`` and ``Group`` beside it."""
 
 import inspect
-import json
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -12,20 +11,23 @@ from rich.markup import escape
 from typing_extensions import Doc
 from upath import UPath
 
-from adpa.pipeline.options import Group
+from adpa.data.cache.locations import Location
+from adpa.parser import NO_VALUE
+from adpa.pipeline.options import Group, PathOrName
+from adpa.values import read_value
 
-NO_VALUE = ""  # what a switch takes
 
-
-def as_option(parameter: inspect.Parameter) -> inspect.Parameter:
-    """The parameter as an option of a command."""
+def as_option(parameter: inspect.Parameter, read: Callable[..., Any] | None = None) -> inspect.Parameter:
+    """The parameter as an option of a command; one with its own ``read`` is read before the others."""
     flag = f"--{parameter.name.replace('_', '-')}"
-    is_switch = bool in _types(parameter) and parameter.default is False  # needs no --no-… beside it
+    is_switch = kind_of(parameter) is bool and parameter.default is False  # needs no --no-… beside it
     option = typer.Option(
         *([flag] if is_switch else []),
         help=_help(parameter),
         metavar=_metavar(parameter),
-        parser=partial(_json_object, flag) if _is_mapping(parameter) else None,
+        parser=_as_written,
+        callback=read or _reader(parameter),
+        is_eager=read is not None,
         rich_help_panel=group_of(parameter),
     )
     return _with(parameter, option)
@@ -33,7 +35,10 @@ def as_option(parameter: inspect.Parameter) -> inspect.Parameter:
 
 def as_argument(parameter: inspect.Parameter) -> inspect.Parameter:
     """The parameter as an argument of a command: it has a place instead of a name, and the help lists it apart."""
-    return _with(parameter, typer.Argument(help=_help(parameter), metavar=parameter.name.upper()))
+    argument = typer.Argument(
+        help=_help(parameter), metavar=parameter.name.upper(), parser=_as_written, callback=_reader(parameter)
+    )
+    return _with(parameter, argument)
 
 
 def group_of(parameter: inspect.Parameter) -> Group:
@@ -41,78 +46,82 @@ def group_of(parameter: inspect.Parameter) -> Group:
     return next((part for part in get_args(parameter.annotation) if isinstance(part, Group)), Group.OTHER)
 
 
-def has_doc(parameter: inspect.Parameter) -> bool:
-    """Whether it has a text of help, and so is an option."""
-    return any(isinstance(part, Doc) for part in get_args(parameter.annotation))
+def doc_of(parameter: inspect.Parameter) -> str:
+    """Its text of help; empty for a parameter that is no option."""
+    return next((part.documentation for part in get_args(parameter.annotation) if isinstance(part, Doc)), "")
 
 
-def is_location(parameter: inspect.Parameter) -> bool:
-    """Whether it takes a directory or a URL."""
-    return UPath in _types(parameter)
+def kind_of(parameter: inspect.Parameter) -> Any:
+    """What ``read_value`` reads for it; for a list, each of its values."""
+    annotated, *beside = get_args(parameter.annotation)
+    if get_args(PathOrName)[1] in beside:  # an annotated type in another one is flat
+        return PathOrName
+    types = [one for one in get_args(annotated) if one is not NoneType]
+    if get_origin(annotated) is Literal or not types:
+        return annotated
+    if UPath in types:
+        return Location
+    if get_origin(annotated) is list:
+        return types[0]
+    (one,) = types
+    if get_origin(one) is list:
+        return get_args(one)[0]
+    return Mapping if get_origin(one) is Mapping else one
 
 
 def _with(parameter: inspect.Parameter, shown: Any) -> inspect.Parameter:
+    """The parser sees switches, texts and lists of texts."""
+    kind = bool if kind_of(parameter) is bool else str
     return inspect.Parameter(
         parameter.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=parameter.default,
-        annotation=Annotated[_option_type(parameter), shown],
+        annotation=Annotated[list[str] if _is_list(parameter) else kind, shown],
     )
 
 
-def _annotated(parameter: inspect.Parameter) -> Any:
-    return get_args(parameter.annotation)[0]
+def _is_list(parameter: inspect.Parameter) -> bool:
+    annotated = get_args(parameter.annotation)[0]
+    return list in (get_origin(annotated), *map(get_origin, get_args(annotated)))
 
 
-def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
-    """The types of a union; a Literal and a list stay whole."""
-    annotated = _annotated(parameter)
-    return (annotated,) if get_origin(annotated) in (Literal, list) else get_args(annotated) or (annotated,)
+def _as_written(value: Any) -> Any:
+    return value
 
 
-def _option_type(parameter: inspect.Parameter) -> Any:
-    """The type of the option; a location is read as text, so that a URL keeps its slashes."""
-    if _is_mapping(parameter):
-        return dict | None
-    if not is_location(parameter):
-        return _annotated(parameter)
-    return str | None if NoneType in _types(parameter) else str
+def _reader(parameter: inspect.Parameter) -> Callable[..., Any]:
+    """Reads what the command line or a file of options has for a parameter."""
+    kind = kind_of(parameter)
+
+    def read(context: typer.Context, option: typer.CallbackParam, written: Any) -> Any:
+        source = getattr(context.get_parameter_source(parameter.name), "name", "DEFAULT")
+        if source == "DEFAULT":
+            return written
+        label = max(option.opts, key=len) if option.param_type_name == "option" else parameter.name.upper()
+        if source == "DEFAULT_MAP":
+            label = f"--config {context.params['config']}: {parameter.name.replace('_', '-')}"
+        if _is_list(parameter):
+            return [read_value(label, kind, one) for one in written]
+        return read_value(label, kind, written)
+
+    return read
 
 
 def _help(parameter: inspect.Parameter) -> str:
     """The text of the ``Doc``, and the names that can be chosen if it does not say them; brackets are no markup."""
-    text = next(part.documentation for part in get_args(parameter.annotation) if isinstance(part, Doc))
-    choices = [name for one in _types(parameter) if get_origin(one) is Literal for name in get_args(one)]
+    text, kind = doc_of(parameter), kind_of(parameter)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
     if not all(name in text for name in choices):
         text += f" One of {', '.join(choices)}."
     return escape(text)
 
 
-def _is_mapping(parameter: inspect.Parameter) -> bool:
-    return any(get_origin(one) is Mapping for one in _types(parameter))
-
-
-def _json_object(flag: str, given: str | dict[str, Any]) -> dict[str, Any]:
-    """The object that a user wrote as JSON, or as a mapping in a file of options."""
-    try:
-        value = json.loads(given) if isinstance(given, str) else given
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise typer.BadParameter(f"{given!r:.60} is no JSON; write {flag} '{{\"name\": value}}'") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"{given!r:.60} is no JSON object; write {flag} '{{\"name\": value}}'")
-    return value
-
-
-def _metavar(parameter: inspect.Parameter) -> str | None:
-    """What stands for the value, short enough for 80 columns; by default the parser names the type."""
-    for one in _types(parameter):
-        if get_origin(one) is Literal:
-            return "<name>"
-        if get_origin(one) is list:
-            return f"<{get_args(one)[0].__name__}>"
-        if one is bool:
-            return NO_VALUE
-    if _is_mapping(parameter):
-        return "<json>"
-    return "PATH|URL" if is_location(parameter) else None
+def _metavar(parameter: inspect.Parameter) -> str:
+    """What stands for the value, short enough for 80 columns."""
+    kind = kind_of(parameter)
+    if get_origin(kind) is Literal:
+        return "<name>"
+    if kind == Location:
+        return "PATH|URL"
+    names = {bool: NO_VALUE, int: "<int>", float: "<float>", Mapping: "<json>", Path: "<path>"}
+    return names.get(kind, "<str>")

@@ -1,5 +1,6 @@
-"""Progress bars on standard error: rate and remaining time in a terminal, nothing elsewhere."""
+"""On standard error: progress bars with rate and remaining time, in a terminal alone; warnings, a line each."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,3 +36,15 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda units: bar.advance(task, units)
+
+
+class WarningLines(logging.Handler):
+    """Prints a warning as one line, above the progress bars of other packages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a warning."""
+        line = f"adpa: warning: {' '.join(record.getMessage().split())}"
+        if tqdm := sys.modules.get("tqdm"):
+            tqdm.tqdm.write(line, file=sys.stderr)
+        else:
+            sys.stderr.write(f"{line}\n")

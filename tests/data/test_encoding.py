@@ -220,3 +220,44 @@ def test_a_text_without_tokens_is_refused_in_any_row(tokenizer: PreTrainedTokeni
     encoder = make_encoder(tokenizer, drop_invalid=True)
     assert len(encode(encoder, *rows)) == 1099
     assert encoder.counts.invalid == {"text lost in tokens": 1}
+
+
+def test_repeated_identical_and_exchanged_pairs_are_counted_and_stay(tokenizer: PreTrainedTokenizerBase) -> None:
+    exchanged = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    same = PAIR | {"chosen": "Paris.", "rejected": [{"role": "assistant", "content": "Paris."}]}
+    invalid = PAIR | {"rejected": None}
+    encoder = make_encoder(tokenizer, drop_invalid=True)
+    pairs = encode(encoder, PAIR, exchanged, PAIR | {"score": 5}, same, invalid, same, invalid)
+    counts = encoder.counts
+    assert (counts.rows, counts.used, len(pairs), counts.dropped) == (7, 5, 5, 2)
+    assert (counts.duplicates, counts.identical, counts.contradicting) == (2, 2, 2)
+    assert counts.invalid == {"null response": 2}
+
+
+def test_responses_that_the_limit_makes_equal_are_identical(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = PAIR | {"chosen": "Paris, of course.", "rejected": "Paris, I believe."}
+    (whole,) = encode(make_encoder(tokenizer), row)
+    both = zip(whole.chosen_ids, whole.rejected_ids, strict=False)
+    shared = next(place for place, (chosen, rejected) in enumerate(both) if chosen != rejected)
+    assert shared > 1
+    for room, identical in ((1, 1), (shared, 1), (shared + 1, 0), (100, 0)):
+        encoder = make_encoder(tokenizer, max_prompt_length=8, max_length=8 + room)
+        encode(encoder, row)
+        assert encoder.counts.identical == identical
+
+
+@pytest.mark.parametrize(
+    ("columns", "duplicates"),
+    [
+        ({"tools": None, "chat_template_kwargs": {}, "source": "another"}, 2),
+        ({"prompt": USER["content"]}, 2),
+        ({"system": "Be brief."}, 1),
+        ({"rejected": "Lyon."}, 1),
+    ],
+)
+def test_a_duplicate_equals_another_row_in_all_that_is_used(
+    columns: Row, duplicates: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    encoder = make_encoder(tokenizer)
+    encode(encoder, PAIR, PAIR | columns, PAIR)
+    assert encoder.counts.duplicates == duplicates

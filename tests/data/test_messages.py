@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adpa.data.messages import Message, holds_messages, parse_messages
+from adpa.data.messages import DROP, Message, holds_messages, parse_messages, shown
 from adpa.errors import RowError
 
 QUESTION: Message = {"role": "user", "content": "What is the capital of France?"}
@@ -53,9 +53,64 @@ def test_other_parts_are_refused_by_name(part: Message, reason: str) -> None:
     assert "not supported" in message
 
 
-@pytest.mark.parametrize("content", [None, 5, {"text": "Paris."}, ["Paris."], [{"text": "Paris."}], [{"type": "text"}]])
-def test_content_of_another_form_is_refused(content: Any) -> None:
-    assert "both strings" in refusal(ANSWER | {"content": content}, "not messages")
+ROLE_AND_CONTENT = "expected an object with `role` and `content`, both strings"
+PARTS = "expected a string, or parts of the form {'type': 'text', 'text': …}, both strings"
+RENAME = "rename from to role, value to content, human to user, and gpt to assistant"
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ("Paris.", f"has the message 'Paris.'; {ROLE_AND_CONTENT}; {DROP}"),
+        (None, f"has the message null; {ROLE_AND_CONTENT}; {DROP}"),
+        ([ANSWER], f"has the message [{ANSWER}]; {ROLE_AND_CONTENT}; {DROP}"),
+        (ANSWER | {"content": None}, f"has a message whose `content` is null; {ROLE_AND_CONTENT}; {DROP}"),
+        (ANSWER | {"content": 5}, f"has a message whose `content` is 5; {ROLE_AND_CONTENT}; {DROP}"),
+        (ANSWER | {"content": True}, f"has a message whose `content` is true; {ROLE_AND_CONTENT}; {DROP}"),
+        (
+            ANSWER | {"content": {"text": "a"}},
+            f"has a message whose `content` is {{'text': 'a'}}; {ROLE_AND_CONTENT}; {DROP}",
+        ),
+        ({"role": "user"}, f"has a message without `content`, {{'role': 'user'}}; {ROLE_AND_CONTENT}; {DROP}"),
+        ({"content": "Hi"}, f"has a message without `role`, {{'content': 'Hi'}}; {ROLE_AND_CONTENT}; {DROP}"),
+        (ANSWER | {"role": None}, f"has a message whose `role` is null; {ROLE_AND_CONTENT}; {DROP}"),
+        (
+            {"from": "human", "value": "Hi"},
+            f"has a message without `role`, {{'from': 'human', 'value': 'Hi'}}; {ROLE_AND_CONTENT}; {RENAME}",
+        ),
+        (ANSWER | {"content": ["a"]}, f"has a message with the content part 'a'; {PARTS}; {DROP}"),
+        (
+            ANSWER | {"content": [{"text": "a"}]},
+            f"has a message with the content part {{'text': 'a'}}; {PARTS}; {DROP}",
+        ),
+        (
+            ANSWER | {"content": [{"type": "text", "text": 5}]},
+            f"has a message with the content part {{'type': 'text', 'text': 5}}; {PARTS}; {DROP}",
+        ),
+        (ANSWER | {"name": 5}, f"has a message whose `name` is 5; expected a string; {DROP}"),
+    ],
+)
+def test_a_message_of_another_form_is_refused_by_what_is_wrong(message: Any, problem: str) -> None:
+    assert refusal(message, "not messages") == f"line 2: `chosen` {problem}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (False, "false"),
+        (float("nan"), "NaN"),
+        (5, "5"),
+        ("a\nb", r"'a\nb'"),
+        ("\ud83d", r"'\ud83d'"),
+        ("x" * 59, "'" + "x" * 59 + "…"),
+        ("x" * 58, "'" + "x" * 58 + "'"),
+        ([1] * 100, f"[{'1, ' * 19}1,…"),
+    ],
+)
+def test_a_value_is_shown_on_one_short_line(value: Any, text: str) -> None:
+    assert shown(value) == text
 
 
 @pytest.mark.parametrize(
@@ -78,6 +133,20 @@ def test_a_field_that_would_be_lost_is_refused_by_name(field: str, reason: str) 
 def test_other_roles_are_refused_by_name(role: str) -> None:
     message = refusal(QUESTION | {"role": role}, "wrong role")
     assert f"the role '{role}'; expected one of system, developer, user, assistant, tool" in message
+
+
+@pytest.mark.parametrize(
+    ("role", "fix"),
+    [
+        ("human", "rename it to user"),
+        ("gpt", "rename it to assistant"),
+        ("Assistant", "rename it to assistant"),
+        ("function", "rename it to tool"),
+        ("narrator", DROP),
+    ],
+)
+def test_the_role_that_is_meant_is_named(role: str, fix: str) -> None:
+    assert refusal(QUESTION | {"role": role}, "wrong role").endswith(f"assistant, tool; {fix}")
 
 
 FUNCTION = {"name": "search", "arguments": {"query": "capital", "page": None}}

@@ -2,12 +2,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.data.messages import CHOSEN, EARLIER_TURN, QUESTION, REJECTED, SYSTEM, Row
+from tests.data.pairs import explicit, implicit, refusal
 
 from adpa.data.preferences import PreferencePair, parse_pair
-from adpa.errors import RowError
 
 CONVERSATIONS = {
     "one question": [QUESTION],
@@ -17,17 +16,8 @@ CONVERSATIONS = {
 }
 
 
-def explicit(prompt: list[Row]) -> Row:
-    return {"prompt": prompt, "chosen": [CHOSEN], "rejected": [REJECTED]}
-
-
 def responses_as_strings(prompt: list[Row]) -> Row:
     return {"prompt": prompt, "chosen": CHOSEN["content"], "rejected": REJECTED["content"]}
-
-
-def implicit(prompt: list[Row]) -> Row:
-    """As in argilla/dpo-mix-7k."""
-    return {"chosen": [*prompt, CHOSEN], "rejected": [*prompt, REJECTED], "dataset": "argilla", "chosen_rating": 5.0}
 
 
 def prompt_and_whole_conversations(prompt: list[Row]) -> Row:
@@ -47,17 +37,6 @@ FORMS = [
     prompt_and_whole_conversations,
     prompt_string_and_whole_conversations,
 ]
-
-
-def refusal(row: Any, reason: str | None = None, rendered: bool = False) -> str:
-    """The one line with which the row is refused, under the reason."""
-    with pytest.raises(RowError) as caught:
-        parse_pair("prefs.jsonl line 2", row, rendered)
-    message = str(caught.value)
-    assert message.startswith("prefs.jsonl line 2: ")
-    assert "\n" not in message
-    assert reason in (None, caught.value.reason)
-    return message
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,87 +92,6 @@ def test_the_example_ids_of_ordinary_rows_never_change(row: Row, example_id: str
 )
 def test_the_example_id_changes_with_the_content(changed: Row) -> None:
     assert parse_pair("here", changed).example_id != parse_pair("here", explicit([QUESTION])).example_id
-
-
-SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"}]
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        pytest.param(["chosen", "rejected"], "found a list; expected an object", id="a list"),
-        pytest.param("text", "found a str; expected an object", id="a string"),
-        pytest.param(
-            {"prompt": "Hi", "chosen": "Hello"}, "found the columns prompt, chosen; expected `rejected`", id="no column"
-        ),
-        pytest.param(
-            {"instruction": "Hi", "output": ["Hello"]}, "found the columns instruction, output", id="other columns"
-        ),
-        pytest.param(explicit([QUESTION]) | {"chosen": None}, "expected `chosen`", id="chosen is null"),
-        pytest.param(explicit([QUESTION]) | {"chosen": 5}, "`chosen` is 5; expected chat messages", id="a number"),
-        pytest.param(explicit([QUESTION]) | {"chosen": []}, "`chosen` is []; expected", id="no messages"),
-        pytest.param(explicit([QUESTION]) | {"chosen": ""}, "`chosen` is an empty response", id="empty string"),
-        pytest.param(
-            explicit([QUESTION]) | {"rejected": [REJECTED | {"content": " \n"}]},
-            "`rejected` is an empty response",
-            id="only white space",
-        ),
-        pytest.param(
-            explicit([QUESTION]) | {"chosen": [QUESTION]},
-            "after the prompt, `chosen` has messages of user; expected one message of the assistant",
-            id="the user answers",
-        ),
-        pytest.param(
-            explicit([QUESTION]) | {"rejected": [*EARLIER_TURN, REJECTED]},
-            "after the prompt, `rejected` has messages of user, assistant, assistant",
-            id="one whole conversation",
-        ),
-        pytest.param(
-            explicit([QUESTION, CHOSEN]), "the prompt ends with the assistant's message", id="the prompt answers itself"
-        ),
-        pytest.param(
-            {"chosen": [QUESTION, *EARLIER_TURN[::-1], CHOSEN], "rejected": [QUESTION, CHOSEN, QUESTION, REJECTED]},
-            "after the prompt, `chosen` has messages of assistant, user, assistant",
-            id="differ too early",
-        ),
-        pytest.param(
-            {"chosen": [SYSTEM, QUESTION, CHOSEN], "rejected": [QUESTION, REJECTED]},
-            "found no `prompt`, and `chosen` and `rejected` share no messages",
-            id="differ from the start",
-        ),
-        pytest.param({"chosen": "Hello", "rejected": "Hi"}, "found no `prompt`", id="strings without a prompt"),
-        pytest.param(explicit([]), "found no `prompt`", id="empty prompt"),
-        pytest.param(
-            {"chosen": SHAREGPT, "rejected": SHAREGPT},
-            "expected an object with `role` and `content`, both strings",
-            id="sharegpt",
-        ),
-        pytest.param(
-            implicit([QUESTION]) | {"prompt": "Why?"},
-            "`prompt` is not what `chosen` and `rejected` begin with",
-            id="another prompt string",
-        ),
-        pytest.param(
-            implicit([QUESTION]) | {"prompt": [SYSTEM, QUESTION]},
-            "`prompt` is not what `chosen` and `rejected` begin with",
-            id="other prompt messages",
-        ),
-        pytest.param(
-            explicit([QUESTION | {"content": "The tower \ud83d"}]),
-            "the text has half of a surrogate pair, '\\ud83d'",
-            id="half a character",
-        ),
-    ],
-)
-def test_a_row_that_is_no_pair_is_refused_with_its_place(row: Any, problem: str) -> None:
-    assert problem in refusal(row)
-
-
-def test_an_error_of_reading_is_raised_where_the_pair_would_be() -> None:
-    error = RowError("prefs.jsonl line 2: broken JSON", "mend it", "broken JSON")
-    with pytest.raises(RowError) as caught:
-        parse_pair("prefs.jsonl line 2", error)
-    assert caught.value is error
 
 
 @pytest.mark.parametrize("form", [explicit, responses_as_strings, implicit, prompt_and_whole_conversations])
@@ -326,32 +224,6 @@ def test_values_that_json_does_not_have_are_refused() -> None:
     assert "Object of type bytes is not JSON serializable" in refusal(row, "broken JSON")
 
 
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected", "system"])
-@pytest.mark.parametrize("write", [json.dumps, str, lambda messages: str(np.array(messages, dtype=object))])
-def test_a_string_of_messages_is_refused(write: Callable[[Any], str], column: str) -> None:
-    row = explicit([QUESTION]) | {column: write([QUESTION, CHOSEN])}
-    message = refusal(row, "messages in a string")
-    assert (
-        f"`{column}` is a string that holds chat messages; write the messages themselves (apply json.loads" in message
-    )
-
-
-def test_two_strings_of_whole_conversations_are_refused_as_such() -> None:
-    row = {"chosen": json.dumps([QUESTION, CHOSEN]), "rejected": json.dumps([QUESTION, REJECTED])}
-    assert "`chosen` is a string that holds chat messages" in refusal(row)
-
-
-def test_a_message_whose_content_is_messages_is_refused() -> None:
-    text = json.dumps([QUESTION, CHOSEN])
-    for column, message in (("prompt", QUESTION), ("chosen", CHOSEN), ("rejected", REJECTED)):
-        refusal(explicit([QUESTION]) | {column: [message | {"content": text}]}, "messages in a string")
-
-
-def test_an_answer_about_messages_is_an_answer() -> None:
-    text = json.dumps([QUESTION, CHOSEN]) + " is a conversation."
-    assert parse_pair("here", explicit([QUESTION]) | {"chosen": text}).chosen["content"] == text
-
-
 RENDERED: Row = {"prompt": "<|user|>Hi<|end|><|assistant|>", "chosen": "Hello", "rejected": [REJECTED]}
 
 
@@ -366,7 +238,7 @@ def test_a_rendered_prompt_stays_as_it_is() -> None:
     ("changed", "problem"),
     [
         ({"prompt": [QUESTION]}, "`prompt` is [{'role': 'user'"),
-        ({"prompt": None}, "`prompt` is None; expected a rendered prompt, a string"),
+        ({"prompt": None}, "`prompt` is null; expected a rendered prompt, a string"),
         ({"prompt": json.dumps([QUESTION])}, "`prompt` is a string that holds chat messages"),
         ({"chosen": [QUESTION, CHOSEN]}, "after the prompt, `chosen` has messages of user, assistant"),
         ({"chosen": RENDERED["prompt"] + "Hello"}, "`chosen` begins with the whole prompt; leave only the response"),
@@ -380,9 +252,3 @@ def test_a_rendered_prompt_stays_as_it_is() -> None:
 )
 def test_rendered_rows_that_do_not_fit_are_refused(changed: Row, problem: str) -> None:
     assert problem in refusal(RENDERED | changed, rendered=True)
-
-
-@pytest.mark.parametrize("prompt", ["", "  \n"])
-def test_a_blank_prompt_is_no_prompt(prompt: str) -> None:
-    with pytest.raises(RowError, match="found no `prompt`"):
-        parse_pair("row 1", {"prompt": prompt, "chosen": "Paris.", "rejected": "Lyon."})

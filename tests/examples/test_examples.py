@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.conftest import Models, WriteRows
+from tests.conftest import Models, WriteRows, write_program
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import adpa
@@ -87,10 +87,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def examples(models: Models, write_rows: WriteRows, tmp_path: Path) -> Examples:
     """The examples with tiny models, eight pairs and short answers, and with this tree's ``adpa`` as the command."""
     rows = [preference_row(pair) for pair in Environment().preference_pairs(12, seed=0)]
-    program = tmp_path / "bin" / "adpa"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m adpa "$@"\n')
-    program.chmod(0o755)
+    program = write_program(tmp_path / "bin")
     options = tmp_path / "options"
     options.mkdir()
     for name in OPTION_FILES:

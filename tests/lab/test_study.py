@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from adpa.errors import OptionError
-from adpa.lab.study import OWN_STUDY, Study, check_seeds, read_study
+from adpa.lab.seed_list import check_seeds
+from adpa.lab.study import OWN_STUDY, Study, read_study
 from adpa.yaml_options import read_options
 
 SMALL = """

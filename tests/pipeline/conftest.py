@@ -1,7 +1,7 @@
 """What the tests of the stages share: a filled cache, an oracle, odd checkpoints, a vLLM that is not there."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -32,6 +32,8 @@ from adpa.data.sequences import TokenSequence, sequence_key
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.lm_head import FLOAT32_PRODUCTS, LmHead
 from adpa.pipeline.models.varlen_attention import varlen_reference
+from adpa.pipeline.scoring.hf_sampler import HfSampler
+from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 
 @dataclass(frozen=True)
@@ -260,3 +262,37 @@ def assert_drawn_from(tokens: NDArray[np.int32], logits_V: Tensor, sampling: Sam
     assert counts[outside].sum() == 0
     deviation = np.abs(counts - len(tokens) * probabilities)
     assert (deviation <= 5 * np.sqrt(len(tokens) * probabilities * (1 - probabilities)) + 1e-9).all()
+
+
+Disturb = Callable[..., None]
+
+
+@pytest.fixture
+def disturb(monkeypatch: pytest.MonkeyPatch) -> Disturb:
+    """Does something once, before a model answers batch ``after``: ``disturb("teacher", after=3, do=…)``.
+
+    Without ``do`` it ends the run: its first three batches are written.
+    """
+    methods: dict[str, tuple[type, str]] = {
+        "teacher": (HeadScorer, "top_k"),
+        "reference": (HeadScorer, "logprobs_at"),
+        "student": (HfSampler, "sample"),
+    }
+
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    def arrange(model: str, after: int, do: Callable[[], object] = end) -> None:
+        owner, name = methods[model]
+        real = getattr(owner, name)
+
+        def answer(self: Any, *arguments: Any) -> Iterator[Any]:
+            for number, answered in enumerate(real(self, *arguments)):
+                if number == after:
+                    monkeypatch.setattr(owner, name, real)
+                    do()
+                yield answered
+
+        monkeypatch.setattr(owner, name, answer)
+
+    return arrange

@@ -73,7 +73,7 @@ class Model:
 def fill(cache: Path) -> None:
     """Fills a cache as ``precompute`` does."""
     prepare_cache(cache)
-    sample_responses(cache, SAMPLING, missing_requests(cache, SAMPLING, REQUESTS), Model, SAMPLING_BATCH)
+    sample_responses(cache, SAMPLING, missing_requests(read_samples(cache, SAMPLING), REQUESTS), Model, SAMPLING_BATCH)
     said = read_samples(cache, SAMPLING)
     write_tokenizer(cache, TOKENIZER, DIGEST)
     examples = [(str(number), request.prompt_ids) for number, request in enumerate(REQUESTS)]

@@ -217,6 +217,7 @@ def test_one_prompt_is_too_few_for_an_interval(
     one = write_rows(preference_rows[:1] * 2, "heldout.jsonl")
     with pytest.raises(AdpaError, match="all its prompts are one and the same; give at least two"):
         evaluate(**options | {"data": str(one)}, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "it is known before anything is sampled"
 
 
 def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: WriteRows, tmp_path: Path) -> None:

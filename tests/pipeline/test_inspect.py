@@ -242,7 +242,9 @@ def test_what_cannot_be_shown_is_refused(filled: Filled, tmp_path: Path) -> None
     message = refused(CacheError, cache, response_set="chosen", example="zz")
     assert "--example zz: no such example; found " in message
     assert message.endswith("and 3 more; name one of them")
-    assert "--example : 8 examples fit: " in refused(CacheError, cache, response_set="chosen", example="")
+    for option in ("example", "response_set", "scoring"):
+        message = refused(OptionError, cache, **{option: ""})
+        assert message == f"--{option.replace('_', '-')} '': an empty value; give one, or leave the option out"
 
 
 @pytest.mark.parametrize("option", ["example", "html"])

@@ -159,8 +159,22 @@ def test_pairs_that_cannot_be_used_are_dropped_and_counted_when_asked(
         precompute(str(models.teacher), data, tmp_path / "cache")
     report = precompute(str(models.teacher), data, tmp_path / "cache", drop_invalid=True)
     assert (report.dropped, report.scored) == (1, 6)
+    assert (report.rows, report.used, report.dropped_by_reason) == (4, 3, {"empty response": 1})
     with pytest.raises(DataError, match="all of its 1 pairs were dropped"):
         precompute(str(models.teacher), str(write_rows(rows[3:], "bad.jsonl")), tmp_path / "cache", drop_invalid=True)
+
+
+def test_repeated_identical_and_exchanged_pairs_are_counted_and_stay_in_use(
+    models: Models, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    first, second = preference_rows[:2]
+    exchanged = {**first, "chosen": first["rejected"], "rejected": first["chosen"]}
+    identical = {**second, "rejected": second["chosen"]}
+    data = str(write_rows([first, second, first, exchanged, identical, {**first, "rejected": None}]))
+    report = precompute(str(models.teacher), data, tmp_path, drop_invalid=True, dry_run=True)
+    assert (report.rows, report.used, report.dropped_by_reason) == (6, 5, {"null response": 1})
+    assert (report.duplicates, report.identical, report.contradicting) == (1, 1, 1)
+    assert report.scored == 4
 
 
 def test_a_dry_run_predicts_what_a_run_does_and_loads_no_model(
@@ -266,8 +280,10 @@ def test_a_model_that_does_not_fit_is_refused_before_the_data_is_read(
     monkeypatch.setattr(
         Checkpoint, "weight_bytes", lambda self, dtype: 10**15 if self.name == models[model] else size(self, dtype)
     )
+    data = tmp_path / "prefs.jsonl"
+    data.write_text(filled.data.read_text().splitlines()[0] + "\nbroken\n")
     with pytest.raises(ModelError, match=rf"{models[model]}: its weights take about 1000000\.0 GB in float32"):
-        precompute(**models, data="./nowhere.jsonl", cache=tmp_path / "cache")
+        precompute(**models, data=str(data), cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -8,10 +8,10 @@ import pytest
 from tests.data.makers import INFO, SCORING, response_rows
 
 from adpa.data.cache.documents import write_document
-from adpa.data.cache.format import MARKER, check_cache, find_version, prepare_cache
+from adpa.data.cache.format import MARKER, check_cache, check_new_cache, find_version, prepare_cache
 from adpa.data.cache.responses import make_response_set, write_response_set
 from adpa.data.cache.signals import write_scoring
-from adpa.errors import CacheError, DamagedFileError
+from adpa.errors import CacheError, DamagedFileError, OptionError
 
 WRITTEN = {"format": "adpa-cache", "version": 2}
 
@@ -129,9 +129,21 @@ def test_a_loop_of_symbolic_links_is_one_line(link: str, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("files", [("config.json", "model.safetensors"), ("dataset_dict.json",)])
+@pytest.mark.parametrize("place", ["it", "it/cache", "it/a/b"])
+def test_no_cache_is_made_in_a_model_or_in_data(files: tuple[str, ...], place: str, tmp_path: Path) -> None:
+    (tmp_path / "it").mkdir()
+    for file in files:
+        (tmp_path / "it" / file).touch()
+    what = "a model" if len(files) == 2 else "a data set"
+    with pytest.raises(OptionError, match=rf"--cache .*{place}: .*is {what}; name a directory of its own for the"):
+        check_new_cache("--cache", tmp_path / place)
+    check_new_cache("--cache", tmp_path / "beside")
+
+
 def test_a_file_where_the_cache_should_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
-    with pytest.raises(CacheError, match="cannot be read: Not a directory"):
+    with pytest.raises(CacheError, match="cache: it is a file; expected the directory of a cache; check the path"):
         check_cache(tmp_path / "cache")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from adpa.data.cache.locations import check_outside, check_writable, check_writable_file, find_location
+from adpa.data.cache.locations import check_name, check_outside, check_writable, check_writable_file, find_location
 from adpa.errors import OptionError
 
 
@@ -35,6 +35,25 @@ def test_a_directory_without_permission_is_refused_by_name(tmp_path: Path, monke
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
     with pytest.raises(OptionError, match="cannot be written; name another directory"):
         check_writable("--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("x" * 256, "File name too long"), ("a\0b", "embedded null byte"), ("loop/out", "Too many levels of symbolic")],
+)
+def test_a_name_that_no_place_can_have_is_refused(place: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for check in (check_name, check_writable, check_writable_file):
+        with pytest.raises(OptionError, match=f"^--output .*: {reason}.*; name another place$"):
+            check("--output", tmp_path / place)
+
+
+def test_a_link_to_nothing_and_a_file_system_that_nobody_writes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(OptionError, match=r"--output .*: .*link is a broken link; name another directory"):
+        check_writable("--output", tmp_path / "link" / "out")
+    with pytest.raises(OptionError, match="--output /proc/out: /proc cannot be written; name another directory"):
+        check_writable("--output", Path("/proc/out"))
 
 
 def test_a_file_needs_a_directory_that_is_there(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_everything_of_a_cache_comes_back(cache: Location, tokenizer: PreTrained
     assert digest_tokenizer(read_tokenizer(cache, digest)).tokenizer == digest
     assert [one.id for one in read_response_sets(cache)] == [responses.id]
     assert [ids.tolist() for ids in read_samples(cache, SAMPLING).values()] == [[5], [6, 7]]
-    assert missing_requests(cache, SAMPLING, requests) == requests[2:]
+    assert missing_requests(read_samples(cache, SAMPLING), requests) == requests[2:]
     assert list(read_scorings(cache)) == [SCORING]
     assert (read_signals(cache, SCORING).locate(responses.table["key"]) >= 0).all()
     assert objects(cache) == written

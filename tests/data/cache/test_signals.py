@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.data.makers import SCORING, K, assert_same_row, signal_row
+from tests.data.makers import SCORING, K, assert_same_row, signal_row, teacher_row
 
 from adpa.data.cache.compact import compact_table
 from adpa.data.cache.documents import write_document
 from adpa.data.cache.files import write_file
 from adpa.data.cache.shards import list_shards, write_shard
-from adpa.data.cache.signal_rows import SignalRow, plain_schema, plain_table
+from adpa.data.cache.signal_rows import SignalRow, keep_nucleus, plain_schema, plain_table
 from adpa.data.cache.signals import (
     ModelIdentity,
+    SignalTable,
+    peek_signals,
     read_scoring,
     read_scorings,
     read_signals,
@@ -310,3 +312,44 @@ def test_an_encoding_that_is_no_name_is_damage(tmp_path: Path) -> None:
     write_shard(SCORING.folder(tmp_path), "signals", table.replace_schema_metadata(how))
     with pytest.raises(DamagedFileError, match="does not say how it is encoded"):
         read_signals(tmp_path, SCORING)
+
+
+@pytest.mark.parametrize(("top_p", "lossy"), [(1.0, False), (0.5, False), (1.0, True), (0.5, True)])
+def test_the_sums_of_advantages_are_those_of_the_rows(top_p: float, lossy: bool, tmp_path: Path) -> None:
+    scoring = replace(SCORING, top_k=8, top_p=top_p, lossy=lossy)
+    rows = [teacher_row(bytes([number]) * 16, number % 7, number, top_k=8, vocabulary=64) for number in range(60)]
+    for shard in (rows[:1], rows[1:40], rows[40:]):
+        write_signals(tmp_path, scoring, [keep_nucleus(row, top_p) for row in shard])
+    numbers = np.array([59, 3, 0, 17, 3, 40])
+    for signals in (read_signals(tmp_path, scoring), peek_signals(tmp_path, scoring)):
+        for some in (np.arange(60), numbers, numbers[:0]):
+            stored = [signals.row(int(number)).token_advantages for number in some]
+            expected = [0.0 if row is None else row.sum(dtype=np.float64) for row in stored]
+            np.testing.assert_allclose(signals.advantage_sums(some), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_more_rows_than_are_decoded_at_once(tmp_path: Path) -> None:
+    rows = [signal_row(number.to_bytes(16), 3, number) for number in range(600)]
+    expected = [row.token_advantages.sum(dtype=np.float64) for row in rows if row.token_advantages is not None]
+    write_signals(tmp_path, SCORING, rows)
+    plain = plain_table(rows, plain_schema(K))
+    for signals in (read_signals(tmp_path, SCORING), SignalTable([plain.slice(0, 300), plain.slice(300)])):
+        numbers = signals.locate(as_keys([row.key for row in rows]))
+        np.testing.assert_allclose(signals.advantage_sums(numbers), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_sums_without_a_reference_are_refused(compact: bool) -> None:
+    rows = [signal_row(bytes([number]) * 16, 3, number, reference=False) for number in range(3)]
+    table = compact_table(rows, K, lossy=False) if compact else plain_table(rows, plain_schema(K))
+    with pytest.raises(DamagedFileError, match=f"{'00' * 16} or of one soon after it .* 3 of 3 rows lack advantages"):
+        SignalTable([table]).advantage_sums(np.arange(3))
+
+
+@pytest.mark.parametrize("tokens", [2, 4, -1, 1 << 30])
+def test_sums_of_advantages_that_do_not_decode_are_refused(tokens: int) -> None:
+    table = compact_table([signal_row(b"k" * 16, 3, 0)], K, lossy=False)
+    place = table.schema.get_field_index("tokens")
+    table = table.set_column(place, table.schema.field("tokens"), pa.array([tokens], pa.int32()))
+    with pytest.raises(DamagedFileError, match="cannot be decoded"):
+        SignalTable([table]).advantage_sums(np.arange(1))

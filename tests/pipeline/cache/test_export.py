@@ -118,6 +118,14 @@ def test_what_cannot_be_written_is_refused(filled: Filled, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
+@pytest.mark.parametrize(("name", "is_file"), [("rows.PARQUET", True), ("rows", False), ("rows-1.5", False)])
+def test_the_ending_says_the_form(name: str, is_file: bool, filled: Filled, tmp_path: Path) -> None:
+    export_cache(filled.cache, tmp_path / name, response_set="chosen")
+    assert (tmp_path / name).is_file() is is_file
+    rows = pq.read_table(tmp_path / name) if is_file else load_from_disk(tmp_path / name)
+    assert len(rows) == 8
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows"])
 def test_a_failure_in_the_middle_leaves_nothing(
     name: str, filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -195,7 +195,7 @@ def test_a_base_that_cannot_be_used_is_refused_with_the_adapters_name(
     (damaged / "model.safetensors").write_bytes(b"")
     directory = copy(adapter, tmp_path / "a")
     for place, problem in {
-        "../base": r"\.\./base: no such directory, .* a relative path from the working directory",
+        "../base": r"\.\./base: no such directory; .* a relative path from the working directory",
         str(adapter): f"{adapter}: it is an adapter itself; merge {adapter} into its own base",
         str(quantized): "its weights are quantized on disk",
         str(damaged): r"model\.safetensors is empty",
@@ -233,7 +233,7 @@ def hub(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 shutil.copy(file, snapshot)
         return str(snapshot)
 
-    monkeypatch.setattr("adpa.pipeline.models.weight_files.snapshot_download", snapshot_download)
+    monkeypatch.setattr("adpa.pipeline.models.model_names.snapshot_download", snapshot_download)
     return tmp_path / "hub"
 
 

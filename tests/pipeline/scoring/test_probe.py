@@ -19,6 +19,7 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import ModelIdentity, Scoring, read_scorings
 from adpa.data.fidelity import cut_row
+from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.data.sequences import TokenSequence
 from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import open_checkpoint
@@ -245,7 +246,7 @@ def probe_with(
 ) -> Any:
     return probe_signals(
         others.pop("count", 64),
-        Work(requested, missing, [], 8),
+        Work(requested, missing, [], 8, others.pop("pairs", ())),
         requested,
         SCORING,
         engine.open,
@@ -293,3 +294,49 @@ def test_the_probed_are_spread_over_all_lengths_whatever_the_order_of_the_data()
     there, back = (probe_with(Engine(), given, given, count=4) for given in (sequences, sequences[::-1]))
     assert there.tokens == back.tokens == 3 + 8 + 13 + 18
     assert there.responses == 4
+
+
+def pair(prompt: int, chosen: int, rejected: int) -> tuple[TokenSequence, TokenSequence]:
+    """Two responses of so many tokens; the engine above gives each token the advantage 1."""
+    return synthetic([prompt], range(10, 10 + chosen)), synthetic([prompt], range(20, 20 + rejected))
+
+
+def test_both_responses_of_a_pair_are_probed_together_and_pairs_are_spread_over_their_lengths() -> None:
+    pairs = [pair(number, 1 + number, 2 + number) for number in range(20)]
+    sequences = [sequence for two in pairs for sequence in two]
+    for given in (sequences, sequences[::-1]):
+        probed = probe_with(Engine(), given, given, count=8, pairs=pairs)
+        assert (probed.responses, probed.tokens) == (8, sum(2 * number + 3 for number in (2, 7, 12, 17)))
+        assert probed.rewards == RewardAccuracy(4, 0.0, -1.0)
+
+
+def test_an_odd_number_of_responses_leaves_one_without_its_partner() -> None:
+    pairs = [pair(number, 3, 1) for number in range(6)]
+    sequences = [sequence for two in pairs for sequence in two]
+    probed = probe_with(Engine(), sequences, sequences, count=5, pairs=pairs)
+    assert (probed.responses, probed.rewards) == (5, RewardAccuracy(2, 1.0, 2.0))
+
+
+def test_beside_sampled_responses_pairs_have_their_share() -> None:
+    pairs = [pair(number, 3, 3) for number in range(8)]
+    sampled = [synthetic([number], range(50, 53)) for number in range(8)]
+    sequences = [*(sequence for two in pairs for sequence in two), *sampled]
+    probed = probe_with(Engine(), sequences, sequences, count=12, pairs=pairs)
+    assert probed.responses == 12
+    assert probed.rewards == RewardAccuracy(4, 0.0, 0.0)
+
+
+def test_a_response_of_several_pairs_is_probed_once_and_compared_in_each() -> None:
+    chosen, rejected = pair(1, 4, 1)
+    others = [synthetic([1], range(30, 30 + length)) for length in (3, 4, 6)]
+    pairs = [(chosen, rejected), *((chosen, other) for other in others), (chosen, chosen)]
+    sequences = [chosen, rejected, *others]
+    probed = probe_with(Engine(), sequences, sequences, pairs=pairs)
+    assert (probed.responses, probed.rewards) == (5, RewardAccuracy(4, 0.5, 0.5))
+
+
+def test_a_pair_with_one_response_in_the_cache_is_not_compared() -> None:
+    pairs = [pair(number, 3, 1) for number in range(4)]
+    sequences = [sequence for two in pairs for sequence in two]
+    probed = probe_with(Engine(), sequences, [sequences[0], *sequences[3:]], pairs=pairs)
+    assert (probed.responses, probed.rewards) == (6, RewardAccuracy(2, 1.0, 2.0))

@@ -54,16 +54,18 @@ def test_only_missing_responses_are_sampled_and_more_of_them_keep_the_first(
 
     wanted = [SampleRequest(request.prompt_ids, index) for request in requests(6) for index in (0, 1)]
     first = [request for request in wanted if request.index == 0]
-    sample_responses(tmp_path, SAMPLING, missing_requests(tmp_path, SAMPLING, first), opening(SAMPLING), 64)
+    sample_responses(tmp_path, SAMPLING, missing_requests({}, first), opening(SAMPLING), 64)
     before = read_samples(tmp_path, SAMPLING)
     more = replace(SAMPLING, samples_per_prompt=2)
-    missing = missing_requests(tmp_path, more, wanted)
+    missing = missing_requests(read_samples(tmp_path, more), wanted)
     assert {request.key for request in missing} == {request.key for request in wanted if request.index == 1}
     sample_responses(tmp_path, more, missing, opening(more), 64)
     after = read_samples(tmp_path, more)
-    assert missing_requests(tmp_path, more, wanted) == []
+    assert missing_requests(read_samples(tmp_path, more), wanted) == []
     assert {key: after[key].tolist() for key in before} == {key: before[key].tolist() for key in before}
-    assert len(missing_requests(tmp_path, replace(SAMPLING, seed=5), first)) == len({r.key for r in first})
+    assert len(missing_requests(read_samples(tmp_path, replace(SAMPLING, seed=5)), first)) == len(
+        {r.key for r in first}
+    )
 
 
 def test_every_request_gets_its_own_answer(tmp_path: Path) -> None:
@@ -85,10 +87,10 @@ def test_an_interrupted_run_keeps_its_batches_and_closes_the_student(tmp_path: P
     interrupted, last = Echo(fail_after=4), Echo()
     with pytest.raises(KeyboardInterrupt):
         sample_responses(tmp_path, SAMPLING, wanted, lambda: interrupted, batch_tokens=1)
-    missing = missing_requests(tmp_path, SAMPLING, wanted)
+    missing = missing_requests(read_samples(tmp_path, SAMPLING), wanted)
     assert [request.index for request in missing] == [4, 5]
     sample_responses(tmp_path, SAMPLING, missing, lambda: last, batch_tokens=1)
-    assert missing_requests(tmp_path, SAMPLING, wanted) == []
+    assert missing_requests(read_samples(tmp_path, SAMPLING), wanted) == []
     assert (interrupted.closed, last.closed) == (1, 1)
 
 

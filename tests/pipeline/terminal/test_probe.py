@@ -5,6 +5,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from adpa.data.fidelity import Fidelity
+from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.scoring.probe import ProbeReport
 from adpa.pipeline.terminal.probe import show_probe
 
@@ -57,6 +58,14 @@ def test_what_was_not_measured_has_no_column() -> None:
     assert "K mass 5% tail bytes/token bytes" in text
     assert "are unknown" in text
     assert "Hours: 20 for" in text
+
+
+def test_the_probed_pairs_have_a_line_if_there_are_any() -> None:
+    line = (
+        "Probed pairs: teacher − reference prefers the chosen response in 62.5 % of 32 pairs, mean margin -1.50 nats."
+    )
+    assert line in shown(replace(REPORT, rewards=RewardAccuracy(32, 0.625, -1.5)))
+    assert "prefers" not in shown(REPORT)
 
 
 def test_hours_that_the_cache_saves_are_told() -> None:

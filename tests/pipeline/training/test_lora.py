@@ -359,8 +359,19 @@ def test_qlora_computes_in_bfloat16_where_the_run_does(few_words: Filled, tmp_pa
         ({"lora_rank": None, "load_in_4bit": True}, r"--load-in-4bit without --lora-rank"),
         ({"lora_target": "q_proj,"}, r"--lora-target q_proj,; expected all-linear, or names"),
         ({"lora_target": "q_proj,all-linear"}, r"expected all-linear, or names"),
-        ({"lora_target": "q_prj"}, r"q_prj: no linear layer.*expected one of down_proj, gate_proj, k_proj, .*v_proj$"),
+        (
+            {"lora_target": "q_prj"},
+            r"q_prj: no linear layer.*expected one of down_proj, gate_proj, .*v_proj; did you mean q_proj\?$",
+        ),
         ({"lora_target": "q_proj,q_prj"}, r"q_prj: no linear layer"),
+        ({"lora_target": ""}, r"--lora-target ''; expected all-linear, or names"),
+        (
+            {"lora_rank": 33},
+            r"^--lora-rank 33: larger than the layer model\.layers\.0\.self_attn\.q_proj \(32 × 32\); "
+            r"choose 32 at most, or name larger layers with --lora-target$",
+        ),
+        ({"lora_rank": 64, "lora_target": "down_proj"}, r"rank 64: larger than the layer .*down_proj \(48 × 32\)"),
+        ({"lora_rank": 10**6, "load_in_4bit": True}, r"rank 1000000: larger than the layer .*\(32 × 32\)"),
         ({"lora_target": "self_attn"}, r"self_attn: no linear layer"),
         ({"lora_target": "lm_head"}, r"lm_head: the head and the embeddings stay"),
         ({"lora_target": "q_proj,embed_tokens"}, r"embed_tokens: the head and the embeddings stay"),

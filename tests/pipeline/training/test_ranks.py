@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,8 @@ ZERO_3 = "deepspeed={zero_optimization: {stage: 3}}"
 def test_deepspeed_that_is_not_installed_is_named(
     seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adpa.pipeline.training.training_arguments.is_deepspeed_available", lambda: False)
+    installed = {"deepspeed": None, "transformers": find_spec("transformers")}
+    monkeypatch.setattr("adpa.pipeline.training.overrides.find_spec", installed.get)
     with pytest.raises(OptionError, match="without DeepSpeed; pip install deepspeed"):
         distill(**call(seven, tmp_path / "out", objective="sft", set=[ZERO_3]))
 

@@ -164,6 +164,29 @@ def test_last_begins_where_nothing_is_yet(seven: Filled, whole: Path, tmp_path: 
     assert_same_student(tmp_path / "out", whole)
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty directory", "the record of a stopped run"])
+def test_last_says_that_no_checkpoint_is_there(
+    left: str, seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    if left == "an empty directory":
+        output.mkdir()
+    if left == "the record of a stopped run":
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillTrainer, "train", stop)
+            with pytest.raises(Killed):
+                train(seven, output, max_steps=2)
+        assert [path.name for path in output.iterdir()] == ["adpa.json"]
+    train(seven, output, resume="last", max_steps=2)
+    line = f"--resume-from-checkpoint last: no checkpoint in {output}; the run begins at its first step"
+    assert line in [record.getMessage() for record in caplog.records]
+    assert line in json.loads((output / "adpa.json").read_text())["warnings"]
+
+
 def test_a_named_checkpoint_must_be_whole(seven: Filled, whole: Path) -> None:
     (whole / "checkpoint-5").mkdir()
     with pytest.raises(OptionError, match=r"checkpoint-5: found no trainer_state\.json that can be read"):
@@ -191,7 +214,7 @@ def test_a_run_goes_on_with_the_training_it_began_with(
 def test_a_finished_run_without_checkpoints_is_not_trained_again(seven: Filled, tmp_path: Path) -> None:
     once: dict[str, Any] = RUN | {"save_steps": 0, "student": str(seven.models.student), "cache": seven.cache}
     distill(**once, output=tmp_path / "out")
-    with pytest.raises(OptionError, match="its run is finished"):
+    with pytest.raises(OptionError, match="its run is finished, and kept no checkpoint; train anew in another"):
         distill(**once, output=tmp_path / "out", resume_from_checkpoint="last")
 
 

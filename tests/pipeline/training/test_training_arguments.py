@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from adpa.pipeline.training.overrides import read_overrides
 from adpa.pipeline.training.training_arguments import make_training_arguments
 
 
@@ -19,7 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def make(*overrides: str, bf16: bool | None = None, **arguments: Any) -> TrainingArguments:
-    return make_training_arguments(overrides, "auto", bf16=bf16, output_dir="out", **arguments)
+    return make_training_arguments("auto", bf16=bf16, output_dir="out", **arguments | read_overrides(overrides, []))
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(None, True), (True, True), (False, False)])

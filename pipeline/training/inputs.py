@@ -1,0 +1,70 @@
+"""Checks, without torch, the output, the cache and the student of a run, as far as that does not need the weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from adpa.data.cache.format import check_cache
+from adpa.data.cache.locations import Location
+from adpa.data.cache.names import find_scoring, find_sets
+from adpa.data.cache.responses import ResponseName, read_response_sets
+from adpa.data.cache.selection import Need
+from adpa.data.cache.signals import read_scorings
+from adpa.errors import CacheError
+from adpa.pipeline.models.model_names import check_models
+from adpa.pipeline.options import check_names
+from adpa.pipeline.training.objectives import TermWeights
+from adpa.pipeline.training.run_directory import check_output
+
+
+def find_needs(terms: Mapping[ResponseName, TermWeights]) -> dict[ResponseName, Need]:
+    """The signals that the terms of an objective need of each response set."""
+    return {name: Need(term.kl != 0 or term.advantage != 0, term.advantage != 0) for name, term in terms.items()}
+
+
+def check_inputs(
+    needs: Mapping[ResponseName, Need],
+    student: str,
+    cache: Location,
+    output: Path,
+    resume_from_checkpoint: str | None,
+    scoring: str | None,
+    response_sets: Sequence[str],
+) -> None:
+    """Checks what a run reads and where it writes, before the long imports; the arguments are those of ``distill``.
+
+    Raises:
+        AdpaError: the output cannot be written, the cache lacks what every student needs, or the student is not there.
+    """
+    check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
+    for name in response_sets:
+        check_names({"--response-set": name})
+    check_output(output, resume_from_checkpoint, cache, student)
+    _check_sets(cache, needs, response_sets)
+    if any(need.signals for need in needs.values()):
+        _check_scorings(cache, scoring, any(need.advantages for need in needs.values()))
+    check_models({"--student": student})
+
+
+def _check_sets(cache: Location, needs: Mapping[ResponseName, Need], response_sets: Sequence[str]) -> None:
+    check_cache(cache)
+    present = list(read_response_sets(cache))
+    names = {one.info.name for one in present}
+    for name in needs:
+        if name not in names:
+            how = "with --student" if name == "sampled" else f"--responses {name}"
+            raise CacheError(f"{cache}: the cache has no {name} responses", f"run adpa precompute {how}")
+    for text in response_sets:
+        find_sets(text, present)
+
+
+def _check_scorings(cache: Location, scoring: str | None, advantages: bool) -> None:
+    present = list(read_scorings(cache))
+    if not present:
+        raise CacheError(f"{cache}: found no scorings", "make one with adpa precompute")
+    chosen = present if scoring is None else [find_scoring(scoring, present)]
+    if advantages and all(one.reference is None for one in chosen):
+        reasons = "; ".join(f"scoring {one.id} has no reference, hence no advantages" for one in chosen)
+        raise CacheError(
+            f"{cache}: no scoring has the signals that are needed: {reasons}",
+            "run adpa precompute with these responses, and with --reference for advantages",
+        )

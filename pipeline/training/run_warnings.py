@@ -1,0 +1,81 @@
+"""Warnings of a run before its first step: options that do little or nothing with this data. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adpa.data.cache.responses import ResponseName
+from adpa.pipeline.training.objectives import TermWeights
+from adpa.pipeline.training.schedules import NO_WARMUP
+from adpa.pipeline.training.values import NO_LIMIT
+
+
+def number_of_steps(examples: int, batch_size: int, num_train_epochs: float, max_steps: int) -> int:
+    """The optimizer steps of a run; the last step of an epoch takes the rest of its examples."""
+    return max_steps if max_steps > 0 else math.ceil(num_train_epochs * math.ceil(examples / batch_size))
+
+
+def number_of_warmup_steps(steps: int, warmup_steps: float) -> int:
+    """The steps of warm-up among all steps; below 1, ``warmup_steps`` is a share of them."""
+    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(steps * warmup_steps)
+
+
+def length_warnings(examples: int, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """What the length of a run makes of its options.
+
+    Args:
+        examples: number of examples.
+        chosen: the options of ``distill``.
+        usual: their defaults: nobody is told of a default that does nothing.
+    """
+    warnings = []
+    batch_size, max_steps, epochs = (chosen[name] for name in ("batch_size", "max_steps", "num_train_epochs"))
+    steps = number_of_steps(examples, batch_size, epochs, max_steps)
+    run = f"the run has {_count(steps, 'step')}"
+    if batch_size > examples:
+        warnings.append(
+            f"--batch-size {batch_size}: more than the {_count(examples, 'example')}; every step takes all of them, "
+            f"and {run}"
+        )
+    if max_steps != NO_LIMIT and epochs != usual["num_train_epochs"]:
+        warnings.append(f"--num-train-epochs {epochs:g} has no effect beside --max-steps {max_steps}")
+    warmup_steps, schedule = chosen["warmup_steps"], chosen["lr_scheduler_type"]
+    if schedule in NO_WARMUP:
+        if warmup_steps not in (0, usual["warmup_steps"]):
+            warnings.append(
+                f"--warmup-steps {warmup_steps:g} has no effect with --lr-scheduler-type {schedule}; "
+                "constant_with_warmup has a warm-up"
+            )
+    elif (warmup := number_of_warmup_steps(steps, warmup_steps)) >= steps:
+        highest = chosen["learning_rate"] * (steps - 1) / warmup
+        reached = f"the learning rate reaches {highest:.2g} at most" if highest else "the learning rate is 0 throughout"
+        warnings.append(f"--warmup-steps {warmup_steps:g}: {warmup} of warm-up, and {run}: {reached}")
+    if usual["logging_steps"] != chosen["logging_steps"] > steps:
+        warnings.append(f"--logging-steps {chosen['logging_steps']}: {run}; only the last one is logged")
+    if chosen["save_steps"] > steps:
+        warnings.append(
+            f"--save-steps {chosen['save_steps']}: {run}; the only checkpoint is that of the last one, and a run that "
+            "stops before it begins anew"
+        )
+    return warnings
+
+
+def unused_warnings(
+    terms: Mapping[ResponseName, TermWeights], chosen: Mapping[str, Any], usual: Mapping[str, Any]
+) -> list[str]:
+    """The options of the loss that have no effect on these terms."""
+    warnings = []
+    if chosen["objective"] != "sft" and not any(each.kl or each.advantage for each in terms.values()):
+        warnings.append(
+            f"the weights of {chosen['objective']}'s terms are 0: the run is sft, and learns nothing from the teacher"
+        )
+    if not any(each.advantage for each in terms.values()):
+        for name in ("advantage_weight", "plausibility"):
+            if chosen[name] not in (0, usual[name]):
+                option = f"--{name.replace('_', '-')} {chosen[name]:g}"
+                warnings.append(f"{option} has no effect: the loss has no advantage term")
+    return warnings
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"

@@ -1,0 +1,70 @@
+"""The schedules of the learning rate and their arguments. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from adpa.errors import OptionError, did_you_mean
+from adpa.pipeline.training.values import COUNT, MORE_THAN_0, Range
+
+SchedulerName = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+]
+SMALLEST = "cosine_with_min_lr"
+END = {"polynomial": 1e-7}  # transformers' default of lr_end
+
+# The arguments that each schedule takes from ``--set lr_scheduler_kwargs``.
+ARGUMENTS: dict[SchedulerName, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+}
+NO_WARMUP = ("constant",)
+
+
+def check_schedule(name: str, arguments: Mapping[str, Any] | None, learning_rate: float) -> None:
+    """Checks a schedule and the arguments that ``--set lr_scheduler_kwargs`` has for it.
+
+    Raises:
+        OptionError: an unknown schedule, or arguments that are unknown, missing or out of range.
+    """
+    if name not in get_args(SchedulerName):
+        known = get_args(SchedulerName)
+        raise OptionError(
+            f"--lr-scheduler-type {name!r}; expected one of {', '.join(known)}", did_you_mean(str(name), known)
+        )
+    given, where = arguments or {}, "--set lr_scheduler_kwargs"
+    known = next(each for schedule, each in ARGUMENTS.items() if schedule == name)
+    for argument in given:
+        if argument not in known:
+            takes = ", ".join(known) or "no arguments"
+            raise OptionError(
+                f"{where}: {argument!r} with --lr-scheduler-type {name}, which takes {takes}",
+                did_you_mean(str(argument), known) or "leave it out",
+            )
+    if name == SMALLEST and len(given.keys() & {"min_lr", "min_lr_rate"}) != 1:
+        both = "both min_lr and min_lr_rate" if given.keys() >= {"min_lr", "min_lr_rate"} else "no smallest rate"
+        raise OptionError(
+            f"--lr-scheduler-type {name} with {both}",
+            f"add {where}={{min_lr_rate: 0.1}}, a share of --learning-rate, or {{min_lr: 1e-6}}"
+            if both.startswith("no")
+            else "name one of them",
+        )
+    ranges = {
+        "num_cycles": MORE_THAN_0,
+        "min_lr": Range(0, learning_rate),
+        "min_lr_rate": Range(0, 1),
+        "lr_end": Range(0, learning_rate, below=True),
+        "power": MORE_THAN_0,
+        "timescale": COUNT,
+    }
+    for argument, value in given.items():
+        ranges[argument].check(f"{where}: {argument}", value)
+    if name in END and "lr_end" not in given and learning_rate <= END[name]:
+        raise OptionError(
+            f"--lr-scheduler-type {name} ends at {END[name]:g}, and --learning-rate {learning_rate:g} is not above it",
+            f"add {where}={{lr_end: 0}}",
+        )

@@ -1,0 +1,101 @@
+"""A command that is stopped, or whose output nobody takes, ends with a line that is true, and without a traceback."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import heed_signals
+
+from adpa.data.cache.format import prepare_cache
+
+GOES_ON = "the same command goes on from what is stored"
+PRECOMPUTE = "precompute --teacher ./t --data d --cache c"
+DISTILL = "distill --objective kd --student s --cache c --output o"
+EVALUATE = "evaluate --student s --baseline b --teacher t --reference r --data d"
+AT_WORK = {  # a function that each command calls at its beginning
+    PRECOMPUTE: ("precompute.check_writable", GOES_ON),
+    f"{PRECOMPUTE} --dry-run": ("precompute.check_writable", "nothing was written"),
+    DISTILL: ("distill.objective_terms", "start anew in another --output than o; --save-steps N keeps checkpoints"),
+    f"{DISTILL} --save-steps 5": (
+        "distill.objective_terms",
+        "to go on from the newest checkpoint, add --resume-from-checkpoint last",
+    ),
+    f"{DISTILL} --save-steps 5 --resume-from-checkpoint last": (
+        "distill.objective_terms",
+        "the same command goes on from the newest checkpoint",
+    ),
+    EVALUATE: ("evaluate._check_different", "the same command starts anew; --cache keeps samples and scores"),
+    f"{EVALUATE} --cache c": ("evaluate._check_different", GOES_ON),
+    "inspect c": ("inspect.select_scored", "the cache is as it was"),
+    "cache ls c": ("cache.ls.check_cache", "the cache is as it was"),
+    "cache verify c": ("cache.verify._check_marker", "the cache is as it was"),
+    "cache gc c": ("cache.gc.check_cache", "the cache is as it was"),
+    "cache gc c --yes": ("cache.gc.check_cache", "the cache is whole; the same command does the rest"),
+    "cache pack c": ("cache.pack.check_cache", "the cache is whole; the same command does the rest"),
+    "cache merge c d": ("cache.merge.check_cache", "the cache is whole; the same command does the rest"),
+    "cache export c --output o": ("cache.export.check_cache", "nothing was written"),
+}
+
+
+def run_stopped(command: str, place: str, number: int, folder: Path, *before: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command that gets a signal when it calls a function of ``adpa.pipeline``."""
+    program = (
+        "import os, sys; from unittest import mock; from adpa import cli\n"
+        f"def stop(*_): os.kill(os.getpid(), {number:d})\n"
+        f"with mock.patch('adpa.pipeline.{place}', side_effect=stop): cli.main()"
+    )
+    words = [*before, sys.executable, "-c", program, *command.split()]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, preexec_fn=heed_signals)
+
+
+@pytest.mark.parametrize("command", AT_WORK)
+def test_ctrl_c_says_what_happens_next(command: str, tmp_path: Path) -> None:
+    place, then = AT_WORK[command]
+    done = run_stopped(command, place, signal.SIGINT, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"adpa: interrupted; {then}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_so_does_a_scheduler_and_a_closed_terminal(number: int, tmp_path: Path) -> None:
+    done = run_stopped(PRECOMPUTE, "precompute.check_writable", number, tmp_path)
+    assert (done.returncode, done.stderr) == (128 + number, f"adpa: stopped; {GOES_ON}\n")
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    done = run_stopped(PRECOMPUTE, "precompute.check_writable", signal.SIGHUP, tmp_path, "nohup")
+    assert done.returncode == 2
+    assert done.stderr.removeprefix("nohup: ignoring input\n").startswith("adpa: ./t: no such directory")
+
+
+def test_ctrl_c_while_the_programme_is_imported_is_one_line(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'adpa.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from adpa.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_signals
+    )
+    assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "cache gc --help", "cache ls c", "cache ls c --report -"])
+def test_output_that_cannot_be_written_is_one_line(command: str, tmp_path: Path) -> None:
+    prepare_cache(tmp_path / "c")
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "adpa", *command.split()]
+        done = subprocess.run(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "adpa: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", ["distill --help", "cache ls c", "cache ls c --report -"])
+def test_output_that_nobody_reads_ends_in_silence(command: str, tmp_path: Path) -> None:
+    prepare_cache(tmp_path / "c")
+    shell = f"{sys.executable} -m adpa {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
