@@ -137,11 +137,12 @@ def _scored(
         if one.scoring and one.signals and (reason := _lacks(one.sets, one.scoring, one.signals, needs))
     ]
     if len(lacks) == len(pairs):
-        raise _found(
-            f"{cache}: no scoring has the signals that are needed",
-            "run adpa precompute with these responses, and with --reference for advantages",
-            [f"{', '.join(each.shard_prefix() for each in one.sets.values())}: {lack}" for one, lack in lacks],
-        )
+        problem = f"{cache}: no scoring has the signals that are needed"
+        fix = "run adpa precompute with these responses, and with --reference for advantages"
+        if len(reasons := {lack for _, lack in lacks}) == 1:
+            raise CacheError(f"{problem}: {reasons.pop()}", fix)
+        named = [(", ".join(each.shard_prefix() for each in one.sets.values()), lack) for one, lack in lacks]
+        raise _found(problem, fix, [f"{sets}: {lack}" for sets, lack in named])
     refused = [id(one) for one, _ in lacks]
     return [one for one in pairs if id(one) not in refused], lacks
 

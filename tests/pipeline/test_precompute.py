@@ -86,9 +86,10 @@ def test_the_cache_does_not_depend_on_the_order_of_the_data_or_on_the_batch(
         )
         caches.append(cache)
     one, two = caches
-    assert {p.name: p.read_bytes() for p in (one / "responses").iterdir()} == {
-        p.name: p.read_bytes() for p in (two / "responses").iterdir()
-    }
+    sets = [{each.id: each for each in read_response_sets(cache)} for cache in caches]
+    assert sets[0].keys() == sets[1].keys()
+    assert [each.info for each in sets[0].values()] == [each.info for each in sets[1].values()]
+    assert all(sets[1][each.id].table.equals(each.table) for each in sets[0].values())
     (scoring,) = read_scorings(one)
     assert [scoring] == list(read_scorings(two))
     signals_one, signals_two = read_signals(one, scoring), read_signals(two, scoring)

@@ -251,3 +251,12 @@ def test_a_list_crosses_processes_and_ranks_whole() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error) == "2 fit; choose one:\n  first line\n  second line"
     assert isinstance(copy, CacheError)
+
+
+def test_one_reason_for_all_versions_is_said_once(tmp_path: Path) -> None:
+    for examples in ("ab", "abc"):
+        add_signals(tmp_path, WITHOUT_REFERENCE, *run(tmp_path, examples, "chosen").values())
+    assert refusal(tmp_path, {"chosen": Need(signals=True, advantages=True)}) == (
+        f"{tmp_path}: no scoring has the signals that are needed: scoring {WITHOUT_REFERENCE.id} has no reference, "
+        "hence no advantages; run adpa precompute with these responses, and with --reference for advantages"
+    )

@@ -23,6 +23,7 @@ from adpa import cli, merge_cache, pack_cache, precompute, verify_cache
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.responses import make_response_set, read_response_sets, write_response_set
 from adpa.data.cache.samples import SampleRequest, read_samples, write_samples
+from adpa.data.cache.set_records import make_record
 from adpa.data.cache.shards import list_shards, read_shard, write_shard
 from adpa.data.cache.signals import read_scorings, read_signals, write_scoring, write_signals
 from adpa.errors import CacheError, OptionError
@@ -320,3 +321,23 @@ def test_of_two_rows_with_one_key_the_one_that_readers_see_stays(tmp_path: Path)
         known = files(empty)
         assert merge_cache(empty, other).copied.files == 0
         assert files(empty) == known
+
+
+@pytest.mark.parametrize("own_data", ["/mine/prefs.jsonl", None])
+def test_a_set_keeps_its_own_record_and_a_new_one_brings_its_own(own_data: str | None, tmp_path: Path) -> None:
+    """The paths of the other cache's users say nothing to those of this one."""
+    rows, more = response_rows(0, "ab"), response_rows(1, "abc")
+    caches = {name: tmp_path / name for name in ("mine", "theirs")}
+    for cache in caches.values():
+        prepare_cache(cache)
+    mine = make_record(own_data, None) if own_data else None
+    write_response_set(caches["mine"], make_response_set(INFO, rows, mine))
+    for set_rows in (rows, more):
+        write_response_set(
+            caches["theirs"], make_response_set(INFO, set_rows, make_record("/theirs/prefs.jsonl", None))
+        )
+    report = merge_cache(caches["mine"], caches["theirs"])
+    assert (report.linked.files, report.present.files, report.refused) == (1, 2, [])
+    records = {len(one): one.record and one.record.data for one in read_response_sets(caches["mine"])}
+    assert records == {2: own_data, 3: "/theirs/prefs.jsonl"}
+    assert len(list_shards(caches["mine"] / "responses")) == 2
