@@ -134,7 +134,7 @@ def test_a_study_that_cannot_be_run_is_refused(change: str, message: str, tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", "while parsing"),
+        ("[", "line 1: expected the node content"),
         ("", "expected a mapping"),
         ("{}", "lacks methods"),
         ("seeds: [1]\nseeds: [2]\n", "'seeds' is there twice"),
