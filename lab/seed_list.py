@@ -14,7 +14,7 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
         OptionError: the list is empty, or a seed is no number or occurs twice.
     """
     if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in seeds):
-        raise OptionError(f"{where}: {seeds!r}; expected a list of whole numbers from 0 to {LARGEST_SEED}")
+        raise OptionError(f"{where}: {seeds!r}; expected a list of numbers of at least 0 and at most {LARGEST_SEED}")
     if not seeds:
         raise OptionError(f"{where}: {seeds!r}; expected at least one")
     twice = [seed for seed, count in Counter(seeds).items() if count > 1]

@@ -45,7 +45,7 @@ REFUSED = {
 }
 LAB = {
     "lab --output O --workers 0": "--workers 0; expected at least 1",
-    "lab --output O --seed -1": "--seed: [-1]; expected a list of whole numbers from 0 to 4294967295",
+    "lab --output O --seed -1": "--seed: [-1]; expected a list of numbers of at least 0 and at most 4294967295",
     "lab --output O --seed 3 --seed 3": "--seed: seed 3 occurs twice; name every seed once",
     "lab --output .": "--output .: not empty, and no study; name another directory",
 }
