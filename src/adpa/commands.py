@@ -151,6 +151,6 @@ def _read_config(context: typer.Context, text: str | None) -> Path | None:
 def _fail(error: BaseException, debug: bool, exit_code: int, message: str = "") -> None:
     if debug:
         raise error
-    text = str(error) if isinstance(error, ListedError) else " ".join(str(error).split())
-    print_error(message or text or type(error).__name__)
+    text, *listed = str(error).splitlines() if isinstance(error, ListedError) else [" ".join(str(error).split())]
+    print_error(message or text or type(error).__name__, *listed)
     raise typer.Exit(exit_code)

@@ -23,11 +23,15 @@ NARROW = 80  # columns below which the help has no boxes
 UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer has no public name for it
 
 
-def print_error(text: str) -> None:
-    """One line on standard error."""
+def print_error(text: str, *listed: str) -> None:
+    """One line on standard error, and below it a list, one a line."""
+    lines = [f"adpa: {_as_line(text)}", *(f"  {_as_line(each)}" for each in listed)]
+    sys.stderr.write("\n".join(lines) + "\n")  # at once, because ranks share it
+
+
+def _as_line(text: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", text.strip())
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    sys.stderr.write(f"adpa: {line}\n")  # at once, because ranks share it
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class Command(typer.core.TyperCommand):
