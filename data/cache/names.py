@@ -78,7 +78,7 @@ def _none(
     option: str, text: str, present: Sequence[ResponseSet | Scoring], lines: Sequence[str], kind: str
 ) -> CacheError:
     if not text:
-        return CacheError(f"{option} '': an empty name", "name one that adpa cache ls lists, or leave the option out")
+        return CacheError(f"{option} '': an empty value", "write one, or leave the option out")
     problem = f"{option} {text}: the cache has none"
     if len(lines) > 1:
         return ListedError(problem, "name one of these", *lines)

@@ -158,9 +158,9 @@ def test_what_is_not_there_at_all_is_told_in_one_line() -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "\n"])
 def test_an_empty_name_names_nothing(text: str) -> None:
-    fix = "name one that adpa cache ls lists, or leave the option out"
-    assert refusal(find_sets, text, SETS) == f"--response-set '': an empty name; {fix}"
-    assert refusal(find_scoring, text, SCORINGS[:1]) == f"--scoring '': an empty name; {fix}"
+    fix = "write one, or leave the option out"
+    assert refusal(find_sets, text, SETS) == f"--response-set '': an empty value; {fix}"
+    assert refusal(find_scoring, text, SCORINGS[:1]) == f"--scoring '': an empty value; {fix}"
 
 
 def test_a_beginning_that_fits_several_lists_these() -> None:

@@ -167,6 +167,4 @@ def test_an_empty_name_is_one_line_in_every_command(
     words += ["--output", str(tmp_path / "out")] if command == "distill" else []
     done = CliRunner().invoke(cli.app, [*words, option, ""])
     assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
-    assert done.stderr == (
-        f"adpa: {option} '': an empty name; name one that adpa cache ls lists, or leave the option out\n"
-    )
+    assert done.stderr == f"adpa: {option} '': an empty value; write one, or leave the option out\n"
