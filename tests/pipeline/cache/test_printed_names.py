@@ -121,7 +121,8 @@ def test_every_printed_name_is_taken_by_every_option(
     assert {command for command, numbers in counted.items() if numbers == (0, 0)} == set(), "each names something"
     assert counted["ls"] == counted["inspect"] == counted["export, refused"] == counted["listing"] == (6, 2)
     assert counted["precompute"] == counted["precompute samples"] == (2, 1)
-    assert counted["distill"] == counted["adpa.json"] == counted["export"] == counted["page"] == (1, 1)
+    assert counted["distill"] == counted["adpa.json"] == counted["export"] == (1, 1)
+    assert counted["inspect one"] == counted["page"] == (2, 1), "the reward accuracy compares it with the rejected set"
 
 
 def test_the_options_of_the_commands_use_the_one_matcher(cache: Path, few_words: Filled, tmp_path: Path) -> None:
