@@ -11,7 +11,7 @@ from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
 
 MOST_CHARACTERS = 600  # of a text
-PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason")
+PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason", "prompts")
 REWARDS = ("reward_accuracy", "reward_margin", "reward_pairs")
 RARE_COUNTS = (
     "resumed",
