@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from adpa.data.sequences import TokenIds
-from adpa.errors import RowError
+from adpa.errors import DataError, RowError
 
 
 @dataclass
@@ -71,6 +71,12 @@ class RowCounts:
             return error
         problem, fix, reason = error.args
         return RowError(f"{problem} (first of {self.dropped:,} invalid rows; {self.describe()})", fix, reason)
+
+    def nothing_left(self, source: str) -> DataError:
+        """The error where every row of a source was dropped."""
+        assert self._first is not None
+        problem = f"{source}: all of its {self.dropped:,} pairs were dropped ({self.describe()})"
+        return DataError(f"{problem}; the first: {self._first[1].args[0]}", "mend the data")
 
     def describe(self) -> str:
         """The rows that cannot be used, by reason, as a part of a line."""

@@ -18,8 +18,8 @@ from adpa.data.cache.locations import check_writable
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals
 from adpa.errors import OptionError
 from adpa.lab.seed_list import check_seeds
+from adpa.pipeline.option_checks import COUNT
 from adpa.pipeline.options import Group
-from adpa.pipeline.training.values import COUNT
 from adpa.yaml_options import read_options
 
 if TYPE_CHECKING:

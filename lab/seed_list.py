@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from adpa.errors import OptionError
-from adpa.pipeline.training.values import LARGEST_SEED
+from adpa.pipeline.option_checks import LARGEST_SEED
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:

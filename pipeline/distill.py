@@ -13,7 +13,8 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.options import DtypeName, Group, PathOrName, check_names
+from adpa.pipeline.option_checks import check_names
+from adpa.pipeline.options import DtypeName, Group, PathOrName
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms

@@ -26,6 +26,7 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
 from adpa.errors import DataError, OptionError
+from adpa.pipeline.option_checks import check_names
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     BatchTokensOption,
@@ -49,7 +50,6 @@ from adpa.pipeline.options import (
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
-    check_names,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
@@ -180,7 +180,7 @@ def evaluate(
     check_names(names)
     max_length = max_prompt_length + max_new_tokens
     SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
-    DataOptions(
+    pairs = DataOptions(
         source=data,
         split=split,
         max_prompt_length=max_prompt_length,
@@ -189,10 +189,11 @@ def evaluate(
         chat_template_kwargs=dict(chat_template_kwargs or {}),
         rendered=rendered,
         allow_control_tokens=allow_control_tokens,
-    ).check()
+    )
+    pairs.check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
     EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
-    _check_inputs(names, data, split, cache)
+    _check_inputs(names, pairs, cache)
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
         folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
@@ -250,7 +251,7 @@ def evaluate(
     )
 
 
-def _check_inputs(names: Mapping[str, str], data: str, split: str | None, cache: Location | None) -> None:
+def _check_inputs(names: Mapping[str, str], pairs: DataOptions, cache: Location | None) -> None:
     """Checks what is read and written; the names of the models are by their options."""
     from adpa.pipeline.models.model_names import is_same
     from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
@@ -262,7 +263,7 @@ def _check_inputs(names: Mapping[str, str], data: str, split: str | None, cache:
     if is_same(student, baseline):
         raise _same_weights(student, baseline)
     check_reference(names["--reference"], names["--teacher"])
-    check_inputs(names, data, split)
+    check_inputs(names, pairs)
 
     from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all that needs no weights
 

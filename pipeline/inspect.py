@@ -19,7 +19,8 @@ from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, check_counts, check_names
+from adpa.pipeline.option_checks import check_counts, check_names
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
 

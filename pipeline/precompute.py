@@ -296,7 +296,7 @@ def precompute(
     check_writable("--cache", cache)
     check_new_cache("--cache", cache)
     check_reference(reference, teacher)
-    check_inputs({"--teacher": teacher, "--reference": reference, "--student": student}, data, split)
+    check_inputs({"--teacher": teacher, "--reference": reference, "--student": student}, request.data)
     if executor == "ray":
         request = replace(request, cache=cache.absolute())  # workers have a working directory of their own
 

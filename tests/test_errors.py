@@ -23,6 +23,19 @@ def test_the_users_mistakes_exit_with_2_and_the_machines_with_1() -> None:
     assert set(codes.values()) == {2}
 
 
-def test_the_nearest_known_name_is_asked_for() -> None:
-    assert errors.did_you_mean("warmup_ratoi", ["warmup_ratio", "seed"]) == "did you mean warmup_ratio?"
-    assert errors.did_you_mean("xyz", ["warmup_ratio", "seed"]) == ""
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("warmup_ratoi", ["warmup_ratio", "seed"], "warmup_ratio"),
+        ("adam_bta1", ["adam_beta1", "adam_beta2"], "adam_beta1"),
+        ("adamm", ["adafactor", "adalomo", "adamw_torch"], "adamw_torch"),
+        ("cosin", ["cosine_with_min_lr", "cosine", "linear"], "cosine"),
+    ],
+)
+def test_the_nearest_known_name_is_asked_for(name: str, known: list[str], meant: str) -> None:
+    assert errors.did_you_mean(name, known) == f"did you mean {meant}?"
+
+
+@pytest.mark.parametrize("name", ["xyz", ""])
+def test_without_a_near_name_nothing_is_asked(name: str) -> None:
+    assert errors.did_you_mean(name, ["warmup_ratio", "seed"]) == errors.did_you_mean(name, []) == ""

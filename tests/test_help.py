@@ -1,16 +1,12 @@
 """The help of every command: what it says, how it is grouped, and that it does not wait for torch."""
 
 import inspect
-import json
-import subprocess
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
-from tests.commands import COMMANDS, adpa, options_of, parameters_of, registered_as
+from tests.commands import COMMANDS, adpa, options_of, parameters_of, refusals, registered_as, run_light
 from typer.testing import CliRunner
 from typing_extensions import Doc
 
@@ -27,35 +23,20 @@ def test_the_programme_names_its_commands(runner: CliRunner) -> None:
     assert all(name.split()[-1] in output for name in COMMANDS)
 
 
-def run_light(commands: Iterable[str], folder: Path) -> list[str]:
-    """What each of some commands says on standard error; all run in one process, none imports a slow package."""
-    program = (
-        "import json, shlex, sys; from typer.testing import CliRunner; from adpa import cli; said = []\n"
-        "for words in sys.argv[1:]:\n"
-        "    said.append(CliRunner().invoke(cli.app, shlex.split(words)).stderr)\n"
-        "    slow = {'torch', 'transformers', 'datasets'} & sys.modules.keys()\n"
-        "    if slow: sys.exit(f'{words}: imports {slow}')\n"
-        "print(json.dumps(said))"
-    )
-    command = [sys.executable, "-c", program, *commands]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    return list(json.loads(done.stdout))
-
-
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     said = run_light([f"{name} --help" for name in ("", "cache", *COMMANDS)], tmp_path)
-    assert set(said) == {""}
+    assert {(answer.exit_code, answer.stderr) for answer in said} == {(0, "")}
 
 
 def test_what_looks_after_a_cache_does_not_wait_for_torch(tmp_path: Path) -> None:
     prepare_cache(tmp_path)
-    assert set(run_light([f"cache {name} ." for name in ("ls", "gc", "verify", "pack")], tmp_path)) == {""}
+    said = run_light([f"cache {name} ." for name in ("ls", "gc", "verify", "pack")], tmp_path)
+    assert {(answer.exit_code, answer.stderr) for answer in said} == {(0, "")}
 
 
 def test_a_mistake_on_the_command_line_does_not_wait_for_torch(tmp_path: Path) -> None:
     mistakes = ("precompute --techer x", "distill", "precompute --cache=", "distill --objective dpo", "lab --study ''")
-    said = run_light(mistakes, tmp_path)
+    said = refusals(mistakes, tmp_path)
     assert all(text.splitlines()[-1].startswith("adpa: ") for text in said)
 
 
@@ -78,7 +59,7 @@ OUT_OF_RANGE = {
 
 
 def test_a_value_out_of_range_is_refused_in_one_line_before_torch_is_imported(tmp_path: Path) -> None:
-    for message, said in zip(OUT_OF_RANGE.values(), run_light(OUT_OF_RANGE, tmp_path), strict=True):
+    for message, said in zip(OUT_OF_RANGE.values(), refusals(OUT_OF_RANGE, tmp_path), strict=True):
         assert said.startswith(f"adpa: {message}")
         assert len(said.splitlines()) == 1
 

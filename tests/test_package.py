@@ -14,6 +14,7 @@ BASE = {"errors", "progress", "yaml_options"}  # beside the links of src/adpa; e
 
 # What a room may import of adpa: whole rooms, without the rooms in them, or single modules. The flow has one direction.
 # A module may have a rule of its own.
+OPTIONS = {"pipeline.options", "pipeline.option_checks"}
 CACHE_FILES = {"data", "data.cache"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"kernels"},
@@ -24,10 +25,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.cache.tokenizers": {"data.cache", "data.vocabulary"},
     "pipeline.terminal": {"pipeline.terminal", "pipeline.cache", *CACHE_FILES}
     | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect", "scoring.probe")},
-    "pipeline.cache": {"pipeline.cache", "pipeline.options", *CACHE_FILES},
-    "pipeline.models": {"pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
-    "pipeline.scoring": {"pipeline.scoring", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
-    "pipeline.training": {"pipeline.training", "pipeline.models", "pipeline.options", "kernels", *CACHE_FILES},
+    "pipeline.cache": {"pipeline.cache", *OPTIONS, *CACHE_FILES},
+    "pipeline.models": {"pipeline.models", *OPTIONS, "kernels", *CACHE_FILES},
+    "pipeline.scoring": {
+        "pipeline.scoring",
+        "pipeline.models",
+        "pipeline.option_checks",
+        "pipeline.options",
+        "kernels",
+        *CACHE_FILES,
+    },
+    "pipeline.training": {
+        "pipeline.training",
+        "pipeline.models",
+        "pipeline.option_checks",
+        "pipeline.options",
+        "kernels",
+        *CACHE_FILES,
+    },
     "pipeline": {"pipeline", "pipeline.scoring", "pipeline.training", "pipeline.models", "pipeline.terminal"}
     | {"kernels", *CACHE_FILES},
     "lab": {"lab", "pipeline", "pipeline.models", "pipeline.training", "kernels", *CACHE_FILES},

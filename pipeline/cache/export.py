@@ -20,7 +20,8 @@ from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, check_names
+from adpa.pipeline.option_checks import check_names
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.progress import progress
 
 PARQUET = ".parquet"

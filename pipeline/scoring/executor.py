@@ -9,7 +9,7 @@ from typing import Literal
 from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
-from adpa.pipeline.options import check_choices, check_counts, check_names
+from adpa.pipeline.option_checks import check_choices, check_counts, check_names
 from adpa.pipeline.scoring.jobs import Executor, run_here
 
 LAST_PORT = 65535

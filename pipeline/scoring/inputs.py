@@ -5,26 +5,28 @@ from pathlib import Path
 
 from adpa.data.cache.kinds import kind
 from adpa.data.hub import check_hub_data
+from adpa.data.preferences import parse_pair
+from adpa.data.row_counts import RowCounts
 from adpa.data.rows import read_rows
 from adpa.data.sources import CHECK, find_source
-from adpa.errors import DataError, OptionError
+from adpa.errors import DataError, OptionError, RowError
 from adpa.pipeline.models.model_names import check_models, is_here, is_same
+from adpa.pipeline.scoring.request import DataOptions
 
 
-def check_inputs(models: Mapping[str, str | None], source: str, split: str | None) -> None:
+def check_inputs(models: Mapping[str, str | None], data: DataOptions) -> None:
     """Checks the models that options name, and the data; what the Hub must be asked for comes last.
 
     Args:
         models: the name of each model by its option, such as ``--teacher``; None for one that is not used.
-        source: the data.
-        split: its split.
+        data: the data.
 
     Raises:
         AdpaError: a model or the data is not there, or is something else.
     """
     named = {option: name for option, name in models.items() if name is not None}
     check_models({option: name for option, name in named.items() if is_here(name)})
-    check_data(source, split)
+    check_data(data)
     check_models({option: name for option, name in named.items() if not is_here(name)})
 
 
@@ -46,16 +48,23 @@ def teachers_weights(reference: str) -> OptionError:
     )
 
 
-def check_data(source: str, split: str | None) -> None:
-    """Checks that the data is there, and that its beginning can be read. Rows are checked when all are read.
+def check_data(data: DataOptions) -> None:
+    """Checks that the data is there, and that a row of it can be used. All rows are checked when they are encoded.
 
     Raises:
-        AdpaError: it is not.
+        AdpaError: the data is not there, is something else, or none of its rows can be used.
     """
-    found = kind(Path(source))
-    if found in ("a model", "a cache"):
-        raise DataError(f"{source}: it is {found}; expected preference pairs", CHECK)
-    if find_source(source, split) == "hub":
-        check_hub_data(source)
-    else:
-        next(iter(read_rows(source, split)))
+    if (found := kind(Path(data.source))) in ("a model", "a cache"):
+        raise DataError(f"{data.source}: it is {found}; expected preference pairs", CHECK)
+    if find_source(data.source, data.split) == "hub":
+        check_hub_data(data.source)
+        return
+    counts = RowCounts()
+    for number, (where, row) in enumerate(read_rows(data.source, data.split)):
+        try:
+            parse_pair(where, row, data.rendered)
+        except RowError as error:
+            counts.add_invalid(number, error)
+        else:
+            return
+    raise counts.nothing_left(data.source) if data.drop_invalid else counts.error()

@@ -13,7 +13,7 @@ from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.vocabulary import digest_tokenizer
-from adpa.errors import DataError, OptionError
+from adpa.errors import OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, resolve_device
 from adpa.pipeline.scoring.engine import Engine, choose_engine
 from adpa.pipeline.scoring.jobs import make_batches
@@ -119,9 +119,7 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     record = make_record(os.path.abspath(data.source) if os.path.exists(data.source) else data.source, data.split)
     pairs = list(encoder.encode(read_rows(data.source, data.split)))
     if not pairs:
-        counts = encoder.counts
-        problem = f"{data.source}: all of its {counts.dropped:,} pairs were dropped ({counts.describe()})"
-        raise DataError(problem, "mend the data")
+        raise encoder.counts.nothing_left(data.source)
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
     sets = _preference_sets(pairs, encoder, request.names, record)

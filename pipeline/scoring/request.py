@@ -9,17 +9,16 @@ from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName
 from adpa.data.preferences import RESERVED_TEMPLATE_KWARGS
 from adpa.data.sequences import check_lengths
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.options import (
-    DtypeName,
-    EngineName,
+from adpa.pipeline.option_checks import (
+    SAMPLING_SEED,
     check_choices,
     check_counts,
     check_device,
     check_names,
-    check_seed,
     check_shares,
     check_temperature,
 )
+from adpa.pipeline.options import DtypeName, EngineName
 from adpa.pipeline.scoring.executor import ExecutorOptions
 from adpa.pipeline.scoring.parts import Part
 from adpa.pipeline.scoring.vllm_options import VllmOptions
@@ -75,7 +74,7 @@ class SamplingOptions:
         check_counts({"--samples-per-prompt": self.samples_per_prompt, "--max-new-tokens": self.max_new_tokens})
         check_shares({"--sampling-top-p": self.top_p})
         check_temperature(self.temperature)
-        check_seed(self.seed)
+        SAMPLING_SEED.check("--seed", self.seed)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Any, get_args
 
 from adpa.errors import OptionError
-from adpa.pipeline.options import HeadDtype, ModelName, check_choices, check_counts, check_names, check_shares
+from adpa.pipeline.option_checks import check_choices, check_counts, check_names, check_shares
+from adpa.pipeline.options import HeadDtype, ModelName
 
 # adpa sets the first group itself. The second would load something else than the files that are digested. The third
 # changes only speed and memory. Any other argument may change a number, so that it is part of a scoring's identity.

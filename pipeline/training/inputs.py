@@ -10,7 +10,7 @@ from adpa.data.cache.selection import Need
 from adpa.data.cache.signals import read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.models.model_names import check_models
-from adpa.pipeline.options import check_names
+from adpa.pipeline.option_checks import check_names
 from adpa.pipeline.training.objectives import TermWeights
 
 

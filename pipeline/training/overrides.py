@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.training.values import AT_LEAST_0, COUNT, COUNT_OR_0, MORE_THAN_0, SHARE_BELOW_1
+from adpa.pipeline.option_checks import AT_LEAST_0, COUNT, COUNT_OR_0, MORE_THAN_0, SHARE_BELOW_1
 from adpa.yaml_options import as_number
 
 _BATCHES = "--batch-size sets the examples of a step, and --micro-batch-size says how many fit in memory at a time"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.training.values import COUNT, MORE_THAN_0, Range
+from adpa.pipeline.option_checks import COUNT, MORE_THAN_0, Range
 
 SchedulerName = Literal[
     "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"

@@ -5,7 +5,9 @@ strings), so that they cross process boundaries.
 """
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
+
+NEAR = 0.6  # of 1, as for difflib
 
 
 class AdpaError(ValueError):
@@ -26,10 +28,17 @@ class AdpaError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to do about an unknown name: the nearest known one as a question; empty if none is near."""
-    beginnings = {one[: len(name)]: one for one in sorted(known, key=len, reverse=True)}  # of several, the shortest
-    nearest = get_close_matches(name, list(beginnings), n=1) or get_close_matches(name, beginnings.values(), n=1)
-    return f"did you mean {beginnings.get(nearest[0], nearest[0])}?" if nearest else ""
+    """What to do about an unknown name: the nearest known one as a question; empty if none is near.
+
+    A name is near if it, or its beginning of this length, is much alike; of several, the shortest.
+    """
+
+    def likeness(one: str) -> tuple[float, int]:
+        ratios = (SequenceMatcher(None, name, text).ratio() for text in (one, one[: len(name)]))
+        return max(ratios), -len(one)
+
+    nearest = max(known, key=likeness, default="")
+    return f"did you mean {nearest}?" if name and likeness(nearest)[0] >= NEAR else ""
 
 
 class OptionError(AdpaError):

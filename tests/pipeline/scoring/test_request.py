@@ -47,12 +47,12 @@ def test_an_empty_name_is_not_trained(option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 2.5}, "--top-k 2.5; expected at least 1, whole"),
-        ({"top_k": True}, "--top-k True; expected at least 1, whole"),
-        ({"max_length": "2048"}, "--max-length 2048; expected at least 1, whole"),
-        ({"top_p": "0.9"}, "--top-p 0.9; expected more than 0 and at most 1"),
-        ({"temperature": None}, "--temperature None; expected 0 or more, finite"),
-        ({"seed": 1.0}, "--seed 1.0; expected a whole number from 0 to 2^63 − 1"),
+        ({"top_k": 2.5}, "--top-k 2.5; expected a whole number"),
+        ({"top_k": True}, "--top-k True; expected a number"),
+        ({"max_length": "2048"}, "--max-length '2048'; expected a number"),
+        ({"top_p": "0.9"}, "--top-p '0.9'; expected a number"),
+        ({"temperature": None}, "--temperature None; expected a number"),
+        ({"seed": 1.0}, "--seed 1.0; expected a whole number"),
         ({"engine": "vlm"}, "--engine 'vlm'; expected one of auto, hf, vllm; did you mean vllm?"),
         ({"dtype": "bf16"}, "--dtype 'bf16'; expected one of auto, float32, bfloat16, float16; did you mean bfloat16?"),
         ({"head_dtype": "half"}, "--head-dtype 'half'; expected one of auto, float32, model"),

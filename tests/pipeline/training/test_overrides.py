@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_help import run_light
+from tests.commands import refusals
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -54,7 +54,7 @@ REFUSED = {
 def test_a_field_or_value_that_does_not_exist_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "list.json").write_text("[1]")
-    said = run_light([f"{DISTILL} {words}" for words in REFUSED], tmp_path)
+    said = refusals([f"{DISTILL} {words}" for words in REFUSED], tmp_path)
     assert said == [f"adpa: {line}\n" for line in REFUSED.values()]
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.test_help import run_light
+from tests.commands import refusals
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from adpa.errors import OptionError
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_an_output_or_a_checkpoint_that_cannot_be_used_is_refused_before_torch_is_imported(folder: Path) -> None:
-    assert run_light(REFUSED, folder) == [f"adpa: {line}\n" for line in REFUSED.values()]
+    assert refusals(REFUSED, folder) == [f"adpa: {line}\n" for line in REFUSED.values()]
 
 
 def test_the_files_of_a_checkpoint_are_those_of_trainer() -> None:

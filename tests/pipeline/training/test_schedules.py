@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from tests.commands import refusals
 from tests.pipeline.conftest import Filled
-from tests.test_help import run_light
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -32,7 +32,7 @@ REFUSED = {
 
 
 def test_no_model_package_is_imported_to_refuse_them(tmp_path: Path) -> None:
-    said = run_light([f"{DISTILL} {words}" for words in REFUSED], tmp_path)
+    said = refusals([f"{DISTILL} {words}" for words in REFUSED], tmp_path)
     assert said == [f"adpa: {line}\n" for line in REFUSED.values()]
 
 
@@ -173,4 +173,4 @@ def test_an_optimizer_that_is_not_installed_is_named(name: str, line: str, monke
 def test_what_an_optimizer_itself_refuses_is_said_before_a_model_is_loaded(few_words: Filled, tmp_path: Path) -> None:
     settings = ["optim=sgd", "optim_args=nesterov=true"]
     with pytest.raises(OptionError, match=r"^--set optim=sgd: Nesterov momentum requires a momentum and zero"):
-        distill("sft", "./nowhere", few_words.cache, tmp_path / "out", set=settings)
+        distill("sft", str(few_words.models.student), few_words.cache, tmp_path / "out", set=settings)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.commands import refusals
 from tests.pipeline.conftest import Filled
-from tests.test_help import run_light
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -66,7 +66,7 @@ def test_trackers_are_named_with_commas_between_them(report_to: str, names: list
 
 
 def test_an_unknown_tracker_does_not_wait_for_torch(tmp_path: Path) -> None:
-    (said,) = run_light(["distill --objective sft --student S --cache C --output O --report-to tensorbored"], tmp_path)
+    (said,) = refusals(["distill --objective sft --student S --cache C --output O --report-to tensorbored"], tmp_path)
     assert said == "adpa: --report-to tensorbored: no tracker 'tensorbored'; did you mean tensorboard?\n"
 
 

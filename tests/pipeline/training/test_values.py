@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_help import run_light
+from tests.commands import refusals
 
 from adpa.errors import OptionError
-from adpa.pipeline.training.values import RANGES, Range, check_values
+from adpa.pipeline.option_checks import Range
+from adpa.pipeline.training.values import RANGES, check_values
 
 DISTILL = "distill --objective dckd --student S --cache C --output O"
 REFUSED = {
@@ -55,7 +56,7 @@ def test_a_number_without_a_meaning_is_refused_before_torch_is_imported(tmp_path
     (tmp_path / "notes.txt").write_text("mine")
     commands = [f"{DISTILL} {words}" for words in REFUSED]
     lines = [f"adpa: {line}\n" for line in (*REFUSED.values(), *LAB.values())]
-    assert run_light([*commands, *LAB], tmp_path) == lines
+    assert refusals([*commands, *LAB], tmp_path) == lines
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""Mistakes in names and values that need no model to be seen: one whole line each, before torch is imported."""
+"""A user's mistakes: each is refused in one whole line with exit code 2, writes nothing, and waits for no torch."""
 
-import os
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from tests.conftest import Models, Row, WriteRows
-from tests.test_help import run_light
+from tests.commands import Answer, refusals, run_light
+from tests.conftest import Models, Row
 
 FROZEN = Path(__file__).parents[1] / "data" / "cache" / "frozen" / "2"
 PRECOMPUTE = "precompute --teacher models/teacher --data prefs.jsonl --cache c"
@@ -27,8 +27,8 @@ OWN_DIRECTORY = "name a directory of its own for the cache"
 LONG = "x" * 300
 
 VALUES = {
-    f"{SAMPLE} --temperature nan": "--temperature nan; expected 0 or more, finite",
-    f"{SAMPLE} --temperature inf": "--temperature inf; expected 0 or more, finite",
+    f"{SAMPLE} --temperature nan": "--temperature nan; expected 0 or more",
+    f"{SAMPLE} --temperature inf": "--temperature inf; expected a finite number",
     f"{EVALUATE} --temperature -0.5": "--temperature -0.5; expected 0 or more",
     f"{SAMPLE} --temperature 1e-9": "--temperature 1e-09; expected at least 1e-06, or 0, which is greedy",
     f"{SAMPLE} --sampling-top-p nan": "--sampling-top-p nan; expected more than 0 and at most 1",
@@ -36,10 +36,10 @@ VALUES = {
     f"{PRECOMPUTE} --top-p nan": "--top-p nan; expected more than 0 and at most 1",
     f"{PRECOMPUTE} --gpu-memory-utilization 90": "--gpu-memory-utilization 90; expected more than 0 and at most 1",
     f"{EVALUATE} --gpu-memory-utilization nan": "--gpu-memory-utilization nan; expected more than 0 and at most 1",
-    f"{SAMPLE} --seed -1": "--seed -1; expected a whole number from 0 to 2^63 − 1",
-    f"{EVALUATE} --seed -7": "--seed -7; expected a whole number from 0 to 2^63 − 1",
-    f"{SAMPLE} --seed {2**63}": f"--seed {2**63}; expected a whole number from 0 to 2^63 − 1",
-    "lab --output o --seed -1": "--seed: [-1]; expected a list of whole numbers from 0 to 4294967295",
+    f"{SAMPLE} --seed -1": "--seed -1; expected at least 0",
+    f"{EVALUATE} --seed -7": "--seed -7; expected at least 0",
+    f"{SAMPLE} --seed {2**63}": f"--seed {2**63}; expected at most {2**63 - 1}",
+    "lab --output o --seed -1": "--seed: [-1]; expected a list of numbers of at least 0 and at most 4294967295",
     f"{PRECOMPUTE} --top-k {2**31}": f"--top-k {2**31}; expected at most {2**31 - 1}",
     f"{PRECOMPUTE} --max-model-len -1": "--max-model-len -1; expected at least 1",
     f"{PRECOMPUTE} --batch-tokens -1": "--batch-tokens -1; expected at least 1",
@@ -107,8 +107,8 @@ MODELS = {
 DATA = {
     f"{PRECOMPUTE} --data pref.jsonl": "pref.jsonl: no such file or directory; did you mean prefs.jsonl?",
     f"{EVALUATE} --data ./no.parquet": "./no.parquet: no such file or directory; check --data",
-    f"{PRECOMPUTE} --data org/pairs": "org/pairs: no such file or directory, and the Hub cannot be asked: "
-    "offline (HF_HUB_OFFLINE is set); give --data a JSONL, JSON or Parquet file, or connect",
+    f"{PRECOMPUTE} --data org/pairs": "org/pairs: no such file or directory, and "
+    f"{OFFLINE}; check --data, or unset HF_HUB_OFFLINE",
     f"{PRECOMPUTE} --data 'my pairs'": "my pairs: no such file or directory; check --data",
     f"{PRECOMPUTE} --data models/teacher": "models/teacher: it is a model; expected preference pairs; check --data",
     f"{EVALUATE} --data cache": "cache: it is a cache; expected preference pairs; check --data",
@@ -116,6 +116,22 @@ DATA = {
     f"{PRECOMPUTE} --data none.jsonl": "none.jsonl: found no rows: the file is empty; check --data",
     f"{PRECOMPUTE} --data loop": "loop: cannot be read (Too many levels of symbolic links); check --data",
     f"{PRECOMPUTE} --data {LONG}": f"{LONG}: cannot be read (File name too long); check --data",
+    f"{PRECOMPUTE} --data picture.png": (
+        "picture.png: expected JSONL, JSON or Parquet; found a picture (PNG); check --data"
+    ),
+    f"{PRECOMPUTE} --data utf16.jsonl": "utf16.jsonl: expected UTF-8 text; found UTF-16; save the file as UTF-8",
+    f"{PRECOMPUTE} --data null.jsonl": (
+        "null.jsonl line 1: `rejected` is null; expected chat messages or a string; mend or remove the row, "
+        "or pass --drop-invalid"
+    ),
+    f"{PRECOMPUTE} --data names.jsonl": (
+        "names.jsonl line 1: found the columns question, answer_a, answer_b; expected `chosen` and "
+        "`rejected`; a row needs a prompt and two responses to it: prompt, chosen and rejected"
+    ),
+    f"{PRECOMPUTE} --data empty": (
+        "empty: expected a directory saved by datasets.save_to_disk; found an empty one; give --data a file, "
+        "or a directory of datasets"
+    ),
 }
 CACHES = {
     "inspect cach": "cach: no cache there; did you mean cache?",
@@ -159,43 +175,171 @@ OUTPUTS = {
     "cache export cache --output cache/rows": "--output cache/rows: lies in the cache cache; "
     "name a place outside of it",
     "lab --output prefs.jsonl": "--output prefs.jsonl: prefs.jsonl is not a directory; name another directory",
-    "lab --output cache": "--output cache: not empty, and no study; name another directory",
+    "lab --output cache": "--output cache: a cache, and no study; name another directory",
     "lab --output run": "--output run: not empty, and no study; name another directory",
 }
+COMMAND_LINES = {
+    "--bogus": "no option --bogus; see adpa --help",
+    "precomptue --teacher T": "no command 'precomptue'; did you mean precompute?",
+    "precompute --teacher T": "--data and --cache are missing; see adpa precompute --help",
+    "precompute --techer T --data prefs.jsonl --cache c": "no option --techer; did you mean --teacher?",
+    "distill --objective dckd --cache cache": "--student and --output are missing; see adpa distill --help",
+    "cache": "a command is missing: ls, verify, gc, pack, export, merge; see adpa cache --help",
+    "cache sl cache": "no command 'sl'; see adpa cache --help",
+    f"{PRECOMPUTE} --cache ''": "--cache '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --reference ''": "--reference '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --data ''": "--data '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --split ' '": "--split ' ': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --report ''": "--report '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --config ''": "--config '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --engine-arg ''": "--engine-arg '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --student ''": "--student '': an empty value; write one, or leave the option out",
+    "cache ls ''": "CACHE '': an empty value; write one, or leave the option out",
+    f"{PRECOMPUTE} --config list.yaml": (
+        "--config list.yaml: found a list; expected a mapping; write lines such as name: value"
+    ),
+    f"{PRECOMPUTE} --config unknown.yaml": (
+        "--config unknown.yaml: adpa precompute has no option 'top-q'; did you mean top-k?"
+    ),
+    "precompute --config text.yaml": "--config text.yaml: top-k many; expected a whole number",
+    f"{PRECOMPUTE} --config nowhere.yaml": "--config nowhere.yaml: No such file or directory; check --config",
+    f"{PRECOMPUTE} --config empty": "--config empty: Is a directory; check --config",
+    f"{PRECOMPUTE} --config picture.png": "--config picture.png: not a text file; name a YAML file in UTF-8",
+    f"{PRECOMPUTE} --top-k many": "--top-k many; expected a whole number",
+    f"{PRECOMPUTE} --engine vlm": "--engine vlm; expected one of auto, hf, vllm; did you mean vllm?",
+    f"{PRECOMPUTE} --dtype bf16": (
+        "--dtype bf16; expected one of auto, float32, bfloat16, float16; did you mean bfloat16?"
+    ),
+    f"{PRECOMPUTE} --chat-template-kwargs '{{'": (
+        "--chat-template-kwargs: '{' is no JSON; write --chat-template-kwargs '{\"name\": value}'"
+    ),
+    f"{PRECOMPUTE} --chat-template-kwargs '[1]'": (
+        "--chat-template-kwargs: '[1]' is no JSON object; write --chat-template-kwargs '{\"name\": value}'"
+    ),
+    f"{PRECOMPUTE} --probe 4": "--probe 4 without --dry-run; a probe scores a few responses and writes nothing",
+    f"{PRECOMPUTE} --responses sampled": (
+        "--responses sampled without --student; sampled responses need the student that samples them; a "
+        "student only samples"
+    ),
+    f"{PRECOMPUTE} --max-length 3": (
+        "--max-prompt-length 1024 with --max-length 3; expected 0 < max-prompt-length < max-length; leave "
+        "room for the response"
+    ),
+    f"{PRECOMPUTE} --workers 2": "--workers 2 without --executor ray; add it, or leave this out",
+    f"{PRECOMPUTE} --report nowhere/report.json": (
+        "--report nowhere/report.json: cannot be written there; name a file in an existing directory"
+    ),
+    f"{PRECOMPUTE} --report prefs.jsonl": "--report prefs.jsonl: --data names it too; name another file",
+    f"{PRECOMPUTE} --report empty": "--report empty: cannot be written there; name a file in an existing directory",
+    f"{DISTILL} --report cache/report.json": (
+        "--report cache/report.json: lies in the cache cache; name a place outside of it"
+    ),
+    f"{PRECOMPUTE} --teacher models/teacher --report models/teacher/config.json": (
+        "--report models/teacher/config.json: one of the files of --teacher models/teacher; name a new file"
+    ),
+    "cache merge cache cache": "cache: the same cache as cache; name another one",
+}
+TRAINING = {
+    f"{DISTILL} --objective dpo": "--objective dpo; expected one of sft, kd, dckd, adpa; did you mean adpa?",
+    f"{DISTILL} --on sampled": "--on sampled with dckd, whose responses are fixed; leave it out, or use kd or adpa",
+    f"{DISTILL} --objective kd --kl-weight nan": "--kl-weight nan; expected 0 or more",
+    f"{DISTILL} --learning-rate 0": "--learning-rate 0; expected more than 0",
+    f"{DISTILL} --logging-steps 0": "--logging-steps 0; expected at least 1",
+    f"{DISTILL} --logging-steps -1": "--logging-steps -1; expected at least 1",
+    f"{DISTILL} --seed -1": "--seed -1; expected at least 0",
+    f"{DISTILL} --warmup-steps -1": "--warmup-steps -1; expected at least 0",
+    f"{DISTILL} --save-steps -1": "--save-steps -1; expected at least 0",
+    f"{DISTILL} --num-train-epochs inf": "--num-train-epochs inf; expected a finite number",
+    f"{DISTILL} --max-steps 0": "--max-steps 0; expected at least 1; leave it out for no limit",
+    f"{DISTILL} --plausibility 1": "--plausibility 1; expected at least 0 and less than 1",
+    f"{DISTILL} --batch-size 0": "--batch-size 0; expected at least 1",
+    f"{DISTILL} --batch-size 6 --micro-batch-size 4": (
+        "--micro-batch-size 4 does not divide the 6 examples of a step and rank; choose a divisor"
+    ),
+    f"{DISTILL} --lora-rank 0": "--lora-rank 0; expected at least 1",
+    f"{DISTILL} --lora-target q_proj": "--lora-target without --lora-rank; add a rank, such as --lora-rank 16",
+    f"{DISTILL} --report-to wand": "--report-to wand: no tracker 'wand'; did you mean wandb?",
+    f"{DISTILL} --report-to wandb": "--report-to wandb needs wandb, which is not installed; pip install wandb",
+    f"{DISTILL} --lr-scheduler-type cosin": (
+        "--lr-scheduler-type cosin; expected one of linear, cosine, cosine_with_min_lr, constant, "
+        "constant_with_warmup, polynomial, inverse_sqrt; did you mean cosine?"
+    ),
+    f"{DISTILL} --lr-scheduler-type cosine_with_min_lr": (
+        "--lr-scheduler-type cosine_with_min_lr with no smallest rate; add --set "
+        "lr_scheduler_kwargs={min_lr_rate: 0.1}, a share of --learning-rate, or {min_lr: 1e-6}"
+    ),
+    f"{DISTILL} --set warmup_ratoi=1": (
+        "--set warmup_ratoi=1: transformers.TrainingArguments has no field 'warmup_ratoi'; did you mean --warmup-steps?"
+    ),
+    f"{DISTILL} --set adam_beta1=abc": "--set adam_beta1=abc; expected a number",
+    f"{DISTILL} --set optim=adamw_troch": "--set optim=adamw_troch: no such value; did you mean adamw_torch?",
+    f"{DISTILL} --set output_dir=x": "--set output_dir=x: --output says where; leave it out",
+    f"{DISTILL} --set nonsense": "--set nonsense; expected key=value with a field of transformers.TrainingArguments",
+    f"{DISTILL} --resume-from-checkpoint nowhere": (
+        "--resume-from-checkpoint nowhere: no such directory; name a checkpoint, or last"
+    ),
+    f"{DISTILL} --resume-from-checkpoint empty": (
+        "--resume-from-checkpoint empty: found no trainer_state.json that can be read; name a complete "
+        "checkpoint, or last"
+    ),
+    f"{DISTILL} --device gpu": "--device gpu; expected auto, cpu or cuda; choose a GPU by CUDA_VISIBLE_DEVICES",
+    f"{DISTILL} --dtype float16": (
+        "--dtype float16 loses small gradients in the loss head; use --bf16, or --dtype float32"
+    ),
+}
+MISTAKES = VALUES | MODELS | DATA | CACHES | OUTPUTS | COMMAND_LINES | TRAINING
 
 
-@pytest.fixture
-def desk(tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows) -> Path:
+@pytest.fixture(scope="module")
+def desk(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with models, data and a cache, and a few things that are none of them."""
-    write_rows(preference_rows[:3])
-    (tmp_path / "models").mkdir()
+    desk = tmp_path_factory.mktemp("desk")
+    pairs = "".join(json.dumps(row) + "\n" for row in preference_rows[:3])
+    (desk / "prefs.jsonl").write_text(pairs)
+    (desk / "utf16.jsonl").write_bytes(pairs.encode("utf-16"))
+    (desk / "null.jsonl").write_text(json.dumps(preference_rows[0] | {"rejected": None}) + "\n")
+    (desk / "names.jsonl").write_text(json.dumps({"question": "?", "answer_a": "Yes.", "answer_b": "No."}) + "\n")
+    (desk / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (desk / "list.yaml").write_text("- teacher: T\n")
+    (desk / "unknown.yaml").write_text("teacher: T\ntop-q: 3\n")
+    (desk / "text.yaml").write_text("teacher: T\ndata: prefs.jsonl\ncache: c\ntop-k: many\n")
+    (desk / "models").mkdir()
     named = {"teacher": models.teacher, "reference": models.reference, "student": models.student}
     for name, directory in {**named, "base": models.other_student}.items():
-        (tmp_path / "models" / name).symlink_to(directory)
-    shutil.copytree(FROZEN, tmp_path / "cache")
-    (tmp_path / "few" / "responses").mkdir(parents=True)
+        (desk / "models" / name).symlink_to(directory)
+    shutil.copytree(FROZEN, desk / "cache")
+    (desk / "few" / "responses").mkdir(parents=True)
     for file in (FROZEN / "responses").glob("chosen-*"):
-        shutil.copy(file, tmp_path / "few" / "responses")
+        shutil.copy(file, desk / "few" / "responses")
     for step in (10, 20):
-        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
-        shutil.copy(models.student / "config.json", tmp_path / "run" / f"checkpoint-{step}")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "none.jsonl").touch()
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "broken").symlink_to("gone")
-    return tmp_path
+        (desk / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        shutil.copy(models.student / "config.json", desk / "run" / f"checkpoint-{step}")
+    (desk / "empty").mkdir()
+    (desk / "none.jsonl").touch()
+    (desk / "loop").symlink_to("loop")
+    (desk / "broken").symlink_to("gone")
+    return desk
 
 
-@pytest.mark.parametrize(
-    "mistakes", [VALUES, MODELS, DATA, CACHES, OUTPUTS], ids=["values", "models", "data", "caches", "outputs"]
-)
-def test_a_mistake_is_one_whole_line_before_torch_is_imported(
-    mistakes: dict[str, str], desk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    said = run_light(mistakes, desk)
-    assert dict(zip(mistakes, said, strict=True)) == {command: f"adpa: {line}\n" for command, line in mistakes.items()}
-    assert not os.path.exists(desk / "c")
+@pytest.fixture(scope="module")
+def answers(desk: Path) -> dict[str, Answer]:
+    """The answers to all mistakes; what lies on the desk stays as it was."""
+    before = contents(desk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        said = run_light(MISTAKES, desk)
+    assert contents(desk) == before
+    return dict(zip(MISTAKES, said, strict=True))
+
+
+def contents(folder: Path) -> dict[Path, int]:
+    """The files and folders in a folder, and when they were changed."""
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_whole_line_before_torch_is_imported(command: str, answers: dict[str, Answer]) -> None:
+    assert answers[command] == Answer(2, "", f"adpa: {MISTAKES[command]}\n")
 
 
 def test_the_hub_that_does_not_answer_is_one_line_at_once(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +347,8 @@ def test_the_hub_that_does_not_answer_is_one_line_at_once(desk: Path, monkeypatc
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     commands = [f"{PRECOMPUTE} --teacher org/name", f"{EVALUATE} --baseline org/name@v1", f"{PRECOMPUTE} --data org/x"]
     network = "the Hub cannot be reached; check"
-    assert run_light(commands, desk) == [
+    assert refusals(commands, desk) == [
         f"adpa: --teacher org/name: no such directory, and {network} the name of the checkpoint, and the network\n",
         f"adpa: --baseline org/name@v1: no such directory, and {network} the name of the checkpoint, and the network\n",
-        "adpa: org/x: no such file or directory, and the Hub cannot be asked: offline (Connection refused); "
-        "give --data a JSONL, JSON or Parquet file, or connect\n",
+        f"adpa: org/x: no such file or directory, and {network} --data, and the network\n",
     ]
