@@ -20,10 +20,10 @@ from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
 from adpa.pipeline.training.optimizers import BUILT_IN, check_optimizer
 from adpa.pipeline.training.overrides import read_overrides
+from adpa.pipeline.training.ranges import check_ranges
 from adpa.pipeline.training.run_directory import check_output
 from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
-from adpa.pipeline.training.values import check_values
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def distill(
     """
     options = dict(locals())
     started = time.perf_counter()
-    check_values(options)
+    check_ranges(options)
     check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
     check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
     _check_dtype_and_device(dtype, device)

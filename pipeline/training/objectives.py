@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
 from adpa.pipeline.option_checks import check_choices
-from adpa.pipeline.training.values import check_values
+from adpa.pipeline.training.ranges import check_ranges
 
 ObjectiveName = Literal["sft", "kd", "dckd", "adpa"]
 
@@ -52,7 +52,7 @@ def objective_terms(
         raise OptionError(f"--on {on} with {objective}, whose responses are fixed", "leave it out, or use kd or adpa")
     if kl_weight is not None and objective == "sft":
         raise OptionError("--kl-weight with sft, which has no KL term", "leave it out, or use kd, dckd or adpa")
-    check_values({"kl_weight": kl_weight, "advantage_weight": advantage_weight})
+    check_ranges({"kl_weight": kl_weight, "advantage_weight": advantage_weight})
     nll = TermWeights(nll=1.0)
     if objective == "sft":
         return {"chosen": nll}
