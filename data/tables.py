@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from adpa.data.cache.kinds import kind
 from adpa.data.columns import OTHER_NAMES, READ_COLUMNS, RESPONSE_COLUMNS, missing_columns
 from adpa.data.json_rows import Rows, broken_row
 from adpa.data.sources import CHECK, FILE_SUFFIXES
@@ -59,15 +60,13 @@ def read_directory(path: Path, split: str | None) -> Rows:
 
 
 def _other_directory(path: Path) -> DataError:
+    if (found := kind(path)) in ("a model", "a cache"):
+        return DataError(f"{path}: it is {found}; expected preference pairs", CHECK)
     names = sorted(each.name for each in path.iterdir())
     readable = [name for name in names if name.endswith(FILE_SUFFIXES) and name != "config.json"]
     fix = "give --data a file, or a directory of datasets"
     if not names:
         found = "an empty one"
-    elif "config.json" in names or "adapter_config.json" in names:
-        found = "a model"
-    elif "cache.json" in names and "responses" in names:
-        found = "a cache of adpa"
     elif readable:
         found = "files"
         fix = f"give --data one of them, such as {path / readable[0]}"

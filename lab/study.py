@@ -13,7 +13,7 @@ from adpa.lab.checkpoints import Plan
 from adpa.lab.environment import OPERATIONS, Environment
 from adpa.lab.methods import OBJECTIVES, Method, file_name, method_options, terms_of, trial_name
 from adpa.lab.seed_list import check_seeds
-from adpa.pipeline.training.values import check_values
+from adpa.pipeline.training.ranges import check_ranges
 from adpa.yaml_options import as_number, read_options
 
 RESERVED = ("SFT student", "teacher")  # a study compares all methods with these
@@ -124,7 +124,7 @@ def _check_options(method: Method, options: Mapping[str, Any], where: str) -> No
     if method.objective == "dpo":
         return
     try:
-        check_values(options)
+        check_ranges(options)
         terms_of(method.objective, options)
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error

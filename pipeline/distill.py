@@ -4,7 +4,7 @@ import inspect
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from typing_extensions import Doc
 
@@ -12,18 +12,18 @@ from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
-from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.option_checks import check_names
+from adpa.errors import OptionError
+from adpa.pipeline.option_checks import check_choices, check_names
 from adpa.pipeline.options import DtypeName, Group, PathOrName
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
 from adpa.pipeline.training.optimizers import BUILT_IN, check_optimizer
 from adpa.pipeline.training.overrides import read_overrides
+from adpa.pipeline.training.ranges import check_ranges
 from adpa.pipeline.training.run_directory import check_output
 from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
-from adpa.pipeline.training.values import check_values
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,10 @@ def distill(
     """
     options = dict(locals())
     started = time.perf_counter()
-    check_values(options)
+    check_ranges(options)
     check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
-    _check_choices(packing, dtype, device)
+    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
+    _check_dtype_and_device(dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
     of_options: dict[str, Any] = {
@@ -262,10 +263,7 @@ def distill(
     return report
 
 
-def _check_choices(packing: Packing, dtype: DtypeName, device: str) -> None:
-    for option, name, known in (("--packing", packing, get_args(Packing)), ("--dtype", dtype, get_args(DtypeName))):
-        if name not in known:
-            raise OptionError(f"{option} {name!r}; expected one of {', '.join(known)}", did_you_mean(str(name), known))
+def _check_dtype_and_device(dtype: DtypeName, device: str) -> None:
     if dtype == "float16":
         raise OptionError("--dtype float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
     if device not in ("auto", "cpu", "cuda"):

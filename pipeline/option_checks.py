@@ -6,7 +6,7 @@ from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any, get_args
 
-from adpa.errors import OptionError, did_you_mean
+from adpa.errors import OptionError, did_you_mean, empty_value
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # of NumPy
@@ -124,14 +124,14 @@ def check_choices(options: Mapping[str, tuple[str, Any]]) -> None:
 
 
 def check_names(options: Mapping[str, str | None]) -> None:
-    """Checks that no option has an empty value, such as that of an unset variable of a shell.
+    """Checks that no option has an empty value; None is left to its default.
 
     Raises:
         OptionError: one has.
     """
     for option, value in options.items():
         if value is not None and not value.strip():
-            raise OptionError(f"{option} {value!r}: an empty value", "give one, or leave the option out")
+            raise empty_value(option, value)
 
 
 def check_device(device: str) -> None:

@@ -26,8 +26,8 @@ AT_WORK = {  # a function that each command calls at its beginning
         "distill.objective_terms",
         "the same command goes on from the newest checkpoint",
     ),
-    EVALUATE: ("evaluate._check_different", "the same command starts anew; --cache keeps samples and scores"),
-    f"{EVALUATE} --cache c": ("evaluate._check_different", GOES_ON),
+    EVALUATE: ("evaluate._check_inputs", "the same command starts anew; --cache keeps samples and scores"),
+    f"{EVALUATE} --cache c": ("evaluate._check_inputs", GOES_ON),
     "inspect c": ("inspect.select_scored", "the cache is as it was"),
     "cache ls c": ("cache.ls.check_cache", "the cache is as it was"),
     "cache verify c": ("cache.verify._check_marker", "the cache is as it was"),
@@ -66,7 +66,7 @@ def test_so_does_a_scheduler_and_a_closed_terminal(number: int, tmp_path: Path) 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     done = run_stopped(PRECOMPUTE, "precompute.check_writable", signal.SIGHUP, tmp_path, "nohup")
     assert done.returncode == 2
-    assert done.stderr.removeprefix("nohup: ignoring input\n").startswith("adpa: ./t: no such directory")
+    assert done.stderr.removeprefix("nohup: ignoring input\n").startswith("adpa: --teacher ./t: no such directory")
 
 
 def test_ctrl_c_while_the_programme_is_imported_is_one_line(tmp_path: Path) -> None:

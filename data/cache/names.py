@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseSet
 from adpa.data.cache.signals import Scoring
-from adpa.errors import CacheError, ListedError
+from adpa.errors import CacheError, ListedError, empty_value
 
 # A text may have more around a whole name: folders, a file's checksum, the rest of a line. The last name counts.
 WHOLE_SET = re.compile(rf"({'|'.join(RESPONSE_NAMES)})[- ]+([0-9a-f]{{16}})(?![0-9a-f])")
@@ -23,9 +23,10 @@ def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
     its file.
 
     Raises:
+        OptionError: the text is empty.
         CacheError: no set fits, or a beginning fits several.
     """
-    text = _tidy(text)
+    text = _tidy("--response-set", text)
     whole = WHOLE_SET.findall(text.lower())
     beginning = "-".join(whole[-1]) if whole else text.lower().removeprefix("responses/")
     if beginning in RESPONSE_NAMES:
@@ -43,9 +44,10 @@ def find_scoring(text: str, present: Sequence[Scoring]) -> Scoring:
     """The scoring that a text names: by its id, the beginning of its id, or any text with the id, such as its folder.
 
     Raises:
+        OptionError: the text is empty.
         CacheError: no scoring fits, or several do.
     """
-    text = _tidy(text)
+    text = _tidy("--scoring", text)
     whole = WHOLE_SCORING.findall(text.lower())
     beginning = whole[-1] if whole else re.sub("^scorings?[ /]", "", text.lower())
     fitting = [one for one in present if _begins(beginning, one.id)]
@@ -56,8 +58,11 @@ def find_scoring(text: str, present: Sequence[Scoring]) -> Scoring:
     return fitting[0]
 
 
-def _tidy(text: str) -> str:
-    return " ".join(text.split()).strip(",;:'\"`")
+def _tidy(option: str, text: str) -> str:
+    tidy = " ".join(text.split()).strip(",;:'\"`")
+    if not tidy:
+        raise empty_value(option, tidy)
+    return tidy
 
 
 def _begins(beginning: str, *names: str) -> bool:
@@ -77,8 +82,6 @@ def _scoring_line(scoring: Scoring) -> str:
 def _none(
     option: str, text: str, present: Sequence[ResponseSet | Scoring], lines: Sequence[str], kind: str
 ) -> CacheError:
-    if not text:
-        return CacheError(f"{option} '': an empty value", "write one, or leave the option out")
     problem = f"{option} {text}: the cache has none"
     if len(lines) > 1:
         return ListedError(problem, "name one of these", *lines)

@@ -23,7 +23,6 @@ from adpa.pipeline.models.weight_files import (
 HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", *ADAPTER_WEIGHTS]
 CHECK = "check the name of the checkpoint"
 BASE = ("base_model_name_or_path", "revision")  # the keys of adapter_config.json that say where the base is
-NO_CHECK = "check the name of the checkpoint"
 
 
 def check_models(models: Mapping[str, str]) -> None:

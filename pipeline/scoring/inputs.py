@@ -1,15 +1,13 @@
 """Checks, without torch, the models and the data that a run names: at once, and before the Hub is asked for files."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from adpa.data.cache.kinds import kind
 from adpa.data.hub import check_hub_data
 from adpa.data.preferences import parse_pair
 from adpa.data.row_counts import RowCounts
 from adpa.data.rows import read_rows
-from adpa.data.sources import CHECK, find_source
-from adpa.errors import DataError, OptionError, RowError
+from adpa.data.sources import find_source
+from adpa.errors import OptionError, RowError
 from adpa.pipeline.models.model_names import check_models, is_here, is_same
 from adpa.pipeline.scoring.request import DataOptions
 
@@ -26,7 +24,7 @@ def check_inputs(models: Mapping[str, str | None], data: DataOptions) -> None:
     """
     named = {option: name for option, name in models.items() if name is not None}
     check_models({option: name for option, name in named.items() if is_here(name)})
-    check_data(data)
+    _check_data(data)
     check_models({option: name for option, name in named.items() if not is_here(name)})
 
 
@@ -48,14 +46,12 @@ def teachers_weights(reference: str) -> OptionError:
     )
 
 
-def check_data(data: DataOptions) -> None:
+def _check_data(data: DataOptions) -> None:
     """Checks that the data is there, and that a row of it can be used. All rows are checked when they are encoded.
 
     Raises:
         AdpaError: the data is not there, is something else, or none of its rows can be used.
     """
-    if (found := kind(Path(data.source))) in ("a model", "a cache"):
-        raise DataError(f"{data.source}: it is {found}; expected preference pairs", CHECK)
     if find_source(data.source, data.split) == "hub":
         check_hub_data(data.source)
         return

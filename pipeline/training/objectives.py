@@ -12,11 +12,12 @@ Every term is a mean over its own responses' tokens. On ŷ instead of y_w, kd is
 KL(p‖q) beside the advantages, which the paper does without.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from adpa.data.cache.responses import ResponseName
 from adpa.errors import OptionError
-from adpa.pipeline.training.values import check_values
+from adpa.pipeline.option_checks import check_choices
+from adpa.pipeline.training.ranges import check_ranges
 
 ObjectiveName = Literal["sft", "kd", "dckd", "adpa"]
 
@@ -44,15 +45,14 @@ def objective_terms(
         OptionError: an unknown objective or response set, a weight out of its range, or an option that the
             objective lacks.
     """
-    if objective not in get_args(ObjectiveName):
-        raise OptionError(f"objective {objective!r}; expected one of {', '.join(get_args(ObjectiveName))}")
-    if on is not None and on not in get_args(ResponseName):
-        raise OptionError(f"--on {on!r}; expected one of {', '.join(get_args(ResponseName))}")
+    check_choices({"--objective": (objective, ObjectiveName)})
+    if on is not None:
+        check_choices({"--on": (on, ResponseName)})
     if on is not None and objective not in ("kd", "adpa"):
         raise OptionError(f"--on {on} with {objective}, whose responses are fixed", "leave it out, or use kd or adpa")
     if kl_weight is not None and objective == "sft":
         raise OptionError("--kl-weight with sft, which has no KL term", "leave it out, or use kd, dckd or adpa")
-    check_values({"kl_weight": kl_weight, "advantage_weight": advantage_weight})
+    check_ranges({"kl_weight": kl_weight, "advantage_weight": advantage_weight})
     nll = TermWeights(nll=1.0)
     if objective == "sft":
         return {"chosen": nll}

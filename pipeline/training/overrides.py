@@ -44,7 +44,7 @@ OWN_ARGUMENTS = {
     "resume_from_checkpoint": "--resume-from-checkpoint says it",
 }
 # The ranges of fields that are numbers; the others are 0 or more.
-RANGES = {
+FIELD_RANGES = {
     "adam_beta1": SHARE_BELOW_1,
     "adam_beta2": SHARE_BELOW_1,
     "adam_epsilon": MORE_THAN_0,
@@ -147,7 +147,7 @@ def _read(override: str, key: str, text: str) -> Any:
         number = int(value) if whole and value == value // 1 else value
         if whole and not isinstance(number, int):
             raise OptionError(f"{where}; expected a whole number")
-        RANGES.get(key, AT_LEAST_0).check(f"--set {key}=", number)
+        FIELD_RANGES.get(key, AT_LEAST_0).check(f"--set {key}=", number)
         return number
     if isinstance(value, list) and any(each.startswith("list") for each in types):
         return value

@@ -16,11 +16,10 @@ from adpa.data.cache.locations import Location, check_outside, check_writable, i
 from adpa.errors import OptionError, did_you_mean
 from adpa.pipeline.models.launcher import this_rank
 
-# What Trainer writes into a checkpoint; its own names are in a module that imports torch.
-OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 RECORD = "adpa.json"
 LAST = "last"
-STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"  # transformers' names
+# What Trainer writes into a checkpoint; its own names are in a module that imports torch.
+STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 
 
 def write_record(output: Path, record: Mapping[str, Any]) -> None:

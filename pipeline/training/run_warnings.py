@@ -6,8 +6,8 @@ from typing import Any
 
 from adpa.data.cache.responses import ResponseName
 from adpa.pipeline.training.objectives import TermWeights
+from adpa.pipeline.training.ranges import NO_LIMIT
 from adpa.pipeline.training.schedules import NO_WARMUP
-from adpa.pipeline.training.values import NO_LIMIT
 
 
 def number_of_steps(examples: int, batch_size: int, num_train_epochs: float, max_steps: int) -> int:

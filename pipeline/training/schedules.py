@@ -1,10 +1,10 @@
 """The schedules of the learning rate and their arguments. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.option_checks import COUNT, MORE_THAN_0, Range
+from adpa.pipeline.option_checks import COUNT, MORE_THAN_0, Range, check_choices
 
 SchedulerName = Literal[
     "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -13,7 +13,7 @@ SMALLEST = "cosine_with_min_lr"
 END = {"polynomial": 1e-7}  # transformers' default of lr_end
 
 # The arguments that each schedule takes from ``--set lr_scheduler_kwargs``.
-ARGUMENTS: dict[SchedulerName, tuple[str, ...]] = {
+ARGUMENTS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "cosine": ("num_cycles",),
     "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
@@ -31,13 +31,9 @@ def check_schedule(name: str, arguments: Mapping[str, Any] | None, learning_rate
     Raises:
         OptionError: an unknown schedule, or arguments that are unknown, missing or out of range.
     """
-    if name not in get_args(SchedulerName):
-        known = get_args(SchedulerName)
-        raise OptionError(
-            f"--lr-scheduler-type {name!r}; expected one of {', '.join(known)}", did_you_mean(str(name), known)
-        )
+    check_choices({"--lr-scheduler-type": (name, SchedulerName)})
     given, where = arguments or {}, "--set lr_scheduler_kwargs"
-    known = next(each for schedule, each in ARGUMENTS.items() if schedule == name)
+    known = ARGUMENTS[name]
     for argument in given:
         if argument not in known:
             takes = ", ".join(known) or "no arguments"
@@ -45,13 +41,12 @@ def check_schedule(name: str, arguments: Mapping[str, Any] | None, learning_rate
                 f"{where}: {argument!r} with --lr-scheduler-type {name}, which takes {takes}",
                 did_you_mean(str(argument), known) or "leave it out",
             )
-    if name == SMALLEST and len(given.keys() & {"min_lr", "min_lr_rate"}) != 1:
-        both = "both min_lr and min_lr_rate" if given.keys() >= {"min_lr", "min_lr_rate"} else "no smallest rate"
+    if name == SMALLEST and given.keys() >= {"min_lr", "min_lr_rate"}:
+        raise OptionError(f"--lr-scheduler-type {name} with both min_lr and min_lr_rate", "name one of them")
+    if name == SMALLEST and not given.keys() & {"min_lr", "min_lr_rate"}:
         raise OptionError(
-            f"--lr-scheduler-type {name} with {both}",
-            f"add {where}={{min_lr_rate: 0.1}}, a share of --learning-rate, or {{min_lr: 1e-6}}"
-            if both.startswith("no")
-            else "name one of them",
+            f"--lr-scheduler-type {name} with no smallest rate",
+            f"add {where}={{min_lr_rate: 0.1}}, a share of --learning-rate, or {{min_lr: 1e-6}}",
         )
     ranges = {
         "num_cycles": MORE_THAN_0,

@@ -45,6 +45,11 @@ class OptionError(AdpaError):
     """An option, or a combination of options, that cannot be used."""
 
 
+def empty_value(option: str, value: str) -> OptionError:
+    """The error of an option whose value is empty, such as that of an unset variable of a shell."""
+    return OptionError(f"{option} {value!r}: an empty value", "write one, or leave the option out")
+
+
 class DataError(AdpaError):
     """Preference data that cannot be read or turned into tokens."""
 

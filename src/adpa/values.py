@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from adpa.data.cache.locations import Location, find_location
-from adpa.errors import OptionError, did_you_mean
+from adpa.errors import OptionError, did_you_mean, empty_value
 
 NUMBERS = {int: "a whole number", float: "a number"}
 LONGEST_SHOWN = 80  # characters of a value in a message
@@ -29,7 +29,7 @@ def read_value(label: str, kind: Any, written: Any) -> Any:
         OptionError: it is empty, or no such value.
     """
     if isinstance(written, str) and not written.strip():
-        raise OptionError(f"{label} {written!r}: an empty value", "write one, or leave the option out")
+        raise empty_value(label, written)
     if kind is Mapping and isinstance(written, str | Mapping):
         return _read_object(label, written)
     if not isinstance(written, str):

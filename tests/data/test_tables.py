@@ -31,9 +31,9 @@ OTHER = "; give --data a file, or a directory of datasets"
     ("names", "problem"),
     [
         ([], f"{SAVED}an empty one{OTHER}"),
-        (["config.json", "model.safetensors"], f"{SAVED}a model{OTHER}"),
-        (["adapter_config.json"], f"{SAVED}a model{OTHER}"),
-        (["cache.json", "responses"], f"{SAVED}a cache of adpa{OTHER}"),
+        (["config.json", "model.safetensors"], "it is a model; expected preference pairs; check --data"),
+        (["adapter_config.json"], "it is a model; expected preference pairs; check --data"),
+        (["cache.json", "responses"], "it is a cache; expected preference pairs; check --data"),
         (["e", "d", "c", "b", "a"], f"{SAVED}a, b, c, …{OTHER}"),
         (["README.md", "b.parquet", "a.jsonl"], f"{SAVED}files; give --data one of them, such as FOLDER/a.jsonl"),
     ],

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from adpa import distill, precompute
 from adpa.data.cache.signals import read_scorings
 from adpa.data.chat_template import ChatTemplate
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ModelError, OptionError
+from adpa.parameters import group_of
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.options import Group
 
@@ -280,9 +281,7 @@ except SystemExit as end:
     assert process.stdout == "2 []\n"
 
 
-def test_every_option_is_in_a_group_of_the_help_and_the_first_ones_must_be_decided() -> None:
+def test_the_options_that_must_be_decided_are_those_without_a_default() -> None:
     parameters = inspect.signature(distill).parameters.values()
-    groups = {parameter.name: get_args(parameter.annotation)[2] for parameter in parameters}
-    assert all(isinstance(group, Group) for group in groups.values())
-    required = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
-    assert [name for name, group in groups.items() if group is Group.DECIDE] == required
+    required = [each for each in parameters if each.default is inspect.Parameter.empty]
+    assert [each for each in parameters if group_of(each) is Group.DECIDE] == required

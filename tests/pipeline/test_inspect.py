@@ -244,7 +244,7 @@ def test_what_cannot_be_shown_is_refused(filled: Filled, tmp_path: Path) -> None
     assert message.endswith("and 3 more; name one of them")
     for option in ("example", "response_set", "scoring"):
         message = refused(OptionError, cache, **{option: ""})
-        assert message == f"--{option.replace('_', '-')} '': an empty value; give one, or leave the option out"
+        assert message == f"--{option.replace('_', '-')} '': an empty value; write one, or leave the option out"
 
 
 @pytest.mark.parametrize("option", ["example", "html"])

@@ -40,6 +40,9 @@ VALUES = {
     f"{EVALUATE} --seed -7": "--seed -7; expected at least 0",
     f"{SAMPLE} --seed {2**63}": f"--seed {2**63}; expected at most {2**63 - 1}",
     "lab --output o --seed -1": "--seed: [-1]; expected a list of numbers of at least 0 and at most 4294967295",
+    "lab --output o --seed 3 --seed 3": "--seed: seed 3 occurs twice; name every seed once",
+    "lab --output o --workers 0": "--workers 0; expected at least 1",
+    f"{PRECOMPUTE} --top-k 0": "--top-k 0; expected at least 1",
     f"{PRECOMPUTE} --top-k {2**31}": f"--top-k {2**31}; expected at most {2**31 - 1}",
     f"{PRECOMPUTE} --max-model-len -1": "--max-model-len -1; expected at least 1",
     f"{PRECOMPUTE} --batch-tokens -1": "--batch-tokens -1; expected at least 1",
@@ -54,6 +57,7 @@ VALUES = {
     f"{PRECOMPUTE} --executor ray --workers 2 --ray-address h:99999": "--ray-address h:99999; expected auto or "
     "host:port; write it as node1:6379",
     f"{PRECOMPUTE} --part 0/2": "--part 0/2; expected i/n with i from 1 to n, such as 1/4",
+    f"{PRECOMPUTE} --part 3/2": "--part 3/2; expected i/n with i from 1 to n, such as 1/4",
     f"{PRECOMPUTE} --part two": "--part two; expected i/n with i from 1 to n, such as 1/4",
     f"{PRECOMPUTE} --responses chosn": "--responses chosn: found 'chosn'; expected chosen, rejected, sampled; "
     "did you mean chosen?",
@@ -186,6 +190,8 @@ COMMAND_LINES = {
     "distill --objective dckd --cache cache": "--student and --output are missing; see adpa distill --help",
     "cache": "a command is missing: ls, verify, gc, pack, export, merge; see adpa cache --help",
     "cache sl cache": "no command 'sl'; see adpa cache --help",
+    "precompute --cache=": "--cache '': an empty value; write one, or leave the option out",
+    "lab --study ''": "--study '': an empty value; write one, or leave the option out",
     f"{PRECOMPUTE} --cache ''": "--cache '': an empty value; write one, or leave the option out",
     f"{PRECOMPUTE} --reference ''": "--reference '': an empty value; write one, or leave the option out",
     f"{PRECOMPUTE} --data ''": "--data '': an empty value; write one, or leave the option out",

@@ -10,7 +10,7 @@ from adpa.data.cache.names import find_scoring, find_sets
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, ResponseSet, make_response_set
 from adpa.data.cache.set_records import SetRecord
 from adpa.data.cache.signals import ModelIdentity, Scoring
-from adpa.errors import CacheError
+from adpa.errors import AdpaError
 
 
 def made(name: ResponseName, seed: int) -> ResponseSet:
@@ -100,7 +100,7 @@ def test_ids_and_names_may_be_in_any_case(form: str) -> None:
 
 
 def refusal(function: object, text: str, present: object) -> str:
-    with pytest.raises(CacheError) as caught:
+    with pytest.raises(AdpaError) as caught:
         function(text, present)  # type: ignore[operator]
     message = str(caught.value)
     assert "\n" not in message.replace("\n  ", "")

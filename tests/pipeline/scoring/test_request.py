@@ -8,7 +8,7 @@ import pytest
 from adpa import distill, evaluate, inspect_cache, precompute
 from adpa.errors import OptionError
 
-EMPTY = "an empty value; give one, or leave the option out"
+EMPTY = "an empty value; write one, or leave the option out"
 
 
 def refused(stage: Any, **options: Any) -> str:

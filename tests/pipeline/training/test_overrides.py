@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 
 from adpa.errors import OptionError
-from adpa.pipeline.training.overrides import OWN_ARGUMENTS, RANGES, choices, field_types, read_overrides
+from adpa.pipeline.training.overrides import FIELD_RANGES, OWN_ARGUMENTS, choices, field_types, read_overrides
 
 DISTILL = "distill --objective dckd --student S --cache C --output O"
 FIELDS = "transformers.TrainingArguments"
@@ -60,7 +60,7 @@ def test_a_field_or_value_that_does_not_exist_is_one_line_before_torch_is_import
 
 def test_the_fields_in_the_source_are_those_of_the_class() -> None:
     assert field_types().keys() == {field.name for field in fields(TrainingArguments)}
-    assert field_types().keys() >= OWN_ARGUMENTS.keys() | RANGES.keys()
+    assert field_types().keys() >= OWN_ARGUMENTS.keys() | FIELD_RANGES.keys()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import refusals
 from tests.pipeline.conftest import Filled
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -63,11 +62,6 @@ def test_a_tracker_that_cannot_be_used_is_refused(report_to: str, line: str, ins
 def test_trackers_are_named_with_commas_between_them(report_to: str, names: list[str], installed: list[str]) -> None:
     installed += ["wandb", "tensorboardX"]
     assert read_trackers(report_to) == names
-
-
-def test_an_unknown_tracker_does_not_wait_for_torch(tmp_path: Path) -> None:
-    (said,) = refusals(["distill --objective sft --student S --cache C --output O --report-to tensorbored"], tmp_path)
-    assert said == "adpa: --report-to tensorbored: no tracker 'tensorbored'; did you mean tensorboard?\n"
 
 
 class NoLogin(TrainerCallback):

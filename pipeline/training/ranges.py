@@ -36,7 +36,7 @@ RANGES = {
 }
 
 
-def check_values(values: Mapping[str, Any]) -> None:
+def check_ranges(values: Mapping[str, Any]) -> None:
     """Checks the numbers among the options of ``distill``; None, and what is no number, is left to others.
 
     Raises:
