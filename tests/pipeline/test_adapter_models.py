@@ -238,7 +238,8 @@ def test_precompute_refuses_whole_weights_beside_an_adapter(
     arguments = [part for name, path in models.items() for part in (f"--{name}", str(path))]
     cache = tmp_path / "cache"
     result = runner.invoke(app, ["precompute", *arguments, "--data", str(few_words.data), "--cache", str(cache)])
-    expected = f"adpa: {both}: it has whole weights and an adapter (adapter_config.json); merge it or remove it\n"
+    problem = f"--{option} {both}: it has whole weights and an adapter (adapter_config.json)"
+    expected = f"adpa: {problem}; merge it or remove it\n"
     assert (result.exit_code, result.stderr) == (2, expected)
     assert not list(cache.rglob("*.arrow"))
 

@@ -69,16 +69,16 @@ def test_what_is_left_out_or_repeated_stands_with_the_pairs() -> None:
 
 
 def test_counts_of_what_is_rare_are_shown_where_they_are_not_zero() -> None:
-    rare = ("sampled", "awaited", "truncated prompts", "truncated responses", "thinking left out")
+    rare = ("resumed", "resumed halves", "resumed samples", "sampled", "awaited", "thinking left out")
     assert not {name for name, _ in shown(REPORT)} & set(rare)
-    report = replace(REPORT, sampled=1, awaited=2, truncated_prompts=3, truncated_responses=4, thinking_left_out=5)
+    report = replace(REPORT, resumed=1, resumed_halves=2, resumed_samples=3, sampled=4, awaited=5, thinking_left_out=6)
     lines = dict(shown(report))
-    assert [lines[name] for name in rare] == ["1", "2", "3", "4", "5"]
+    assert [lines[name] for name in rare] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_every_other_field_is_shown_once() -> None:
     names = [name for name, _ in shown(REPORT) if name]
     assert names == [
-        *("pairs", "scored", "reused", "tokens", "bytes", "engine", "engine reason", "workers", "part", "scoring"),
-        *("responses", "seconds", "dry run"),
+        *("pairs", "scored", "reused", "tokens", "bytes", "truncated prompts", "truncated responses", "engine"),
+        *("engine reason", "workers", "part", "scoring", "responses", "seconds", "dry run"),
     ]
