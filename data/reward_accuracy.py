@@ -21,6 +21,7 @@ from adpa.data.cache.signals import SignalTable
 # Fewer pairs prove nothing. A teacher that prefers three chosen responses in four is below one half by chance in 3% of
 # all samples of 8 pairs, but in 7% of those of 7 pairs, and in 16% of those of 3 pairs.
 FEWEST_PAIRS = 8
+SMALLEST_MARGIN = 1e-3  # nats: two models with the same weights differ by less, through rounding
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class RewardAccuracy:
 
     def warning(self) -> str | None:
         """What to check, in one line, if it prefers fewer than half of enough chosen responses; else None."""
-        if self.pairs < FEWEST_PAIRS or self.reward_accuracy >= 0.5:
+        few_or_equal = self.pairs < FEWEST_PAIRS or abs(self.reward_margin) < SMALLEST_MARGIN
+        if few_or_equal or self.reward_accuracy >= 0.5:
             return None
         return (
             "teacher − reference prefers the rejected response in most pairs: it prefers the chosen one in "

@@ -239,26 +239,27 @@ def distill(
     defaults = {name: each.default for name, each in inspect.signature(distill).parameters.items()}
     warnings = steps.warn_before(run, sources, start, options, defaults)
     in_training = steps.load_student(run, sources)
-    trainer = steps.train_student(run, sources, in_training, start, origin, warnings)
-    steps.save_student(run, sources, in_training, trainer)
-    report = DistillReport(
-        objective=objective,
-        output=str(output),
-        scoring=origin["scoring"],
-        responses=origin["responses"],
-        data=sources.data,
-        examples=len(trainer.examples),
-        trained_parameters=in_training.trained_parameters,
-        compute_dtype=in_training.compute_dtype,
-        weights_dtype=in_training.weights_dtype,
-        steps=trainer.state.global_step,
-        first_loss=trainer.losses[0]["loss"],
-        last_loss=trainer.losses[-1]["loss"],
-        tokens_per_second=trainer.tokens_per_second,
-        seconds=time.perf_counter() - started,
-        warnings=trainer.warnings,
-    )
-    steps.write_result(run, origin, asdict(report), trainer)
+    with steps.own_output(run, origin, start):
+        trainer = steps.train_student(run, sources, in_training, start, origin, warnings)
+        steps.save_student(run, sources, in_training, trainer)
+        report = DistillReport(
+            objective=objective,
+            output=str(output),
+            scoring=origin["scoring"],
+            responses=origin["responses"],
+            data=sources.data,
+            examples=len(trainer.examples),
+            trained_parameters=in_training.trained_parameters,
+            compute_dtype=in_training.compute_dtype,
+            weights_dtype=in_training.weights_dtype,
+            steps=trainer.state.global_step,
+            first_loss=trainer.losses[0]["loss"],
+            last_loss=trainer.losses[-1]["loss"],
+            tokens_per_second=trainer.tokens_per_second,
+            seconds=time.perf_counter() - started,
+            warnings=trainer.warnings,
+        )
+        steps.write_result(run, origin, asdict(report), trainer)
     return report
 
 

@@ -11,6 +11,7 @@ from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
 from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
+from adpa.data.cache.selection import complete_groups
 from adpa.data.cache.shards import list_shards
 from adpa.data.cache.signals import Scoring, peek_signals, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
@@ -130,14 +131,22 @@ def _missing(
 def measure_rewards(request: Request, plan: Plan, outcome: Outcome) -> RewardAccuracy | None:
     """The reward accuracy of the part's pairs whose two responses have signals; None without a reference or a pair.
 
+    A run that scores one response of the pairs finds the other one in the cache, if an earlier run scored it.
+
     Raises:
         DamagedFileError: a row of the cache cannot be decoded.
     """
-    if not plan.compares_responses:
+    named = next((name for name in PAIR if name in plan.names), None)
+    if plan.scoring.reference is None or named is None:
         return None
-    chosen, rejected = (plan.sets[name].table["key"] for name in PAIR)
-    own = pc.is_in(chosen, value_set=pa.array([sequence.key for sequence in outcome.wanted], pa.binary(16)))
-    return stored_rewards(chosen.filter(own), rejected.filter(own), peek_signals(request.cache, plan.scoring))
+    others = peek_sets(list_shards(request.cache / "responses", "rejected")) if "rejected" not in plan.sets else []
+    groups = complete_groups([*plan.sets.values(), *others], PAIR)
+    if not groups:
+        return None
+    keys = {name: responses.table["key"] for name, responses in groups[0].items()}
+    own = pc.is_in(keys[named], value_set=pa.array([sequence.key for sequence in outcome.wanted], pa.binary(16)))
+    chosen, rejected = (keys[name].filter(own) for name in PAIR)
+    return stored_rewards(chosen, rejected, peek_signals(request.cache, plan.scoring))
 
 
 def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: Outcome) -> ProbeReport:

@@ -5,7 +5,8 @@ Every rank takes every step.
 
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -45,7 +46,7 @@ from adpa.pipeline.training.lora_settings import LoraSettings
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
-from adpa.pipeline.training.run_directory import LAST, earlier_ids, find_start, write_record
+from adpa.pipeline.training.run_directory import LAST, check_contents, claimed, earlier_ids, find_start, write_record
 from adpa.pipeline.training.run_warnings import length_warnings, unused_warnings
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
@@ -251,6 +252,28 @@ def load_student(run: Run, sources: Sources) -> Student:
     trained = model if run.lora is None else add_adapters(model, run.lora)
     trained_parameters = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     return Student(model, trained, trained_parameters, compute_dtype)
+
+
+@contextmanager
+def own_output(run: Run, origin: Mapping[str, Any], start: Path | None) -> Iterator[None]:
+    """Keeps other runs out of the output, after checking that none has written to it since ``find_common_start``.
+
+    Raises:
+        OptionError: another run has the output.
+    """
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if this_rank() != 0:
+                return
+            run.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(claimed(run.output))
+            check_contents(run.output, run.resume_from_checkpoint)
+            if find_start(run.output, run.resume_from_checkpoint, origin) != start:
+                raise OptionError(f"--output {run.output}: another run has just written to it", "see what it wrote")
+
+        on_all_ranks(claim)
+        yield
 
 
 class KeepEnds(TrainerCallback):

@@ -3,14 +3,18 @@
 Imports no torch.
 """
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import Location, check_outside, check_writable, is_local
 from adpa.errors import OptionError, did_you_mean
+from adpa.pipeline.models.launcher import this_rank
 
 RECORD = "adpa.json"
 LAST = "last"
@@ -44,6 +48,18 @@ def check_output(output: Path, resume_from_checkpoint: str | None, cache: Locati
     check_writable("--output", output)
     if resume_from_checkpoint not in (None, LAST):
         _check_checkpoint(str(resume_from_checkpoint))
+    if output.exists() and this_rank() == 0:
+        with claimed(output):
+            pass
+    check_contents(output, resume_from_checkpoint)
+
+
+def check_contents(output: Path, resume_from_checkpoint: str | None) -> None:
+    """Checks that a directory is empty, or has the run that is resumed.
+
+    Raises:
+        OptionError: it is not.
+    """
     contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if contents and (resume_from_checkpoint is None or RECORD not in contents):
         raise OptionError(
@@ -51,6 +67,29 @@ def check_output(output: Path, resume_from_checkpoint: str | None, cache: Locati
             + ("" if resume_from_checkpoint is None else f" and no {RECORD} of its run"),
             "name another directory" + (", or resume with --resume-from-checkpoint last" if RECORD in contents else ""),
         )
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Keeps other runs on this machine out of a directory. The lock is no file: it ends with the process.
+
+    Raises:
+        OptionError: another run has the directory.
+    """
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OptionError(f"--output {output}: another run writes to it now", "name another directory") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child process may have the descriptor, too
+        os.close(descriptor)
 
 
 def _check_checkpoint(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, replace
 from html import unescape
 from itertools import combinations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tests.conftest import Models, Row, WriteRows
 from tests.pipeline.conftest import Filled, dense_logprobs
 
@@ -303,3 +305,48 @@ def test_inspect_says_nothing_of_sampled_responses_and_without_a_reference(
     assert "prefers" not in shown(show_inspection(report))
     precompute(**options(scored, tmp_path / "cache", reference=None))
     assert inspect_cache(tmp_path / "cache").rewards == []
+
+
+@pytest.mark.parametrize("order", [("chosen", "rejected"), ("rejected", "chosen"), ("chosen", "rejected,sampled")])
+def test_the_second_of_two_runs_finds_the_other_responses_in_the_cache(
+    order: tuple[str, str], scored: Filled, margins: Margins, tmp_path: Path
+) -> None:
+    student = {"student": str(scored.models.student), "max_new_tokens": 4}
+    first, second = (
+        precompute(**options(scored, tmp_path, responses=names, **student if "sampled" in names else {}))
+        for names in order
+    )
+    assert numbers(first) == NONE
+    assert numbers(second) == (*share_and_mean(list(margins.values())), 8)
+    assert "prefers" in shown(show_precompute(second))
+
+
+def test_the_second_run_looks_only_at_its_own_pairs(
+    scored: Filled, margins: Margins, write_rows: WriteRows, preference_rows: list[Row], tmp_path: Path
+) -> None:
+    part = precompute(**options(scored, tmp_path / "cache", responses="rejected", part="1/2"))
+    fewer = str(write_rows(preference_rows[:7]))
+    assert numbers(precompute(**options(scored, tmp_path / "cache", responses="chosen", data=fewer))) == NONE
+    whole = precompute(**options(scored, tmp_path / "cache", responses="chosen"))
+    assert numbers(part) == NONE
+    assert whole.reward_pairs == part.scored < 8, "the rejected responses of the other part have no signals"
+    some = combinations(margins.values(), whole.reward_pairs)
+    assert numbers(whole)[:2] in [share_and_mean(list(each)) for each in some]
+
+
+def test_a_reference_that_differs_by_rounding_alone_is_no_reason_to_warn(
+    scored: Filled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(scored.models.teacher, tmp_path / "nearly")
+    weights = load_file(tmp_path / "nearly" / "model.safetensors")
+    for name in weights:
+        weights[name] = weights[name] * (1 - 2**-22)
+    save_file(weights, tmp_path / "nearly" / "model.safetensors", metadata={"format": "pt"})
+    models = [str(scored.models.teacher), str(tmp_path / "nearly")]
+    reports = [
+        precompute(**options(scored, tmp_path / "cache", teacher=one, reference=other))
+        for one, other in (models, models[::-1])
+    ]
+    assert min(report.reward_accuracy or 0 for report in reports) < 0.5
+    assert all(abs(report.reward_margin or 0) < 1e-3 for report in reports)
+    assert caplog.records == []

@@ -130,12 +130,13 @@ STOPS = ("answer", *OPERATIONS)
 
 @dataclass(frozen=True)
 class Turn:
-    """One run goes on to the nth operation of a kind; it may be killed there."""
+    """One run goes on to the nth operation of a kind, on a path that contains ``at``; it may be killed there."""
 
     run: int
     until: str
     times: int
     killed: bool
+    at: str = ""
 
 
 class Run(threading.Thread):
@@ -150,7 +151,7 @@ class Run(threading.Thread):
         self.report: PrecomputeReport | None = None
         self.error: BaseException | None = None
         self.killed = self.over = False
-        self._before = ""
+        self._before = self._path = ""
         self._go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
         self.start()
 
@@ -168,19 +169,19 @@ class Run(threading.Thread):
             self.over = True
             self._stands.release()
 
-    def stop(self, before: str) -> None:
+    def stop(self, before: str, path: str) -> None:
         """Waits, in the run's own thread, until it may go on."""
         if not self.killed:  # else the exception is on its way
-            self._before = before
+            self._before, self._path = before, path
             self._stands.release()
             self._wait()
 
-    def go_on(self, until: str = "its end", times: int = 1) -> None:
+    def go_on(self, until: str = "its end", times: int = 1, at: str = "") -> None:
         """Lets the run go on, and waits until it is at the operation, or has ended."""
         while not self.over and times > 0:
             self._go.release()
             assert self._stands.acquire(timeout=PATIENCE), "a run hangs"
-            times -= self._before == until
+            times -= self._before == until and at in self._path
         if self.error is not None:
             raise self.error
 
@@ -202,7 +203,7 @@ def take_turns(runs: Sequence[Run], turns: Iterable[Turn]) -> Generator[None, No
     try:
         for turn in [*turns, *in_order]:
             run = runs[turn.run % len(runs)]
-            run.go_on(turn.until, turn.times)
+            run.go_on(turn.until, turn.times, turn.at)
             if turn.killed:
                 run.kill()
             yield
@@ -215,7 +216,7 @@ def stop(before: str, path: object = "") -> None:
     """Lets another run move; does nothing in other threads, or for files outside the cache."""
     run = Run.by_thread.get(threading.get_ident())
     if run is not None and (before == "answer" or str(path).startswith(str(run.cache))):
-        run.stop(before)
+        run.stop(before, str(path).removeprefix(str(run.cache)))
 
 
 def note_requested(model: str, keys: Iterable[bytes]) -> None:
@@ -362,6 +363,7 @@ def models_and_steps() -> Iterator[None]:
         return stop_first
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adpa.pipeline.scoring.inputs.check_models", lambda _: None)
         patch.setattr("adpa.pipeline.scoring.opened_models.open_checkpoint", open_checkpoint)
         patch.setattr("adpa.pipeline.scoring.plan.choose_engine", lambda *_: engine)
         patch.setattr("adpa.pipeline.scoring.jobs.ThreadPoolExecutor", Writer)

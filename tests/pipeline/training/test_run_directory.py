@@ -1,14 +1,20 @@
-"""Where a run writes and what it resumes from, checked before torch is imported."""
+"""Where a run writes and what it resumes from, checked before torch is imported; two runs in one directory."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.commands import refusals
+from tests.pipeline.conftest import Filled
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from adpa import distill
 from adpa.errors import OptionError
-from adpa.pipeline.training.run_directory import OPTIMIZER, SCHEDULER, STATE, check_output
+from adpa.pipeline.training import run
+from adpa.pipeline.training.run_directory import OPTIMIZER, SCHEDULER, STATE, check_output, claimed
 
 DISTILL = "distill --objective dckd --student student --cache work/cache"
 RESUME = f"{DISTILL} --output run --resume-from-checkpoint"
@@ -73,3 +79,59 @@ def test_no_name_is_no_checkpoint(folder: Path) -> None:
 def test_the_record_of_a_run_is_untouched(folder: Path) -> None:
     check_output(folder / "run", "last", folder / "work/cache", "org/name")
     assert json.loads((folder / "run" / "adpa.json").read_text()) == {}
+
+
+def test_a_directory_that_another_run_writes_to_is_refused_at_once_and_free_afterwards(folder: Path) -> None:
+    (folder / "new").mkdir()
+    with claimed(folder / "new"):
+        for resume in (None, "last"):
+            with pytest.raises(OptionError, match=r"new: another run writes to it now; name another directory$"):
+                check_output(folder / "new", resume, folder / "work/cache", "org/name")
+        check_output(folder / "other", None, folder / "work/cache", "org/name")
+    check_output(folder / "new", None, folder / "work/cache", "org/name")
+    assert list((folder / "new").iterdir()) == []
+
+
+def train(few_words: Filled, output: Path, **options: Any) -> None:
+    distill("kd", str(few_words.models.student), few_words.cache, output, max_steps=2, save_steps=1, **options)
+
+
+def while_loading(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Does something once, while a run loads its student."""
+    real = run.load_student
+
+    def load(*arguments: Any) -> run.Student:
+        monkeypatch.setattr(run, "load_student", real)
+        do()
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "load_student", load)
+
+
+@pytest.mark.parametrize("first", [{}, {"dtype": "bfloat16"}])
+def test_a_run_that_another_one_overtook_leaves_its_student_alone(
+    first: dict[str, Any], few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    while_loading(monkeypatch, lambda: train(few_words, output, **first))
+    with pytest.raises(OptionError, match=r"run: not empty, found adpa\.json; name another directory, or resume"):
+        train(few_words, output)
+    record = json.loads((output / "adpa.json").read_text())
+    assert (record["steps"], record["training"]["dtype"]) == (2, first.get("dtype", "float32"))
+
+
+def test_two_runs_that_resume_at_once_do_so_one_after_the_other(
+    few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    train(few_words, output)
+    shutil.rmtree(output / "checkpoint-2")
+    while_loading(monkeypatch, lambda: train(few_words, output, resume_from_checkpoint="last"))
+    with pytest.raises(OptionError, match="run: another run has just written to it; "):
+        train(few_words, output, resume_from_checkpoint="last")
+
+
+def test_a_run_that_stopped_frees_its_directory(few_words: Filled, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path):
+        raise KeyboardInterrupt
+    train(few_words, tmp_path)
