@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from adpa.data.sources import near_file
+from adpa.data.sources import did_you_mean_file
 from adpa.errors import DataError
 
 HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]{0,95}", re.ASCII)
@@ -66,7 +66,7 @@ def check_hub_data(name: str) -> None:
     except HUB_ERRORS as error:
         if not _is_cached(name):
             problem, fix = explain(error, name, "check --data")
-            raise DataError(f"{missing}, and {problem}", near_file(Path(name)) or fix) from error
+            raise DataError(f"{missing}, and {problem}", did_you_mean_file(Path(name)) or fix) from error
 
 
 def _is_cached(name: str) -> bool:

@@ -65,11 +65,11 @@ def _find_missing(source: str) -> SourceKind:
     in_folder = "/" in source and path.parent.exists()
     file_name = "/" not in source and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix)
     if path.suffix in FILE_SUFFIXES or not hub_name or in_folder or file_name:
-        raise DataError(f"{source}: no such file or directory", near_file(path) or CHECK)
+        raise DataError(f"{source}: no such file or directory", did_you_mean_file(path) or CHECK)
     return "hub"
 
 
-def near_file(path: Path) -> str:
+def did_you_mean_file(path: Path) -> str:
     """The file or directory that a missing one may be meant to be, as a question; empty if none is near."""
     missing = next((each for each in reversed(path.parents) if not each.exists()), path)
     try:

@@ -13,7 +13,7 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
-from adpa.pipeline.option_checks import check_choices, check_names
+from adpa.pipeline.option_checks import check_choices, check_not_empty
 from adpa.pipeline.options import DtypeName, Group, PathOrName
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
@@ -184,7 +184,7 @@ def distill(
     options = dict(locals())
     started = time.perf_counter()
     check_ranges(options)
-    check_names({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
+    check_not_empty({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
     check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
     _check_dtype_and_device(dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)

@@ -26,7 +26,7 @@ from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.signals import read_scoring, read_signals
 from adpa.data.sequences import TokenIds
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.option_checks import check_names
+from adpa.pipeline.option_checks import check_not_empty
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     BatchTokensOption,
@@ -177,7 +177,7 @@ def evaluate(
     """
     started = time.perf_counter()
     names = {"--student": student, "--baseline": baseline, "--teacher": teacher, "--reference": reference}
-    check_names(names)
+    check_not_empty(names)
     max_length = max_prompt_length + max_new_tokens
     SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
     pairs = DataOptions(

@@ -19,7 +19,7 @@ from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
-from adpa.pipeline.option_checks import check_counts, check_names
+from adpa.pipeline.option_checks import check_counts, check_not_empty
 from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
@@ -71,7 +71,7 @@ def inspect_cache(
         AdpaError: a problem with the arguments or the cache that the caller can solve.
     """
     check_counts({"--count": count})
-    check_names({"--example": example, "--response-set": response_set, "--scoring": scoring})
+    check_not_empty({"--example": example, "--response-set": response_set, "--scoring": scoring})
     if html is not None:
         check_writable_file("--html", html)
         if str(html.absolute()).startswith(("/dev/", "/proc/")):  # a page takes the place of what is there

@@ -123,7 +123,7 @@ def check_choices(options: Mapping[str, tuple[str, Any]]) -> None:
             raise OptionError(f"{option} {value!r}; expected one of {', '.join(known)}", fix)
 
 
-def check_names(options: Mapping[str, str | None]) -> None:
+def check_not_empty(options: Mapping[str, str | None]) -> None:
     """Checks that no option has an empty value; None is left to its default.
 
     Raises:

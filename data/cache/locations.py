@@ -76,11 +76,15 @@ def check_writable(option: str, directory: Location) -> None:
         return
     nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
     if not os.path.exists(nearest):
-        raise OptionError(f"{option} {directory}: {nearest} is a broken link", "name another directory")
-    if not nearest.is_dir():
-        raise OptionError(f"{option} {directory}: {nearest} is not a directory", "name another directory")
-    if not _can_write(nearest):
-        raise OptionError(f"{option} {directory}: {nearest} cannot be written", "name another directory")
+        problem = "is a broken link"
+    elif not nearest.is_dir():
+        problem = "is not a directory"
+    elif not _can_write(nearest):
+        problem = "cannot be written"
+    else:
+        return
+    subject = "it" if nearest == directory else nearest
+    raise OptionError(f"{option} {directory}: {subject} {problem}", "name another directory")
 
 
 def check_outside(option: str, path: Location, cache: Location) -> None:

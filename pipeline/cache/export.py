@@ -20,7 +20,7 @@ from adpa.data.cache.locations import check_outside, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
-from adpa.pipeline.option_checks import check_names
+from adpa.pipeline.option_checks import check_not_empty
 from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.progress import progress
 
@@ -72,7 +72,7 @@ def export_cache(
     Raises:
         AdpaError: something about the arguments or the cache that the caller can fix.
     """
-    check_names({"--response-set": response_set, "--scoring": scoring})
+    check_not_empty({"--response-set": response_set, "--scoring": scoring})
     _check_output(output)
     check_cache(cache)
     check_outside("--output", output, cache)

@@ -9,7 +9,7 @@ from typing import Literal
 from adpa.data.cache.locations import Location
 from adpa.errors import OptionError
 from adpa.pipeline.models.launcher import number_of_ranks
-from adpa.pipeline.option_checks import check_choices, check_counts, check_names
+from adpa.pipeline.option_checks import check_choices, check_counts, check_not_empty
 from adpa.pipeline.scoring.jobs import Executor, run_here
 
 LAST_PORT = 65535
@@ -43,7 +43,7 @@ class ExecutorOptions:
         if self.workers is None:
             raise OptionError("--executor ray without --workers", "set the number of workers")
         check_counts({"--workers": self.workers})
-        check_names({"--ray-address": self.ray_address})
+        check_not_empty({"--ray-address": self.ray_address})
         number = device.partition(":")[2]
         if number.isdigit() and int(number) != 0:
             raise OptionError(f"--device {device}: Ray gives every worker its own GPU", "use --device cuda")

@@ -14,7 +14,7 @@ from adpa.pipeline.option_checks import (
     check_choices,
     check_counts,
     check_device,
-    check_names,
+    check_not_empty,
     check_shares,
     check_temperature,
 )
@@ -39,7 +39,7 @@ class DataOptions:
 
     def check(self) -> None:
         """Raises an ``OptionError`` for empty names, lengths out of range, and arguments that no chat template gets."""
-        check_names({"--data": self.source, "--split": self.split})
+        check_not_empty({"--data": self.source, "--split": self.split})
         check_counts({"--max-prompt-length": self.max_prompt_length, "--max-length": self.max_length})
         check_lengths(self.max_prompt_length, self.max_length)
         if reserved := sorted(self.chat_template_kwargs.keys() & RESERVED_TEMPLATE_KWARGS):
@@ -145,7 +145,7 @@ class Request:
         Raises:
             OptionError: one is out of its range, or has no meaning beside the others.
         """
-        check_names({"--teacher": self.teacher, "--reference": self.reference, "--student": self.student})
+        check_not_empty({"--teacher": self.teacher, "--reference": self.reference, "--student": self.student})
         check_counts({"--top-k": self.signals.top_k, "--probe": self.probe})
         check_shares({"--top-p": self.signals.top_p})
         self.sampling.check()
@@ -164,7 +164,7 @@ def parse_responses(responses: str | None, student: str | None) -> list[Response
     Raises:
         OptionError: there is no such set, or sampled responses and a student do not come together.
     """
-    check_names({"--responses": responses})
+    check_not_empty({"--responses": responses})
     if responses is None:
         return ["chosen", "rejected"] if student is None else ["sampled"]
     named = [name.strip().lower() for name in responses.split(",")]

@@ -1,4 +1,4 @@
-"""Tells what a stopped run left from what other runs left.
+"""Counts the rows that a stopped run left, apart from those of other runs.
 
 A run writes its response sets before it scores them. So a set of which only some responses are scored belongs to a run
 that has not ended. The chosen and rejected responses of one data set are scored together: they count as one set.

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 from adpa.errors import OptionError
-from adpa.pipeline.option_checks import check_choices, check_counts, check_names, check_shares
+from adpa.pipeline.option_checks import check_choices, check_counts, check_not_empty, check_shares
 from adpa.pipeline.options import HeadDtype, ModelName
 
 # adpa sets the first group itself. The second would load something else than the files that are digested. The third
@@ -51,7 +51,7 @@ class VllmOptions:
         check_counts({"--tensor-parallel": self.tensor_parallel, "--max-model-len": self.max_model_len})
         check_shares({"--gpu-memory-utilization": self.gpu_memory_utilization})
         check_choices({"--head-dtype": (self.head_dtype, HeadDtype)})
-        check_names({"--quantization": self.quantization})
+        check_not_empty({"--quantization": self.quantization})
         for _, key, value in self._engine_args:
             if key in OWN_ARGUMENTS:
                 raise OptionError(f"--engine-arg {key}: adpa sets it", "leave it out; --max-model-len is an option")

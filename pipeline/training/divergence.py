@@ -24,7 +24,7 @@ def divergence(log: Sequence[Mapping[str, Any]], weights: Mapping[str, float], l
 
     The loss is that of the terms that cannot be negative: −log q and KL. A log is a mean over several steps, but with a
     small batch one log may still be an outlier. So ``IN_A_ROW`` logs in a row must be high, or all of a run that has
-    fewer. An absolute rise is asked for because a student that knows its examples by heart begins near 0.
+    fewer. The loss must also rise by ``RISE``, because a student that knows its examples by heart begins near 0.
 
     Args:
         log: Trainer's history.

@@ -10,7 +10,7 @@ from adpa.data.cache.selection import Need
 from adpa.data.cache.signals import read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.models.model_names import check_models
-from adpa.pipeline.option_checks import check_names
+from adpa.pipeline.option_checks import check_not_empty
 from adpa.pipeline.training.objectives import TermWeights
 
 
@@ -32,7 +32,7 @@ def check_inputs(
         AdpaError: the cache lacks what every student needs, or the student is not there.
     """
     for name in response_sets:
-        check_names({"--response-set": name})
+        check_not_empty({"--response-set": name})
     _check_sets(cache, needs, response_sets)
     if any(need.signals for need in needs.values()):
         _check_scorings(cache, scoring, any(need.advantages for need in needs.values()))

@@ -21,12 +21,12 @@ def number_of_warmup_steps(steps: int, warmup_steps: float) -> int:
 
 
 def length_warnings(examples: int, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
-    """What the length of a run makes of its options.
+    """Warnings of options that do not fit the length of the run.
 
     Args:
         examples: number of examples.
         chosen: the options of ``distill``.
-        usual: their defaults: nobody is told of a default that does nothing.
+        usual: their defaults; a default raises no warning.
     """
     warnings = []
     batch_size, max_steps, epochs = (chosen[name] for name in ("batch_size", "max_steps", "num_train_epochs"))

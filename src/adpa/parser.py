@@ -1,4 +1,4 @@
-"""Commands as the parser has them: imported when they are called, one line for what cannot be parsed, their help."""
+"""Reads the command line: commands are imported when they are called; errors of one line; the help."""
 
 import re
 import sys

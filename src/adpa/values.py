@@ -1,4 +1,4 @@
-"""From what a user wrote, on a command line or in YAML, to the value of an option."""
+"""Reads the value of an option, from the command line or from YAML."""
 
 import json
 import os

@@ -156,16 +156,16 @@ CACHES = {
     "--reference for advantages",
 }
 OUTPUTS = {
-    f"{PRECOMPUTE} --cache prefs.jsonl": "--cache prefs.jsonl: prefs.jsonl is not a directory; name another directory",
+    f"{PRECOMPUTE} --cache prefs.jsonl": "--cache prefs.jsonl: it is not a directory; name another directory",
     f"{PRECOMPUTE} --cache models/teacher": f"--cache models/teacher: it is a model; {OWN_DIRECTORY}",
     f"{EVALUATE} --cache loop": "--cache loop: Too many levels of symbolic links; name another place",
     f"{EVALUATE} --cache {LONG}": f"--cache {LONG}: File name too long; name another place",
-    f"{PRECOMPUTE} --cache broken": "--cache broken: broken is a broken link; name another directory",
+    f"{PRECOMPUTE} --cache broken": "--cache broken: it is a broken link; name another directory",
     f"{PRECOMPUTE} --cache /proc/c": "--cache /proc/c: /proc cannot be written; name another directory",
     f"{DISTILL} --output cache": "--output cache: lies in the cache cache; name a place outside of it",
     f"{DISTILL} --output cache/../cache/out": "--output cache/../cache/out: lies in the cache cache; "
     "name a place outside of it",
-    f"{DISTILL} --output prefs.jsonl": "--output prefs.jsonl: prefs.jsonl is not a directory; name another directory",
+    f"{DISTILL} --output prefs.jsonl": "--output prefs.jsonl: it is not a directory; name another directory",
     f"{DISTILL} --output run": "--output run: not empty, found checkpoint-10; name another directory",
     "inspect cache --html cache/page.html": "--html cache/page.html: lies in the cache cache; "
     "name a place outside of it",
@@ -178,7 +178,7 @@ OUTPUTS = {
     "cache export cache --output rows.ARROW": f"--output rows.ARROW: found the ending .ARROW; {ENDING}",
     "cache export cache --output cache/rows": "--output cache/rows: lies in the cache cache; "
     "name a place outside of it",
-    "lab --output prefs.jsonl": "--output prefs.jsonl: prefs.jsonl is not a directory; name another directory",
+    "lab --output prefs.jsonl": "--output prefs.jsonl: it is not a directory; name another directory",
     "lab --output cache": "--output cache: a cache, and no study; name another directory",
     "lab --output run": "--output run: not empty, and no study; name another directory",
 }

@@ -143,5 +143,5 @@ def test_a_read_only_mount_works_for_students_and_inspection(filled: Filled, rea
     report = distill("dckd", str(filled.models.student), read_only, tmp_path / "student", **BRIEF)
     assert report.steps == 2
     assert len(inspect_cache(read_only, response_set="chosen").responses) == 3
-    with pytest.raises(OptionError, match=f"--cache {read_only}: {read_only} cannot be written"):
+    with pytest.raises(OptionError, match=f"--cache {read_only}: it cannot be written"):
         precompute(teacher=str(filled.models.teacher), data=str(filled.data), cache=read_only)
