@@ -36,6 +36,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without α shows ? instead
+    if os.environ.get("COLUMNS") == "0":  # of a terminal without a size: there would be room for nothing
+        del os.environ["COLUMNS"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for ending in ENDINGS:
         if signal.getsignal(ending) != signal.SIG_IGN:  # nohup
@@ -116,8 +118,11 @@ def _distill() -> Callable[..., None]:
 
 
 def _go_on_training(options: Mapping[str, Any]) -> str:
+    output = options["output"]
+    if not output.is_dir() or not any(output.iterdir()):
+        return "nothing was written"
     if not options["save_steps"]:
-        return f"start anew in another --output than {options['output']}; --save-steps N keeps checkpoints"
+        return f"start anew in another --output than {output}; --save-steps N keeps checkpoints"
     if options["resume_from_checkpoint"] == "last":
         return "the same command goes on from the newest checkpoint"
     return "to go on from the newest checkpoint, add --resume-from-checkpoint last"

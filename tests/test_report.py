@@ -112,6 +112,47 @@ def test_a_place_of_another_option_is_refused_before_the_work(
     assert places["data"].read_text() == "{}"
 
 
+EARLIER = {"rows": 20, "used": 20, "scored": 40, "seconds": 9.7}  # of an adpa whose summary had fewer keys
+
+
+@pytest.mark.parametrize("option", ["teacher", "reference", "student"])
+def test_an_earlier_summary_in_the_folder_of_a_model_is_replaced(
+    option: str, recorded: dict[str, object], runner: CliRunner, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    report = tmp_path / "run" / "summary.json"
+    report.write_text(json.dumps(EARLIER))
+    places = {"teacher": "T", "data": "d", "cache": "c"} | {option: str(tmp_path / "run")}
+    words = [f"--{name}={place}" for name, place in places.items()]
+    done = runner.invoke(cli.app, ["precompute", *words, f"--report={report}"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(report.read_text()) == {"done": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "llama", "seconds": 1}'),
+        ("adpa.json", '{"objective": "kd", "terms": {}, "scoring": null, "steps": 5, "seconds": 2}'),
+        ("merges.txt", "a b"),
+        ("notes.json", "[1, 2]"),
+        ("empty.json", "{}"),
+        ("broken.json", '{"rows": 20, "used"'),
+    ],
+)
+def test_no_other_file_of_a_model_or_of_a_run_is(name: str, content: str, runner: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    file, run = tmp_path / "run" / name, tmp_path / "run"
+    file.write_text(content)
+    begun = f"distill --objective kd --student S --cache c --output {run} --resume-from-checkpoint last"
+    compared = f"evaluate --student {run} --baseline b --teacher T --reference R --data d"
+    for option, words in {"output": begun, "student": compared}.items():
+        done = runner.invoke(cli.app, [*words.split(), f"--report={file}"])
+        problem = f"--report {file}: one of the files of --{option} {run}; name a new file"
+        assert (done.exit_code, done.stderr) == (2, f"adpa: {problem}\n")
+    assert file.read_text() == content
+
+
 def test_a_page_is_no_place_of_another_option_either(cache: Path, tmp_path: Path, runner: CliRunner) -> None:
     page = str(tmp_path / "page")
     done = runner.invoke(cli.app, ["inspect", str(cache), "--html", page, "--report", page])

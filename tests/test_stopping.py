@@ -17,12 +17,16 @@ EVALUATE = "evaluate --student s --baseline b --teacher t --reference r --data d
 AT_WORK = {  # a function that each command calls at its beginning
     PRECOMPUTE: ("precompute.check_writable", GOES_ON),
     f"{PRECOMPUTE} --dry-run": ("precompute.check_writable", "nothing was written"),
-    DISTILL: ("distill.objective_terms", "start anew in another --output than o; --save-steps N keeps checkpoints"),
-    f"{DISTILL} --save-steps 5": (
+    DISTILL: ("distill.objective_terms", "nothing was written"),
+    DISTILL.replace("--output o", "--output begun"): (
+        "distill.objective_terms",
+        "start anew in another --output than begun; --save-steps N keeps checkpoints",
+    ),
+    f"{DISTILL} --save-steps 5 --output begun": (
         "distill.objective_terms",
         "to go on from the newest checkpoint, add --resume-from-checkpoint last",
     ),
-    f"{DISTILL} --save-steps 5 --resume-from-checkpoint last": (
+    f"{DISTILL} --save-steps 5 --output begun --resume-from-checkpoint last": (
         "distill.objective_terms",
         "the same command goes on from the newest checkpoint",
     ),
@@ -52,6 +56,8 @@ def run_stopped(command: str, place: str, number: int, folder: Path, *before: st
 
 @pytest.mark.parametrize("command", AT_WORK)
 def test_ctrl_c_says_what_happens_next(command: str, tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "adpa.json").touch()
     place, then = AT_WORK[command]
     done = run_stopped(command, place, signal.SIGINT, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"adpa: interrupted; {then}\n")
@@ -82,6 +88,76 @@ def test_ctrl_c_while_the_programme_is_imported_is_one_line(tmp_path: Path) -> N
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_signals
     )
     assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
+
+
+DROPPED = """\
+import os, sys, time
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), int(os.environ['NUMBER']))
+        time.sleep(0)
+"""
+
+
+def test_a_ctrl_c_that_python_drops_during_an_import_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        f"{DROPPED}class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'adpa.cli': Dying(); time.sleep(20)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from adpa.__main__ import main; main()"
+    )
+    monkeypatch.setenv("NUMBER", str(int(signal.SIGINT)))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_signals)
+    assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped"), (signal.SIGHUP, "stopped")]
+)
+def test_so_does_every_signal_at_work(number: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        f"{DROPPED}from unittest import mock; from adpa.__main__ import main\n"
+        "def work(*_): Dying(); time.sleep(20)\n"
+        "with mock.patch('adpa.pipeline.precompute.check_writable', side_effect=work): main()"
+    )
+    monkeypatch.setenv("NUMBER", str(int(number)))
+    command = [sys.executable, "-c", program, *PRECOMPUTE.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_signals)
+    assert (done.returncode, done.stderr) == (128 + number, f"adpa: {word}; {GOES_ON}\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(closed: str, tmp_path: Path) -> None:
+    prepare_cache(tmp_path / "c")
+    for words, exit_code in (("cache ls c --report r.json", 0), ("cache ls nowhere", 2)):
+        shell = f"{sys.executable} -m adpa {words} {closed}"
+        done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (exit_code, "")
+    assert (tmp_path / "r.json").read_text().startswith('{\n  "cache": "c"')
+
+
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "adpa", "cache", "ls", "nowhere"]
+        assert subprocess.run(command, cwd=tmp_path, stderr=full, check=False).returncode == 2
+
+
+def test_a_working_directory_that_was_removed_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    shell = f"cd gone && rmdir ../gone && exec {sys.executable} -m adpa {PRECOMPUTE}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "adpa: the working directory was removed; cd to one that is there\n")
+
+
+def test_a_terminal_without_a_size_still_shows_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_cache(tmp_path / "c")
+    monkeypatch.setenv("COLUMNS", "0")
+    done = subprocess.run([sys.executable, "-m", "adpa", "--help"], capture_output=True, text=True, check=False)
+    assert "precompute" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["--help", "--version", "cache gc --help", "cache ls c", "cache ls c --report -"])

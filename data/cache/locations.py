@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TypeAlias
@@ -13,6 +14,7 @@ from adpa.errors import OptionError
 
 Location: TypeAlias = Path | UPath
 NAME_MAX = 255  # bytes of a name in a folder, in all usual file systems
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # a path has one of its two slashes
 HIDING = 34  # more bytes, of the hidden name under which a file is written
 
 
@@ -47,6 +49,8 @@ def copies_folder() -> Path:
 def check_name(option: str, path: Location, longest: int = NAME_MAX) -> None:
     """Checks that a path can exist: no name in it is longer than ``longest`` bytes, and its folders can be entered.
 
+    One that was a URL before it became a path is refused: a folder of the name ``s3:`` is what nobody wants.
+
     Raises:
         OptionError: naming the option.
     """
@@ -54,6 +58,10 @@ def check_name(option: str, path: Location, longest: int = NAME_MAX) -> None:
         return
     text = str(path)
     shown = text if text.isprintable() else ascii(text)
+    if URL.match(text) and not os.path.lexists(path.parts[0]):
+        url = "write both slashes of a URL, and in Python UPath('s3://bucket/folder')"
+        fix = url if option == "--cache" else "name a file or directory of this machine"
+        raise OptionError(f"{option} {shown}: not a local path", fix)
     try:
         if any(len(os.fsencode(part)) > longest for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -109,7 +117,7 @@ def check_writable_file(option: str, file: Path) -> None:
         writable = not file.is_dir() and os.access(file, os.W_OK)
     else:
         writable = file.parent.is_dir() and not file.is_symlink()
-    if not writable or (not is_special(file) and not os.access(file.resolve().parent, os.W_OK)):
+    if not writable or (not is_special(file) and not _can_write(file.resolve().parent)):
         raise OptionError(f"{option} {file}: cannot be written there", "name a file in an existing directory")
 
 

@@ -1,7 +1,6 @@
 """Exports a response set with its scoring to files that need no adpa: Parquet, or a directory of ``datasets``."""
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing_extensions import Doc
 
 from adpa.data.cache.choice import made_from
 from adpa.data.cache.format import check_cache
-from adpa.data.cache.locations import check_outside, check_writable_file
+from adpa.data.cache.locations import check_name, check_outside, check_writable_file
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
@@ -104,8 +103,7 @@ def export_cache(
 
 
 def _check_output(output: Path) -> None:
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one of a URL's two slashes
-        raise OptionError(f"--output {output}: not a local path", "name a local file or directory, and copy that")
+    check_name("--output", output)
     if os.path.lexists(output):
         raise OptionError(f"--output {output}: there already", "name a new file or directory")
     ending, stem = output.suffix.lower(), output.name.partition(".")[0] or "rows"

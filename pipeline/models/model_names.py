@@ -21,12 +21,13 @@ from adpa.pipeline.models.weight_files import (
 )
 
 HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", *ADAPTER_WEIGHTS]
+OF_TOKENIZERS = re.compile("token|vocab|merges|[.](model|spm|bpe|codes)$")
 CHECK = "check the name of the checkpoint"
 BASE = ("base_model_name_or_path", "revision")  # the keys of adapter_config.json that say where the base is
 
 
 def check_models(models: Mapping[str, str]) -> None:
-    """Checks that the models that options name are there, with a configuration and whole weights.
+    """Checks that the models that options name are there, with a configuration, whole weights and a tokenizer.
 
     Args:
         models: the name of each model by its option, such as ``--teacher``.
@@ -41,8 +42,16 @@ def check_models(models: Mapping[str, str]) -> None:
                 find_base(name, directory)
             else:
                 check_whole(name, directory)
+                _check_tokenizer(name, directory)
         except ModelError as error:
             raise ModelError(f"{option} {error.args[0]}", error.args[1]) from error
+
+
+def _check_tokenizer(name: str, directory: Path) -> None:
+    """Checks that there is a file that some tokenizer may have; only transformers knows which one needs which."""
+    files = [path.name for path in directory.iterdir()]
+    if not any(OF_TOKENIZERS.search(file) for file in files):
+        raise ModelError(f"{name}: found no tokenizer", "save one there with tokenizer.save_pretrained")
 
 
 def is_here(name: str) -> bool:

@@ -1,9 +1,11 @@
 """From a function to a command: it takes its options, calls the function and shows the report or one line of error."""
 
 import inspect
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ from adpa.parser import path_of, print_error
 from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.options import Group, PathOrName
 from adpa.pipeline.terminal.report import show_report
-from adpa.summary_file import summary_file
+from adpa.summary_file import is_summary, summary_file
 from adpa.values import read_value
 from adpa.yaml_options import read_config
 
@@ -57,6 +59,7 @@ def as_command(
     declared = [each for each in inspect.signature(stage).parameters.values() if doc_of(each)]
     declared.sort(key=lambda parameter: list(Group).index(group_of(parameter)))
     own = [*inspect.signature(_own_options).parameters.values()]
+    keys = _summary_keys(stage)
     kinds = {parameter.name: kind_of(parameter) for parameter in [*declared, *own]}
     parameters = [as_argument(each) if each.name in arguments else as_option(each) for each in declared]
     parameters += [as_option(each, _read_config if each.name == "config" else None) for each in own]
@@ -64,7 +67,8 @@ def as_command(
     def command(config: Path | None, report: Path | None, debug: bool, **options: Any) -> None:
         done = None
         try:
-            _check_files(kinds, options | {"config": config, "report": report})
+            _check_folder()
+            _check_files(kinds, options | {"config": config, "report": report}, keys)
             with summary_file(report) as write:
                 done = stage(**options, **fixed)
                 if this_rank() != 0:
@@ -102,8 +106,25 @@ def _own_options(
     """The options that every command has."""
 
 
-def _check_files(kinds: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Checks that no file that is written is also read, or lies in a cache."""
+def _summary_keys(stage: Callable[..., Any]) -> frozenset[str]:
+    """The keys of a command's summary; none if its class is imported only when the command runs."""
+    report = inspect.signature(stage).return_annotation
+    return frozenset(field.name for field in fields(report)) if is_dataclass(report) else frozenset()
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise OptionError("the working directory was removed", "cd to one that is there") from error
+
+
+def _check_files(kinds: Mapping[str, Any], options: Mapping[str, Any], keys: frozenset[str]) -> None:
+    """Checks that no file that is written is also read, or lies in a cache.
+
+    A summary in the folder of a model, or of a run, may be replaced by the next one.
+    """
+    folders = (PathOrName, Path) if keys else (PathOrName,)
     given = {name: value for name, value in options.items() if value is not None and name in kinds}
     for name, value in given.items():
         if kinds[name] is Path and name != "report" and str(value) == "-":
@@ -115,7 +136,8 @@ def _check_files(kinds: Mapping[str, Any], options: Mapping[str, Any]) -> None:
                 check_outside(option, file, value)
             elif name != written and kinds[name] in (Path, PathOrName) and "://" not in str(value):
                 other = f"--{name.replace('_', '-')}"
-                check_other_file(option, file, other, Path(value), is_read=kinds[name] is PathOrName)
+                is_kept = kinds[name] in folders and not is_summary(file, keys)
+                check_other_file(option, file, other, Path(value), is_read=is_kept)
 
 
 def _read_config(context: typer.Context, text: str | None) -> Path | None:

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from textwrap import TextWrapper
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # what the parser raises; typer
 def print_error(text: str, *listed: str) -> None:
     """One line on standard error, and below it a list, one a line."""
     lines = [f"adpa: {_as_line(text)}", *(f"  {_as_line(each)}" for each in listed)]
-    sys.stderr.write("\n".join(lines) + "\n")  # at once, because ranks share it
+    with suppress(OSError):  # the exit code tells it too
+        sys.stderr.write("\n".join(lines) + "\n")  # at once, because ranks share it
 
 
 def _as_line(text: str) -> str:
@@ -64,7 +65,7 @@ class Command(typer.core.TyperCommand):
                         one.handle_parse_result(ctx, values, [])  # a wrong value is told first
                     raise UsageError(f"{_listing(map(_name, missing))} missing", ctx) from error
             if getattr(error, "option_name", "").startswith("-"):
-                error.option_name = next((one for one in written if one.startswith(error.option_name)), "")
+                error.option_name = _as_written(error.option_name, written)
             raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -169,6 +170,12 @@ def _describe(error: Any) -> str:
     if text[1:2].islower():
         text = text[0].lower() + text[1:]
     return text if text.endswith("?") else f"{text}; {fix}"
+
+
+def _as_written(option: str, words: list[str]) -> str:
+    """The word of a command line that has an option; the parser calls -top-k just -t."""
+    same = [word for word in words if word.partition("=")[0] == option]
+    return next((word for word in [*same, *words] if word.startswith(option)), option)
 
 
 def path_of(ctx: Any) -> str:

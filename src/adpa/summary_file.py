@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from adpa.data.cache.locations import check_writable_file, is_special
 from adpa.errors import OptionError
 
 OUTPUT = {Path(name) for name in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")}
+LARGE = 2**24  # bytes, of which no summary has so many
 ERRORS = {Path(name) for name in ("/dev/stderr", "/dev/fd/2", "/proc/self/fd/2")}
 
 
@@ -37,6 +38,16 @@ def summary_file(report: Path | None) -> Iterator[Callable[[Any], None]]:
     else:
         check_writable_file("--report", report)
         yield lambda done: _write(report, _as_json(done))
+
+
+def is_summary(file: Path, keys: Collection[str]) -> bool:
+    """Whether a file has a summary with these keys, or with some of them: an earlier adpa had fewer."""
+    try:
+        small = file.is_file() and file.stat().st_size < LARGE
+        content = json.loads(file.read_bytes()) if small else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and len(content) > 1 and content.keys() <= set(keys)
 
 
 def _write(report: Path, text: str) -> None:

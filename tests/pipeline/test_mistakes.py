@@ -24,6 +24,7 @@ OFFLINE = "HF_HUB_OFFLINE keeps adpa from asking the Hub"
 DEVICE = "expected auto, cpu, cuda, or cuda:1 for one of several GPUs"
 ENDING = "expected .parquet, or none for a directory; name rows.parquet or rows"
 OWN_DIRECTORY = "name a directory of its own for the cache"
+NOT_LOCAL = "not a local path; name a file or directory of this machine"
 LONG = "x" * 300
 
 VALUES = {
@@ -91,6 +92,10 @@ MODELS = {
     "did you mean run/checkpoint-20?",
     f"{PRECOMPUTE} --teacher models": f"--teacher models: found no config.json; {CHECKPOINT}; "
     "did you mean models/base?",
+    f"{PRECOMPUTE} --teacher untold": "--teacher untold: found no tokenizer; save one there with "
+    "tokenizer.save_pretrained",
+    f"{DISTILL} --student untold": "--student untold: found no tokenizer; save one there with "
+    "tokenizer.save_pretrained",
     f"{PRECOMPUTE} --teacher run/checkpoint-20": "--teacher run/checkpoint-20: found no weights; expected one of "
     "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json",
     f"{PRECOMPUTE} --teacher loop": "--teacher loop: cannot be read: Too many levels of symbolic links; "
@@ -162,6 +167,17 @@ OUTPUTS = {
     f"{EVALUATE} --cache {LONG}": f"--cache {LONG}: File name too long; name another place",
     f"{PRECOMPUTE} --cache broken": "--cache broken: it is a broken link; name another directory",
     f"{PRECOMPUTE} --cache /proc/c": "--cache /proc/c: /proc cannot be written; name another directory",
+    f"{PRECOMPUTE} --cache s3:/bucket/c": "--cache s3:/bucket/c: not a local path; write both slashes of a URL, and in "
+    "Python UPath('s3://bucket/folder')",
+    f"{DISTILL} --output s3://bucket/run": f"--output s3:/bucket/run: {NOT_LOCAL}",
+    f"{EVALUATE} --report gs://bucket/r.json": f"--report gs:/bucket/r.json: {NOT_LOCAL}",
+    "inspect cache --html https://host/page.html": f"--html https:/host/page.html: {NOT_LOCAL}",
+    "cache export cache --output s3://bucket/rows": f"--output s3:/bucket/rows: {NOT_LOCAL}",
+    "lab --output file:///study": f"--output file:/study: {NOT_LOCAL}",
+    f"{PRECOMPUTE} --report /proc/r.json": "--report /proc/r.json: cannot be written there; name a file in an existing "
+    "directory",
+    "cache ls cache --report /dev/fd/99": "--report /dev/fd/99: cannot be written there; name a file in an existing "
+    "directory",
     f"{DISTILL} --output cache": "--output cache: lies in the cache cache; name a place outside of it",
     f"{DISTILL} --output cache/../cache/out": "--output cache/../cache/out: lies in the cache cache; "
     "name a place outside of it",
@@ -187,6 +203,9 @@ COMMAND_LINES = {
     "precomptue --teacher T": "no command 'precomptue'; did you mean precompute?",
     "precompute --teacher T": "--data and --cache are missing; see adpa precompute --help",
     "precompute --techer T --data prefs.jsonl --cache c": "no option --techer; did you mean --teacher?",
+    f"{PRECOMPUTE} --teach T": "no option --teach; did you mean --teacher?",
+    f"{PRECOMPUTE} --dat=d": "no option --dat; did you mean --data?",
+    f"{PRECOMPUTE} -top-k 5": "no option -top-k; did you mean --top-k?",
     "distill --objective dckd --cache cache": "--student and --output are missing; see adpa distill --help",
     "cache": "a command is missing: ls, verify, gc, pack, export, merge; see adpa cache --help",
     "cache sl cache": "no command 'sl'; see adpa cache --help",
@@ -320,6 +339,9 @@ def desk(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.Te
     for step in (10, 20):
         (desk / "run" / f"checkpoint-{step}").mkdir(parents=True)
         shutil.copy(models.student / "config.json", desk / "run" / f"checkpoint-{step}")
+    (desk / "untold").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(models.student / name, desk / "untold")
     (desk / "empty").mkdir()
     (desk / "none.jsonl").touch()
     (desk / "loop").symlink_to("loop")

@@ -61,6 +61,8 @@ def test_a_link_to_nothing_and_a_file_system_that_nobody_writes_are_refused(tmp_
         check_writable("--output", tmp_path / "link" / "out")
     with pytest.raises(OptionError, match="--output /proc/out: /proc cannot be written; name another directory"):
         check_writable("--output", Path("/proc/out"))
+    with pytest.raises(OptionError, match=r"--report /proc/r.json: cannot be written there"):
+        check_writable_file("--report", Path("/proc/r.json"))
 
 
 def test_a_file_needs_a_directory_that_is_there(tmp_path: Path) -> None:
@@ -101,6 +103,18 @@ def test_a_new_file_beside_what_is_read_and_one_in_an_output_are_good(tmp_path: 
     check_other_file("--report", tmp_path / "run" / "new.json", "--teacher", tmp_path / "run", is_read=True)
     (tmp_path / "run" / "old.json").write_text("{}")
     check_other_file("--report", tmp_path / "run" / "old.json", "--output", tmp_path / "run", is_read=False)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "file:///run", "https://host/run"])
+def test_a_url_that_became_a_path_makes_no_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for check in (check_name, check_writable, check_writable_file):
+        with pytest.raises(OptionError, match=r"^--output .*:/.*: not a local path; name a file or directory of this"):
+            check("--output", Path(url))
+    with pytest.raises(OptionError, match=r"--cache s3:/bucket/c: not a local path; .*in Python UPath"):
+        check_writable("--cache", Path("s3://bucket/c"))
+    (tmp_path / "run:").mkdir()
+    check_writable("--output", Path("run:/dckd"))
 
 
 def test_a_plain_path_stays_one() -> None:
