@@ -18,9 +18,6 @@ from adpa.data.cache.responses import ResponseSet
 from adpa.data.cache.selection import ScoredSet, complete_groups
 from adpa.data.cache.signals import SignalTable
 
-# Fewer pairs prove nothing. A teacher that prefers three chosen responses in four is below one half by chance in 3% of
-# all samples of 8 pairs, but in 7% of those of 7 pairs, and in 16% of those of 3 pairs.
-FEWEST_PAIRS = 8
 SMALLEST_MARGIN = 1e-3  # nats: two models with the same weights differ by less, through rounding
 
 
@@ -43,9 +40,8 @@ class RewardAccuracy:
         return f"teacher − reference prefers the chosen response in {self._numbers()}"
 
     def warning(self) -> str | None:
-        """What to check, in one line, if it prefers fewer than half of enough chosen responses; else None."""
-        few_or_equal = self.pairs < FEWEST_PAIRS or abs(self.reward_margin) < SMALLEST_MARGIN
-        if few_or_equal or self.reward_accuracy >= 0.5:
+        """What to check, in one line, if it prefers fewer than half of the chosen responses; else None."""
+        if self.reward_accuracy >= 0.5 or abs(self.reward_margin) < SMALLEST_MARGIN:
             return None
         return (
             "teacher − reference prefers the rejected response in most pairs: it prefers the chosen one in "
@@ -54,9 +50,8 @@ class RewardAccuracy:
 
     def _numbers(self) -> str:
         pairs = "pair" if self.pairs == 1 else "pairs"
-        return (
-            f"{100 * self.reward_accuracy:.1f} % of {self.pairs:,} {pairs}, mean margin {self.reward_margin:+,.2f} nats"
-        )
+        margin = f"{self.reward_margin:+,.2f}" if abs(self.reward_margin) >= 0.01 else f"{self.reward_margin:+.1g}"
+        return f"{100 * self.reward_accuracy:.1f} % of {self.pairs:,} {pairs}, mean margin {margin} nats"
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ def length_warnings(examples: int, chosen: Mapping[str, Any], usual: Mapping[str
     elif (warmup := number_of_warmup_steps(steps, warmup_steps)) >= steps:
         highest = chosen["learning_rate"] * (steps - 1) / warmup
         reached = f"the learning rate reaches {highest:.2g} at most" if highest else "the learning rate is 0 throughout"
-        warnings.append(f"--warmup-steps {warmup_steps:g}: {warmup} of warm-up, and {run}: {reached}")
+        warnings.append(
+            f"--warmup-steps {warmup_steps:g}: the warm-up takes {_count(warmup, 'step')}, and {run}: {reached}"
+        )
     if usual["logging_steps"] != chosen["logging_steps"] > steps:
         warnings.append(f"--logging-steps {chosen['logging_steps']}: {run}; only the last one is logged")
     if chosen["save_steps"] > steps:

@@ -127,15 +127,16 @@ def test_swapped_models_give_the_opposite_and_a_warning(
     assert accuracy != 0.5, "one of the two must warn"
 
 
-def test_few_pairs_are_no_reason_to_warn(
-    scored: Filled, write_rows: WriteRows, preference_rows: list[Row], tmp_path: Path, caplog: Any
+def test_a_few_pairs_warn_as_well(
+    scored: Filled, write_rows: WriteRows, preference_rows: list[Row], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = (str(scored.models.teacher), str(scored.models.reference))
-    data = str(write_rows(preference_rows[:7]))
+    data = str(write_rows(preference_rows[:3]))
     for teacher, reference in (models, models[::-1]):
         given = options(scored, tmp_path / "cache", teacher=teacher, reference=reference, data=data)
-        assert precompute(**given).reward_pairs == 7
-    assert caplog.records == []
+        assert precompute(**given).reward_pairs == 3
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "% of 3 pairs" in said
 
 
 def test_each_part_says_the_numbers_of_its_own_pairs(scored: Filled, margins: Margins, tmp_path: Path) -> None:

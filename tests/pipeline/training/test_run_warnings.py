@@ -24,6 +24,7 @@ USUAL: dict[str, Any] = {
     "advantage_weight": 0.5,
     "plausibility": 0.05,
 }
+ONE_STEP = "the run has 1 step: the learning rate is 0 throughout"
 FULL_STEP = "--batch-size 1000: more than the 60 examples; every step takes all of them, and the run has "
 
 
@@ -37,12 +38,15 @@ FULL_STEP = "--batch-size 1000: more than the 60 examples; every step takes all 
             {"batch_size": 1000},
             [
                 f"{FULL_STEP}1 step",
-                "--warmup-steps 0.1: 1 of warm-up, and the run has 1 step: the learning rate is 0 throughout",
+                f"--warmup-steps 0.1: the warm-up takes 1 step, and {ONE_STEP}",
             ],
         ),
         (
             {"warmup_steps": 50, "max_steps": 11},
-            ["--warmup-steps 50: 50 of warm-up, and the run has 11 steps: the learning rate reaches 0.0002 at most"],
+            [
+                "--warmup-steps 50: the warm-up takes 50 steps, and the run has 11 steps: "
+                "the learning rate reaches 0.0002 at most"
+            ],
         ),
         (
             {"warmup_steps": 5, "lr_scheduler_type": "constant"},
@@ -96,7 +100,7 @@ def test_a_run_says_them_once_and_goes_on(few_words: Filled, tmp_path: Path, cap
     assert report.steps == 1
     assert report.warnings == [
         "--batch-size 1000: more than the 8 examples; every step takes all of them, and the run has 1 step",
-        "--warmup-steps 0.1: 1 of warm-up, and the run has 1 step: the learning rate is 0 throughout",
+        f"--warmup-steps 0.1: the warm-up takes 1 step, and {ONE_STEP}",
     ]
     assert [record.getMessage() for record in caplog.records if record.name.startswith("adpa")] == report.warnings
     assert json.loads((tmp_path / "adpa.json").read_text())["warnings"] == report.warnings
