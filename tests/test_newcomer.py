@@ -73,5 +73,5 @@ def test_the_commands_that_readme_mentions_beside_them_work(folder: Path) -> Non
     assert "Hours:" in type_in(folder, f"{COMMANDS[0]} --dry-run --probe 64")
     assert "top-50 mass" in type_in(folder, "adpa inspect CACHE")
     assert "no fault" in type_in(folder, "adpa cache verify CACHE")
-    for name in {*re.findall(r"`adpa (\w+)", SECTION)}:
+    for name in {*re.findall(r"`adpa ([a-z]+)", SECTION)}:
         assert "Usage" in type_in(folder, f"adpa {name} --help")
