@@ -9,7 +9,8 @@ from functools import partial
 from importlib.metadata import version
 from io import TextIOWrapper
 from operator import attrgetter
-from typing import Annotated, Any
+from threading import Timer
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,9 @@ from adpa.commands import Ended, as_command
 from adpa.parser import HELP, MARKUP, NO_VALUE, Commands, print_error
 from adpa.pipeline.terminal.report import show_report
 from adpa.progress import WarningLines
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 REST = "the cache is whole; the same command does the rest"  # after a command on a cache was stopped
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals that are closed
@@ -40,6 +44,7 @@ def main() -> None:
     for ending in ENDINGS:
         if signal.getsignal(ending) != signal.SIG_IGN:  # nohup
             signal.signal(ending, _stop)
+    sys.unraisablehook = _stop_again
     logging.getLogger("adpa").addHandler(WarningLines())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -74,6 +79,17 @@ def _run() -> Any:
 def _stop(number: int, _: object) -> None:
     """Ends the programme in order, so that engines are stopped when a scheduler stops us."""
     raise Ended(number)
+
+
+def _stop_again(dropped: "UnraisableHookArgs") -> None:
+    """Sends a signal again that arrived in a callback of Python's own, as at an import: its exception is dropped."""
+    if not issubclass(dropped.exc_type, KeyboardInterrupt | Ended):
+        sys.__unraisablehook__(dropped)
+        return
+    number = dropped.exc_value.number if isinstance(dropped.exc_value, Ended) else signal.SIGINT
+    timer = Timer(0.1, os.kill, [os.getpid(), number])
+    timer.daemon = True
+    timer.start()
 
 
 def _show_version(asked: bool) -> None:
@@ -116,6 +132,8 @@ def _distill() -> Callable[..., None]:
 
 
 def _go_on_training(options: Mapping[str, Any]) -> str:
+    if not any(options["output"].glob("*")):
+        return "nothing was written; the same command starts anew"
     if not options["save_steps"]:
         return f"start anew in another --output than {options['output']}; --save-steps N keeps checkpoints"
     if options["resume_from_checkpoint"] == "last":

@@ -17,17 +17,10 @@ EVALUATE = "evaluate --student s --baseline b --teacher t --reference r --data d
 AT_WORK = {  # a function that each command calls at its beginning
     PRECOMPUTE: ("precompute.check_writable", GOES_ON),
     f"{PRECOMPUTE} --dry-run": ("precompute.check_writable", "nothing was written"),
-    DISTILL: ("distill.objective_terms", "start anew in another --output than o; --save-steps N keeps checkpoints"),
-    f"{DISTILL} --save-steps 5": (
-        "distill.objective_terms",
-        "to go on from the newest checkpoint, add --resume-from-checkpoint last",
-    ),
-    f"{DISTILL} --save-steps 5 --resume-from-checkpoint last": (
-        "distill.objective_terms",
-        "the same command goes on from the newest checkpoint",
-    ),
-    EVALUATE: ("evaluate._check_different", "the same command starts anew; --cache keeps samples and scores"),
-    f"{EVALUATE} --cache c": ("evaluate._check_different", GOES_ON),
+    DISTILL: ("distill.objective_terms", "nothing was written; the same command starts anew"),
+    f"{DISTILL} --save-steps 5": ("distill.objective_terms", "nothing was written; the same command starts anew"),
+    EVALUATE: ("evaluate._check_inputs", "the same command starts anew; --cache keeps samples and scores"),
+    f"{EVALUATE} --cache c": ("evaluate._check_inputs", GOES_ON),
     "inspect c": ("inspect.select_scored", "the cache is as it was"),
     "cache ls c": ("cache.ls.check_cache", "the cache is as it was"),
     "cache verify c": ("cache.verify._check_marker", "the cache is as it was"),
@@ -57,6 +50,37 @@ def test_ctrl_c_says_what_happens_next(command: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"adpa: interrupted; {then}\n")
 
 
+AFTER_CHECKPOINTS = {
+    DISTILL: "start anew in another --output than o; --save-steps N keeps checkpoints",
+    f"{DISTILL} --save-steps 5": "to go on from the newest checkpoint, add --resume-from-checkpoint last",
+    f"{DISTILL} --save-steps 5 --resume-from-checkpoint last": "the same command goes on from the newest checkpoint",
+}
+
+
+@pytest.mark.parametrize("command", AFTER_CHECKPOINTS)
+def test_ctrl_c_in_training_says_what_happens_next_with_what_was_written(command: str, tmp_path: Path) -> None:
+    (tmp_path / "o" / "checkpoint-5").mkdir(parents=True)
+    done = run_stopped(command, "distill.objective_terms", signal.SIGINT, tmp_path)
+    assert (done.returncode, done.stderr) == (130, f"adpa: interrupted; {AFTER_CHECKPOINTS[command]}\n")
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped")])
+def test_a_signal_whose_exception_python_drops_stops_the_command_too(number: int, word: str, tmp_path: Path) -> None:
+    program = (
+        "import os, time, weakref; from unittest import mock; from adpa import cli\n"
+        "class Lock: pass\n"
+        "def work(*_):\n"
+        "    lock = Lock()\n"
+        f"    watch = weakref.ref(lock, lambda _: os.kill(os.getpid(), {number:d}))\n"
+        "    del lock\n"
+        "    time.sleep(60)\n"
+        "with mock.patch('adpa.pipeline.precompute.check_writable', side_effect=work): cli.main()"
+    )
+    words = [sys.executable, "-c", program, *PRECOMPUTE.split()]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=50, preexec_fn=heed_signals)
+    assert (done.returncode, done.stderr) == (128 + number, f"adpa: {word}; {GOES_ON}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_so_does_a_scheduler_and_a_closed_terminal(number: int, tmp_path: Path) -> None:
     done = run_stopped(PRECOMPUTE, "precompute.check_writable", number, tmp_path)
@@ -66,7 +90,7 @@ def test_so_does_a_scheduler_and_a_closed_terminal(number: int, tmp_path: Path) 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     done = run_stopped(PRECOMPUTE, "precompute.check_writable", signal.SIGHUP, tmp_path, "nohup")
     assert done.returncode == 2
-    assert done.stderr.removeprefix("nohup: ignoring input\n").startswith("adpa: ./t: no such directory")
+    assert done.stderr.removeprefix("nohup: ignoring input\n").startswith("adpa: --teacher ./t: no such directory")
 
 
 def test_ctrl_c_while_the_programme_is_imported_is_one_line(tmp_path: Path) -> None:
