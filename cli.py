@@ -9,7 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from io import TextIOWrapper
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from adpa.commands import Ended, as_command
 from adpa.parser import HELP, MARKUP, NO_VALUE, Commands, print_error
 from adpa.pipeline.terminal.report import show_report
 from adpa.progress import WarningLines
+
+if TYPE_CHECKING:
+    pass
 
 REST = "the cache is whole; the same command does the rest"  # after a command on a cache was stopped
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals that are closed
@@ -118,11 +121,10 @@ def _distill() -> Callable[..., None]:
 
 
 def _go_on_training(options: Mapping[str, Any]) -> str:
-    output = options["output"]
-    if not output.is_dir() or not any(output.iterdir()):
-        return "nothing was written"
+    if not any(options["output"].glob("*")):
+        return "nothing was written; the same command starts anew"
     if not options["save_steps"]:
-        return f"start anew in another --output than {output}; --save-steps N keeps checkpoints"
+        return f"start anew in another --output than {options['output']}; --save-steps N keeps checkpoints"
     if options["resume_from_checkpoint"] == "last":
         return "the same command goes on from the newest checkpoint"
     return "to go on from the newest checkpoint, add --resume-from-checkpoint last"

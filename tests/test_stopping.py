@@ -17,19 +17,8 @@ EVALUATE = "evaluate --student s --baseline b --teacher t --reference r --data d
 AT_WORK = {  # a function that each command calls at its beginning
     PRECOMPUTE: ("precompute.check_writable", GOES_ON),
     f"{PRECOMPUTE} --dry-run": ("precompute.check_writable", "nothing was written"),
-    DISTILL: ("distill.objective_terms", "nothing was written"),
-    DISTILL.replace("--output o", "--output begun"): (
-        "distill.objective_terms",
-        "start anew in another --output than begun; --save-steps N keeps checkpoints",
-    ),
-    f"{DISTILL} --save-steps 5 --output begun": (
-        "distill.objective_terms",
-        "to go on from the newest checkpoint, add --resume-from-checkpoint last",
-    ),
-    f"{DISTILL} --save-steps 5 --output begun --resume-from-checkpoint last": (
-        "distill.objective_terms",
-        "the same command goes on from the newest checkpoint",
-    ),
+    DISTILL: ("distill.objective_terms", "nothing was written; the same command starts anew"),
+    f"{DISTILL} --save-steps 5": ("distill.objective_terms", "nothing was written; the same command starts anew"),
     EVALUATE: ("evaluate._check_inputs", "the same command starts anew; --cache keeps samples and scores"),
     f"{EVALUATE} --cache c": ("evaluate._check_inputs", GOES_ON),
     "inspect c": ("inspect.select_scored", "the cache is as it was"),
@@ -56,11 +45,23 @@ def run_stopped(command: str, place: str, number: int, folder: Path, *before: st
 
 @pytest.mark.parametrize("command", AT_WORK)
 def test_ctrl_c_says_what_happens_next(command: str, tmp_path: Path) -> None:
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "adpa.json").touch()
     place, then = AT_WORK[command]
     done = run_stopped(command, place, signal.SIGINT, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"adpa: interrupted; {then}\n")
+
+
+AFTER_WRITING = {
+    DISTILL: "start anew in another --output than o; --save-steps N keeps checkpoints",
+    f"{DISTILL} --save-steps 5": "to go on from the newest checkpoint, add --resume-from-checkpoint last",
+    f"{DISTILL} --save-steps 5 --resume-from-checkpoint last": "the same command goes on from the newest checkpoint",
+}
+
+
+@pytest.mark.parametrize("command", AFTER_WRITING)
+def test_ctrl_c_in_training_says_what_happens_next_with_what_was_written(command: str, tmp_path: Path) -> None:
+    (tmp_path / "o" / "checkpoint-5").mkdir(parents=True)
+    done = run_stopped(command, "distill.objective_terms", signal.SIGINT, tmp_path)
+    assert (done.returncode, done.stderr) == (130, f"adpa: interrupted; {AFTER_WRITING[command]}\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
