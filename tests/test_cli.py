@@ -111,6 +111,7 @@ def test_a_command_on_a_cache_says_where_there_is_none(name: str, runner: CliRun
     assert (done.exit_code, done.stdout, done.stderr) == (2, "", message)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_printed_line_by_line_and_leaves_nothing_without_a_cache(
     tmp_path: Path, models: Models, preference_rows: list[Row], write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_on_standard_error_the_table_stays_where_it_is(name: str, cache: Path, r
     assert done.stdout.startswith("no fault in ")
 
 
+@pytest.mark.slow
 def test_a_file_that_standard_output_is_appended_to_keeps_what_it_has(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "log").write_text("kept\n")
     assert verify(cache, "/dev/stdout", ">> log", tmp_path).returncode == 0
@@ -62,6 +63,7 @@ def test_a_file_that_standard_output_is_appended_to_keeps_what_it_has(cache: Pat
     assert (first, json.loads(rest)["rows"]) == ("kept", 8)
 
 
+@pytest.mark.slow
 def test_a_pipe_and_a_device_are_written_and_not_replaced(cache: Path, tmp_path: Path) -> None:
     done = verify(cache, ">(cat > copy)", "| cat", tmp_path)
     assert done.returncode == 0

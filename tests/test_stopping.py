@@ -4,10 +4,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tests.conftest import heed_signals
+from typer.testing import CliRunner
 
+from adpa import cli
 from adpa.data.cache.format import prepare_cache
 
 GOES_ON = "the same command goes on from what is stored"
@@ -44,10 +47,14 @@ def run_stopped(command: str, place: str, number: int, folder: Path, *before: st
 
 
 @pytest.mark.parametrize("command", AT_WORK)
-def test_ctrl_c_says_what_happens_next(command: str, tmp_path: Path) -> None:
+def test_ctrl_c_says_what_happens_next(
+    command: str, runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     place, then = AT_WORK[command]
-    done = run_stopped(command, place, signal.SIGINT, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"adpa: interrupted; {then}\n")
+    with mock.patch(f"adpa.pipeline.{place}", side_effect=KeyboardInterrupt):
+        done = runner.invoke(cli.app, command.split())
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", f"adpa: interrupted; {then}\n")
 
 
 AFTER_WRITING = {
@@ -58,16 +65,24 @@ AFTER_WRITING = {
 
 
 @pytest.mark.parametrize("command", AFTER_WRITING)
-def test_ctrl_c_in_training_says_what_happens_next_with_what_was_written(command: str, tmp_path: Path) -> None:
+def test_ctrl_c_in_training_says_what_happens_next_with_what_was_written(
+    command: str, runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "o" / "checkpoint-5").mkdir(parents=True)
-    done = run_stopped(command, "distill.objective_terms", signal.SIGINT, tmp_path)
-    assert (done.returncode, done.stderr) == (130, f"adpa: interrupted; {AFTER_WRITING[command]}\n")
+    with mock.patch("adpa.pipeline.distill.objective_terms", side_effect=KeyboardInterrupt):
+        done = runner.invoke(cli.app, command.split())
+    assert (done.exit_code, done.stderr) == (130, f"adpa: interrupted; {AFTER_WRITING[command]}\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_so_does_a_scheduler_and_a_closed_terminal(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped"), (signal.SIGHUP, "stopped")]
+)
+def test_so_does_a_process_with_a_terminal_a_scheduler_and_a_closed_terminal(
+    number: int, word: str, tmp_path: Path
+) -> None:
     done = run_stopped(PRECOMPUTE, "precompute.check_writable", number, tmp_path)
-    assert (done.returncode, done.stderr) == (128 + number, f"adpa: stopped; {GOES_ON}\n")
+    assert (done.returncode, done.stderr) == (128 + number, f"adpa: {word}; {GOES_ON}\n")
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
@@ -116,6 +131,7 @@ def test_a_ctrl_c_that_python_drops_during_an_import_comes_again(
     assert (done.returncode, done.stderr) == (130, "adpa: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped"), (signal.SIGHUP, "stopped")]
 )
@@ -131,6 +147,7 @@ def test_so_does_every_signal_at_work(number: int, word: str, tmp_path: Path, mo
     assert (done.returncode, done.stderr) == (128 + number, f"adpa: {word}; {GOES_ON}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_no_harm(closed: str, tmp_path: Path) -> None:
     prepare_cache(tmp_path / "c")
@@ -161,6 +178,7 @@ def test_a_terminal_without_a_size_still_shows_everything(tmp_path: Path, monkey
     assert "precompute" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--help", "--version", "cache gc --help", "cache ls c", "cache ls c --report -"])
 def test_output_that_cannot_be_written_is_one_line(command: str, tmp_path: Path) -> None:
     prepare_cache(tmp_path / "c")
@@ -170,6 +188,7 @@ def test_output_that_cannot_be_written_is_one_line(command: str, tmp_path: Path)
     assert (done.returncode, done.stderr) == (1, "adpa: standard output: No space left on device\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["distill --help", "cache ls c", "cache ls c --report -"])
 def test_output_that_nobody_reads_ends_in_silence(command: str, tmp_path: Path) -> None:
     prepare_cache(tmp_path / "c")

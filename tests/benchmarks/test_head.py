@@ -62,6 +62,7 @@ def test_in_bfloat16_our_head_errs_little_more_than_eager_losses() -> None:
     assert max(report.error_ratio(errors[0], errors)) <= report.MOST_ERROR
 
 
+@pytest.mark.slow
 def test_eager_logits_take_more_memory_than_a_chunk_of_them() -> None:
     case = Case(1024, 32768, 8, 5)
     chosen: dict[str, ways.Way] = {OURS: ways.adpa_head, EAGER: ways.eager}

@@ -74,6 +74,7 @@ def numbers(report: EvaluateReport) -> EvaluateReport:
     return replace(report, sampled=0, scored=0, seconds=0)
 
 
+@pytest.mark.slow
 def test_other_template_arguments_make_another_set_and_only_other_prompts_are_answered_again(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def user(few_words: Filled, preference_rows: list[Row], tmp_path: Path, monkeypa
     return user
 
 
+@pytest.mark.slow
 def test_the_four_commands_work_again_when_lines_were_appended(user: User) -> None:
     first = [user.run(command) for command in (SCORE, DCKD, SAMPLE, ADPA)]
     user.write(user.rows[:6])
@@ -147,6 +148,7 @@ CHANGES: dict[str, tuple[Callable[[User], None], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_sets_that_differ_in_more_are_listed_and_a_line_is_copied(change: str, user: User) -> None:
     first = user.run(SCORE)
@@ -163,6 +165,7 @@ def test_sets_that_differ_in_more_are_listed_and_a_line_is_copied(change: str, u
     assert (trained["responses"], trained["scoring"]) == (first["responses"], first["scoring"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_grown_data_is_told_before_anything_is_trained(user: User) -> None:
     user.run(SCORE)
     user.write(user.rows[:6])
@@ -178,6 +181,7 @@ def test_a_killed_run_on_grown_data_is_told_before_anything_is_trained(user: Use
     assert user.run(f"{DCKD}-2")["examples"] == 6
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_its_own_data_after_it_has_grown(user: User) -> None:
     user.run(SCORE)
     training = f"{DCKD} --batch-size 2 --save-steps 1"
@@ -256,6 +260,7 @@ def test_two_users_with_one_cache_and_one_name_of_a_file_are_kept_apart(
     }
 
 
+@pytest.mark.slow
 def test_parts_of_the_data_make_one_set_with_one_record(user: User) -> None:
     for part in ("1/2", "2/2"):
         user.run(f"{SCORE} --part {part}")

@@ -19,6 +19,8 @@ from benchmarks.gpu.run import PARTS, benchmark
 
 from adpa.errors import OptionError
 
+pytestmark = pytest.mark.slow  # every part, as a process of its own
+
 # Predictions about shapes and hardware that a dry run lacks.
 ON_A_GPU_ALONE = {
     "time / three products, d = 896",
@@ -110,7 +112,6 @@ def test_a_dry_run_is_never_taken_for_a_gpu(dry_run: Run) -> None:
     assert dry_run.table.startswith("# Measured on a CPU: a dry run, whose numbers mean nothing\n")
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     found = run(tmp_path, "--parts", "ac", PYTEST_ADDOPTS="--no-such-option")
     assert found.exit_code == 1
@@ -145,7 +146,6 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_keeps_what_it_has_and_leaves_no_process(
     running: subprocess.Popen[str], tmp_path: Path, ending: signal.Signals

@@ -62,6 +62,7 @@ def check_same(cache: Path, whole: Path) -> None:
     assert (report.failure, report.unfinished) == ("", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [*permutations((1, 2)), (3, 1, 2)])
 def test_parts_done_one_after_the_other_are_the_whole(
     order: tuple[int, ...], few_words: Filled, whole: tuple[Path, PrecomputeReport], tmp_path: Path

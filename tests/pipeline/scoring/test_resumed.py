@@ -66,6 +66,7 @@ def test_of_a_run_that_was_stopped_at_the_teacher_the_halves_are_resumed(runs: R
     assert counts(runs()) == {"scored": 12, "resumed_halves": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["reference", "teacher"])
 @pytest.mark.parametrize("after", [1, 7, 11])
 def test_of_a_run_that_was_stopped_at_its_last_model_the_sequences_are_resumed(
@@ -80,6 +81,7 @@ def test_of_a_run_that_was_stopped_at_its_last_model_the_sequences_are_resumed(
     assert counts(runs(**options)) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_twice_resumes_what_both_had_done(runs: Runs, disturb: Disturb) -> None:
     disturb("reference", after=3)
     runs.stopped()
@@ -101,6 +103,7 @@ def test_data_that_grew_after_a_stopped_run_resume_it(runs: Runs, disturb: Distu
     assert counts(runs(6)) == {"scored": 7, "reused": 5, "resumed": 5, "resumed_halves": 3}
 
 
+@pytest.mark.slow
 def test_where_grown_data_were_stopped_only_their_own_rows_are_resumed(runs: Runs, disturb: Disturb) -> None:
     runs(4)
     disturb("reference", after=1)
@@ -115,6 +118,7 @@ def test_responses_of_another_name_are_another_runs(runs: Runs, tmp_path: Path) 
     assert counts(runs(data=str(moved))) == {"scored": 6, "reused": 6}
 
 
+@pytest.mark.slow
 def test_sets_that_another_teacher_scored_are_not_resumed(runs: Runs, disturb: Disturb) -> None:
     runs()
     runs(4, reference=None)
@@ -124,6 +128,7 @@ def test_sets_that_another_teacher_scored_are_not_resumed(runs: Runs, disturb: D
     assert counts(runs(reference=None, top_k=4)) == {"scored": 10, "reused": 2, "resumed": 2}
 
 
+@pytest.mark.slow
 def test_samples_of_a_stopped_run_are_resumed_until_their_set_is_made(runs: Runs, disturb: Disturb) -> None:
     options: dict[str, Any] = {"student": runs.student(), "samples_per_prompt": 2}
     runs(4, **options)
@@ -139,6 +144,7 @@ def test_samples_of_a_stopped_run_are_resumed_until_their_set_is_made(runs: Runs
     assert counts(runs(**options)) == {"reused": report.scored + report.reused}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["gc", "pack", "merge"])
 def test_commands_on_the_cache_change_no_count(command: str, runs: Runs, disturb: Disturb, tmp_path: Path) -> None:
     runs(3)
@@ -156,6 +162,7 @@ def test_commands_on_the_cache_change_no_count(command: str, runs: Runs, disturb
     assert counts(runs()) == {"scored": 4, "reused": 8, "resumed": 2} | halves
 
 
+@pytest.mark.slow
 def test_a_part_resumes_its_own_rows(runs: Runs, disturb: Disturb) -> None:
     disturb("reference", after=2)
     runs.stopped(part="1/2")
@@ -164,6 +171,7 @@ def test_a_part_resumes_its_own_rows(runs: Runs, disturb: Disturb) -> None:
     assert counts(runs(part="1/2")) == {"reused": 6}
 
 
+@pytest.mark.slow
 def test_parts_resume_their_samples(runs: Runs, disturb: Disturb) -> None:
     options: dict[str, Any] = {"student": runs.student(), "part": "1/2"}
     disturb("student", after=1)

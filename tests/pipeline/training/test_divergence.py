@@ -106,6 +106,7 @@ def test_far_too_high_a_rate_warns_once(
     assert json.loads((tmp_path / "out" / "adpa.json").read_text())["warnings"] == [warning]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "kd", "dckd", "adpa"])
 def test_a_healthy_run_of_small_batches_warns_of_nothing(objective: str, few_words: Filled, tmp_path: Path) -> None:
     report = train(few_words, tmp_path, objective, learning_rate=3e-3, batch_size=1, logging_steps=1, max_steps=24)

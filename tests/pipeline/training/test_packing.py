@@ -70,6 +70,7 @@ def test_a_packed_step_is_the_padded_one(
             assert now == pytest.approx(before, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_bfloat16_gives_nearly_the_same_gradient_packed(
     packing: Packing, few_words: Filled, tmp_path: Path, at_once: AtOnce
