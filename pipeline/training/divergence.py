@@ -23,8 +23,8 @@ def divergence(log: Sequence[Mapping[str, Any]], weights: Mapping[str, float], l
     """A warning if the loss has grown ``GROWTH``-fold since the first step, and by more than ``RISE``; else None.
 
     The loss is that of the terms that cannot be negative: −log q and KL. A log is a mean over several steps, but with a
-    small batch one log may still be an outlier. So ``IN_A_ROW`` logs in a row must be high, or all of a run that has
-    fewer. The loss must also rise by ``RISE``, because a student that knows its examples by heart begins near 0.
+    small batch one log may still be an outlier. So ``IN_A_ROW`` logs in a row must be high, or the last one of the run.
+    The loss must also rise by ``RISE``, because a student that knows its examples by heart begins near 0.
 
     Args:
         log: Trainer's history.
@@ -39,7 +39,7 @@ def divergence(log: Sequence[Mapping[str, Any]], weights: Mapping[str, float], l
     for entry in logs:
         loss = positive_loss(entry, weights)
         in_a_row = in_a_row + 1 if loss > GROWTH * before and loss > before + RISE else 0
-        if in_a_row == IN_A_ROW or (in_a_row == len(logs) and entry["step"] >= last_step):
+        if in_a_row == IN_A_ROW or (in_a_row and entry["step"] >= last_step):
             beside = " without its advantage term" if any(key.startswith("advantage/") for key in weights) else ""
             return (
                 f"step {entry['step']}: the loss{beside} is {loss:.3g}, {loss / before:.0f} times the {before:.3g} of "

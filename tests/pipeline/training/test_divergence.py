@@ -54,9 +54,10 @@ def test_a_loss_that_stays_four_times_as_high_diverges(log: list[dict[str, Any]]
 
 
 @pytest.mark.parametrize(("last_step", "warns"), [(20, True), (30, False)])
-def test_a_run_of_fewer_logs_is_judged_by_all_of_them(last_step: int, warns: bool) -> None:
+def test_a_run_is_judged_by_its_last_log_too(last_step: int, warns: bool) -> None:
     assert (divergence(history(5, 6), SFT, last_step) is not None) == warns
-    assert divergence(history(1, 6), SFT, last_step) is None
+    assert (divergence(history(1, 6), SFT, last_step) is not None) == warns
+    assert divergence(history(6, 1), SFT, last_step) is None
 
 
 def test_a_run_that_resumed_before_its_first_log_is_compared_with_that_log() -> None:
