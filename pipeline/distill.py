@@ -13,7 +13,6 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
-from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.option_checks import check_choices, check_not_empty
 from adpa.pipeline.options import DtypeName, Group, PathOrName
 from adpa.pipeline.training.batch_size import batch_arguments
@@ -213,8 +212,7 @@ def distill(
     check_output(output, resume_from_checkpoint, cache, student)
     from adpa.pipeline.training.inputs import check_inputs, find_needs  # a client of the Hub: not for --help
 
-    if number_of_ranks() == 1:  # of several, one alone must not stop: open_sources finds the same on all
-        check_inputs(find_needs(terms), student, cache, scoring, response_set or ())
+    check_inputs(find_needs(terms), student, cache, scoring, response_set or ())
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps

@@ -9,6 +9,7 @@ from adpa.data.cache.responses import ResponseName, read_response_sets
 from adpa.data.cache.selection import Need
 from adpa.data.cache.signals import read_scorings
 from adpa.errors import CacheError
+from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.models.model_names import check_models
 from adpa.pipeline.option_checks import check_not_empty
 from adpa.pipeline.training.objectives import TermWeights
@@ -28,9 +29,13 @@ def check_inputs(
 ) -> None:
     """Checks what a run reads, before the long imports; the arguments are those of ``distill``.
 
+    Of several ranks one alone must not stop: there ``open_sources`` finds the same, on all of them.
+
     Raises:
         AdpaError: the cache lacks what every student needs, or the student is not there.
     """
+    if number_of_ranks() > 1:
+        return
     for name in response_sets:
         check_not_empty({"--response-set": name})
     _check_sets(cache, needs, response_sets)

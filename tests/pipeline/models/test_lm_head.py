@@ -1,5 +1,6 @@
 """Decoder and head, run separately, give the model's own logits for every supported kind of head."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ CONFIGS = {
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # a test may change it
     head = model.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)
