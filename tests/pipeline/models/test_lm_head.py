@@ -50,7 +50,9 @@ CONFIGS = {
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # a test may change it
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config)
+    ).eval()  # preparing a model changes it
     head = model.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.pipeline.conftest import SMALL, AtOnce, synthetic
-from tests.pipeline.models import test_lm_head
-from tests.pipeline.models.test_lm_head import CONFIGS
+from tests.pipeline.models.test_lm_head import CONFIGS, build
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -203,10 +202,6 @@ SEQUENCES = [
         ([30, 31], [32, 33, 34]),
     ]
 ]
-
-
-def build(config: PretrainedConfig) -> PreTrainedModel:
-    return test_lm_head.build(copy.deepcopy(config))  # preparing a model changes its configuration
 
 
 def decoded(model: PreTrainedModel, share_prompts: bool | None) -> Tensor:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.data.makers import teacher_row
 from tests.pipeline.conftest import SMALL, AtOnce, Filled, synthetic
-from tests.pipeline.models.test_lm_head import CONFIGS
-from tests.pipeline.models.test_packed_attention import WAYS, build
+from tests.pipeline.models.test_lm_head import CONFIGS, build
+from tests.pipeline.models.test_packed_attention import WAYS
 from tests.pipeline.training.test_trainer import (
     OBJECTIVES,
     assert_a_step_is_the_definitions,
