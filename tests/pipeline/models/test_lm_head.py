@@ -50,9 +50,8 @@ CONFIGS = {
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config)
-    ).eval()  # preparing a model changes it
+    own = copy.deepcopy(config)  # preparing a model changes it
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(own).eval()
     head = model.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)
