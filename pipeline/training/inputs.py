@@ -7,6 +7,7 @@ from adpa.data.cache.locations import Location
 from adpa.data.cache.names import find_scoring, find_sets
 from adpa.data.cache.responses import ResponseName, read_response_sets
 from adpa.data.cache.selection import Need
+from adpa.data.cache.shards import list_shards
 from adpa.data.cache.signals import read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.models.launcher import number_of_ranks
@@ -46,14 +47,14 @@ def check_inputs(
 
 def _check_sets(cache: Location, needs: Mapping[ResponseName, Need], response_sets: Sequence[str]) -> None:
     check_cache(cache)
-    present = list(read_response_sets(cache))
-    names = {one.info.name for one in present}
     for name in needs:
-        if name not in names:
+        if not list_shards(cache / "responses", name):  # select reads the sets: here their names are enough
             how = "with --student" if name == "sampled" else f"--responses {name}"
             raise CacheError(f"{cache}: the cache has no {name} responses", f"run adpa precompute {how}")
-    for text in response_sets:
-        find_sets(text, present)
+    if response_sets:
+        present = list(read_response_sets(cache))
+        for text in response_sets:
+            find_sets(text, present)
 
 
 def _check_scorings(cache: Location, scoring: str | None, advantages: bool) -> None:
