@@ -9,7 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from io import TextIOWrapper
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ from adpa.commands import Ended, as_command
 from adpa.parser import HELP, MARKUP, NO_VALUE, Commands, print_error
 from adpa.pipeline.terminal.report import show_report
 from adpa.progress import WarningLines
-
-if TYPE_CHECKING:
-    pass
 
 REST = "the cache is whole; the same command does the rest"  # after a command on a cache was stopped
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals that are closed

@@ -113,7 +113,7 @@ def select(
     fitting = [Selection(group, None, None) for group in groups]
     lacks: list[tuple[Selection, str]] = []
     if any(need.signals for need in needs.values()):
-        fitting, lacks = _scored(cache, groups, _read_scorings(cache, scoring), needs)
+        fitting, lacks = _scored(cache, groups, named_scorings(cache, scoring), needs)
     if again := [one for one in fitting if one.ids == earlier]:
         return again[0]
     selection = choose(fitting)
@@ -187,7 +187,7 @@ def select_scored(
     if not present:
         raise CacheError(f"{cache}: found no response sets", "make some with adpa precompute")
     matching = present if response_set is None else find_sets(response_set, present)
-    tables = [(entry, read_signals(cache, entry)) for entry in _read_scorings(cache, scoring)]
+    tables = [(entry, read_signals(cache, entry)) for entry in named_scorings(cache, scoring)]
     scored, left_out = [], []
     for responses in matching:
         name = responses.info.name
@@ -220,7 +220,12 @@ def select_one_scored(
     return replace(choose(scored), newest_of=len(scored)), left_out
 
 
-def _read_scorings(cache: Location, scoring: str | None) -> list[Scoring]:
+def named_scorings(cache: Location, scoring: str | None) -> list[Scoring]:
+    """The scorings of a cache: the one that a user named, as ``find_scoring`` takes it, or all.
+
+    Raises:
+        CacheError: there are none, or none fits.
+    """
     scorings = list(read_scorings(cache))
     if not scorings:
         raise CacheError(f"{cache}: found no scorings", "make one with adpa precompute")

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from adpa.data.cache.format import check_cache
 from adpa.data.cache.locations import Location
-from adpa.data.cache.names import find_scoring, find_sets
+from adpa.data.cache.names import find_sets
 from adpa.data.cache.responses import ResponseName, read_response_sets
-from adpa.data.cache.selection import Need
+from adpa.data.cache.selection import Need, named_scorings
 from adpa.data.cache.shards import list_shards
-from adpa.data.cache.signals import read_scorings
 from adpa.errors import CacheError
 from adpa.pipeline.models.launcher import number_of_ranks
 from adpa.pipeline.models.model_names import check_models
@@ -58,10 +57,7 @@ def _check_sets(cache: Location, needs: Mapping[ResponseName, Need], response_se
 
 
 def _check_scorings(cache: Location, scoring: str | None, advantages: bool) -> None:
-    present = list(read_scorings(cache))
-    if not present:
-        raise CacheError(f"{cache}: found no scorings", "make one with adpa precompute")
-    chosen = present if scoring is None else [find_scoring(scoring, present)]
+    chosen = named_scorings(cache, scoring)
     if advantages and all(one.reference is None for one in chosen):
         reasons = "; ".join(f"scoring {one.id} has no reference, hence no advantages" for one in chosen)
         raise CacheError(
