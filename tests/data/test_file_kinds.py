@@ -79,7 +79,7 @@ BINARY = {
     "npz": (written(lambda file: np.savez(file, a=np.ones(2))), "NumPy arrays (.npz)"),
     "npy": (written(lambda file: np.save(file, np.ones(2))), "a NumPy array"),
     "torch": (written(lambda file: torch.save(torch.ones(2), file)), "a model or tensor (PyTorch)"),
-    "gzip": (gzip.compress(LINE.encode()), "a gzip file"),
+    "gzip": (gzip.compress(LINE.encode(), mtime=0), "a gzip file"),
     "tar": (tar("w"), "a tar archive"),
     "tar.gz": (tar("w:gz"), "a gzip file"),
     "tar.bz2": (tar("w:bz2"), "a bzip2 file"),

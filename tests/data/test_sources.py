@@ -44,7 +44,7 @@ def parquet() -> bytes:
         ("prefs.json", b"%PDF-1.7\n", f"{FORMATS}a PDF file; check --data"),
         (
             "prefs.jsonl.gz",
-            gzip.compress(LINE),
+            gzip.compress(LINE, mtime=0),
             f"{FORMATS}a gzip file; unpack it and give --data the file in it",
         ),
         ("prefs.zip", b"PK\x03\x04" + bytes(26), f"{FORMATS}a zip archive; unpack it and give --data the file in it"),
