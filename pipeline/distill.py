@@ -14,7 +14,7 @@ from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
 from adpa.pipeline.option_checks import check_choices, check_not_empty
-from adpa.pipeline.options import DtypeName, Group, PathOrName
+from adpa.pipeline.options import AttnImplementationOption, DtypeName, Group, PathOrName, TrustRemoteCodeOption
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
@@ -106,9 +106,13 @@ def distill(
     ] = None,
     lora_rank: Annotated[
         int | None,
-        Doc("Train low-rank adapters (LoRA) of this rank instead of the weights, with alpha = 2 · rank; 16 is usual."),
+        Doc("Train low-rank adapters (LoRA) of this rank instead of the weights; 16 is usual."),
         Group.ADAPTERS,
     ] = None,
+    lora_alpha: Annotated[
+        float | None, Doc("Adapters are scaled by alpha / rank; default: alpha = 2 · rank."), Group.ADAPTERS
+    ] = None,
+    lora_dropout: Annotated[float, Doc("Dropout before the adapters in training."), Group.ADAPTERS] = 0.0,
     lora_target: Annotated[
         str | None,
         Doc("Linear layers that get adapters, such as q_proj,v_proj; default: all-linear, every layer but the head."),
@@ -142,6 +146,25 @@ def distill(
     warmup_steps: Annotated[float, Doc("Steps of warm-up; below 1, a share of all steps."), Group.TRAINING] = 0.1,
     weight_decay: Annotated[float, Doc("Weight decay of AdamW."), Group.TRAINING] = 0.0,
     max_grad_norm: Annotated[float, Doc("Clip the gradient's norm to this."), Group.TRAINING] = 1.0,
+    validation: Annotated[
+        str | None,
+        Doc(
+            "Held-out examples: a share of the data such as 0.02, or data that the cache has already, by the name that "
+            "precompute --data had, or by the ids of its response sets with commas."
+        ),
+        Group.VALIDATION,
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        Doc("Steps between two evaluations on the held-out examples; default: at the end of each epoch."),
+        Group.VALIDATION,
+    ] = None,
+    early_stopping_patience: Annotated[
+        int | None, Doc("Stop after so many evaluations without a lower loss."), Group.VALIDATION
+    ] = None,
+    load_best_model_at_end: Annotated[
+        bool, Doc("Keep the student with the lowest held-out loss instead of the last one."), Group.VALIDATION
+    ] = False,
     gradient_checkpointing: Annotated[
         bool, Doc("Recompute activations in the backward pass to save memory."), Group.MEMORY
     ] = False,
@@ -154,6 +177,8 @@ def distill(
         DtypeName, Doc("Dtype of the weights in training; auto is the checkpoint's own."), Group.MEMORY
     ] = "float32",
     device: Annotated[str, Doc("cpu, cuda, or auto: a GPU if there is one."), Group.MEMORY] = "auto",
+    attn_implementation: AttnImplementationOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     seed: Annotated[int, Doc("Seed of the order of the examples, and of dropout."), Group.TRAINING] = 0,
     logging_steps: Annotated[
         int, Doc("Steps between two logs; each log also measures the student on 32 examples."), Group.SAVING
@@ -172,6 +197,11 @@ def distill(
     set: Annotated[
         list[str] | None, Doc("key=value of any transformers.TrainingArguments field; repeatable."), Group.TRAINING
     ] = None,
+    dry_run: Annotated[
+        bool,
+        Doc("Say steps, tokens and memory, and show the first batch; train and write nothing."),
+        Group.DRY_RUN,
+    ] = False,
 ) -> DistillReport:
     """Train a student from the signals in a cache.
 

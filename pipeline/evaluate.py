@@ -29,6 +29,7 @@ from adpa.errors import DataError, OptionError
 from adpa.pipeline.option_checks import check_not_empty
 from adpa.pipeline.options import (
     AllowControlTokensOption,
+    AttnImplementationOption,
     BatchTokensOption,
     ChatTemplateKwargsOption,
     DeviceOption,
@@ -38,6 +39,8 @@ from adpa.pipeline.options import (
     EngineOption,
     GpuMemoryUtilizationOption,
     Group,
+    LimitOption,
+    MapOption,
     MaxNewTokensOption,
     MaxPromptLengthOption,
     PathOrName,
@@ -50,6 +53,7 @@ from adpa.pipeline.options import (
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
+    TrustRemoteCodeOption,
 )
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
@@ -141,12 +145,15 @@ def evaluate(
         Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
         Group.DECIDE,
     ],
+    show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.OTHER] = 0,
     cache: Annotated[
         Location | None,
         Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),
         Group.SAVING,
     ] = None,
     split: SplitOption = None,
+    limit: LimitOption = None,
+    map: MapOption = None,
     max_prompt_length: MaxPromptLengthOption = 1024,
     drop_invalid: DropInvalidOption = False,
     chat_template_kwargs: ChatTemplateKwargsOption = None,
@@ -165,6 +172,8 @@ def evaluate(
     batch_tokens: BatchTokensOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    attn_implementation: AttnImplementationOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> EvaluateReport:
     """Compare a student with a baseline on held-out prompts, without a judge.
 

@@ -22,9 +22,11 @@ class Group(StrEnum):
 
     DECIDE = "Decide these first"
     DATA = "Data"
+    MODELS = "Models"
     SIGNALS = "Signals"
     LOSS = "Loss"
     TRAINING = "Training"
+    VALIDATION = "Validation"
     ADAPTERS = "LoRA and QLoRA"
     SAMPLING = "Sampling"
     ENGINE = "Engine"
@@ -48,7 +50,13 @@ ResponseSetOption = Annotated[
 ]
 ScoringOption = Annotated[str | None, Doc("Scoring, by its id, the beginning of its id, or its folder."), Group.SIGNALS]
 
-SplitOption = Annotated[str | None, Doc("Split of a data set that has several."), Group.DATA]
+SplitOption = Annotated[
+    str | None, Doc("Split of a data set that has several, or a slice of one, such as train[:1000]."), Group.DATA
+]
+LimitOption = Annotated[int | None, Doc("Read only so many rows, the first ones."), Group.DATA]
+MapOption = Annotated[
+    str | None, Doc("Columns that have other names in the data: prompt=question,chosen=answer_a."), Group.DATA
+]
 MaxPromptLengthOption = Annotated[int, Doc("Tokens of a prompt that are kept, from its end."), Group.DATA]
 DropInvalidOption = Annotated[bool, Doc("Leave out rows that cannot be used, and count them by reason."), Group.DATA]
 ChatTemplateKwargsOption = Annotated[
@@ -61,6 +69,17 @@ RenderedOption = Annotated[
 ]
 AllowControlTokensOption = Annotated[
     bool, Doc("Take messages with control tokens such as <|im_start|> in their text."), Group.DATA
+]
+
+AttnImplementationOption = Annotated[
+    str | None,
+    Doc("Attention of transformers: sdpa, eager, flash_attention_2, …; default: what transformers chooses."),
+    Group.MODELS,
+]
+TrustRemoteCodeOption = Annotated[
+    bool,
+    Doc("Run Python code from a model's repository. Such code can do all that you can: read it first."),
+    Group.MODELS,
 ]
 
 SamplesPerPromptOption = Annotated[int, Doc("Responses sampled for each prompt."), Group.SAMPLING]

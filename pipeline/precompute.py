@@ -13,6 +13,7 @@ from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
 from adpa.pipeline.options import (
     AllowControlTokensOption,
+    AttnImplementationOption,
     BatchTokensOption,
     ChatTemplateKwargsOption,
     DeviceOption,
@@ -23,6 +24,8 @@ from adpa.pipeline.options import (
     GpuMemoryUtilizationOption,
     Group,
     HeadDtype,
+    LimitOption,
+    MapOption,
     MaxNewTokensOption,
     MaxPromptLengthOption,
     PathOrName,
@@ -35,6 +38,7 @@ from adpa.pipeline.options import (
     TeacherOption,
     TemperatureOption,
     TensorParallelOption,
+    TrustRemoteCodeOption,
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
 from adpa.pipeline.scoring.parts import parse_part
@@ -180,6 +184,8 @@ def precompute(
         Group.DATA,
     ] = None,
     split: SplitOption = None,
+    limit: LimitOption = None,
+    map: MapOption = None,
     top_k: Annotated[int, Doc("Ids of highest teacher probability kept for each response token."), Group.SIGNALS] = 50,
     top_p: Annotated[
         float,
@@ -221,6 +227,8 @@ def precompute(
     batch_tokens: BatchTokensOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    attn_implementation: AttnImplementationOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     dry_run: Annotated[
         bool, Doc("Count rows, tokens and bytes; write nothing, and load no model without --probe."), Group.DRY_RUN
     ] = False,
