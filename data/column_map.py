@@ -2,7 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from adpa.data.columns import RESPONSE_COLUMNS, TEMPLATE_COLUMNS, printable
+from adpa.data.columns import (
+    OTHER_NAMES,
+    READ_COLUMNS,
+    RESPONSE_COLUMNS,
+    TEMPLATE_COLUMNS,
+    missing_columns,
+    printable,
+)
 from adpa.data.json_rows import Rows
 from adpa.errors import DataError, OptionError, RowError, did_you_mean
 
@@ -39,16 +46,29 @@ def describe_map(columns: Mapping[str, str]) -> str | None:
     return ",".join(f"{column}={name}" for column, name in sorted(columns.items())) or None
 
 
-def rename_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
-    """The names of a table's columns as the map has them.
+def used_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a table that ``parse_pair`` reads, each with the name that it reads it by.
+
+    Args:
+        source: the table, for errors.
+        names: all its columns.
+        columns: the map.
 
     Raises:
-        DataError: the table lacks a column of the map, or has one under its new name already.
+        DataError: the table lacks a column of the map or a response, or has a column twice.
     """
     if problem := _problem(names, columns):
         raise DataError(f"{source}: {problem[0]}", problem[1])
     new = {name: column for column, name in columns.items()}
-    return [new.get(name, name) for name in names]
+    renamed = [new.get(name, name) for name in names]
+    if wrong := missing_columns(tuple(renamed)):
+        raise DataError(f"{source}: {wrong[0]}", wrong[1])
+    for column in READ_COLUMNS:
+        if renamed.count(column) > 1:
+            raise DataError(f"{source}: found the column `{column}` more than once", "remove one of them")
+    maybe_prompts = () if "prompt" in renamed else OTHER_NAMES["prompt"]  # an error names them
+    used = {*READ_COLUMNS, *maybe_prompts}
+    return {name: column for name, column in zip(names, renamed, strict=True) if column in used}
 
 
 def rename_rows(rows: Rows, columns: Mapping[str, str]) -> Rows:
