@@ -78,7 +78,7 @@ def rename_rows(rows: Rows, columns: Mapping[str, str]) -> Rows:
         if not isinstance(row, Mapping):  # its own error, or no object: parse_pair says so
             yield where, row
         elif problem := _problem(row, columns):
-            yield where, RowError(f"{where}: {problem[0]}", f"{problem[1]}, or pass --drop-invalid", "--map")
+            yield where, RowError(f"{where}: {problem[0]}", problem[1], "columns of --map")
         else:
             yield where, {new.get(name, name): value for name, value in row.items()}
 

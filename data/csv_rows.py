@@ -48,7 +48,10 @@ def _read_table(path: Path, text: TextIO, columns: Mapping[str, str]) -> Rows:
     if not first:
         raise DataError(f"{path}: found no rows: all its lines are blank", CHECK)
     separator = "\t" if plain_suffix(path.name) == ".tsv" else _separator(first)
-    records = _read_records(path, csv.reader(chain([first], text), delimiter=separator, strict=True), blank)
+    spaced = all(cell.startswith(" ") for cell in _cells(first, separator)[1:])
+    lines = chain([first], text)
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
+    records = _read_records(path, reader, blank)
     where, header = next(records)
     if isinstance(header, RowError):
         raise DataError(*header.args[:2])
@@ -60,11 +63,21 @@ def _read_table(path: Path, text: TextIO, columns: Mapping[str, str]) -> Rows:
 
 def _separator(header: str) -> str:
     """The character that divides the first line into the most names; a comma where none does."""
-    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header], delimiter=separator), [])))
+    return max(SEPARATORS, key=lambda separator: len(_cells(header, separator)))
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    return next(csv.reader([line], delimiter=separator))
 
 
 def _read_records(path: Path, reader: Any, blank: int) -> Iterator[tuple[str, list[str] | RowError]]:
-    """The cells of each record, and the line where it begins; ``blank`` lines come before the reader's."""
+    """The cells of each record that has any text, and the line where it begins.
+
+    Args:
+        path: the file.
+        reader: the reader of its lines.
+        blank: lines that come before those of the reader.
+    """
     while True:
         where = f"{path} line {blank + reader.line_num + 1}"
         try:
@@ -76,7 +89,7 @@ def _read_records(path: Path, reader: Any, blank: int) -> Iterator[tuple[str, li
                 raise DataError(f"{where}: a cell begins with a quote and never ends", "close the quote") from error
             yield where, RowError(f"{where}: a cell goes on after its closing quote", f"{_QUOTES}, {_DROP}", "quotes")
         else:
-            if any(cells[1:]) or "".join(cells).strip():
+            if any(cell.strip() for cell in cells):
                 yield where, cells
 
 

@@ -1,5 +1,6 @@
 """A folder of data files: which belong to which split, as ``datasets`` has it."""
 
+import os
 from pathlib import Path
 
 from adpa.data.cache.kinds import kind
@@ -27,7 +28,9 @@ def folder_files(path: Path) -> dict[str, list[Path]]:
     except (EmptyDatasetError, FileNotFoundError):
         resolved = DataFilesDict()
     splits = {
-        str(name): sorted({Path(file) for file in files if plain_suffix(file) in FORMAT_OF_SUFFIX})
+        str(name): sorted(
+            {path / os.path.relpath(file, path) for file in files if plain_suffix(file) in FORMAT_OF_SUFFIX}
+        )
         for name, files in resolved.items()
     }
     splits = {name: files for name, files in splits.items() if files}

@@ -78,9 +78,9 @@ def _find_missing(source: str) -> SourceKind:
     in_folder = "/" in source and path.parent.exists()
     file_name = "/" not in source and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix)
     if parts and os.path.exists(plain):
-        fix = f"give --data {plain}; only data sets of the Hub have configurations and revisions"
+        fix = f"give --data {plain}: only data sets of the Hub have configurations and revisions"
         raise DataError(f"{source}: no such file or directory", fix)
-    if plain_suffix(source) in FORMAT_OF_SUFFIX or not hub_name or in_folder or file_name:
+    if plain_suffix(plain) in FORMAT_OF_SUFFIX or not hub_name or in_folder or file_name:
         raise DataError(f"{source}: no such file or directory", did_you_mean_file(path) or CHECK)
     return "hub"
 

@@ -49,11 +49,11 @@ def read_split(source: str, splits: Mapping[str, Split], named: str | None) -> R
     if named is not None and named in splits:
         yield from splits[named].rows()
         return
+    instruction = parse_split(named) if named is not None and _HAS_SLICES.search(named) else None
     names = [part.strip().partition("[")[0] for part in (named or "").split("+")]
     if unknown := [name for name in names if name not in splits]:
         raise _no_split(source, list(splits), named, unknown[0])
-    assert named is not None
-    instruction = parse_split(named)
+    assert named is not None and instruction is not None, "each part is a split, and the whole is none"
     counted = _NEEDS_COUNT.search(named)
     counts = {name: splits[name].count() if counted and name in names else sys.maxsize for name in splits}
     try:
@@ -93,7 +93,10 @@ def _no_split(source: str, names: Sequence[str], named: str | None, unknown: str
 
 
 def _no_slice(named: str, error: ValueError) -> OptionError:
-    """The error for slices that ``datasets`` refuses; it says why only where the form itself is right."""
-    reason = str(error).partition("\n")[0].rstrip(".")
-    problem = "no slice of a split" if reason.startswith("Unrecognized") else reason[0].lower() + reason[1:]
+    reason = str(error)
+    problem = "no slice of a split"
+    if "Percent" in reason:
+        problem = "found more than 100 percent"
+    elif "less than 100" in reason:
+        problem = "pct1_dropremainder needs a split of at least 100 rows"
     return OptionError(f"--split {named}: {problem}", "write it as in train[:1000], train[10%:20%] or train+test")
