@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 
@@ -56,29 +56,29 @@ def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
         return None
     wanted = " and ".join(f"`{column}`" for column in missing)
     found = f"the columns {printable(names)}" if names else "no columns"
-    meant = _meant(names)
-    if any(column in missing for column in meant):
-        fix = suggest_map(names, needed=tuple(missing))
-    elif spaced := [name for name in names if name not in missing and name.strip() in missing]:
+    if spaced := [name for name in names if name not in missing and name.strip() in missing]:
         fix = f"rename {printable(spaced)}: take the spaces away"
+    elif _meant(names).keys() & {*missing}:
+        fix = f"pass {_map_option(names, missing)}"
     elif len(missing) == 2:
-        fix = "a row needs a prompt and two responses: name them with --map prompt=NAME,chosen=NAME,rejected=NAME"
+        lacking = [column for column in OTHER_NAMES if column not in names]
+        fix = f"a row needs a prompt and two responses: name them with {_map_option(names, lacking)}"
     else:
-        fix = f"name it with --map {missing[0]}=NAME"
+        fix = f"name it with {_map_option(names, missing)}"
     return f"found {found}; expected {wanted}", fix
 
 
 @lru_cache(maxsize=64)
-def suggest_map(names: tuple[str, ...], needed: tuple[str, ...] = ()) -> str:
-    """The ``--map`` that gives a pair its columns, to copy; empty if nothing is obvious.
+def suggest_map(names: tuple[str, ...]) -> str:
+    """What to do so that a pair has its columns: the ``--map`` to copy; empty if nothing is obvious."""
+    return f"pass {_map_option(names, ())}" if _meant(names) else ""
 
-    Args:
-        names: the columns that are there.
-        needed: columns of a pair that the map must have; NAME stands for one that is not obvious.
-    """
+
+def _map_option(names: tuple[str, ...], needed: Collection[str]) -> str:
+    """The ``--map`` to copy. Of the columns that it must have, NAME stands for those that are not obvious."""
     meant = _meant(names)
-    entries = [f"{column}={meant.get(column, 'NAME')}" for column in OTHER_NAMES if column in meant or column in needed]
-    return f"pass --map {shlex.quote(','.join(entries))}" if meant else ""
+    entries = [f"{column}={meant.get(column, 'NAME')}" for column in OTHER_NAMES if column in {*meant, *needed}]
+    return f"--map {shlex.quote(','.join(entries))}"
 
 
 def _meant(names: tuple[str, ...]) -> dict[str, str]:

@@ -21,19 +21,18 @@ def folder_files(path: Path) -> dict[str, list[Path]]:
     """
     if (found := kind(path)) in ("a model", "a cache"):
         raise DataError(f"{path}: it is {found}; expected preference pairs", CHECK)
+    if not any(plain_suffix(name) in FORMAT_OF_SUFFIX for *_, names in os.walk(path) for name in names):
+        raise _nothing_to_read(path)
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns  # takes a second
 
     try:
         resolved = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
     except (EmptyDatasetError, FileNotFoundError):
         resolved = DataFilesDict()
-    splits = {
-        str(name): sorted(
-            {path / os.path.relpath(file, path) for file in files if plain_suffix(file) in FORMAT_OF_SUFFIX}
-        )
-        for name, files in resolved.items()
-    }
-    splits = {name: files for name, files in splits.items() if files}
+    splits = {}
+    for name, files in resolved.items():
+        if readable := {path / os.path.relpath(file, path) for file in files if plain_suffix(file) in FORMAT_OF_SUFFIX}:
+            splits[str(name)] = sorted(readable)
     if not splits:
         raise _nothing_to_read(path)
     formats = {FORMAT_OF_SUFFIX[plain_suffix(file.name)]: file for files in splits.values() for file in files}

@@ -128,7 +128,7 @@ def _wrong_config(source: str, data: HubData) -> DataError | None:
     if data.config in names or (data.config is None and len(names) < 2):
         return None
     found = "no configuration" if data.config is None else f"the configuration {data.config}"
-    near = did_you_mean(data.config or "", names) or f"name it as in {data.name}:{names[0]}"
+    near = did_you_mean(data.config or "", names) or f"name it as in {source.partition(':')[0]}:{names[0]}"
     return DataError(f"{source}: found {found}; expected one of {printable(names)}", near)
 
 

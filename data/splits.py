@@ -49,11 +49,12 @@ def read_split(source: str, splits: Mapping[str, Split], named: str | None) -> R
     if named is not None and named in splits:
         yield from splits[named].rows()
         return
-    instruction = parse_split(named) if named is not None and _HAS_SLICES.search(named) else None
-    names = [part.strip().partition("[")[0] for part in (named or "").split("+")]
+    if named is None or not _HAS_SLICES.search(named):
+        raise _no_split(source, list(splits), named, named or "")
+    instruction = parse_split(named)
+    names = [part.strip().partition("[")[0] for part in named.split("+")]
     if unknown := [name for name in names if name not in splits]:
         raise _no_split(source, list(splits), named, unknown[0])
-    assert named is not None and instruction is not None, "each part is a split, and the whole is none"
     counted = _NEEDS_COUNT.search(named)
     counts = {name: splits[name].count() if counted and name in names else sys.maxsize for name in splits}
     try:

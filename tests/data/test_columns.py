@@ -3,7 +3,8 @@ import pytest
 from adpa.data.columns import missing_columns, printable, suggest_map
 
 ONE = "name it with --map"
-TWO = "a row needs a prompt and two responses: name them with --map prompt=NAME,chosen=NAME,rejected=NAME"
+TWO = "a row needs a prompt and two responses: name them with --map"
+ALL = f"{TWO} prompt=NAME,chosen=NAME,rejected=NAME"
 
 
 @pytest.mark.parametrize(
@@ -19,11 +20,19 @@ TWO = "a row needs a prompt and two responses: name them with --map prompt=NAME,
             "found the columns prompt, rejected, score; expected `chosen`",
             f"{ONE} chosen=NAME",
         ),
-        (["question", "answer"], "found the columns question, answer; expected `chosen` and `rejected`", TWO),
-        (["conversations"], "found the columns conversations; expected `chosen` and `rejected`", TWO),
-        (["text"], "found the columns text; expected `chosen` and `rejected`", TWO),
-        (["prompt", "completion", "label"], "found the columns prompt, completion, label; expected", TWO),
-        ([], "found no columns; expected `chosen` and `rejected`", TWO),
+        (
+            ["question", "answer"],
+            "found the columns question, answer; expected `chosen` and `rejected`",
+            f"{TWO} prompt=question,chosen=NAME,rejected=NAME",
+        ),
+        (["conversations"], "found the columns conversations; expected `chosen` and `rejected`", ALL),
+        (["text"], "found the columns text; expected `chosen` and `rejected`", ALL),
+        (
+            ["prompt", "completion", "label"],
+            "found the columns prompt, completion, label; expected",
+            f"{TWO} chosen=NAME,rejected=NAME",
+        ),
+        ([], "found no columns; expected `chosen` and `rejected`", ALL),
         (
             ["question", "accepted", "rejected_response"],
             "found the columns question, accepted, rejected_response; expected `chosen` and `rejected`",
