@@ -162,7 +162,10 @@ def precompute(
     teacher: TeacherOption,
     data: Annotated[
         PathOrName,
-        Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name."),
+        Doc(
+            "Preference pairs: a JSONL, JSON, CSV or Parquet file, a folder of such files, a datasets directory, or "
+            "org/name[:configuration][@revision] of the Hub."
+        ),
         Group.DECIDE,
     ],
     cache: Annotated[
@@ -283,6 +286,8 @@ def precompute(
         data=DataOptions(
             source=data,
             split=split,
+            limit=limit,
+            map=map,
             max_prompt_length=max_prompt_length,
             max_length=max_length,
             drop_invalid=drop_invalid,
