@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,12 +216,8 @@ def distill(
     options = dict(locals())
     started = time.perf_counter()
     check_ranges(options)
-    check_not_empty({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
-    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
-    _check_dtype_and_device(dtype, device)
+    _check_words(options)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
-    check_attention(attn_implementation)
-    check_packing(attn_implementation, packing)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit, lora_alpha, lora_dropout)
     of_options: dict[str, Any] = {
         "output_dir": str(output),
@@ -298,7 +295,16 @@ def distill(
     return report
 
 
-def _check_dtype_and_device(dtype: DtypeName, device: str) -> None:
+def _check_words(options: Mapping[str, Any]) -> None:
+    """Checks the options of ``distill`` that are names, by their own names."""
+    names = ("student", "scoring", "resume_from_checkpoint")
+    check_not_empty({f"--{name.replace('_', '-')}": options[name] for name in names})
+    packing, dtype, device, attention = (
+        options[name] for name in ("packing", "dtype", "device", "attn_implementation")
+    )
+    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
+    check_attention(attention)
+    check_packing(attention, packing)
     if dtype == "float16":
         raise OptionError("--dtype float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
     if device not in ("auto", "cpu", "cuda"):

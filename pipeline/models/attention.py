@@ -92,7 +92,7 @@ def switch_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0].rstrip(".")
         raise ModelError(
             f"{type(model).__name__}: no --attn-implementation {name}: {line}", "use sdpa or eager"
         ) from error
