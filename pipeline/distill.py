@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
+from adpa.pipeline.models.attention import check_attention, check_packing
 from adpa.pipeline.option_checks import check_choices, check_not_empty
 from adpa.pipeline.options import AttnImplementationOption, DtypeName, Group, PathOrName, TrustRemoteCodeOption
 from adpa.pipeline.training.batch_size import batch_arguments
@@ -214,11 +216,9 @@ def distill(
     options = dict(locals())
     started = time.perf_counter()
     check_ranges(options)
-    check_not_empty({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
-    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
-    _check_dtype_and_device(dtype, device)
+    _check_words(options)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
-    lora = lora_settings(lora_rank, lora_target, load_in_4bit)
+    lora = lora_settings(lora_rank, lora_target, load_in_4bit, lora_alpha, lora_dropout)
     of_options: dict[str, Any] = {
         "output_dir": str(output),
         "learning_rate": learning_rate,
@@ -262,6 +262,8 @@ def distill(
         output=output,
         resume_from_checkpoint=resume_from_checkpoint,
         arguments=arguments,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     sources = steps.open_sources(run, student, cache, scoring, response_set or ())
     origin = steps.describe_origin(run, sources)
@@ -289,11 +291,20 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        steps.write_result(run, origin, asdict(report), trainer)
+        steps.write_result(run, in_training, origin, asdict(report), trainer)
     return report
 
 
-def _check_dtype_and_device(dtype: DtypeName, device: str) -> None:
+def _check_words(options: Mapping[str, Any]) -> None:
+    """Checks the options of ``distill`` that are names, by their own names."""
+    names = ("student", "scoring", "resume_from_checkpoint")
+    check_not_empty({f"--{name.replace('_', '-')}": options[name] for name in names})
+    packing, dtype, device, attention = (
+        options[name] for name in ("packing", "dtype", "device", "attn_implementation")
+    )
+    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
+    check_attention(attention)
+    check_packing(attention, packing)
     if dtype == "float16":
         raise OptionError("--dtype float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
     if device not in ("auto", "cpu", "cuda"):

@@ -203,8 +203,8 @@ def evaluate(
     )
     pairs.check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
-    EngineOptions(engine, vllm, batch_tokens, dtype, device).check()
-    _check_inputs(names, pairs, cache)
+    EngineOptions(engine, vllm, batch_tokens, dtype, device, attn_implementation, trust_remote_code).check()
+    _check_inputs(names, pairs, cache, trust_remote_code)
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
         folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
         ask = partial(
@@ -236,6 +236,8 @@ def evaluate(
             batch_tokens=batch_tokens,
             dtype=dtype,
             device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
         )
         if ask(student=baseline, dry_run=True).prompts < 2:  # also checks everything else before the long work
             raise DataError(f"{data}: all its prompts are one and the same", "give at least two, and better hundreds")
@@ -264,7 +266,9 @@ def evaluate(
     )
 
 
-def _check_inputs(names: Mapping[str, str], pairs: DataOptions, cache: Location | None) -> None:
+def _check_inputs(
+    names: Mapping[str, str], pairs: DataOptions, cache: Location | None, trust_remote_code: bool
+) -> None:
     """Checks what is read and written; the names of the models are by their options."""
     from adpa.pipeline.models.model_names import is_same
     from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
@@ -280,7 +284,8 @@ def _check_inputs(names: Mapping[str, str], pairs: DataOptions, cache: Location 
 
     from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all that needs no weights
 
-    if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
+    opened = [open_checkpoint(name, trust_remote_code=trust_remote_code) for name in (student, baseline)]
+    if opened[0].identity.digest == opened[1].identity.digest:
         raise _same_weights(student, baseline)
 
 

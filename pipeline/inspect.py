@@ -20,7 +20,7 @@ from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline.option_checks import check_counts, check_not_empty
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, TrustRemoteCodeOption
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
 
@@ -60,6 +60,7 @@ def inspect_cache(
     html: Annotated[
         Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token."), Group.SIGNALS
     ] = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> InspectReport:
     """Show what a cache says: its signals in a few numbers, and responses token by token.
 
@@ -91,7 +92,8 @@ def inspect_cache(
     summaries = [_summarize(one) for one in scored]
     responses = []
     if rows:
-        responses = inspect_responses(scored[0], rows, read_tokenizer(cache, scored[0].responses.info.tokenizer))
+        tokenizer = read_tokenizer(cache, scored[0].responses.info.tokenizer, trust_remote_code)
+        responses = inspect_responses(scored[0], rows, tokenizer)
     if html is not None:
         write_file(html, render_page(summaries[0], rewards, responses).encode())
     return InspectReport(summaries, data, left_out, responses, None if html is None else str(html), rewards)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from adpa.data.cache.files import write_folder
 from adpa.data.cache.locations import Location, is_local
 from adpa.data.cache.shards import damaged
 from adpa.data.vocabulary import digest_tokenizer, load_tokenizer
-from adpa.errors import ModelError
+from adpa.errors import ModelError, RemoteCodeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,15 +30,39 @@ def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", diges
         return
     with TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
-        files = _read_all(Path(temporary))
-    contents = {name: _digest_bytes(content) for name, content in files.items()}
-    write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
+        _write(path, _read_all(Path(temporary)))
 
 
-def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
-    """Reads a tokenizer from a cache.
+def copy_tokenizer(source: Location, target: Location, digest: str) -> None:
+    """Writes a tokenizer of one cache into another; the files of one that needs code are copied, and it is not run.
 
     Raises:
+        DamagedFileError: it is missing, or differs from what was written.
+    """
+    tokenizer = check_tokenizer(source, digest)
+    if tokenizer is None:
+        _write(target / "tokenizers" / digest, read_contents(source / "tokenizers" / digest))
+    else:
+        write_tokenizer(target, tokenizer, digest)
+
+
+def check_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase | None":
+    """The same as ``read_tokenizer``, but None for one that needs code: its files are what was written.
+
+    Raises:
+        DamagedFileError: as for ``read_tokenizer``.
+    """
+    try:
+        return read_tokenizer(cache, digest)
+    except RemoteCodeError:
+        return None
+
+
+def read_tokenizer(cache: Location, digest: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Reads a tokenizer from a cache; ``trust_remote_code``: it may be code in the cache.
+
+    Raises:
+        RemoteCodeError: it needs code, and must not run it.
         DamagedFileError: it is missing, or differs from what was written.
     """
     path = cache / "tokenizers" / digest
@@ -47,12 +72,20 @@ def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
         files = read_contents(path)
         with TemporaryDirectory() as temporary:
             write_folder(Path(temporary) / digest, files)
-            tokenizer = load_tokenizer(Path(temporary) / digest)
+            tokenizer = load_tokenizer(Path(temporary) / digest, trust_remote_code)
+    except RemoteCodeError as error:
+        problem = f"{path}: the tokenizer needs code from its repository, which can do all that you can"
+        raise RemoteCodeError(problem, error.args[1]) from error
     except (FileNotFoundError, ModelError) as error:
         raise damaged(path, "not the tokenizer that was written") from error
     if digest_tokenizer(tokenizer).tokenizer != digest:
         raise damaged(path, "not the tokenizer that was written")
     return tokenizer
+
+
+def _write(path: Location, files: Mapping[str, bytes]) -> None:
+    contents = {name: _digest_bytes(content) for name, content in files.items()}
+    write_folder(path, {**files, CONTENTS: serialize_document({"files": contents})})
 
 
 def read_contents(path: Location) -> dict[str, bytes]:
