@@ -24,7 +24,7 @@ MARKED_POINTS = 25  # a line of so few has a marker at each
 COLUMNS, WIDTH, ROW_HEIGHT = 2, 8.0, 2.3  # of the picture; inches
 MARGINS = {"left": 0.85, "right": 0.15, "bottom": 0.5, "top": 0.65}  # inches
 GAPS = {"wspace": 0.32, "hspace": 0.42}  # shares of a panel
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "adpa",  # the same names in every picture
     "font.family": "sans-serif",
