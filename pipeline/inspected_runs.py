@@ -14,6 +14,7 @@ SETTINGS = {  # of the record's "training", by the names of the options
     "schedule": "lr_scheduler_type",
     "batch size": "batch_size",
     "epochs": "num_train_epochs",
+    "steps at most": "max_steps",
     "optimizer": "optim",
     "seed": "seed",
 }
@@ -58,7 +59,9 @@ class InspectedRun:
             if weight
         ]
         facts = {"objective": self.objective, "loss": " + ".join(terms), "student": self.student}
-        facts |= {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in self.settings.items()}
+        facts |= {
+            name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in self.settings.items()
+        }
         return facts | {"result": self._progress()}
 
     def _progress(self) -> str:
@@ -98,7 +101,7 @@ def inspected_run(directory: Path, record: Mapping[str, Any]) -> InspectedRun:
         objective=record["objective"],
         student=record["student"]["name"],
         terms=record["terms"],
-        settings={name: training[key] for name, key in SETTINGS.items() if training.get(key) is not None},
+        settings={name: training[key] for name, key in SETTINGS.items() if training.get(key) not in (None, -1)},
         examples=record["examples"] if "steps" in record else None,
         steps=logs[-1]["step"] if logs else 0,
         first_loss=logs[0]["loss"] if logs else None,

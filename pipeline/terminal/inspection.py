@@ -74,7 +74,7 @@ def _legend(report: InspectReport) -> Text:
     summary = report.summaries[0]
     legend = Text(f"colours: {summary.coloured_by} ")
     for value in summary.legend:
-        legend.append(f" {value:+.2g} ", colour(value, summary.colour_scale))
+        legend.append(f" {value:+.2g} " if value else " 0 ", colour(value, summary.colour_scale))
     if any(token.part > 1 for response in report.responses for token in response.tokens):
         legend.append(f"\n{CONTINUES} one more token of the character before it")
     return legend
@@ -97,16 +97,18 @@ def _show_response(response: InspectedResponse, scale: float) -> list[Renderable
 def _strongest_tokens(response: InspectedResponse, scale: float) -> RenderableType:
     """The tokens with the largest values and the teacher's choices, each above its probability and advantage."""
     strongest = sorted(range(len(response.tokens)), key=lambda place: -abs(response.tokens[place].value))[:STRONGEST]
+    shown: dict[int, list[InspectedToken | Alternative]]
     shown = {place: [response.tokens[place], *response.tokens[place].alternatives] for place in sorted(strongest)}
     with_advantages = response.tokens[0].advantage is not None
-    title = "strongest tokens, and what the teacher would choose there (p: its probability"
-    title += "; A: the advantage)" if with_advantages else ")"
+    title = "strongest tokens, each with the teacher's choices in its place; p: the teacher's probability"
+    title += ", A: the advantage" if with_advantages else ""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("token", justify="right", no_wrap=True)
     for name in ("", *(f"choice {rank + 1}" for rank in range(max(map(len, shown.values())) - 1))):
         table.add_column(name, overflow="fold", min_width=7)  # -10.43, of which no digit may be lost
     for place, tokens in shown.items():
-        table.add_row(f"{place:,}", *(visible(one.label).replace(" ", "·") for one in tokens))
+        labels = [response.tokens[place].label, *(one.text for one in response.tokens[place].alternatives)]
+        table.add_row(f"{place:,}", *(visible(label).replace(" ", "·") for label in labels), style=BOLD)
         table.add_row("p", *(f"{one.probability:.2f}" for one in tokens))
         if with_advantages:
             table.add_row("A", *(_advantage(one, scale) for one in tokens))
@@ -115,4 +117,4 @@ def _strongest_tokens(response: InspectedResponse, scale: float) -> RenderableTy
 
 def _advantage(token: InspectedToken | Alternative, scale: float) -> Text:
     assert token.advantage is not None
-    return Text(f"{token.advantage:+.2f}", colour(token.advantage, scale))
+    return Text().append(f"{token.advantage:+.2f}", colour(token.advantage, scale))

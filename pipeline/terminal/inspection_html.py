@@ -37,12 +37,13 @@ thead th { border-bottom: 1px solid #888; }
 .facts td:first-child { white-space: nowrap; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .9rem; }
 .prompt { color: light-dark(#5a5f69, #a3a8b3); border-left: 3px solid #888; padding-left: 1rem; }
-.token { border-radius: 2px; cursor: default; }
+.token { cursor: default; box-shadow: inset 1px 0 light-dark(#ffffff, #16181d); }
 .special { font-style: italic; }
 .more::before { content: "⁺"; }
-{% for colour in steps if loop.index0 != zero %}
-.step{{ steps.index(colour) }} { background: {{ colour }}; color: {{ text }}; }
+{% for colour in steps %}
+.step{{ loop.index0 }} { background: {{ colour }}; color: {{ text }}; }
 {% endfor %}
+.step{{ zero }} { background: none; color: inherit; }
 .legend span { padding: .1rem .5rem; border: 1px solid #888; margin-left: -1px; }
 .token:hover, .token:focus { outline: 2px solid light-dark(#16181d, #e8e9ec); }
 .token > .card { display: none; }
@@ -89,11 +90,11 @@ the largest is {{ "%.3f" % group.largest }}{% endif %}.</p>
 {% endfor %}
 <h2>Responses, token by token</h2>
 <p class="legend">{{ summary.coloured_by }}
-{% for value in summary.legend %}<span class="step{{ value | step }}">{{ "%+.2g" % value }}</span>{% endfor %}
+{% for value in summary.legend %}<span class="step{{ value | step }}">{{ "%+.2g" % value if value else 0 }}</span>{% endfor %}
 {% if summary.token_advantage is none %} (no reference, hence no advantages){% endif %}</p>
-<p class="note">Point at a token, or reach it with the Tab key: its card has the teacher's probability of the token
-{%- if summary.token_advantage is not none %}, its advantage (teacher's log-probability minus reference's){% endif %}, and
-the teacher's choices there.
+<p class="note">Point at a token, or reach it with the Tab key. Its card shows the teacher's probability of the token
+{%- if summary.token_advantage is not none %}, its advantage (the teacher's log-probability minus the reference's)
+{%- endif %} and the teacher's choices there.
 {%- if continued %} ⁺ is one more token of the character before it.{% endif %}</p>
 {% for response in responses %}
 <article>
@@ -101,14 +102,16 @@ the teacher's choices there.
 <div class="text prompt">{{ response.prompt.strip() | visible("\n") }}</div>
 <p class="text">
 {%- for token in response.tokens -%}
-<span class="token step{{ token.value | step }}{{ ' special' if token.special }}{{ ' more' if token.part > 1 }}" tabindex="0">
+<span tabindex="0" class="token step
+{{- token.value | step }}{{ ' special' if token.special }}{{ ' more' if token.part > 1 }}">
 {{- (token.text or (token.label if token.part == 1 else "")) | visible("↵\n") -}}
 <span class="card">
 <span class="row"><span></span><span>id</span><span>token</span><span>probability</span>
 {%- if token.advantage is not none %}<span>advantage</span>{% endif %}</span>
 {% for one in [token] + token.alternatives -%}
 <span class="row"><span>{{ "here" if loop.first else "choice %d" % loop.index0 }}</span>
-{#- #}<span>{{ one.id }}</span><span>{{ (((one.label if loop.first else one.text)) | visible).replace(" ", "·") }}</span>
+{#- #}<span>{{ one.id }}</span>
+{#- #}<span>{{ ((one.label if loop.first else one.text) | visible).replace(" ", "·") }}</span>
 {#- #}<span>{{ "%.4f" % one.probability }}</span>
 {#- #}{% if one.advantage is not none %}<span>{{ "%+.3f" % one.advantage }}</span>{% endif %}</span>
 {% endfor -%}
@@ -139,7 +142,7 @@ def render_page(
     responses: Sequence[InspectedResponse],
     runs: Sequence[tuple[InspectedRun, str]],
 ) -> str:
-    """The page: summary, reward accuracies, each response below its prompt with the teacher's choices, runs with their curves.
+    """The page: summary, reward accuracies, responses with the teacher's choices, runs with their curves.
 
     A page is made to be sent to others. So it has the names of data and models, and no folder of them.
     """

@@ -1,7 +1,7 @@
 """The colours of tokens: orange below zero, grey at zero, blue above, in seven steps, under black text.
 
 The steps are colours of the 256-colour palette, so that they are the same there. Blue and orange also differ for
-colour-blind eyes, and both darken away from zero. Without colours, bold and underlined text tells the signs apart.
+colour-blind eyes, and both darken away from zero. Without colours, the tokens below zero are underlined.
 """
 
 from rich.style import Style
@@ -19,4 +19,4 @@ def step(value: float, scale: float) -> int:
 def colour(value: float, scale: float) -> Style:
     """The style of a token in a terminal."""
     place = step(value, scale)
-    return Style(color=TEXT, bgcolor=STEPS[place], underline=place < ZERO, bold=place > ZERO)
+    return Style(color=TEXT, bgcolor=STEPS[place], underline=place < ZERO)
