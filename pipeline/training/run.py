@@ -27,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy, align_special_tokens
 
 from adpa.data.batches import TrainingExamples, collate
 from adpa.data.cache.choice import made_from
+from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.cache.selection import Need, Selection, select
@@ -372,9 +373,11 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
 def write_result(
     run: Run, student: Student, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer
 ) -> None:
-    """Writes adpa.json of a finished run: its origin, its report, and its logs."""
+    """Writes adpa.json of a finished run: its origin, its report, and its logs; and the picture of these logs."""
     if this_rank() != 0:
         return
+    from adpa.pipeline.training.curves import CURVES, draw_curves  # matplotlib, which nothing before needs
+
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
     result = {name: report[name] for name in REPORTED} | {
         "packing": run.packing,
@@ -385,4 +388,6 @@ def write_result(
         "student_before": trainer.student_before,
         "losses": trainer.losses,
     }
-    write_record(run.output, {**origin, **result})
+    record = {**origin, **result}
+    write_record(run.output, record)
+    write_file(run.output / CURVES, draw_curves(record).encode())

@@ -4,7 +4,7 @@ import inspect
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -131,13 +131,20 @@ def _check_files(kinds: Mapping[str, Any], options: Mapping[str, Any], keys: fro
             raise OptionError(f"--{name} -: not a file", "write ./- for a file of this name")
     for written in (name for name in FILES_WRITTEN if name in given):
         option, file = f"--{written}", given[written]
-        for name, value in given.items():
+        for name, value in _each(given):
             if kinds[name] == Location:
                 check_outside(option, file, value)
             elif name != written and kinds[name] in (Path, PathOrName) and "://" not in str(value):
                 other = f"--{name.replace('_', '-')}"
                 is_kept = kinds[name] in folders and not is_summary(file, keys)
                 check_other_file(option, file, other, Path(value), is_read=is_kept)
+
+
+def _each(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; an option that repeats has each of its values."""
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            yield name, one
 
 
 def _read_config(context: typer.Context, text: str | None) -> Path | None:
