@@ -24,10 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.cache": {"data.cache", "data.sequences"},
     "data.cache.tokenizers": {"data.cache", "data.vocabulary"},
     "pipeline.terminal": {"pipeline.terminal", "pipeline.cache", *CACHE_FILES}
-    | {
-        f"pipeline.{command}"
-        for command in ("precompute", "distill", "evaluate", "inspect", "inspected_runs", "scoring.probe")
-    },
+    | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect")}
+    | {"pipeline.inspected_runs", "pipeline.scoring.probe", "pipeline.training.distill_plan"},
     "pipeline.cache": {"pipeline.cache", *OPTIONS, *CACHE_FILES},
     "pipeline.models": {"pipeline.models", *OPTIONS, "kernels", *CACHE_FILES},
     "pipeline.scoring": {

@@ -114,6 +114,12 @@ class Sources:
         """The data that the response sets were made from, in words."""
         return made_from(self.selection, self.selection.newest_of)
 
+    @property
+    def ends(self) -> list[int]:
+        """The ids that end a response: the end of a turn, and what ended the student's answers before training."""
+        turn_end = next(iter(self.selection.sets.values())).info.turn_end
+        return list(dict.fromkeys([turn_end, *self.checkpoint.eos_token_ids]))
+
 
 @dataclass(frozen=True)
 class Student:
@@ -294,8 +300,7 @@ class KeepEnds(TrainerCallback):
     """Saves a student that ends its answers at the end of a turn, or at what ended them before training."""
 
     def __init__(self, sources: Sources, model: PreTrainedModel) -> None:
-        turn_end = next(iter(sources.selection.sets.values())).info.turn_end
-        self._ends = list(dict.fromkeys([turn_end, *sources.checkpoint.eos_token_ids]))
+        self._ends = sources.ends
         self._settings = model.generation_config
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

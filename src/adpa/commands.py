@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console, RenderableType
@@ -108,8 +108,9 @@ def _own_options(
 
 def _summary_keys(stage: Callable[..., Any]) -> frozenset[str]:
     """The keys of a command's summary; none if its class is imported only when the command runs."""
-    report = inspect.signature(stage).return_annotation
-    return frozenset(field.name for field in fields(report)) if is_dataclass(report) else frozenset()
+    returned = inspect.signature(stage).return_annotation
+    reports = [each for each in get_args(returned) or [returned] if is_dataclass(each)]
+    return frozenset(field.name for report in reports for field in fields(report))
 
 
 def _check_folder() -> None:
