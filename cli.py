@@ -113,8 +113,9 @@ def _go_on(options: Mapping[str, Any]) -> str:
 def _distill() -> Callable[..., None]:
     """Train a student from the signals in a cache."""
     from adpa.pipeline.distill import distill
+    from adpa.pipeline.terminal.distill import show_distill
 
-    return as_command(distill, after_stop=_go_on_training)
+    return as_command(distill, show_distill, after_stop=_go_on_training)
 
 
 def _go_on_training(options: Mapping[str, Any]) -> str:

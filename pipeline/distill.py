@@ -246,6 +246,7 @@ def distill(
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps
+    from adpa.pipeline.training.model_card import card_facts
     from adpa.pipeline.training.model_sharding import check_sharding
     from adpa.pipeline.training.training_arguments import make_training_arguments
 
@@ -289,7 +290,9 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        steps.write_result(run, origin, asdict(report), trainer)
+        before = sources.checkpoint
+        facts = card_facts(options, defaults, sources.selection, before.identity, before.directory)
+        steps.write_result(run, origin, asdict(report), trainer, facts)
     return report
 
 

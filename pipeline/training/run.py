@@ -43,6 +43,7 @@ from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
+from adpa.pipeline.training.model_card import write_card
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
@@ -356,8 +357,14 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
     sources.tokenizer.save_pretrained(run.output)
 
 
-def write_result(run: Run, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer) -> None:
-    """Writes adpa.json of a finished run: its origin, its report, and its logs."""
+def write_result(
+    run: Run,
+    origin: Mapping[str, Any],
+    report: Mapping[str, Any],
+    trainer: DistillTrainer,
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes adpa.json of a finished run: its origin, its report, its logs, and ``card_facts``; then its model card."""
     if this_rank() != 0:
         return
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
@@ -369,4 +376,5 @@ def write_result(run: Run, origin: Mapping[str, Any], report: Mapping[str, Any],
         "student_before": trainer.student_before,
         "losses": trainer.losses,
     }
-    write_record(run.output, {**origin, **result})
+    write_record(run.output, {**origin, **result, **facts})
+    write_card(run.output)
