@@ -155,6 +155,15 @@ def _unchanged(_: Mapping[str, Any]) -> str:
     return "the cache is as it was"
 
 
+@app.command("runs")
+def _runs() -> Callable[..., None]:
+    """List the students below a directory: settings, losses and evaluations."""
+    from adpa.pipeline.runs import list_runs
+    from adpa.pipeline.terminal.runs import show_runs
+
+    return as_command(list_runs, show_runs, arguments=["directory"])
+
+
 @app.command("lab")
 def _lab() -> Callable[..., None]:
     """Measure the methods where a formula computes the preferences: no judge, no network."""

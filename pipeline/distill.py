@@ -246,7 +246,6 @@ def distill(
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps
-    from adpa.pipeline.training.model_card import card_facts
     from adpa.pipeline.training.model_sharding import check_sharding
     from adpa.pipeline.training.training_arguments import make_training_arguments
 
@@ -290,9 +289,8 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        before = sources.checkpoint
-        facts = card_facts(options, defaults, sources.selection, before.identity, before.directory)
-        steps.write_result(run, origin, asdict(report), trainer, facts)
+        changed = {name: value for name, value in options.items() if value != defaults[name]}
+        steps.write_result(run, sources, origin, asdict(report), trainer, changed)
     return report
 
 

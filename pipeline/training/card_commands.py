@@ -45,7 +45,7 @@ def precompute_command(record: Mapping[str, Any]) -> str:
 
 
 def distill_command(record: Mapping[str, Any]) -> str:
-    """The ``adpa distill`` that trains the student: what it must have, and the options that differ from the defaults."""
+    """The ``adpa distill`` that trains the student, with the options that differ from the defaults."""
     options: dict[str, Any] = {"objective": record["objective"], "student": _model(record["student"])}
     options |= {"cache": "cache", "output": last_part(record["options"]["output"])}
     for name, value in record["options"].items():

@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from adpa.data.cache.files import write_file
 from adpa.data.cache.selection import Selection
 from adpa.data.cache.signals import ModelIdentity
+from adpa.data.hub import HUB_NAME
 from adpa.pipeline.training.card_commands import distill_command, last_part, precompute_command, public
 from adpa.pipeline.training.evaluation_numbers import comparison, measures
 from adpa.pipeline.training.run_directory import read_evaluations, read_record
@@ -48,18 +47,16 @@ CITATION = """```bibtex
 
 
 def card_facts(
-    options: Mapping[str, Any], usual: Mapping[str, Any], selection: Selection, student: ModelIdentity, directory: Path
+    changed: Mapping[str, Any], selection: Selection, student: ModelIdentity, directory: Path
 ) -> dict[str, Any]:
     """What adpa.json has for the card beside what it has anyway: options, teacher and reference, data, the time.
 
     Args:
-        options: the options of ``distill`` by name.
-        usual: their defaults.
+        changed: the options of ``distill`` that differ from the defaults.
         selection: the response sets and the scoring of the run.
         student: the student before training.
         directory: its directory.
     """
-    changed = {name: value for name, value in options.items() if value != usual[name]}
     sets = {
         name: {"rows": len(one), **asdict(one.info), "record": asdict(one.record) if one.record else None}
         for name, one in selection.sets.items()
@@ -155,11 +152,7 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
 
 
 def _is_hub_name(name: object) -> bool:
-    try:
-        validate_repo_id(name)  # type: ignore[arg-type]  # it checks the type, too
-    except HFValidationError:
-        return False
-    return True
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None
 
 
 def _method(record: Mapping[str, Any]) -> list[str]:
@@ -192,7 +185,9 @@ def _times(weight: float) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+    return (
+        ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+    )
 
 
 def _data(record: Mapping[str, Any]) -> list[str]:
@@ -209,7 +204,7 @@ def _data(record: Mapping[str, Any]) -> list[str]:
             about.append(f"read {made['time'][:10]}")
         if how := one["sampling"]:
             about.append(f"sampled by the student, temperature {how['temperature']:g}, top-p {how['top_p']:g}")
-        counts = {"cut": one["truncated_responses"], "with a cut prompt": one["truncated_prompts"]}
+        counts = {"cut short": one["truncated_responses"], "with a prompt cut short": one["truncated_prompts"]}
         about += [f"{count:,} {what}" for what, count in counts.items() if count]
         rows.append([f"{name} responses", ", ".join(about)])
     return ["## Models and data", _table(["", ""], rows)]
@@ -239,7 +234,8 @@ def _results(record: Mapping[str, Any], curves: bool) -> list[str]:
     length = f"{record['steps']:,} steps of {training['batch_size']} examples ({record['examples']:,} in all)"
     precision = f"weights in {record['weights_dtype']}, computed in {record['compute_dtype']}"
     rate = f"learning rate {training['learning_rate']:g} ({training['lr_scheduler_type']})"
-    said = f"{length}, {rate}, {precision}, {record['ranks']} process(es), {record['seconds']:,.0f} seconds."
+    ranks = f"{record['ranks']} processes, " if record["ranks"] > 1 else ""
+    said = f"{length}, {rate}, {precision}, {ranks}{record['seconds']:,.0f} seconds."
     names = [name for name in losses[0] if name == "loss" or name.partition("/")[0] in MEANINGS]
     rows = [[name, f"{losses[0][name]:.4g}", f"{losses[-1].get(name, float('nan')):.4g}"] for name in names]
     parts = ["## Training", said, _table(["trained on", "first log", "last log"], rows)]

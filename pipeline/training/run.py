@@ -43,7 +43,7 @@ from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
-from adpa.pipeline.training.model_card import write_card
+from adpa.pipeline.training.model_card import card_facts, write_card
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
@@ -359,12 +359,13 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
 
 def write_result(
     run: Run,
+    sources: Sources,
     origin: Mapping[str, Any],
     report: Mapping[str, Any],
     trainer: DistillTrainer,
-    facts: Mapping[str, Any],
+    changed: Mapping[str, Any],
 ) -> None:
-    """Writes adpa.json of a finished run: its origin, its report, its logs, and ``card_facts``; then its model card."""
+    """Writes adpa.json of a finished run: its origin, report and logs, and the changed options; then its model card."""
     if this_rank() != 0:
         return
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
@@ -376,5 +377,7 @@ def write_result(
         "student_before": trainer.student_before,
         "losses": trainer.losses,
     }
+    before = sources.checkpoint
+    facts = card_facts(changed, sources.selection, before.identity, before.directory)
     write_record(run.output, {**origin, **result, **facts})
     write_card(run.output)
