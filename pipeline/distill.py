@@ -289,8 +289,7 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        changed = {name: value for name, value in options.items() if value != defaults[name]}
-        steps.write_result(run, sources, origin, asdict(report), trainer, changed)
+        steps.write_result(run, sources, origin, asdict(report), trainer, options, defaults)
     return report
 
 

@@ -363,9 +363,10 @@ def write_result(
     origin: Mapping[str, Any],
     report: Mapping[str, Any],
     trainer: DistillTrainer,
-    changed: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    usual: Mapping[str, Any],
 ) -> None:
-    """Writes adpa.json of a finished run: its origin, report and logs, and the changed options; then its model card."""
+    """Writes adpa.json of a finished run, then its model card; ``chosen`` and ``usual`` are those of ``warn_before``."""
     if this_rank() != 0:
         return
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
@@ -378,6 +379,7 @@ def write_result(
         "losses": trainer.losses,
     }
     before = sources.checkpoint
+    changed = {name: value for name, value in chosen.items() if value != usual[name]}
     facts = card_facts(changed, sources.selection, before.identity, before.directory)
     write_record(run.output, {**origin, **result, **facts})
     write_card(run.output)
