@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from adpa.data.cache.kinds import did_you_mean_path
-from adpa.errors import OptionError
+from adpa.errors import OptionError, did_you_mean
 from adpa.pipeline.option_checks import check_choices
 from adpa.pipeline.options import Group
 from adpa.pipeline.training.run_directory import RECORD, read_evaluations, read_record
@@ -79,8 +78,10 @@ def list_runs(
     """
     check_choices({"--sort": (sort, Sort)})
     if not directory.is_dir():
-        problem = "is a file" if directory.exists() else "no such directory"
-        raise OptionError(f"{directory}: {problem}", did_you_mean_path(directory, "a directory") or "check the path")
+        if directory.exists():
+            raise OptionError(f"{directory}: is a file", "name the directory that it lies in")
+        near = did_you_mean(str(directory), [str(one) for one in directory.parent.glob("*") if one.is_dir()])
+        raise OptionError(f"{directory}: no such directory", near or "check the path")
     runs: list[ListedRun] = []
     broken: dict[str, str] = {}
 

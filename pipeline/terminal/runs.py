@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -18,8 +19,10 @@ from adpa.pipeline.training.evaluation_numbers import comparison, measures
 # Settings that are told although all runs have the same.
 TOLD = ("student", "objective", "on", "α", "γ", "plausibility", "LoRA", "rate", "epochs", "max steps", "batch")
 # Settings of an evaluation that are told likewise.
-TOLD_OF_EVALUATIONS = ("baseline", "data", "temperature")
+TOLD_OF_EVALUATIONS = ("baseline", "data", "temperature", "prompts")
+GAP = 2  # between two columns
 NONE = "–"  # a run does not have it
+UNFINISHED = "unfinished"  # instead of its steps
 Row = dict[str, str]
 
 
@@ -42,27 +45,32 @@ class _Runs:
         evaluated = [(run, each) for run in runs for each in run.evaluations]
         if evaluated:
             yield Text("Evaluations", Style(bold=True))
-            settings = [{name: _text(value) for name, value in each["settings"].items()} for _, each in evaluated]
+            settings = [_evaluation_settings(each) for _, each in evaluated]
             results = [_numbers(each["report"]) for _, each in evaluated]
             paths = [run.path for run, _ in evaluated]
             yield from _tables(paths, settings, results, TOLD_OF_EVALUATIONS, options.max_width)
         for path, problem in self.report.broken.items():
             yield Text.assemble(("broken ", Style(bold=True)), visible(f"{path}: {problem}"), overflow="fold")
         unfinished = sum(not run.finished for run in runs)
-        counts = {"finished": len(runs) - unfinished, "unfinished": unfinished, "broken": len(self.report.broken)}
+        counts = {"finished": len(runs) - unfinished, UNFINISHED: unfinished, "broken": len(self.report.broken)}
         yield Text(", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
 
 
 def _results(run: ListedRun) -> Row:
     numbers = {"first loss": run.first_loss, "last loss": run.last_loss, "held out": run.held_out_loss}
     told = {name: f"{value:.4g}" for name, value in numbers.items() if value is not None}
-    steps = f"{run.steps:,}" if run.steps is not None else "unfinished"
+    steps = f"{run.steps:,}" if run.steps is not None else UNFINISHED
     time = {} if run.seconds is None else {"time": _duration(run.seconds)}
     warned = {"warnings": str(len(run.warnings))} if run.warnings else {}
     return {"steps": steps} | told | time | warned
 
 
-def _numbers(report: Mapping[str, object]) -> Row:
+def _evaluation_settings(evaluation: Mapping[str, Any]) -> Row:
+    settings = evaluation["settings"] | {"prompts": evaluation["report"].get("prompts")}
+    return {name: _text(value) for name, value in settings.items() if value is not None}
+
+
+def _numbers(report: Mapping[str, Any]) -> Row:
     own = {name.replace("_", " "): texts[0] for name, texts in measures(report).items()}
     return {name.replace("_", " "): text for name, text in comparison(report).items()} | own
 
@@ -78,13 +86,17 @@ def _student_names(runs: Sequence[ListedRun]) -> dict[str, str]:
 def _tables(
     paths: Sequence[str], settings: Sequence[Row], results: Sequence[Row], told: Sequence[str], width: int
 ) -> Iterator[RenderableType]:
-    """A line with the settings that all rows share, then tables with all other columns, as many as fit into each."""
+    """A line with the settings that all rows share, then tables with all other columns, as many as fit into each.
+
+    A setting that is not in ``told`` becomes a column only if two rows have different values of it.
+    """
     names = list(dict.fromkeys(name for row in settings for name in row))
     values = {name: {row.get(name, NONE) for row in settings} for name in names}
     shared = {name: values[name].copy().pop() for name in names if len(values[name]) == 1}
     if same := [f"{name} {shared[name]}" for name in told if name in shared]:
         yield Text(visible(f"all: {', '.join(same)}" if len(paths) > 1 else ", ".join(same)), overflow="fold")
-    columns = [name for name in names if name not in shared]
+        yield ""
+    columns = [name for name in names if name not in shared and (name in told or len(values[name] - {NONE}) > 1)]
     columns += dict.fromkeys(name for row in results for name in row)
     rows = [{**one, **two} for one, two in zip(settings, results, strict=True)]
     cells = {name: [visible(row.get(name, NONE)) for row in rows] for name in columns}
@@ -92,22 +104,23 @@ def _tables(
     widths = {name: max(map(cell_len, [name, *cells[name]])) for name in columns}
     left = min(max(map(cell_len, first)), max(16, width // 3))
     while columns:
-        room = width - left - 1
+        room = width - left
         shown: list[str] = []
-        while columns and (not shown or widths[columns[0]] + 1 <= room):
+        while columns and (not shown or widths[columns[0]] + GAP <= room):
             shown.append(columns.pop(0))
-            room -= widths[shown[-1]] + 1
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            room -= widths[shown[-1]] + GAP
+        table = Table(box=SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
         table.add_column("run", width=left, overflow="fold")
         for name in shown:
             table.add_column(name, justify="right" if _are_numbers(cells[name]) else "left", overflow="fold")
         for number, path in enumerate(first):
             table.add_row(Text(path), *(Text(cells[name][number]) for name in shown))
         yield table
+        yield ""
 
 
 def _are_numbers(cells: Sequence[str]) -> bool:
-    return all(cell[0].isdigit() or cell[0] in "-–" for cell in cells if cell)
+    return all(cell[0].isdigit() or cell[0] in "-–" or cell == UNFINISHED for cell in cells if cell)
 
 
 def _text(value: object) -> str:

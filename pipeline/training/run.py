@@ -366,7 +366,7 @@ def write_result(
     chosen: Mapping[str, Any],
     usual: Mapping[str, Any],
 ) -> None:
-    """Writes adpa.json of a finished run, then its model card; ``chosen`` and ``usual`` are those of ``warn_before``."""
+    """Writes adpa.json of a finished run, then its model card; ``chosen`` and ``usual`` are as in ``warn_before``."""
     if this_rank() != 0:
         return
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))

@@ -195,7 +195,9 @@ def test_of_a_path_only_the_last_part_is_shown(name: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("card", ["", "no metadata", "---\n[broken\n---\n", "---\nlicense: mit\n---\n"])
-def test_a_license_is_named_only_if_the_student_says_it(card: str, student: Path, filled: Filled, tmp_path: Path) -> None:
+def test_a_license_is_named_only_if_the_student_says_it(
+    card: str, student: Path, filled: Filled, tmp_path: Path
+) -> None:
     from adpa.data.cache.selection import Need, select
 
     (tmp_path / "README.md").write_text(card)
