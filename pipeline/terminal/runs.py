@@ -91,6 +91,7 @@ def _tables(
     A setting that is not in ``told`` becomes a column only if two rows have different values of it.
     """
     names = list(dict.fromkeys(name for row in settings for name in row))
+    names.sort(key=lambda name: told.index(name) if name in told else len(told))
     values = {name: {row.get(name, NONE) for row in settings} for name in names}
     shared = {name: values[name].copy().pop() for name in names if len(values[name]) == 1}
     if same := [f"{name} {shared[name]}" for name in told if name in shared]:

@@ -17,7 +17,6 @@ from adpa.pipeline.training.run_directory import EVALUATIONS, RECORD, read_evalu
 
 logger = logging.getLogger(__name__)
 
-MODELS = ("baseline", "teacher", "reference")
 # The options of ``evaluate`` that change no number, or that say where the student lies.
 NO_SETTINGS = {
     "student", "show", "cache", "tensor_parallel", "gpu_memory_utilization", "batch_tokens", "device",

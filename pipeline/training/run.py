@@ -43,7 +43,7 @@ from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
-from adpa.pipeline.training.model_card import card_facts, write_card
+from adpa.pipeline.training.model_card import CARD, card_facts, write_card
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
@@ -348,6 +348,7 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
     trainer.save_student(run.output / ADAPTER)
     if this_rank() != 0:
         return
+    (run.output / ADAPTER / CARD).unlink(missing_ok=True)  # PEFT's has nothing but the path of the base
     with loading_whole(run.arguments):
         dtype = sources.checkpoint.dtype_name(run.dtype)
         merged = merge_adapters(sources.checkpoint, run.output / ADAPTER, dtype)

@@ -36,7 +36,8 @@ def evaluation(win_rate: float, **settings: Any) -> tuple[dict[str, Any], dict[s
 def runs(filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two finished students, one unfinished run, and two that are damaged, at different depths."""
     folder = tmp_path_factory.mktemp("runs")
-    student, brief = str(filled.models.student), {"max_steps": 2, "logging_steps": 1, "batch_size": 4}
+    student = str(filled.models.student)
+    brief: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "batch_size": 4}
     distill("sft", student, filled.cache, folder / "a" / "sft", **brief)
     distill("adpa", student, filled.cache, folder / "b" / "deep" / "adpa", advantage_weight=0.25, **brief)
     for name in ("unfinished", "text", "other"):

@@ -42,7 +42,11 @@ def test_evaluate_keeps_its_result_with_its_settings(
 ) -> None:
     before = open_checkpoint(str(trained)).identity
     data = write_rows(preference_rows[:4], "heldout.jsonl")
-    names = {"teacher": str(models.teacher), "reference": str(models.reference), "baseline": str(models.other_student)}
+    names: dict[str, Any] = {
+        "teacher": str(models.teacher),
+        "reference": str(models.reference),
+        "baseline": str(models.other_student),
+    }
     report = evaluate(str(trained), data=str(data), max_new_tokens=4, temperature=0.5, **names)
     (entry,) = read_evaluations(trained)
     assert {name: entry["settings"][name] for name in names} == names
@@ -53,7 +57,7 @@ def test_evaluate_keeps_its_result_with_its_settings(
     assert f"| tokens | {report.student.tokens:.4g} | {report.baseline.tokens:.4g} |" in card
     assert report.note in card
     assert str(data.parent) not in card
-    assert ModelCard(card).data.library_name == "transformers"
+    assert ModelCard(card).data.to_dict()["library_name"] == "transformers"
     assert open_checkpoint(str(trained)).identity == before
 
 
