@@ -119,9 +119,10 @@ def _distill() -> Callable[..., None]:
 
 def _show_distill(done: Any) -> Any:
     from adpa.pipeline.distill import DistillReport
+    from adpa.pipeline.terminal.distill import show_distill
     from adpa.pipeline.terminal.dry_run import show_plan
 
-    return show_report("distill", done) if isinstance(done, DistillReport) else show_plan(done)
+    return show_distill(done) if isinstance(done, DistillReport) else show_plan(done)
 
 
 def _go_on_training(options: Mapping[str, Any]) -> str:
@@ -161,6 +162,15 @@ def _inspect() -> Callable[..., None]:
 
 def _unchanged(_: Mapping[str, Any]) -> str:
     return "the cache is as it was"
+
+
+@app.command("runs")
+def _runs() -> Callable[..., None]:
+    """List the students below a directory: settings, losses and evaluations."""
+    from adpa.pipeline.runs import list_runs
+    from adpa.pipeline.terminal.runs import show_runs
+
+    return as_command(list_runs, show_runs, arguments=["directory"])
 
 
 @app.command("lab")

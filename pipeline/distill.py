@@ -316,7 +316,7 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        steps.write_result(run, in_training, origin, asdict(report), trainer)
+        steps.write_result(run, sources, in_training, origin, asdict(report), trainer, options, defaults)
     return report
 
 

@@ -9,7 +9,7 @@ Shapes: P distinct prompts, M responses to each, T tokens of a response.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +58,7 @@ from adpa.pipeline.options import (
 from adpa.pipeline.precompute import PrecomputeReport, precompute
 from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
 from adpa.pipeline.scoring.vllm_options import VllmOptions
+from adpa.pipeline.training.evaluations import record_evaluation
 
 NGRAM = 4
 NOTE = (
@@ -184,6 +185,7 @@ def evaluate(
     Raises:
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
     """
+    options = dict(locals())
     started = time.perf_counter()
     names = {"--student": student, "--baseline": baseline, "--teacher": teacher, "--reference": reference}
     check_not_empty(names)
@@ -244,7 +246,7 @@ def evaluate(
         by_student, by_baseline = ask(student=student), ask(student=baseline)
         mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
     assert mine.prompts == theirs.prompts, "both answer the same data"
-    return EvaluateReport(
+    report = EvaluateReport(
         student=mine.summary(),
         baseline=theirs.summary(),
         win_rate=_over_prompts(win_share(mine.reward, theirs.reward)),
@@ -264,6 +266,8 @@ def evaluate(
         note=NOTE,
         seconds=time.perf_counter() - started,
     )
+    record_evaluation(student, options, asdict(report))
+    return report
 
 
 def _check_inputs(

@@ -121,7 +121,9 @@ def steps_between(start: int, end: int, examples: int, run: Run) -> Iterator[Ste
         yield [micro for of_rank in mine for micro in of_rank if micro]
 
 
-def batch_size(examples: TrainingExamples, numbers: Sequence[int], counts: Sequence[bool], packing: Packing) -> BatchSize:
+def batch_size(
+    examples: TrainingExamples, numbers: Sequence[int], counts: Sequence[bool], packing: Packing
+) -> BatchSize:
     """The size of a micro-batch.
 
     Args:

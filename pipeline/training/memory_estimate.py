@@ -91,9 +91,7 @@ class FakeStudent:
         return sum(storage.nbytes() for storage in saved.values())
 
 
-def estimate_memory(
-    student: FakeStudent, sequences: int, tokens: int, rows: int, run: Run
-) -> MemoryEstimate:
+def estimate_memory(student: FakeStudent, sequences: int, tokens: int, rows: int, run: Run) -> MemoryEstimate:
     """The memory of a rank at the peak of a step.
 
     Args:

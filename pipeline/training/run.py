@@ -45,6 +45,7 @@ from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
+from adpa.pipeline.training.model_card import CARD, card_facts, write_card
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
@@ -366,6 +367,7 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
     trainer.save_student(run.output / ADAPTER)
     if this_rank() != 0:
         return
+    (run.output / ADAPTER / CARD).unlink(missing_ok=True)  # PEFT's has nothing but the path of the base
     with loading_whole(run.arguments):
         dtype = sources.checkpoint.dtype_name(run.dtype)
         merged = merge_adapters(sources.checkpoint, run.output / ADAPTER, dtype)
@@ -376,9 +378,19 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
 
 
 def write_result(
-    run: Run, student: Student, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer
+    run: Run,
+    sources: Sources,
+    student: Student,
+    origin: Mapping[str, Any],
+    report: Mapping[str, Any],
+    trainer: DistillTrainer,
+    chosen: Mapping[str, Any],
+    usual: Mapping[str, Any],
 ) -> None:
-    """Writes adpa.json of a finished run: its origin, its report, and its logs; and the picture of these logs."""
+    """Writes adpa.json of a finished run, the curves of its logs, and its model card.
+
+    ``chosen`` and ``usual`` are as in ``warn_before``.
+    """
     if this_rank() != 0:
         return
     from adpa.pipeline.training.curves import CURVES, draw_curves  # matplotlib, which nothing before needs
@@ -393,6 +405,9 @@ def write_result(
         "student_before": trainer.student_before,
         "losses": trainer.losses,
     }
-    record = {**origin, **result}
+    before = sources.checkpoint
+    changed = {name: value for name, value in chosen.items() if value != usual[name]}
+    record = {**origin, **result, **card_facts(changed, sources.selection, before.identity, before.directory)}
     write_record(run.output, record)
     write_file(run.output / CURVES, draw_curves(record).encode())
+    write_card(run.output)

@@ -74,7 +74,7 @@ def as_command(
                 if this_rank() != 0:
                     return
                 write(done)
-                Console().print(show(done))
+                Console().print(show(done), crop=False)  # lines to copy stay whole
         except AdpaError as error:
             _fail(error, debug, error.exit_code)
         except (KeyboardInterrupt, Ended) as stop:
