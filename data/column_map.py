@@ -61,7 +61,7 @@ def used_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) 
         raise DataError(f"{source}: {problem[0]}", problem[1])
     new = {name: column for column, name in columns.items()}
     renamed = [new.get(name, name) for name in names]
-    if wrong := missing_columns(tuple(renamed)):
+    if wrong := missing_columns(tuple(renamed), describe_map(columns)):
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
     for column in READ_COLUMNS:
         if renamed.count(column) > 1:
