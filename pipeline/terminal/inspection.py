@@ -50,7 +50,7 @@ def _show_summary(summary: SignalSummary) -> RenderableType:
         table.add_column(name, justify="right", min_width=7)  # -18.434
     rows = [{"mean": values.mean} | values.quantiles for values in distributions.values()]
     for name in rows[0]:
-        table.add_row(name, *(f"{row[name]:.3f}" for row in rows))
+        table.add_row(name, *(f"{row[name]:z.3f}" for row in rows))
     reference = "no reference" if summary.reference is None else f"reference {summary.reference}"
     lines = [
         f"teacher {summary.teacher}, {reference}",

@@ -73,8 +73,8 @@ img { max-width: 100%; background: #ffffff; }
 <thead><tr><th>per token</th><th>mean</th>{% for name in quantiles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, values in summary.distributions().items() %}
-<tr><td>{{ name }}</td><td>{{ "%.3f" % values.mean }}</td>
-{%- for value in values.quantiles.values() %}<td>{{ "%.3f" % value }}</td>{% endfor %}</tr>
+<tr><td>{{ name }}</td><td>{{ "{:z.3f}".format(values.mean) }}</td>
+{%- for value in values.quantiles.values() %}<td>{{ "{:z.3f}".format(value) }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>

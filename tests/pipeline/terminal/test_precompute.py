@@ -70,8 +70,8 @@ def test_what_is_left_out_or_repeated_stands_with_the_pairs() -> None:
 
 
 def test_counts_of_what_is_rare_are_shown_where_they_are_not_zero() -> None:
-    rare = ("resumed", "resumed halves", "resumed samples", "sampled", "awaited", "thinking left out")
-    rare += ("truncated prompts", "truncated responses", "tokens", "bytes")
+    rare = ["resumed", "resumed halves", "resumed samples", "sampled", "awaited", "thinking left out"]
+    rare += ["truncated prompts", "truncated responses", "tokens", "bytes"]
     assert not {name for name, _ in shown(REPORT)} & set(rare)
     report = replace(REPORT, resumed=1, resumed_halves=2, resumed_samples=3, sampled=4, awaited=5, thinking_left_out=6)
     lines = dict(shown(replace(report, truncated_prompts=7, truncated_responses=8, tokens=9, bytes=10)))
