@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.batches import SequenceSize, TrainingExamples, collate
+from adpa.data.batches import TrainingExamples, collate
 from adpa.data.pieces import texts_in_place
 from adpa.data.sequences import Packing
 from adpa.data.steps import StepSampler
@@ -121,7 +121,9 @@ def steps_between(start: int, end: int, examples: int, run: Run) -> Iterator[Ste
         yield [micro for of_rank in mine for micro in of_rank if micro]
 
 
-def batch_size(examples: TrainingExamples, numbers: Sequence[int], counts: Sequence[bool], packing: Packing) -> BatchSize:
+def batch_size(
+    examples: TrainingExamples, numbers: Sequence[int], counts: Sequence[bool], packing: Packing
+) -> BatchSize:
     """The size of a micro-batch.
 
     Args:

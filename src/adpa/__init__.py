@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adpa.pipeline.evaluate import EvaluateReport, evaluate
     from adpa.pipeline.inspect import InspectReport, inspect_cache
     from adpa.pipeline.precompute import PrecomputeReport, precompute
+    from adpa.pipeline.training.distill_plan import DistillPlan
 
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
@@ -39,7 +40,7 @@ STAGES = {
     "cache.merge": ("MergeReport", "merge_cache"),
     "cache.pack": ("PackReport", "pack_cache"),
     "cache.verify": ("VerifyReport", "verify_cache"),
-    "distill": ("DistillReport", "distill"),
+    "distill": ("DistillPlan", "DistillReport", "distill"),
     "evaluate": ("EvaluateReport", "evaluate"),
     "inspect": ("InspectReport", "inspect_cache"),
     "precompute": ("PrecomputeReport", "precompute"),
@@ -47,6 +48,7 @@ STAGES = {
 
 __all__ = [
     "CacheListing",
+    "DistillPlan",
     "DistillReport",
     "EvaluateReport",
     "ExportReport",
