@@ -10,6 +10,7 @@ from adpa.data.cache.locations import Location
 from adpa.data.cache.names import WHOLE_SET, find_sets
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName, ResponseSet, read_response_sets
 from adpa.data.cache.selection import Need, Selection, complete_groups, missing_signals
+from adpa.data.cache.signals import ModelIdentity
 from adpa.errors import CacheError, OptionError
 
 OPTION = "--validation"
@@ -74,7 +75,7 @@ def select_held_out(
     cache: Location,
     text: str,
     needs: Mapping[ResponseName, Need],
-    student: str,
+    student: ModelIdentity,
     training: Selection,
     earlier: Mapping[ResponseName, str] = {},  # only read
 ) -> Selection:
@@ -84,7 +85,7 @@ def select_held_out(
         cache: the cache's directory.
         text: see ``find_named``.
         needs: the needs of the run, by response set.
-        student: digest of the student's weights; sampled responses must be its own.
+        student: the student; sampled responses must be its own.
         training: the response sets and the scoring that are trained on.
         earlier: the ids of the response sets of the run that this one resumes: they go before newer ones.
 
@@ -93,14 +94,18 @@ def select_held_out(
     """
     present = list(read_response_sets(cache))
     named = [one for one in find_named(text, present) if one.id not in training.ids["responses"].values()]
-    missing = [name for name in needs if not any(one.info.name == name and _is_of(one, student) for one in named)]
-    command = _precompute(cache, text, named, "sampled" in needs, training)
+    missing = [
+        name for name in needs if not any(one.info.name == name and _is_of(one, student.digest) for one in named)
+    ]
+    command = _precompute(cache, text, named, training) + (f" --student {student.name}" if "sampled" in missing else "")
     if missing:
-        whose = f" of this student ({student[:8]})" if "sampled" in missing else ""
+        whose = " of this student" if "sampled" in missing else ""
         raise CacheError(
             f"{OPTION} {text}: the cache has no {' and no '.join(missing)} responses of it{whose}", command
         )
-    groups = complete_groups([one for one in named if one.info.name in needs and _is_of(one, student)], list(needs))
+    groups = complete_groups(
+        [one for one in named if one.info.name in needs and _is_of(one, student.digest)], list(needs)
+    )
     encoding = next(iter(training.sets.values())).info.encoding
     fitting = [group for group in groups if next(iter(group.values())).info.encoding == encoding]
     if not fitting:
@@ -134,7 +139,7 @@ def _validation_of(combination: Combination) -> str:
     return f"{OPTION} {','.join(one.shard_prefix() for one in combination.sets.values())}"
 
 
-def _precompute(cache: Location, text: str, named: Sequence[ResponseSet], sampled: bool, training: Selection) -> str:
+def _precompute(cache: Location, text: str, named: Sequence[ResponseSet], training: Selection) -> str:
     """What makes responses and signals of the data that the training data has already."""
     record = next((one.record for one in named if one.record), None)
     data = [text] if record is None else [record.data, *(["--split", record.split] if record.split else [])]
@@ -142,4 +147,4 @@ def _precompute(cache: Location, text: str, named: Sequence[ResponseSet], sample
     if scoring := training.scoring:
         words += ["--teacher", scoring.teacher.name, "--top-k", str(scoring.top_k)]
         words += ["--reference", scoring.reference.name] if scoring.reference else []
-    return f"run adpa precompute {shlex.join(words)}" + (" with --student as before" if sampled else "")
+    return f"run adpa precompute {shlex.join(words)}"

@@ -173,7 +173,7 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
         others = held_out_ids(data, list(read_response_sets(cache)), response_sets) if data else ()
         selection = select(cache, run.needs, digest, scoring, response_sets, earlier, others)
         tokenizer = _check_student(checkpoint, cache, selection)
-        second = select_held_out(cache, data, run.needs, digest, selection, held_out) if data else None
+        second = select_held_out(cache, data, run.needs, checkpoint.identity, selection, held_out) if data else None
         if second is not None:
             _check_student(checkpoint, cache, second)
         return Sources(

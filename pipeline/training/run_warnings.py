@@ -73,7 +73,7 @@ def _evaluation_warnings(steps: int, evaluations: int, chosen: Mapping[str, Any]
     if patience and patience >= evaluations - 1:
         warnings.append(
             f"--early-stopping-patience {patience} has no effect: the run has {_count(evaluations, 'evaluation')}, and "
-            f"can stop at evaluation {patience + 2:,} at the earliest"
+            f"can stop at evaluation {patience + 1:,} at the earliest"
         )
     return warnings
 

@@ -42,9 +42,8 @@ class HeldOutLosses:
         self._names = names
         self._weights_S3 = weights_S3.double()
         measured_S3 = weights_S3 != 0
-        measured_S3[: len(with_signals), TermWeights._fields.index("kl")] |= torch.tensor(with_signals).to(
-            weights_S3.device
-        )
+        kl, has_signals = TermWeights._fields.index("kl"), torch.tensor(with_signals, dtype=torch.bool)
+        measured_S3[: len(has_signals), kl] |= has_signals.to(weights_S3.device)
         self._measured_S3 = measured_S3
         self.counts_S = measured_S3.any(dim=1).cpu()  # the sets whose tokens count
         self._plausibility = plausibility
