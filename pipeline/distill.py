@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, Protocol, cast, overload
 
@@ -26,6 +26,7 @@ from adpa.pipeline.training.ranges import check_ranges
 from adpa.pipeline.training.run_directory import check_output
 from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
+from adpa.pipeline.training.validation_settings import validation_arguments, validation_settings
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class DistillReport:
         tokens_per_second: tokens of prompts and responses, see ``DistillTrainer.tokens_per_second``.
         seconds: wall-clock time.
         warnings: warnings of the run.
+        validation_examples: number of held-out examples.
+        validation: the losses on them of the trained student, by their keys in a log; empty without any.
+        best_step: the step with the lowest loss on them.
+        stopped_early: whether the run ended before its last step, because this loss rose.
     """
 
     objective: ObjectiveName
@@ -65,6 +70,10 @@ class DistillReport:
     tokens_per_second: float
     seconds: float
     warnings: list[str]
+    validation_examples: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 Options = ParamSpec("Options")
@@ -256,15 +265,20 @@ def distill(
         "seed": seed,
         "logging_steps": logging_steps,
         "save_steps": save_steps or 500,
+        "save_strategy": "steps" if save_steps else "no",
         "report_to": read_trackers(report_to),
     }
-    overrides = {"save_strategy": "steps" if save_steps else "no"} | read_overrides(set or [], options)
+    overrides = read_overrides(set or [], options)
+    validating = validation_settings(validation, eval_steps, early_stopping_patience, load_best_model_at_end)
+    of_options |= validation_arguments(validating, of_options["per_device_train_batch_size"], save_steps, overrides)
     check_schedule(lr_scheduler_type, overrides.get("lr_scheduler_kwargs"), learning_rate)
     check_optimizer(overrides.get("optim", BUILT_IN), overrides.get("optim_args"))
     check_output(output, resume_from_checkpoint, cache, student)
     from adpa.pipeline.training.inputs import check_inputs, find_needs  # a client of the Hub: not for --help
 
-    check_inputs(find_needs(terms), student, cache, scoring, response_set or ())
+    check_inputs(
+        find_needs(terms), student, cache, scoring, response_set or (), validating.data if validating else None
+    )
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps
@@ -283,6 +297,7 @@ def distill(
         packing=packing,
         output=output,
         resume_from_checkpoint=resume_from_checkpoint,
+        validation=validating,
         arguments=arguments,
     )
     sources = steps.open_sources(run, student, cache, scoring, response_set or ())
@@ -314,6 +329,7 @@ def distill(
             tokens_per_second=trainer.tokens_per_second,
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
+            **trainer.evaluation,
         )
         steps.write_result(run, origin, asdict(report), trainer)
     return report

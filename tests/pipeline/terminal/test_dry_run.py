@@ -34,6 +34,7 @@ PLAN = DistillPlan(
     responses={"chosen": "5b19f7cbacc6214a", "sampled": "c2c3870c6001bd84"},
     data="prefs.jsonl",
     examples=20,
+    validation_examples=0,
     steps=7,
     steps_done=2,
     steps_per_epoch=5,

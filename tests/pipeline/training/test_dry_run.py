@@ -94,6 +94,15 @@ def test_a_resumed_run_has_the_steps_that_are_left(few_words: Filled, tmp_path: 
     assert (ended.tokens, ended.memory, ended.first_batch) == (None, None, [])
 
 
+def test_held_out_examples_are_counted_apart(filled: Filled) -> None:
+    whole, part = plan_of(filled, "sft"), plan_of(filled, "sft", validation="0.25")
+    assert (whole.examples, whole.validation_examples) == (8, 0)
+    assert (part.examples, part.validation_examples) == (6, 2)
+    assert part.tokens is not None
+    assert whole.tokens is not None
+    assert part.tokens.trained.total < whole.tokens.trained.total
+
+
 def text_of(plan: DistillPlan, number: int, trained: bool) -> str:
     return "".join(piece.text for piece in plan.first_batch[number].pieces if piece.trained == trained)
 
