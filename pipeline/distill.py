@@ -28,6 +28,12 @@ from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
 from adpa.pipeline.training.validation_settings import validation_arguments, validation_settings
 
+# Options that Trainer has, too, by the same name.
+TRAINER_HAS = (
+    "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "gradient_checkpointing", "bf16", "seed", "logging_steps",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DistillReport:
@@ -250,20 +256,9 @@ def distill(
     _check_dtype_and_device(dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit)
-    of_options: dict[str, Any] = {
+    of_options: dict[str, Any] = {name: options[name] for name in TRAINER_HAS} | {
         "output_dir": str(output),
-        "learning_rate": learning_rate,
-        "num_train_epochs": num_train_epochs,
-        "max_steps": max_steps,
         **batch_arguments(batch_size, micro_batch_size),
-        "lr_scheduler_type": lr_scheduler_type,
-        "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "gradient_checkpointing": gradient_checkpointing,
-        "bf16": bf16,
-        "seed": seed,
-        "logging_steps": logging_steps,
         "save_steps": save_steps or 500,
         "save_strategy": "steps" if save_steps else "no",
         "report_to": read_trackers(report_to),

@@ -7,7 +7,6 @@ import pytest
 from tests.commands import refusals
 
 from adpa.errors import OptionError
-from adpa.pipeline.training.run_warnings import length_warnings
 from adpa.pipeline.training.validation_settings import validation_arguments, validation_settings
 
 DISTILL = "distill --objective dckd --student S --cache C --output O"
@@ -95,36 +94,3 @@ def test_anything_else_names_data(value: str) -> None:
 def test_the_same_shares_are_refused_in_python(value: Any) -> None:
     with pytest.raises(OptionError, match="--validation"):
         validation_settings(value, None, None, False)
-
-
-USUAL: dict[str, Any] = {
-    "batch_size": 4,
-    "max_steps": -1,
-    "num_train_epochs": 1.0,
-    "warmup_steps": 0,
-    "lr_scheduler_type": "constant",
-    "learning_rate": 1e-5,
-    "logging_steps": 10,
-    "save_steps": 0,
-    "validation": None,
-    "eval_steps": None,
-    "early_stopping_patience": None,
-}
-
-
-def warnings(**chosen: Any) -> list[str]:
-    return length_warnings(40, USUAL | {"validation": "0.1"} | chosen, USUAL)
-
-
-def test_a_run_too_short_for_its_evaluations_is_told_so() -> None:
-    assert warnings() == warnings(eval_steps=10) == warnings(eval_steps=2, early_stopping_patience=3) == []
-    assert warnings(eval_steps=11) == ["--eval-steps 11: the run has 10 steps; only the last is evaluated"]
-    assert warnings(early_stopping_patience=1) == [
-        "--early-stopping-patience 1 has no effect: the run has 1 evaluation, and can stop at evaluation 2 at the "
-        "earliest"
-    ]
-    assert warnings(early_stopping_patience=4, eval_steps=2) == [
-        "--early-stopping-patience 4 has no effect: the run has 5 evaluations, and can stop at evaluation 5 at the "
-        "earliest"
-    ]
-    assert warnings(early_stopping_patience=1, num_train_epochs=3.0) == []
