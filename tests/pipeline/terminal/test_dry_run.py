@@ -124,5 +124,5 @@ def test_the_command_shows_the_plan_and_writes_it_as_json(runner: CliRunner, fil
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_after_a_stop_nothing_was_written(dry_run: bool, tmp_path: Path) -> None:
     (tmp_path / "adpa.json").touch()
-    options = {"dry_run": dry_run, "output": tmp_path, "save_steps": 0, "resume_from_checkpoint": None}
+    options = {"dry_run": dry_run, "output": tmp_path, "save_steps": 1, "resume_from_checkpoint": None}
     assert (cli._go_on_training(options) == "nothing was written") == dry_run
