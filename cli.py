@@ -130,7 +130,7 @@ def _go_on_training(options: Mapping[str, Any]) -> str:
         return "nothing was written"
     if not any(options["output"].glob("*")):
         return "nothing was written; the same command starts anew"
-    if not options["save_steps"]:
+    if not (options["save_steps"] or options["load_best_model_at_end"]):
         return f"start anew in another --output than {options['output']}; --save-steps N keeps checkpoints"
     if options["resume_from_checkpoint"] == "last":
         return "the same command goes on from the newest checkpoint"

@@ -8,6 +8,7 @@ Shapes: B sequences, L tokens of the longest, N response tokens of the batch, K 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,6 +109,22 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def with_signals(self) -> list[bool]:
+        """Whether each training set has signals."""
+        return [signals is not None for signals in self._signals]
+
+    def prompts(self) -> list[bytes]:
+        """The prompt of each example: its token ids as bytes."""
+        firsts = [places[0] for places in self._places]
+        return [self._sequences[number][row].prompt_ids.tobytes() for number, row in firsts]
+
+    def subset(self, indices: Sequence[int]) -> "TrainingExamples":
+        """Some of the examples, in this order."""
+        part = copy(self)
+        part._places = [self._places[index] for index in indices]
+        return part
 
     def lengths(self, index: int) -> list[int]:
         """Tokens of each sequence of an example, without reading it."""

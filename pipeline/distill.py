@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, Protocol, cast, overload
 
@@ -27,6 +27,13 @@ from adpa.pipeline.training.ranges import check_ranges
 from adpa.pipeline.training.run_directory import check_output
 from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
+from adpa.pipeline.training.validation_settings import validation_arguments, validation_settings
+
+# Options that Trainer has, too, by the same name.
+TRAINER_HAS = (
+    "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "gradient_checkpointing", "bf16", "seed", "logging_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,10 @@ class DistillReport:
         tokens_per_second: tokens of prompts and responses, see ``DistillTrainer.tokens_per_second``.
         seconds: wall-clock time.
         warnings: warnings of the run.
+        validation_examples: number of held-out examples.
+        validation: the losses on them of the trained student, by their keys in a log; empty without any.
+        best_step: the step with the lowest loss on them.
+        stopped_early: whether the run ended before its last step, because this loss rose.
     """
 
     objective: ObjectiveName
@@ -66,6 +77,10 @@ class DistillReport:
     tokens_per_second: float
     seconds: float
     warnings: list[str]
+    validation_examples: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 Options = ParamSpec("Options")
@@ -240,30 +255,24 @@ def distill(
     _check_words(options)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit, lora_alpha, lora_dropout)
-    of_options: dict[str, Any] = {
+    of_options: dict[str, Any] = {name: options[name] for name in TRAINER_HAS} | {
         "output_dir": str(output),
-        "learning_rate": learning_rate,
-        "num_train_epochs": num_train_epochs,
-        "max_steps": max_steps,
         **batch_arguments(batch_size, micro_batch_size),
-        "lr_scheduler_type": lr_scheduler_type,
-        "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "gradient_checkpointing": gradient_checkpointing,
-        "bf16": bf16,
-        "seed": seed,
-        "logging_steps": logging_steps,
         "save_steps": save_steps or 500,
+        "save_strategy": "steps" if save_steps else "no",
         "report_to": read_trackers(report_to),
     }
-    overrides = {"save_strategy": "steps" if save_steps else "no"} | read_overrides(set or [], options)
+    overrides = read_overrides(set or [], options)
+    validating = validation_settings(validation, eval_steps, early_stopping_patience, load_best_model_at_end)
+    of_options |= validation_arguments(validating, of_options["per_device_train_batch_size"], save_steps, overrides)
     check_schedule(lr_scheduler_type, overrides.get("lr_scheduler_kwargs"), learning_rate)
     check_optimizer(overrides.get("optim", BUILT_IN), overrides.get("optim_args"))
     check_output(output, resume_from_checkpoint, cache, student)
     from adpa.pipeline.training.inputs import check_inputs, find_needs  # a client of the Hub: not for --help
 
-    check_inputs(find_needs(terms), student, cache, scoring, response_set or ())
+    check_inputs(
+        find_needs(terms), student, cache, scoring, response_set or (), validating.data if validating else None
+    )
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.pipeline.training import run as steps
@@ -282,6 +291,7 @@ def distill(
         packing=packing,
         output=output,
         resume_from_checkpoint=resume_from_checkpoint,
+        validation=validating,
         arguments=arguments,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
@@ -315,6 +325,7 @@ def distill(
             tokens_per_second=trainer.tokens_per_second,
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
+            **trainer.evaluation,
         )
         steps.write_result(run, sources, in_training, origin, asdict(report), trainer, options, defaults)
     return report

@@ -1,6 +1,6 @@
 """Chooses one of several combinations of response sets and scoring: the newest version, or the user chooses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from adpa.data.cache.responses import ResponseName, ResponseSet
@@ -27,8 +27,19 @@ def are_versions(fitting: Sequence[Combination]) -> bool:
     return None not in first and all(one == first for one in others)
 
 
-def choose(fitting: Sequence[Fitting]) -> Fitting:
+def options_of(combination: Combination) -> str:
+    """The options that choose a combination, to copy."""
+    scoring = combination.scoring
+    sets = [f"--response-set {one.shard_prefix()}" for one in combination.sets.values()]
+    return " ".join([*sets, *([] if scoring is None else [f"--scoring {scoring.id}"])])
+
+
+def choose(fitting: Sequence[Fitting], options: Callable[[Combination], str] = options_of) -> Fitting:
     """The one combination that fits, or the newest if all are versions of one data set.
+
+    Args:
+        fitting: the combinations.
+        options: the options that choose one of them, in words.
 
     Raises:
         ListedError: several fit that differ in more.
@@ -39,7 +50,7 @@ def choose(fitting: Sequence[Fitting]) -> Fitting:
     raise ListedError(
         f"{len(ordered)} combinations of responses and scoring fit",
         "choose one by the options at the end of its line",
-        *_lines(ordered),
+        *_lines(ordered, options),
     )
 
 
@@ -57,25 +68,18 @@ def made_from(combination: Combination, newest_of: int) -> str:
     return data if newest_of == 1 else f"newest of {newest_of} sets made from {data}"
 
 
-def options_of(combination: Combination) -> str:
-    """The options that choose a combination, to copy."""
-    scoring = combination.scoring
-    sets = [f"--response-set {one.shard_prefix()}" for one in combination.sets.values()]
-    return " ".join([*sets, *([] if scoring is None else [f"--scoring {scoring.id}"])])
-
-
 def _recipe(combination: Combination) -> list[object]:
     scoring = combination.scoring
     return [*(one.recipe for one in combination.sets.values()), "" if scoring is None else scoring.id]
 
 
-def _lines(fitting: Sequence[Combination]) -> list[str]:
+def _lines(fitting: Sequence[Combination], options: Callable[[Combination], str]) -> list[str]:
     """A line for each combination: its responses and their data, what else differs, the options."""
     facts = [_facts(one) for one in fitting]
     differing = [number for number, values in enumerate(zip(*facts, strict=True)) if len({*values}) > 1]
     return [
         ", ".join(fact for number, fact in enumerate(of_one) if fact and (number < 2 or number in differing))
-        + f": {options_of(one)}"
+        + f": {options(one)}"
         for of_one, one in zip(facts, fitting, strict=True)
     ]
 

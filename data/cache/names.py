@@ -16,7 +16,7 @@ WHOLE_SET = re.compile(rf"({'|'.join(RESPONSE_NAMES)})[- ]+([0-9a-f]{{16}})(?![0
 WHOLE_SCORING = re.compile(r"(?:^|scorings?[ /]+|by )([0-9a-f]{16})(?![0-9a-f])")
 
 
-def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
+def find_sets(text: str, present: Sequence[ResponseSet], option: str = "--response-set") -> list[ResponseSet]:
     """The response sets that a text names: all sets of a name such as ``chosen``, or one set.
 
     One set is named by its id or name and id, by the beginning of either, or by any text with its name and id, such as
@@ -26,7 +26,7 @@ def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
         OptionError: the text is empty.
         CacheError: no set fits, or a beginning fits several.
     """
-    text = _tidy("--response-set", text)
+    text = _tidy(option, text)
     whole = WHOLE_SET.findall(text.lower())
     beginning = "-".join(whole[-1]) if whole else text.lower().removeprefix("responses/")
     if beginning in RESPONSE_NAMES:
@@ -34,9 +34,9 @@ def find_sets(text: str, present: Sequence[ResponseSet]) -> list[ResponseSet]:
     else:
         fitting = [one for one in present if _begins(beginning, one.id, one.shard_prefix())]
         if len(fitting) > 1:
-            raise _several("--response-set", text, "response sets", list(map(_set_line, fitting)))
+            raise _several(option, text, "response sets", list(map(_set_line, fitting)))
     if not fitting:
-        raise _none("--response-set", text, present, list(map(_set_line, present)), "response sets")
+        raise _none(option, text, present, list(map(_set_line, present)), "response sets")
     return fitting
 
 

@@ -1,7 +1,7 @@
 """Selects the response sets and the scoring of a cache that a run reads."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
@@ -87,6 +87,7 @@ def select(
     scoring: str | None = None,
     response_sets: Sequence[str] = (),
     earlier: Mapping[str, Any] = {},  # only read
+    held_out: Collection[str] = (),
 ) -> Selection:
     """Finds the combination of response sets and scoring that has everything: the one that fits, or the newest version.
 
@@ -97,6 +98,7 @@ def select(
         scoring: the scoring to use, as ``find_scoring`` takes it; default: the one that fits.
         response_sets: the response sets to use, each as ``find_sets`` takes it; of a name without one, all.
         earlier: the ``ids`` of the run that this one resumes: they go before newer ones.
+        held_out: ids of response sets that are not trained on.
 
     Raises:
         CacheError: no combination fits, several do that are not versions of one data set, or the newest version lacks
@@ -104,7 +106,7 @@ def select(
         DamagedFileError: a file of the cache is damaged.
     """
     check_cache(cache)
-    every = list(read_response_sets(cache))
+    every = [one for one in read_response_sets(cache) if one.id not in held_out]
     present = _narrow(every, list(needs), response_sets)
     usable = [one for one in present if one.info.sampling is None or one.info.sampling.student == student]
     groups = complete_groups(usable, list(needs))
@@ -134,7 +136,7 @@ def _scored(
     lacks = [
         (one, f"scoring {one.scoring.id} {reason}")
         for one in pairs
-        if one.scoring and one.signals and (reason := _lacks(one.sets, one.scoring, one.signals, needs))
+        if one.scoring and one.signals and (reason := missing_signals(one.sets, one.scoring, one.signals, needs))
     ]
     if len(lacks) == len(pairs):
         problem = f"{cache}: no scoring has the signals that are needed"
@@ -191,7 +193,7 @@ def select_scored(
     scored, left_out = [], []
     for responses in matching:
         name = responses.info.name
-        lacks = [_lacks({name: responses}, entry, table, {name: Need(True, False)}) for entry, table in tables]
+        lacks = [missing_signals({name: responses}, entry, table, {name: Need(True, False)}) for entry, table in tables]
         scored += [ScoredSet(responses, *pair) for pair, lack in zip(tables, lacks, strict=True) if not lack]
         if all(lacks):
             reasons = ", ".join(f"scoring {entry.id} {lack}" for (entry, _), lack in zip(tables, lacks, strict=True))
@@ -303,7 +305,7 @@ def _found(problem: str, fix: str, found: Sequence[str]) -> CacheError:
     return CacheError("; found ".join([problem, *found]), fix)
 
 
-def _lacks(
+def missing_signals(
     group: Mapping[ResponseName, ResponseSet], scoring: Scoring, table: SignalTable, needs: Mapping[ResponseName, Need]
 ) -> str:
     """The reason why a scoring does not fit, as the end of a sentence; empty if it fits."""

@@ -24,7 +24,8 @@ TRAINED, PROMPT, LEFT_OUT = Style(bold=True, color="green"), Style(), Style(ital
 
 def show_plan(plan: DistillPlan) -> RenderableType:
     """What the run is, its tokens, its memory, and its first batch as text."""
-    leave_out = ["tokens", "memory", "first_batch", *(["steps_done"] if not plan.steps_done else [])]
+    zeros = [name for name in ("steps_done", "validation_examples") if not getattr(plan, name)]
+    leave_out = ["tokens", "memory", "first_batch", *zeros]
     shown: list[RenderableType] = [show_report("distill --dry-run", plan, leave_out)]
     if plan.tokens is None or plan.memory is None:
         shown.append(Text("\nNo step is left: the checkpoint is that of the last one."))

@@ -118,6 +118,7 @@ class DistillPlan:
         responses: id of each response set, by name.
         data: the data that they were made from, and when; and of how many versions they are the newest.
         examples: number of preference pairs.
+        validation_examples: number of held-out examples.
         steps: optimizer steps in all.
         steps_done: steps before the checkpoint that it resumes from.
         steps_per_epoch: optimizer steps of one pass over the examples.
@@ -140,6 +141,7 @@ class DistillPlan:
     responses: dict[str, str]
     data: str
     examples: int
+    validation_examples: int
     steps: int
     steps_done: int
     steps_per_epoch: int

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.batches import SequenceSize, TrainingExamples, collate
+from adpa.data.batches import TrainingExamples, collate
 from adpa.data.pieces import texts_in_place
 from adpa.data.sequences import Packing
 from adpa.data.steps import StepSampler
@@ -59,7 +59,7 @@ def plan_run(
         OptionError: the student lacks a layer that ``--lora-target`` names, or has a smaller one than ``--lora-rank``.
     """
     arguments = run.arguments
-    examples = TrainingExamples(sources.selection.training_sets(run.needs))
+    examples = sources.examples.trained
     total = number_of_steps(len(examples), run.batch_size, arguments.num_train_epochs, arguments.max_steps)
     done = 0 if start is None else int(json.loads((start / STATE).read_text())["global_step"])
     dtype = sources.checkpoint.dtype_name(run.dtype)
@@ -71,13 +71,15 @@ def plan_run(
     counts = [any(term) for term in run.terms.values()]
     to_come = list(steps_between(done, total, len(examples), run))
     sizes = [[batch_size(examples, micro, counts, run.packing) for micro in step] for step in to_come]
+    turn_end = next(iter(sources.selection.sets.values())).info.turn_end
+    ends = [turn_end, *sources.checkpoint.eos_token_ids]
     memory, first = None, list[PlannedSequence]()
     if to_come:
         micro_batches = zip(chain(*to_come), chain(*sizes), strict=True)
         largest, size = max(micro_batches, key=lambda one: one[1].computed)
         sequences = sum(len(examples.sizes(number)) for number in largest)
         memory = estimate_memory(student, sequences, size.computed, size.trained, run)
-        first = show_batch(examples, to_come[0][0], run, sources.tokenizer, sources.ends)
+        first = show_batch(examples, to_come[0][0], run, sources.tokenizer, ends)
     return DistillPlan(
         objective=run.objective,
         output=str(run.output),
@@ -85,6 +87,7 @@ def plan_run(
         responses=origin["responses"],
         data=sources.data,
         examples=len(examples),
+        validation_examples=len(sources.examples.held_out or ()),
         steps=total,
         steps_done=done,
         steps_per_epoch=-(-len(examples) // run.batch_size),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from adpa.data.cache.format import check_cache
+from adpa.data.cache.held_out_sets import held_out_ids
 from adpa.data.cache.locations import Location
 from adpa.data.cache.names import find_sets
 from adpa.data.cache.responses import ResponseName, read_response_sets
@@ -26,8 +27,11 @@ def check_inputs(
     cache: Location,
     scoring: str | None,
     response_sets: Sequence[str],
+    held_out: str | None,
 ) -> None:
     """Checks what a run reads, before the long imports; the arguments are those of ``distill``.
+
+    ``held_out`` is the second data set of ``--validation``, if it names one.
 
     Of several ranks one alone must not stop: there ``open_sources`` finds the same, on all of them.
 
@@ -38,22 +42,26 @@ def check_inputs(
         return
     for name in response_sets:
         check_not_empty({"--response-set": name})
-    _check_sets(cache, needs, response_sets)
+    _check_sets(cache, needs, response_sets, held_out)
     if any(need.signals for need in needs.values()):
         _check_scorings(cache, scoring, any(need.advantages for need in needs.values()))
     check_models({"--student": student})
 
 
-def _check_sets(cache: Location, needs: Mapping[ResponseName, Need], response_sets: Sequence[str]) -> None:
+def _check_sets(
+    cache: Location, needs: Mapping[ResponseName, Need], response_sets: Sequence[str], held_out: str | None
+) -> None:
     check_cache(cache)
     for name in needs:
         if not list_shards(cache / "responses", name):  # select reads the sets: here their names are enough
             how = "with --student" if name == "sampled" else f"--responses {name}"
             raise CacheError(f"{cache}: the cache has no {name} responses", f"run adpa precompute {how}")
-    if response_sets:
+    if response_sets or held_out:
         present = list(read_response_sets(cache))
         for text in response_sets:
             find_sets(text, present)
+        if held_out:
+            held_out_ids(held_out, present, response_sets)
 
 
 def _check_scorings(cache: Location, scoring: str | None, advantages: bool) -> None:

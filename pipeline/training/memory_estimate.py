@@ -22,6 +22,7 @@ from adpa.pipeline.training.run import Run
 # 32 bits for 256 such blocks (QLoRA, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 ADAM_STATES = 2  # numbers for each trained one: of an optimizer that cannot be tried
+FOLLOWED = 4  # layers: neighbours may differ, such as those with a sliding window
 TRIAL_WIDTH = 256  # of the layer on which an optimizer is tried: large enough for states of 8 bits
 SHARDED = {"FSDP2": 3, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}  # optimizer, then gradients, then weights
 
@@ -33,45 +34,59 @@ class FakeStudent:
         model: the student on the meta device.
         device: the device of training.
         add_adapters: adds adapters to a model; None to train all weights.
+
+    Attributes:
+        model: the student.
+        parameters: its parameters, tied ones once.
+        trained_parameters: those that are trained.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, add_adapters: Any = None) -> None:
         if model.config._attn_implementation == SDPA:
             model.set_attn_implementation(WITHOUT_PADDING)
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._device = device
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._trained: nn.Module = model if add_adapters is None else add_adapters(model)
         self.model = model
-        with self._mode:
-            model.to_empty(device=device)
-            self.trained: nn.Module = model if add_adapters is None else add_adapters(model)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Its parameters, tied ones once."""
-        return list(self.trained.parameters())
-
-    @property
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
-        return [each for each in self.parameters if each.requires_grad]
+        self.parameters = list(self._trained.parameters())
+        self.trained_parameters = [each for each in self.parameters if each.requires_grad]
 
     def activation_bytes(self, sequences: int, length: int, arguments: TrainingArguments) -> int | None:
         """Bytes that a forward pass keeps for the backward pass; None if it needs numbers, not only shapes.
 
         With gradient checkpointing these are the inputs of the layers, and all of one layer, which is computed again.
+        The model loses most of its layers: the first four stand for all, so that this takes no time.
         """
+        number = self.model.config.get_text_config().num_hidden_layers
+        layers = next(each for each in self.model.modules() if isinstance(each, nn.ModuleList) and len(each) == number)
+        del layers[FOLLOWED:]
         try:
-            whole = self._saved_bytes(sequences, length, arguments)
+            with self._mode:
+                self._trained.to_empty(device=self._device)
+            whole, layer = self._follow(layers, number, sequences, length, arguments)
             if not arguments.gradient_checkpointing:
-                return whole
+                return int(whole)
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            inputs = self._saved_bytes(sequences, length, arguments)
+            inputs, _ = self._follow(layers, number, sequences, length, arguments)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return None
-        return min(whole, inputs + (whole - inputs) // self.model.config.get_text_config().num_hidden_layers)
+        return int(inputs + layer)
+
+    def _follow(
+        self, layers: nn.ModuleList, number: int, sequences: int, length: int, arguments: TrainingArguments
+    ) -> tuple[float, float]:
+        """Bytes that are kept of all layers, and of one layer, from those of the first layers and of half of them."""
+        first = list(layers)
+        half = len(first) // 2
+        most = self._saved_bytes(sequences, length, arguments)
+        del layers[half:]
+        least = self._saved_bytes(sequences, length, arguments)
+        layers.extend(first[half:])
+        layer = (most - least) / (len(first) - half)
+        return most + layer * (number - len(first)), layer
 
     def _saved_bytes(self, sequences: int, length: int, arguments: TrainingArguments) -> int:
-        own = {each.untyped_storage()._cdata for each in self.parameters}
+        own = {each.untyped_storage()._cdata for each in self._trained.parameters()}
         saved: dict[int, Any] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -80,7 +95,7 @@ class FakeStudent:
                 saved[storage._cdata] = storage
             return tensor
 
-        self.trained.train()
+        self._trained.train()
         with (
             self._mode,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -13,10 +13,12 @@ import yaml
 
 from adpa.errors import OptionError, did_you_mean
 from adpa.pipeline.option_checks import AT_LEAST_0, COUNT, COUNT_OR_0, MORE_THAN_0, SHARE_BELOW_1
+from adpa.pipeline.training.validation_settings import OWN_FIELDS
 from adpa.yaml_options import as_number
 
 _BATCHES = "--batch-size sets the examples of a step, and --micro-batch-size says how many fit in memory at a time"
-_EVALUATION = "adpa evaluate compares students"
+_EVALUATION = "--validation and --eval-steps say when to evaluate, and losses are computed as in training"
+_BEST = "the best student is the one with the lowest loss on held-out examples"
 _ORDER = "every example is in one step of an epoch, in an order that --seed fixes"
 # Fields of TrainingArguments that adpa sets itself, so that a step does not depend on micro-batches and ranks.
 OWN_ARGUMENTS = {
@@ -39,8 +41,8 @@ OWN_ARGUMENTS = {
     "parallelism_config": "fsdp or deepspeed shards a student over ranks",
     "label_smoothing_factor": "losses are adpa's own",
     "eval_strategy": _EVALUATION,
-    "eval_on_start": _EVALUATION,
-    "load_best_model_at_end": _EVALUATION,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
     "resume_from_checkpoint": "--resume-from-checkpoint says it",
 }
 # The ranges of fields that are numbers; the others are 0 or more.
@@ -50,6 +52,7 @@ FIELD_RANGES = {
     "adam_epsilon": MORE_THAN_0,
     "neftune_noise_alpha": MORE_THAN_0,
     "save_total_limit": COUNT,
+    "per_device_eval_batch_size": COUNT,
     "torch_empty_cache_steps": COUNT,
     "dataloader_num_workers": COUNT_OR_0,
     "dataloader_prefetch_factor": COUNT,
@@ -71,7 +74,7 @@ def read_overrides(overrides: Sequence[str], options: Collection[str]) -> dict[s
         OptionError: no such field, adpa sets it itself, it is there twice, or its value is of another kind.
     """
     values: dict[str, Any] = {}
-    own = {name: _EVALUATION for name in field_types() if "eval" in name}
+    own = {name: _EVALUATION for name in field_types() if "eval" in name and name not in OWN_FIELDS}
     own |= {name: f"{_option(name)} says it" for name in options} | OWN_ARGUMENTS
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
@@ -158,8 +161,6 @@ def _read(override: str, key: str, text: str) -> Any:
 
 def _choose(key: str, text: str, known: Sequence[str]) -> str:
     name = text.strip("'\"").lower()
-    if key == "save_strategy" and name == "best":
-        raise OptionError(f"--set {key}={text}: adpa does not evaluate while it trains", "leave it out")
     if name not in known:
         nearest = did_you_mean(name, known)
         listed = "" if nearest else f"; expected one of {', '.join(known)}"

@@ -33,6 +33,8 @@ RANGES = {
     "weight_decay": AT_LEAST_0,
     "max_grad_norm": AT_LEAST_0,
     "seed": SEED,
+    "eval_steps": COUNT,
+    "early_stopping_patience": COUNT,
     "logging_steps": COUNT,
     "save_steps": COUNT_OR_0,
 }

@@ -5,7 +5,7 @@ Every rank takes every step.
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,18 +18,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
+    ProgressCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy, align_special_tokens
 
-from adpa.data.batches import TrainingExamples, collate
+from adpa.data.batches import collate
 from adpa.data.cache.choice import made_from
 from adpa.data.cache.files import write_file
+from adpa.data.cache.held_out_sets import held_out_ids, select_held_out
 from adpa.data.cache.locations import Location
-from adpa.data.cache.responses import ResponseName
+from adpa.data.cache.responses import ResponseName, read_response_sets
 from adpa.data.cache.selection import Need, Selection, select
 from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.sequences import Packing
@@ -42,7 +42,10 @@ from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.models.padding import check_padding
 from adpa.pipeline.options import DtypeName
+from adpa.pipeline.training.callbacks import EarlyStop, KeepEnds, name_failing_trackers
+from adpa.pipeline.training.examples import Examples, divide_examples
 from adpa.pipeline.training.inputs import find_needs
+from adpa.pipeline.training.log_lines import Bar, LogLines
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
 from adpa.pipeline.training.model_card import CARD, card_facts, write_card
@@ -54,6 +57,8 @@ from adpa.pipeline.training.run_warnings import length_warnings, unused_warnings
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
 from adpa.pipeline.training.training_arguments import TRAINING
+from adpa.pipeline.training.validation import evaluations_of, lost_best
+from adpa.pipeline.training.validation_settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,7 @@ ADAPTER = "adapter"
 # The fields of a report that adpa.json has too.
 REPORTED = (
     "data", "examples", "trained_parameters", "compute_dtype", "weights_dtype", "steps", "seconds", "tokens_per_second",
+    "validation_examples", "best_step", "stopped_early",
 )  # fmt: skip
 
 
@@ -78,6 +84,7 @@ class Run:
         packing: how a micro-batch places its sequences.
         output: directory of the trained student.
         resume_from_checkpoint: see ``find_start``.
+        validation: the held-out examples; None for none.
         arguments: Trainer's arguments.
         attn_implementation: see ``Checkpoint``.
         trust_remote_code: see ``Checkpoint``.
@@ -92,6 +99,7 @@ class Run:
     packing: Packing
     output: Path
     resume_from_checkpoint: str | None
+    validation: ValidationSettings | None
     arguments: TrainingArguments
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -104,22 +112,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Sources:
-    """The student before training, its data, and the teacher's tokenizer."""
+    """The student before training, its data, and the teacher's tokenizer.
+
+    Attributes:
+        checkpoint: the student.
+        selection: its response sets and their scoring.
+        tokenizer: the teacher's.
+        held_out: the response sets of a second data set that it is evaluated on, if there is one.
+        examples: the examples that it is trained on, and those that it is evaluated on.
+    """
 
     checkpoint: Checkpoint
     selection: Selection
     tokenizer: PreTrainedTokenizerBase
+    held_out: Selection | None
+    examples: Examples
 
     @property
     def data(self) -> str:
         """The data that the response sets were made from, in words."""
         return made_from(self.selection, self.selection.newest_of)
-
-    @property
-    def ends(self) -> list[int]:
-        """The ids that end a response: the end of a turn, and what ended the student's answers before training."""
-        turn_end = next(iter(self.selection.sets.values())).info.turn_end
-        return list(dict.fromkeys([turn_end, *self.checkpoint.eos_token_ids]))
 
 
 @dataclass(frozen=True)
@@ -167,8 +179,17 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
         if checkpoint.dtype_name(run.dtype) == "float16":
             raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
         earlier = earlier_ids(run.output, run.resume_from_checkpoint)
-        selection = select(cache, run.needs, checkpoint.identity.digest, scoring, response_sets, earlier)
-        return Sources(checkpoint, selection, _check_student(checkpoint, cache, selection))
+        held_out = earlier.pop("held out", None) or {}
+        digest, data = checkpoint.identity.digest, run.validation and run.validation.data
+        others = held_out_ids(data, list(read_response_sets(cache)), response_sets) if data else ()
+        selection = select(cache, run.needs, digest, scoring, response_sets, earlier, others)
+        tokenizer = _check_student(checkpoint, cache, selection)
+        second = select_held_out(cache, data, run.needs, checkpoint.identity, selection, held_out) if data else None
+        if second is not None:
+            _check_student(checkpoint, cache, second)
+        return Sources(
+            checkpoint, selection, tokenizer, second, divide_examples(run.needs, selection, second, run.validation)
+        )
 
     return on_all_ranks(open_on_this_rank)
 
@@ -186,7 +207,7 @@ def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection
 
 def describe_origin(run: Run, sources: Sources) -> dict[str, Any]:
     """The beginning of adpa.json: everything that a resumed run must have in common with its first part."""
-    selection = sources.selection
+    selection, held_out = sources.selection, sources.held_out
     arguments = {name: value for name, value in run.arguments.to_dict().items() if name in TRAINING}
     return {
         "objective": run.objective,
@@ -197,6 +218,7 @@ def describe_origin(run: Run, sources: Sources) -> dict[str, Any]:
         "lora": run.lora and run.lora.record,
         "training": arguments | {"batch_size": run.batch_size, "dtype": run.dtype},
         "sharding": sharding_name(run.arguments),
+        "validation": run.validation and run.validation.record | {"responses": held_out and held_out.ids["responses"]},
     }
 
 
@@ -232,8 +254,9 @@ def warn_before(
         chosen: the options of ``distill``, by name.
         usual: their defaults.
     """
-    examples = len(TrainingExamples(sources.selection.training_sets(run.needs)))
+    examples = len(sources.examples.trained)
     warnings = unused_warnings(run.terms, chosen, usual) + length_warnings(examples, chosen, usual)
+    warnings += sources.examples.warnings
     if run.resume_from_checkpoint == LAST and start is None:
         warnings.append(
             f"--resume-from-checkpoint {LAST}: no checkpoint in {run.output}; the run begins at its first step"
@@ -297,34 +320,6 @@ def own_output(run: Run, origin: Mapping[str, Any], start: Path | None) -> Itera
         yield
 
 
-class KeepEnds(TrainerCallback):
-    """Saves a student that ends its answers at the end of a turn, or at what ended them before training."""
-
-    def __init__(self, sources: Sources, model: PreTrainedModel) -> None:
-        self._ends = sources.ends
-        self._settings = model.generation_config
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Sets them: Trainer has just added the tokenizer's end of text."""
-        self._settings.eos_token_id = self._ends if len(self._ends) > 1 else self._ends[0]
-
-
-def name_failing_trackers(trainer: DistillTrainer) -> None:
-    """Makes a tracker that does not start, such as one without a login, an error of one line."""
-    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
-    for callback in trainer.callback_handler.callbacks:
-        if name := names.get(type(callback)):
-            callback.on_train_begin = partial(_start_tracker, name, callback.on_train_begin)
-
-
-def _start_tracker(name: str, begin: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    try:
-        begin(*arguments, **options)
-    except Exception as error:  # each tracker has errors of its own, and none of their classes is known here
-        problem = " ".join(str(error).split()) or type(error).__name__
-        raise OptionError(f"--report-to {name}: it does not start: {problem}", "log in, or leave it out") from error
-
-
 def train_student(
     run: Run,
     sources: Sources,
@@ -344,18 +339,30 @@ def train_student(
         plausibility=run.plausibility,
         model=student.trained,
         args=run.arguments,
-        train_dataset=TrainingExamples(sources.selection.training_sets(run.needs)),
+        train_dataset=sources.examples.trained,
+        eval_dataset=sources.examples.held_out,
         data_collator=partial(collate, packing=run.packing),
         packing=run.packing,
         processing_class=sources.tokenizer,
     )
     trainer.warnings += warnings
+    name_failing_trackers(trainer.callback_handler.callbacks)
+    turn_end = next(iter(sources.selection.sets.values())).info.turn_end
+    trainer.add_callback(KeepEnds(turn_end, sources.checkpoint.eos_token_ids, student.model.generation_config))
+    if run.validation and run.validation.patience:
+        trainer.add_callback(EarlyStop(run.validation.patience))
     trainer.remove_callback(PrinterCallback)
-    name_failing_trackers(trainer)
-    trainer.add_callback(KeepEnds(sources, student.model))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LogLines(list(trainer.weights), sources.examples.describe()))
+    if not run.arguments.disable_tqdm:
+        trainer.add_callback(Bar)
     if run.arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
         write_record(run.output, origin)  # a killed run can only resume with it
     trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if lost := lost_best(trainer.args, trainer.state):
+        trainer.warnings.append(lost)
+        if this_rank() == 0:
+            logger.warning(lost)
     return trainer
 
 
@@ -404,6 +411,7 @@ def write_result(
         "warnings": trainer.warnings,
         "student_before": trainer.student_before,
         "losses": trainer.losses,
+        "evaluations": evaluations_of(trainer.state.log_history),
     }
     before = sources.checkpoint
     changed = {name: value for name, value in chosen.items() if value != usual[name]}

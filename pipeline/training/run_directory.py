@@ -139,14 +139,18 @@ def _check_checkpoint(name: str) -> None:
 
 
 def earlier_ids(output: Path, resume_from_checkpoint: str | None) -> dict[str, Any]:
-    """The scoring and the response sets of the run that is resumed, as in adpa.json; empty if none can be read."""
+    """The scoring and the response sets of the run that is resumed, as in adpa.json; empty if none can be read.
+
+    ``held out`` has the response sets that it is evaluated on, if they are those of a second data set.
+    """
     if resume_from_checkpoint is None:
         return {}
     run = output if resume_from_checkpoint == LAST else Path(resume_from_checkpoint).parent
     try:
         record = json.loads((run / RECORD).read_text())
-        return {field: record[field] for field in ("scoring", "responses")}
-    except (OSError, ValueError, KeyError, TypeError):  # find_start says what is wrong
+        held_out = (record.get("validation") or {}).get("responses")
+        return {field: record[field] for field in ("scoring", "responses")} | {"held out": held_out}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # find_start says what is wrong
         return {}
 
 

@@ -54,10 +54,26 @@ def length_warnings(examples: int, chosen: Mapping[str, Any], usual: Mapping[str
         )
     if usual["logging_steps"] != chosen["logging_steps"] > steps:
         warnings.append(f"--logging-steps {chosen['logging_steps']}: {run}; only the last one is logged")
+    if chosen["validation"] is not None:
+        evaluations = math.ceil(steps / (chosen["eval_steps"] or math.ceil(examples / batch_size)))
+        warnings += _evaluation_warnings(steps, evaluations, chosen)
     if chosen["save_steps"] > steps:
         warnings.append(
             f"--save-steps {chosen['save_steps']}: {run}; the only checkpoint is that of the last one, and a run that "
             "stops before it begins anew"
+        )
+    return warnings
+
+
+def _evaluation_warnings(steps: int, evaluations: int, chosen: Mapping[str, Any]) -> list[str]:
+    warnings = []
+    eval_steps, patience = chosen["eval_steps"], chosen["early_stopping_patience"]
+    if eval_steps and eval_steps > steps:
+        warnings.append(f"--eval-steps {eval_steps}: the run has {_count(steps, 'step')}; only the last is evaluated")
+    if patience and patience >= evaluations - 1:
+        warnings.append(
+            f"--early-stopping-patience {patience} has no effect: the run has {_count(evaluations, 'evaluation')}, and "
+            f"can stop at evaluation {patience + 1:,} at the earliest"
         )
     return warnings
 

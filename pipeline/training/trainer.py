@@ -4,8 +4,10 @@ Shapes: N response tokens of a micro-batch; S training sets, and one more for to
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,61 +20,25 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from adpa.data.batches import Collator, TrainingExamples, TrainingSequence, count_tokens
 from adpa.data.sequences import Packing
 from adpa.data.steps import StepSampler
 from adpa.errors import ModelError
+from adpa.pipeline.training.callbacks import AtStart, LogOften
 from adpa.pipeline.training.collapse import Watch, collapse
 from adpa.pipeline.training.divergence import BEFORE, divergence, positive_loss
+from adpa.pipeline.training.loaders import HeldOutBatches, StepLoader, loading
 from adpa.pipeline.training.objectives import TermWeights
 from adpa.pipeline.training.plausibility import plausible_advantages
 from adpa.pipeline.training.ranks import on_all_ranks
 from adpa.pipeline.training.rehearsal import copies_to_come, fits_in_memory, largest_micro_batch, no_memory
+from adpa.pipeline.training.validation import LOSS, HeldOutLosses, describe_evaluations
 
 logger = logging.getLogger(__name__)
-
-
-class AtStart(TrainerCallback):
-    """Calls a function before this process's first step."""
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin = begin
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Calls the function."""
-        self._begin()
-
-
-class LogLastStep(TrainerCallback):
-    """Logs the last step, whatever the interval, so that no loss goes unchecked."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Asks for a log at the last step."""
-        control.should_log |= state.global_step >= state.max_steps
-        return control
-
-
-class StepLoader(DataLoader[Any]):
-    """A loader that passes the epoch from Trainer to its sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that comes next."""
-        assert isinstance(self.batch_sampler, StepSampler)
-        self.batch_sampler.set_epoch(epoch)
-
-    def close(self) -> None:
-        """Ends persistent workers. The garbage collector would close their queues first, and wait for seconds."""
-        self._iterator = None
 
 
 class DistillTrainer(Trainer):
@@ -86,6 +52,7 @@ class DistillTrainer(Trainer):
         plausibility: see ``plausible_advantages``.
         model: the student.
         train_dataset: the examples.
+        eval_dataset: the held-out examples, if any.
         data_collator: makes a batch of examples.
         packing: how a batch places its sequences.
         arguments: further arguments of ``Trainer``.
@@ -102,15 +69,18 @@ class DistillTrainer(Trainer):
         plausibility: float,
         model: PreTrainedModel,
         train_dataset: TrainingExamples,
+        eval_dataset: TrainingExamples | None,
         data_collator: Collator,
         packing: Packing,
         **arguments: Any,
     ) -> None:
-        super().__init__(model=model, train_dataset=train_dataset, data_collator=data_collator, **arguments)
+        datasets: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model=model, **datasets, data_collator=data_collator, **arguments)
         self.loss_is_scaled_for_ga = True
-        self.add_callback(LogLastStep())
+        self.add_callback(LogOften())
         self._student = model
         self.examples = train_dataset
+        self._held_out = eval_dataset
         self._make_batch = data_collator
         self._packing = packing
         self._plausibility = plausibility
@@ -119,6 +89,13 @@ class DistillTrainer(Trainer):
         weights_S3 = torch.tensor([*(weights for _, weights in terms), TermWeights()])
         self._counts_S = (weights_S3 != 0).any(dim=1)
         self._weights_S3 = weights_S3.to(self.args.device)
+        self._held_out_losses = HeldOutLosses(
+            self._names,
+            self._weights_S3,
+            eval_dataset.with_signals if eval_dataset else (),
+            plausibility,
+            self.accelerator,
+        )
         self._term_sums_S3 = torch.zeros_like(self._weights_S3)
         self._steps_summed = 0
         self._first_sums_S3: Tensor | None = None  # of the run's first step
@@ -153,15 +130,23 @@ class DistillTrainer(Trainer):
             self.examples,
             batch_sampler=self._sampler(),
             collate_fn=self._collate,
-            num_workers=args.dataloader_num_workers,
-            # A worker inherits the cache's memory maps and the collator from this process, and touches no GPU.
-            multiprocessing_context="fork" if args.dataloader_num_workers else None,
-            pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator(),  # its own, so that a loader takes no random number from training
+            **loading(args),
         )
         return self._loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The rank's batches of held-out examples."""
+        assert self._held_out is not None
+        args = self.args
+        return DataLoader(
+            self._held_out,
+            batch_sampler=HeldOutBatches(
+                self._held_out, args.per_device_eval_batch_size, args.world_size, args.process_index
+            ),
+            collate_fn=partial(self._collate, counts_S=self._held_out_losses.counts_S),
+            **loading(args),
+        )
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
         """Trains, and ends the loader's workers."""
@@ -171,18 +156,24 @@ class DistillTrainer(Trainer):
             if self._loader is not None:
                 self._loader.close()
 
-    def _collate(self, examples: Sequence[Sequence[TrainingSequence]]) -> dict[str, Tensor]:
-        """The batch of a micro-batch, with the rows that count: no rows for an empty micro-batch."""
+    def _collate(
+        self, examples: Sequence[Sequence[TrainingSequence]], counts_S: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The batch of a micro-batch, with the rows that count: no rows for an empty micro-batch.
+
+        The sets whose rows count are those with a term, unless ``counts_S`` says others.
+        """
+        counts_S = self._counts_S if counts_S is None else counts_S
         batch = self._make_batch(examples or [self.examples[0]])
         if not examples:
             batch["set_number"] = torch.full_like(batch["set_number"], len(self._names))
-        return batch | {"rows": self._counts_S[batch["set_number"]].nonzero().squeeze(1)}
+        return batch | {"rows": counts_S[batch["set_number"]].nonzero().squeeze(1)}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], None]:
         """Takes the micro-batches of a step and puts the step's token counts into each of them."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             return [], None  # resumed from its last step; Trainer checks only after one more
         self._tokens_since = self._tokens_since or time.perf_counter()
         if self.state.global_step == 1 and self._steps_summed == 1:
@@ -234,6 +225,29 @@ class DistillTrainer(Trainer):
                 if isinstance(module, FSDPModule):  # accelerate shards them separately, or with the whole
                     module.set_reshard_after_backward(self.accelerator.sync_gradients, recurse=False)
         return super().training_step(model, *arguments, **options)
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **__: Any) -> EvalLoopOutput:
+        """Computes the losses on the held-out examples, in place of the predictions of Trainer's loop."""
+        assert self._held_out is not None
+        model, training = self.model_wrapped, self.model_wrapped.training
+        model.eval()
+        if callable(average := getattr(self.optimizer, "eval", None)):  # a schedule-free one
+            average()
+        self.callback_handler.eval_dataloader = dataloader
+        losses = self._held_out_losses.measure(model, self._held_out_batches(dataloader))
+        model.train(training)
+        return EvalLoopOutput(None, None, losses, len(self._held_out))  # type: ignore[arg-type]  # no predictions
+
+    def _held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
+        for batch in dataloader:
+            yield self._prepare_inputs(batch)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Does nothing at the end of a run that was resumed from its last step: all was done before."""
+        if 0 < self._initial_global_step == self.state.global_step:
+            self.control.should_evaluate = self.control.should_save = False
+        super()._maybe_log_save_evaluate(*arguments, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader[Any] | None = None) -> Any:
         """Rehearses before DDP wraps the student; tells DDP if a trained parameter gets no gradient."""
@@ -294,9 +308,14 @@ class DistillTrainer(Trainer):
         return [entry for entry in self.state.log_history if "loss" in entry]
 
     @property
+    def evaluation(self) -> dict[str, Any]:
+        """What the report says about the held-out examples."""
+        return describe_evaluations(len(self._held_out or ()), self.args, self.state)
+
+    @property
     def student_before(self) -> dict[str, float]:
         """The log before the first step; empty if no term needs signals."""
-        return next((entry for entry in self.state.log_history if entry["step"] == 0), {})
+        return next((entry for entry in self.state.log_history if entry["step"] == 0 and LOSS not in entry), {})
 
     @property
     def tokens_per_second(self) -> float:
@@ -328,20 +347,21 @@ class DistillTrainer(Trainer):
         Warns of a collapse and of a divergence, once each.
 
         Raises:
-            ModelError: the loss is not finite.
+            ModelError: a loss is not finite.
         """
-        if "loss" in logs:
-            if not torch.isfinite(torch.tensor(logs["loss"])):
+        for key, where in (("loss", ""), (LOSS, " on held-out examples")):
+            if not math.isfinite(logs.get(key, 0)):
                 raise ModelError(
-                    f"step {self.state.global_step}: the loss is {logs['loss']}",
+                    f"step {self.state.global_step}: the loss{where} is {logs[key]}",
                     "lower --learning-rate or the weights of the terms, or check the student",
                 )
+        if "loss" in logs:
             logs |= self._take_terms() | self._take_tokens() | self._watch.measure(self.model_wrapped)
         super().log(logs, start_time)
         history = self.state.log_history
         for warning in (
             collapse(history, self._plausibility),
-            divergence(history, self._weights, self.state.max_steps),
+            divergence(history, self.weights, self.state.max_steps),
         ):
             if warning is not None and warning not in self.warnings:
                 self.warnings.append(warning)
@@ -352,16 +372,16 @@ class DistillTrainer(Trainer):
         """The mean of every term since the last log; in the first log also the loss at the first step."""
         terms = self._means(self._term_sums_S3, self._steps_summed)
         if self.state.global_step <= 1:
-            terms |= {BEFORE: positive_loss(terms, self._weights)}
+            terms |= {BEFORE: positive_loss(terms, self.weights)}
         elif self._first_sums_S3 is not None:
-            terms |= {BEFORE: positive_loss(self._means(self._first_sums_S3, 1), self._weights)}
+            terms |= {BEFORE: positive_loss(self._means(self._first_sums_S3, 1), self.weights)}
         self._first_sums_S3 = None
         self._term_sums_S3.zero_()
         self._steps_summed = 0
         return terms
 
     @property
-    def _weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float]:
         """The weight of every term in the loss, by its key in a log."""
         return {
             f"{term}/{name}": weight
@@ -374,7 +394,7 @@ class DistillTrainer(Trainer):
         means_S3 = self.accelerator.reduce(sums_S3, reduction="sum") / max(steps, 1)
         means = (mean for row in means_S3.tolist() for mean in row)
         keys = [f"{term}/{name}" for name in self._names for term in TermWeights._fields]
-        return {key: mean for key, mean in zip(keys, means, strict=False) if key in self._weights}
+        return {key: mean for key, mean in zip(keys, means, strict=False) if key in self.weights}
 
     def _take_tokens(self) -> dict[str, float]:
         assert self._tokens_since is not None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adpa.pipeline.inspect import InspectReport, inspect_cache
     from adpa.pipeline.precompute import PrecomputeReport, precompute
     from adpa.pipeline.runs import RunsReport, list_runs
+    from adpa.pipeline.training.distill_plan import DistillPlan
 
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
@@ -40,7 +41,7 @@ STAGES = {
     "cache.merge": ("MergeReport", "merge_cache"),
     "cache.pack": ("PackReport", "pack_cache"),
     "cache.verify": ("VerifyReport", "verify_cache"),
-    "distill": ("DistillReport", "distill"),
+    "distill": ("DistillPlan", "DistillReport", "distill"),
     "evaluate": ("EvaluateReport", "evaluate"),
     "inspect": ("InspectReport", "inspect_cache"),
     "precompute": ("PrecomputeReport", "precompute"),
@@ -49,6 +50,7 @@ STAGES = {
 
 __all__ = [
     "CacheListing",
+    "DistillPlan",
     "DistillReport",
     "EvaluateReport",
     "ExportReport",

@@ -127,7 +127,10 @@ def refused(filled: Filled, output: Path, **options: Any) -> pytest.ExceptionInf
         ({"set": ["max_steps=0"]}, r"--set max_steps=0: --max-steps says it"),
         ({"set": ["adam_beta1={a: ]"]}, r"--set adam_beta1={a: \]: no YAML: expected the node content, but found"),
         ({"set": ["parallelism_config=x"]}, r"--set parallelism_config=x: fsdp or deepspeed shards a student"),
-        ({"set": ["eval_strategy=steps"]}, r"--set eval_strategy=steps: adpa evaluate compares students"),
+        (
+            {"set": ["eval_strategy=steps"]},
+            r"--set eval_strategy=steps: --validation and --eval-steps say when to evaluate",
+        ),
         ({"learning_rate": -1.0}, r"--learning-rate -1; expected more than 0"),
         ({"learning_rate": float("nan")}, r"--learning-rate nan; expected more than 0"),
         ({"max_grad_norm": -1.0}, r"--max-grad-norm -1; expected 0 or more"),

@@ -26,7 +26,7 @@ REFUSED = {
     "did you mean --warmup-steps?",
     "--set batch_size=3": "--set batch_size=3: --batch-size says it; leave it out",
     "--set learning_rate=1": "--set learning_rate=1: --learning-rate says it; leave it out",
-    "--set eval_steps=5": "--set eval_steps=5: adpa evaluate compares students; leave it out",
+    "--set eval_steps=5": "--set eval_steps=5: --eval-steps says it; leave it out",
     "--set adam_beta1": f"--set adam_beta1; expected key=value with a field of {FIELDS}",
     "--set adam_beta1=": f"--set adam_beta1=; expected key=value with a field of {FIELDS}",
     "--set =0.9": f"--set =0.9; expected key=value with a field of {FIELDS}",
@@ -41,7 +41,6 @@ REFUSED = {
     "--set run_name=[1]": "--set run_name=[1]; expected text",
     "--set logging_strategy=epcoh": "--set logging_strategy=epcoh: no such value; did you mean epoch?",
     "--set logging_strategy=x": "--set logging_strategy=x: no such value; expected one of no, steps, epoch",
-    "--set save_strategy=best": "--set save_strategy=best: adpa does not evaluate while it trains; leave it out",
     "--set fsdp_config=/no/file": "--set fsdp_config=/no/file: cannot be read: No such file or directory; "
     "name a JSON file",
     "--set fsdp_config=notes.txt": "--set fsdp_config=notes.txt: no JSON: Expecting value: line 1 column 1 (char 0); "

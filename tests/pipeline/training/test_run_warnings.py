@@ -21,6 +21,9 @@ USUAL: dict[str, Any] = {
     "warmup_steps": 0.1,
     "logging_steps": 10,
     "save_steps": 0,
+    "validation": None,
+    "eval_steps": None,
+    "early_stopping_patience": None,
     "advantage_weight": 0.5,
     "plausibility": 0.05,
 }
@@ -104,3 +107,21 @@ def test_a_run_says_them_once_and_goes_on(few_words: Filled, tmp_path: Path, cap
     ]
     assert [record.getMessage() for record in caplog.records if record.name.startswith("adpa")] == report.warnings
     assert json.loads((tmp_path / "adpa.json").read_text())["warnings"] == report.warnings
+
+
+def test_a_run_too_short_for_its_evaluations_is_told_so() -> None:
+    usual = USUAL | {"batch_size": 4}
+
+    def warnings(**chosen: Any) -> list[str]:
+        return length_warnings(40, usual | {"validation": "0.1"} | chosen, usual)
+
+    assert warnings() == warnings(eval_steps=10) == warnings(eval_steps=2, early_stopping_patience=3) == []
+    assert warnings(early_stopping_patience=1, num_train_epochs=3.0) == []
+    assert warnings(eval_steps=11) == ["--eval-steps 11: the run has 10 steps; only the last is evaluated"]
+    none_left = "and can stop at evaluation 2 at the earliest"
+    assert warnings(early_stopping_patience=1) == [
+        f"--early-stopping-patience 1 has no effect: the run has 1 evaluation, {none_left}"
+    ]
+    assert warnings(early_stopping_patience=4, eval_steps=2) == [
+        f"--early-stopping-patience 4 has no effect: the run has 5 evaluations, {none_left.replace('2', '5')}"
+    ]
