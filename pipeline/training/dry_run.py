@@ -226,8 +226,8 @@ def pieces_of(
             pieces.append(Piece("", bool(trained_L[shown_to]), left_out=start - shown_to))
         context = max(0, start - CONTEXT)
         decoded = texts_in_place(tokenizer, ids_L[context:end], np.empty((end - context, 0), dtype=np.int64))
-        for place, (text,) in enumerate(decoded[start - context :], start):
-            trained, is_special = bool(trained_L[place]), int(ids_L[place]) in special
+        for place, whole in enumerate(decoded[start - context :], start):
+            text, trained, is_special = whole.text, bool(trained_L[place]), int(ids_L[place]) in special
             last = pieces[-1] if pieces else None
             if last and not (is_special or last.special or last.left_out) and last.trained == trained:
                 pieces[-1] = Piece(last.text + text, trained)

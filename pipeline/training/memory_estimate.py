@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from adpa.kernels import torch_head, triton_head
-from adpa.pipeline.models.attention_mask import SDPA, WITHOUT_PADDING
+from adpa.pipeline.models.attention import SDPA
+from adpa.pipeline.models.attention_mask import WITHOUT_PADDING
 from adpa.pipeline.models.checkpoint import device_memory
 from adpa.pipeline.models.lm_head import hidden_states, read_head
 from adpa.pipeline.training.distill_plan import MemoryEstimate
