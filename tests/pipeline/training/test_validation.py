@@ -321,7 +321,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(two: Filled, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_best_adapters_are_merged(two: Filled, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"validation": str(two.data), "max_steps": 12, "eval_steps": 2, "learning_rate": 5.0}
+    options: dict[str, Any] = {"validation": str(two.data), "max_steps": 12, "eval_steps": 1, "learning_rate": 1.0}
     options |= {"lr_scheduler_type": "constant", "lora_rank": 4, "kl_weight": 0.7}
     options |= {"load_best_model_at_end": True, "early_stopping_patience": 1}
     report = train(two, tmp_path, **options)
