@@ -41,6 +41,21 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The data of a run.
+
+    Attributes:
+        encoder: the encoder that has read the data, with its counts.
+        record: where the data came from.
+        encoded: the pairs, at least one.
+    """
+
+    encoder: Encoder
+    record: SetRecord
+    encoded: Sequence[EncodedPair]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run samples and scores, unless the cache has it.
 
@@ -99,6 +114,24 @@ def open_setup(request: Request) -> Setup:
     dtypes = models.dtypes(options.dtype)
     engine = choose_engine(options.name, options.vllm, device, models.by_name(), dtypes)
     models.check_reference()
+    return _make_setup(request, models, engine)
+
+
+def with_student(request: Request, setup: Setup, name: str) -> Setup:
+    """The same teacher, reference and engine with another student; no weights are loaded.
+
+    Raises:
+        AdpaError: the student is not there, does not fit the teacher or the memory, or the engine cannot run it.
+    """
+    options, models = request.engine, setup.models.with_student(name)
+    assert models.student is not None
+    device, dtypes = resolve_device(options.device), models.dtypes(options.dtype)
+    choose_engine(options.name, options.vllm, device, {"student": models.student}, dtypes)  # for its checks
+    return _make_setup(request, models, setup.engine)
+
+
+def _make_setup(request: Request, models: Models, engine: Engine) -> Setup:
+    options, dtypes = request.engine, models.dtypes(request.engine.dtype)
     scoring_tokens = options.batch_tokens or engine.scoring_tokens(models.by_name(), dtypes)
     sampling_tokens = 0
     if models.student is not None:
@@ -114,15 +147,34 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     Raises:
         AdpaError: the data cannot be read, the models cannot read it, or it is too little for the parts or workers.
     """
-    models, data = setup.models, request.data
-    encoder = _open_encoder(request, models.teacher)
+    return plan_pairs(request, setup, read_pairs(request, setup))
+
+
+def read_pairs(request: Request, setup: Setup) -> Pairs:
+    """Reads the data and turns it into tokens.
+
+    Raises:
+        AdpaError: the data cannot be read, or has no pair that can be used.
+    """
+    data = request.data
+    encoder = _open_encoder(request, setup.models.teacher)
     record = make_record(os.path.abspath(data.source) if os.path.exists(data.source) else data.source, data.split)
     pairs = list(encoder.encode(read_rows(data.source, data.split)))
     if not pairs:
         raise encoder.counts.nothing_left(data.source)
+    return Pairs(encoder, record, pairs)
+
+
+def plan_pairs(request: Request, setup: Setup, data: Pairs) -> Plan:
+    """Plans the work on pairs.
+
+    Raises:
+        AdpaError: the models cannot read the pairs, or they are too few for the parts or workers.
+    """
+    models, pairs, encoder = setup.models, data.encoded, data.encoder
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
-    sets = _preference_sets(pairs, encoder, request.names, record)
+    sets = _preference_sets(pairs, encoder, request.names, data.record)
     plan = Plan(
         encoder=encoder,
         names=request.names,

@@ -20,7 +20,6 @@ from adpa.data.bootstrap import bootstrap_interval
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
-from adpa.pipeline.evaluate import repetition
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring import hf_sampler as sampler_hf
 
@@ -223,17 +222,3 @@ def test_one_prompt_is_too_few_for_an_interval(
 def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: WriteRows, tmp_path: Path) -> None:
     with pytest.raises(AdpaError, match=r"heldout\.jsonl"):
         evaluate(**options | {"data": str(write_rows([], "heldout.jsonl"))}, cache=tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([5, 5, 5], 0.0),
-        ([5, 5, 5, 5], 0.0),
-        ([5] * 10, 1 - 1 / 7),
-        ([1, 2, 3, 4, 1, 2, 3, 4], 1 - 4 / 5),
-        (range(20), 0.0),
-    ],
-)
-def test_repetition_is_the_share_of_4_grams_that_were_there_before(tokens: list[int], expected: float) -> None:
-    assert repetition(np.array(tokens, dtype=np.int32)) == pytest.approx(expected, abs=1e-15)
