@@ -6,6 +6,10 @@ template that ends the assistant's turn with a special token. Install TRL, then 
     pip install -c constraints.txt -e '.[lab]'
     python examples/teacher_pair.py --base org/large-base --data prefs.jsonl --reference models/sft --teacher models/dpo
 
+A model that follows instructions already needs no SFT. Leave --base out, and name it as the reference:
+
+    python examples/teacher_pair.py --reference org/large-instruct --data prefs.jsonl --teacher models/dpo
+
 Then `adpa precompute --teacher models/dpo --reference models/sft …` takes the pair.
 """
 
@@ -21,16 +25,19 @@ SETTINGS: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "bf16": 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="model to start from: a directory or a name on the Hub")
+    parser.add_argument("--base", help="model to start from: a directory or a name on the Hub (default: no SFT)")
     parser.add_argument("--data", required=True, help="JSONL file of preference pairs")
-    parser.add_argument("--reference", required=True, help="directory for the model before preference training")
-    parser.add_argument("--teacher", required=True, help="directory for the model after it")
+    parser.add_argument(
+        "--reference", required=True, help="directory for the model after SFT; or a model, without --base"
+    )
+    parser.add_argument("--teacher", required=True, help="directory for the model after DPO")
     parser.add_argument("--epochs", type=float, default=1, help="passes of each step over the data (default: 1)")
     parser.add_argument("--beta", type=float, default=0.1, help="β of DPO (default: 0.1)")
     arguments = parser.parse_args()
 
     pairs = load_dataset("json", data_files=arguments.data, split="train")
-    train_reference(arguments.base, pairs, arguments.reference, arguments.epochs)
+    if arguments.base is not None:
+        train_reference(arguments.base, pairs, arguments.reference, arguments.epochs)
     train_teacher(arguments.reference, pairs, arguments.teacher, arguments.epochs, arguments.beta)
 
 

@@ -157,7 +157,7 @@ def evaluate(
         Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
         Group.DECIDE,
     ],
-    show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.OTHER] = 0,
+    show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.SAMPLING] = 0,
     cache: Annotated[
         Location | None,
         Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),

@@ -15,6 +15,7 @@ from adpa.errors import OptionError
 Location: TypeAlias = Path | UPath
 NAME_MAX = 255  # bytes of a name in a folder, in all usual file systems
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # a path has one of its two slashes
+NO_BUCKET = re.compile(r"(?!memory|file)[a-z][a-z0-9+.-]+://(/|$)")
 HIDING = 34  # more bytes, of the hidden name under which a file is written
 
 
@@ -22,10 +23,12 @@ def find_location(text: str) -> Location:
     """The location that a user named: a path, or the URL of anything that fsspec opens.
 
     Raises:
-        OptionError: the URL's scheme is unknown, or the package that opens it is not installed.
+        OptionError: the URL's scheme is unknown, it names no bucket, or the package that opens it is not installed.
     """
     if "://" not in text:
         return Path(text)
+    if NO_BUCKET.match(text):
+        raise OptionError(f"{text}: names no bucket", "write s3://bucket/folder")
     try:
         location = UPath(text)
         local = "file" in location.fs.protocol

@@ -28,6 +28,7 @@ def as_option(parameter: inspect.Parameter, read: Callable[..., Any] | None = No
         parser=_as_written,
         callback=read or _reader(parameter),
         is_eager=read is not None,
+        autocompletion=_completion(parameter),
         rich_help_panel=group_of(parameter),
     )
     return _with(parameter, option)
@@ -105,6 +106,18 @@ def _reader(parameter: inspect.Parameter) -> Callable[..., Any]:
         return read_value(label, kind, written)
 
     return read
+
+
+def _completion(parameter: inspect.Parameter) -> Callable[[str], list[str]] | None:
+    """Completes the names that can be chosen; a shell completes paths by itself."""
+    kind = kind_of(parameter)
+    if get_origin(kind) is not Literal:
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in get_args(kind) if name.startswith(incomplete)]
+
+    return complete
 
 
 def _help(parameter: inspect.Parameter) -> str:

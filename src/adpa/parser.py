@@ -40,6 +40,8 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the arguments; without any, shows what is required."""
+        if ctx.resilient_parsing:  # a shell completes the line
+            return super().parse_args(ctx, args)
         if not args and any(option.required for option in self.params):
             sys.stderr.write(_show_required(self, ctx))
             raise typer.Exit(2)
@@ -94,17 +96,21 @@ class Commands(typer.core.TyperGroup):
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         """Reads the arguments before the command's name."""
+        if extra.get("resilient_parsing"):  # a shell completes the line
+            return super().make_context(*args, **extra)
         with _one_line():
             return super().make_context(*args, **extra)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the options of the group."""
-        if not args:
+        if not args and not ctx.resilient_parsing:
             raise UsageError(f"a command is missing: {', '.join(self.commands)}", ctx)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is called, and the rest of the arguments."""
+        if ctx.resilient_parsing and args[0] not in self.commands:
+            return None, None, []
         if args[0] not in self.commands:
             fix = did_you_mean(args[0].lower(), self.commands)
             raise UsageError("; ".join(filter(None, (f"no command {args[0]!r}", fix))), ctx)
@@ -115,6 +121,14 @@ class Commands(typer.core.TyperGroup):
         """Calls a command."""
         with _one_line():
             return super().invoke(ctx)
+
+    def get_params(self, ctx: Any) -> Any:
+        """The options of the group; those that typer adds for shells take no value."""
+        options = super().get_params(ctx)
+        for option in options:
+            if option.name in ("install_completion", "show_completion"):
+                option.metavar = NO_VALUE
+        return options
 
     def get_help_option(self, ctx: Any) -> Any:
         """``--help``."""

@@ -29,7 +29,14 @@ OPTION_FILES: dict[str, Callable[..., Any]] = {
     "distill.yaml": adpa.distill,
     "evaluate.yaml": adpa.evaluate,
 }
-SHORTER = {"precompute.yaml": {"max-new-tokens": 6}, "evaluate.yaml": {"max-new-tokens": 6}}
+RECIPE: dict[str, Callable[..., Any]] = {
+    "recipes/paper/precompute.yaml": adpa.precompute,
+    "recipes/paper/dckd.yaml": adpa.distill,
+    "recipes/paper/adpa.yaml": adpa.distill,
+    "recipes/paper/evaluate.yaml": adpa.evaluate,
+}
+ANSWERS = ("precompute.yaml", "evaluate.yaml")  # have the length of a student's answers
+SHORT_ANSWERS = {"max-new-tokens": 6}
 
 
 @dataclass
@@ -90,12 +97,15 @@ def examples(models: Models, write_rows: WriteRows, tmp_path: Path) -> Examples:
     program = write_program(tmp_path / "bin")
     options = tmp_path / "options"
     options.mkdir()
-    for name in OPTION_FILES:
-        settings = yaml.safe_load((EXAMPLES / name).read_text())
-        (options / name).write_text(yaml.safe_dump({**settings, **SHORTER.get(name, {})}))
+    for file in (EXAMPLES / name for name in [*OPTION_FILES, *RECIPE]):
+        settings = yaml.safe_load(file.read_text()) | (SHORT_ANSWERS if file.name in ANSWERS else {})
+        copy = options / file.relative_to(EXAMPLES)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(yaml.safe_dump(settings))
     output = tmp_path / "runs"
     environment = {
-        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "BASE": str(models.student),
+        "PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "src"),
         "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
         "HF_HUB_OFFLINE": "1",
@@ -139,18 +149,24 @@ def test_the_workflow_from_python_reports_every_step(examples: Examples) -> None
 
 
 @pytest.mark.slow
-def test_a_teacher_pair_from_a_base_model_can_score(examples: Examples, models: Models, tmp_path: Path) -> None:
-    base, reference, teacher = models.student, tmp_path / "reference", tmp_path / "teacher"
-    data = examples.environment["DATA"]
-    options = {"base": base, "data": data, "reference": reference, "teacher": teacher, "epochs": 2}
-    examples.run("teacher_pair.py", *(f"--{name}={value}" for name, value in options.items()))
-    weights = [(model / "model.safetensors").read_bytes() for model in (base, reference, teacher)]
+@pytest.mark.timeout(600)
+def test_the_recipe_of_the_paper_trains_a_teacher_pair_and_a_student(examples: Examples, models: Models) -> None:
+    examples.run("recipes/paper.sh", OPTIONS=Path(examples.environment["OPTIONS"]) / "recipes/paper")
+    output = examples.output
+    weights = [(one / "model.safetensors").read_bytes() for one in (models.student, output / "reference")]
+    weights.append((output / "teacher/model.safetensors").read_bytes())
     assert len(set(weights)) == 3
-    assert AutoTokenizer.from_pretrained(teacher).chat_template
-    report = adpa.precompute(
-        teacher=str(teacher), reference=str(reference), data=data, cache=tmp_path / "cache", device="cpu"
-    )
-    assert report.scored == 16
+    assert AutoTokenizer.from_pretrained(output / "teacher").chat_template
+    dckd, plus = (json.loads((output / name / "adpa.json").read_text()) for name in ("dckd", "adpa-plus"))
+    assert dckd["terms"] == {
+        "chosen": {"nll": 1, "kl": 0.1, "advantage": 0},
+        "rejected": {"nll": 0, "kl": 0.1, "advantage": 0},
+    }
+    assert plus["terms"]["sampled"]["advantage"] == 1.6
+    assert plus["plausibility"] == 0
+    for record in (dckd, plus):
+        assert (record["training"]["learning_rate"], record["training"]["batch_size"]) == (5e-7, 128)
+    assert json.loads((output / "evaluation.json").read_text())["prompts"] == 4
 
 
 @pytest.mark.slow
@@ -187,13 +203,13 @@ def test_several_students_of_one_cache_are_compared_in_a_table(examples: Example
     assert chosen.info.name == "chosen", "no student was asked"
 
 
-@pytest.mark.parametrize("name", OPTION_FILES)
+@pytest.mark.parametrize("name", OPTION_FILES | RECIPE)
 def test_every_name_in_an_option_file_is_an_option_of_its_command(name: str) -> None:
     names = {key.replace("-", "_") for key in yaml.safe_load((EXAMPLES / name).read_text())}
-    assert names <= inspect.signature(OPTION_FILES[name]).parameters.keys()
+    assert names <= inspect.signature((OPTION_FILES | RECIPE)[name]).parameters.keys()
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda script: script.name)
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda script: script.name)
 def test_a_script_can_be_parsed(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     if checker := shutil.which("shellcheck"):
@@ -202,5 +218,6 @@ def test_a_script_can_be_parsed(script: Path) -> None:
 
 def test_the_list_of_examples_names_every_file() -> None:
     listed = (EXAMPLES / "README.md").read_text()
-    files = [path.name for path in EXAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert [name for name in files if f"({name})" not in listed] == []
+    files = [path for path in EXAMPLES.rglob("*") if path.is_file() and path.name != "README.md"]
+    names = {str(path.parent.relative_to(EXAMPLES) if path.parent != EXAMPLES else path.name) for path in files}
+    assert [name for name in names if f"({name}" not in listed] == []

@@ -133,6 +133,13 @@ def test_an_address_that_nothing_opens_is_one_line(url: str, problem: str) -> No
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["s3://", "s3:///folder", "gs://", "abfs:///cache"])
+def test_a_url_without_a_bucket_is_refused(url: str) -> None:
+    with pytest.raises(OptionError) as error:
+        find_location(url)
+    assert str(error.value) == f"{url}: names no bucket; write s3://bucket/folder"
+
+
 @pytest.mark.parametrize("place", ["cache", "cache/report.json", "cache/../cache/x/y", "link/page.html"])
 def test_what_a_command_writes_lies_outside_of_the_cache(place: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
