@@ -214,6 +214,8 @@ def evaluate(
             data=DataOptions(
                 source=data,
                 split=split,
+                limit=limit,
+                map=map,
                 max_prompt_length=max_prompt_length,
                 max_length=max_prompt_length + max_new_tokens,
                 drop_invalid=drop_invalid,
