@@ -142,7 +142,7 @@ def evaluate(
     reference: Annotated[PathOrName, Doc("The large model before preference training."), Group.DECIDE],
     data: Annotated[
         PathOrName,
-        Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
+        Doc("Held-out prompts, alone or in preference pairs, in the forms of precompute; they are answered."),
         Group.DECIDE,
     ],
     show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.OTHER] = 0,
@@ -198,6 +198,7 @@ def evaluate(
         chat_template_kwargs=dict(chat_template_kwargs or {}),
         rendered=rendered,
         allow_control_tokens=allow_control_tokens,
+        prompts_alone=True,
     )
     pairs.check()
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))

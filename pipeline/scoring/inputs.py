@@ -58,7 +58,7 @@ def _check_data(data: DataOptions) -> None:
     counts = RowCounts()
     for number, (where, row) in enumerate(read_rows(data.source, data.split)):
         try:
-            parse_pair(where, row, data.rendered)
+            parse_pair(where, row, data.rendered, data.prompts_alone)
         except RowError as error:
             counts.add_invalid(number, error)
         else:

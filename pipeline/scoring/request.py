@@ -26,7 +26,7 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which pairs are read, and how they become tokens."""
+    """Which pairs are read, and how they become tokens; with ``prompts_alone``, rows without responses, too."""
 
     source: str
     split: str | None
@@ -36,6 +36,7 @@ class DataOptions:
     chat_template_kwargs: Mapping[str, Any]
     rendered: bool
     allow_control_tokens: bool
+    prompts_alone: bool
 
     def check(self) -> None:
         """Raises an ``OptionError`` for empty names, lengths out of range, and arguments that no chat template gets."""
