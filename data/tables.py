@@ -6,7 +6,7 @@ the pair's own columns keep a null.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adpa.data.cache.kinds import kind
+from adpa.data.column_map import rename_columns
 from adpa.data.columns import OTHER_NAMES, READ_COLUMNS, RESPONSE_COLUMNS, missing_columns
 from adpa.data.json_rows import Rows, broken_row
 from adpa.data.sources import CHECK, FILE_SUFFIXES
@@ -26,7 +27,7 @@ PARQUET_END = b"PAR1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 
 
-def read_parquet(path: Path) -> Rows:
+def read_parquet(path: Path, columns: Mapping[str, str]) -> Rows:
     """The rows of a Parquet file."""
     with path.open("rb") as written:
         written.seek(-min(len(PARQUET_END), path.stat().st_size), os.SEEK_END)
@@ -34,16 +35,16 @@ def read_parquet(path: Path) -> Rows:
             raise DataError(f"{path}: expected a Parquet file; found one that is cut off", "copy it again")
     try:
         file = pq.ParquetFile(path)
-        columns = _used_columns(str(path), file.schema_arrow.names)
+        used = _used_columns(str(path), file.schema_arrow.names, columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})", CHECK
         ) from error
     with file:
-        yield from _read_batches(str(path), file.iter_batches(BATCH_ROWS, columns=columns))
+        yield from _read_batches(str(path), _renamed(file.iter_batches(BATCH_ROWS, columns=[*used]), used))
 
 
-def read_directory(path: Path, split: str | None) -> Rows:
+def read_directory(path: Path, split: str | None, columns: Mapping[str, str]) -> Rows:
     """The rows of a directory that ``datasets`` saved."""
     try:
         files = _arrow_files(path, split)
@@ -56,7 +57,7 @@ def read_directory(path: Path, split: str | None) -> Rows:
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", CHECK) from error
-    return _read_batches(str(path), _arrow_batches(path, files))
+    return _read_batches(str(path), _arrow_batches(path, files, columns))
 
 
 def _other_directory(path: Path) -> DataError:
@@ -85,7 +86,7 @@ def _arrow_files(path: Path, split: str | None) -> list[Path]:
     return [path / file["filename"] for file in state["_data_files"]]
 
 
-def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: Path, files: Iterable[Path], columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
     """Reads Arrow files without ``datasets``, which may lack the package of their format or the type of a column."""
     for file in files:
         try:
@@ -94,11 +95,11 @@ def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch
                 if written.read() != END_OF_STREAM:
                     raise pa.ArrowInvalid("it is cut off")
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                columns = _used_columns(str(path), reader.schema.names)
+                used = _used_columns(str(path), reader.schema.names, columns)
                 for batch in reader:
-                    used = batch.select(columns)
-                    used.validate(full=True)  # a damaged batch would crash the process
-                    yield used
+                    selected = batch.select([*used])
+                    selected.validate(full=True)  # a damaged batch would crash the process
+                    yield selected.rename_columns([*used.values()])
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{path}: expected a directory saved by datasets.save_to_disk; "
@@ -107,7 +108,7 @@ def _arrow_batches(path: Path, files: Iterable[Path]) -> Iterator[pa.RecordBatch
             ) from error
 
 
-def read_hub(name: str, split: str | None) -> Rows:
+def read_hub(name: str, split: str | None, columns: Mapping[str, str]) -> Rows:
     """The rows of a data set on the Hub."""
     from adpa.data.hub import check_hub_data  # no other source needs it
 
@@ -122,8 +123,8 @@ def read_hub(name: str, split: str | None) -> Rows:
             f"{name}: no such file or directory, and the Hub does not give it ({_first_line(error)})", CHECK
         ) from error
     rows = dataset[_pick_split(name, list(dataset), split)].with_format("arrow")
-    columns = _used_columns(name, rows.column_names)
-    return _read_batches(name, rows.select_columns(columns).iter(BATCH_ROWS))
+    used = _used_columns(name, rows.column_names, columns)
+    return _read_batches(name, _renamed(rows.select_columns([*used]).iter(BATCH_ROWS), used))
 
 
 def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
@@ -136,15 +137,27 @@ def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
     return split
 
 
-def _used_columns(source: str, names: Sequence[str]) -> list[str]:
-    """The columns of a table that ``parse_pair`` reads. Others may have types that become no Python objects."""
+def _used_columns(source: str, found: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a table that ``parse_pair`` reads, with the names that it reads them by.
+
+    Others may have types that become no Python objects.
+    """
+    names = rename_columns(source, found, columns)
     if wrong := missing_columns(tuple(names)):
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
     for column in READ_COLUMNS:
         if names.count(column) > 1:
             raise DataError(f"{source}: found the column `{column}` more than once", "remove one of them")
     maybe_prompts = () if "prompt" in names else OTHER_NAMES["prompt"]  # an error names them
-    return [column for column in names if column in READ_COLUMNS or column in maybe_prompts]
+    used = {*READ_COLUMNS, *maybe_prompts}
+    return {name: column for name, column in zip(found, names, strict=True) if column in used}
+
+
+def _renamed(
+    batches: Iterable[pa.RecordBatch | pa.Table], used: Mapping[str, str]
+) -> Iterator[pa.RecordBatch | pa.Table]:
+    """Batches that have the columns of ``used``, in whatever order, with their new names."""
+    return (batch.rename_columns([used[name] for name in batch.schema.names]) for batch in batches)
 
 
 def _read_batches(source: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Rows:

@@ -192,6 +192,8 @@ def evaluate(
     pairs = DataOptions(
         source=data,
         split=split,
+        limit=limit,
+        map=map,
         max_prompt_length=max_prompt_length,
         max_length=max_length,
         drop_invalid=drop_invalid,
@@ -213,6 +215,8 @@ def evaluate(
             data=data,
             cache=folder,
             split=split,
+            limit=limit,
+            map=map,
             top_k=1,  # only the response's own tokens are read
             max_prompt_length=max_prompt_length,
             max_length=max_length,

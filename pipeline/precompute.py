@@ -284,6 +284,8 @@ def precompute(
         data=DataOptions(
             source=data,
             split=split,
+            limit=limit,
+            map=map,
             max_prompt_length=max_prompt_length,
             max_length=max_length,
             drop_invalid=drop_invalid,

@@ -179,7 +179,7 @@ class ResponseSet:
         """Everything that versions of one set share, made from data that changes; none without a record."""
         if self.record is None:
             return None
-        return (self.info.name, self.record.data, self.record.split, self.info.encoding, self.info.sampling)
+        return (self.info.name, *self.record.origin, self.info.encoding, self.info.sampling)
 
     @property
     def sampled(self) -> str:

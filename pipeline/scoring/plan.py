@@ -9,6 +9,7 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.set_records import SetRecord, make_record
 from adpa.data.cache.signals import Scoring
 from adpa.data.chat_template import ChatTemplate
+from adpa.data.column_map import describe_map
 from adpa.data.encoding import EncodedPair, Encoder
 from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
@@ -120,8 +121,9 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     """
     models, data = setup.models, request.data
     encoder = _open_encoder(request, models.teacher)
-    record = make_record(os.path.abspath(data.source) if os.path.exists(data.source) else data.source, data.split)
-    pairs = list(encoder.encode(read_rows(data.source, data.split)))
+    place = os.path.abspath(data.source) if os.path.exists(data.source) else data.source
+    record = make_record(place, data.split, data.limit, describe_map(data.columns))
+    pairs = list(encoder.encode(read_rows(data.source, data.split, data.limit, data.columns)))
     if not pairs:
         raise encoder.counts.nothing_left(data.source)
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)

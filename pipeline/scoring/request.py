@@ -6,6 +6,7 @@ from typing import Any
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName
+from adpa.data.column_map import parse_map
 from adpa.data.preferences import RESERVED_TEMPLATE_KWARGS
 from adpa.data.sequences import check_lengths
 from adpa.errors import OptionError, did_you_mean
@@ -30,6 +31,8 @@ class DataOptions:
 
     source: str
     split: str | None
+    limit: int | None
+    map: str | None
     max_prompt_length: int
     max_length: int
     drop_invalid: bool
@@ -38,9 +41,16 @@ class DataOptions:
     allow_control_tokens: bool
     prompts_alone: bool
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of a pair that have other names in the data, with these names."""
+        return parse_map(self.map)
+
     def check(self) -> None:
-        """Raises an ``OptionError`` for empty names, lengths out of range, and arguments that no chat template gets."""
-        check_not_empty({"--data": self.source, "--split": self.split})
+        """Raises an ``OptionError`` for empty names, numbers out of range, a wrong map, and arguments of adpa's own."""
+        check_not_empty({"--data": self.source, "--split": self.split, "--map": self.map})
+        parse_map(self.map)
+        check_counts({"--limit": self.limit})
         check_counts({"--max-prompt-length": self.max_prompt_length, "--max-length": self.max_length})
         check_lengths(self.max_prompt_length, self.max_length)
         if reserved := sorted(self.chat_template_kwargs.keys() & RESERVED_TEMPLATE_KWARGS):
