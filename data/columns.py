@@ -22,7 +22,7 @@ PROMPT_COLUMNS = {
 # The columns of other programs' forms, which adpa.data.forms reads.
 CONVERSATION_COLUMNS = ("conversations", "conversation", "messages")
 ALPACA_PROMPT = ("instruction", "input", "history")
-FORM_COLUMNS = {*CONVERSATION_COLUMNS, "output"}
+FORM_COLUMNS = (*CONVERSATION_COLUMNS, "output")
 READ_COLUMNS = {"prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS}
 
 # How other programs name them.
@@ -73,9 +73,10 @@ def has_output_for_chosen(names: tuple[str, ...]) -> bool:
 
 
 @lru_cache(maxsize=64)
-def names_responses(names: tuple[str, ...]) -> bool:
-    """Whether some columns are obviously meant to be responses, under other names."""
-    return any(column in _renamed(names) for column in RESPONSE_COLUMNS)
+def lacks_responses(names: tuple[str, ...]) -> bool:
+    """Whether columns have no response, and none that is obviously meant to be one, under another name."""
+    renamed = _renamed(names)
+    return not any(column in names or column in renamed for column in RESPONSE_COLUMNS)
 
 
 @lru_cache(maxsize=64)

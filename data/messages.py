@@ -33,8 +33,9 @@ _MAYBE_MESSAGES = re.compile(r"""\s*(?:[\w.]*array\()?["'\[({].*["'](?:role|from
 def parse_messages(place: str, value: Any, role: str) -> list[Message]:
     """Messages as chat templates read them; a string is one message of ``role``.
 
-    ShareGPT's messages, with ``from`` and ``value``, become messages with ``role`` and ``content``. A message keeps its role, its content as one string, and the other fields that templates know, where they are not
-    empty. A tool call has the form ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
+    ShareGPT's messages, with ``from`` and ``value``, become messages with ``role`` and ``content``. A message keeps its
+    role, its content as one string, and the other fields that templates know, where they are not empty. A tool call has
+    the form ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
 
     Args:
         place: the row and the column, for errors.
@@ -54,7 +55,11 @@ def parse_messages(place: str, value: Any, role: str) -> list[Message]:
 
 
 def _parse_message(place: str, message: Any) -> Message:
-    if isinstance(message, Mapping) and {"from", "value"} <= message.keys() and not {"role", "content"} & message.keys():
+    if (
+        isinstance(message, Mapping)
+        and {"from", "value"} <= message.keys()
+        and not {"role", "content"} & message.keys()
+    ):
         message = _from_sharegpt(place, message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise _no_message(place, message, "role")

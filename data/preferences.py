@@ -19,8 +19,8 @@ from adpa.data.columns import (
     READ_COLUMNS,
     RESPONSE_COLUMNS,
     TEMPLATE_COLUMNS,
+    lacks_responses,
     missing_columns,
-    names_responses,
     printable,
     renaming,
 )
@@ -99,7 +99,8 @@ def parse_pair(where: str, row: Row, rendered: bool = False, prompts_alone: bool
 
 
 def _is_prompt_alone(row: Mapping[str, Any]) -> bool:
-    return all(row.get(column) is None for column in RESPONSE_COLUMNS) and not names_responses(tuple(row))
+    names = [name for name in row if name not in RESPONSE_COLUMNS or row[name] is not None]
+    return lacks_responses(tuple(names))
 
 
 def _check_columns(where: str, row: Mapping[str, Any]) -> None:

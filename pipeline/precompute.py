@@ -263,9 +263,9 @@ def precompute(
 
     Sequences with rows in the cache are not scored again. To resume a killed run, run it again; when data grows, only
     its new rows are scored. With a student, its own responses to the prompts are sampled and scored. The chosen
-    responses are then stored too, unscored, for the SFT term; prompts alone have none. A dry run with a probe predicts the cost and says how
-    much of the teacher's probability each K keeps. ``on_example`` gets the first example after all rows were checked
-    and before a model is loaded.
+    responses are then stored too, unscored, for the SFT term; prompts alone have none. A dry run with a probe predicts
+    the cost and says how much of the teacher's probability each K keeps. ``on_example`` gets the first example after
+    all rows were checked and before a model is loaded.
 
     Raises:
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.

@@ -123,7 +123,7 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     encoder = _open_encoder(request, models.teacher)
     place = os.path.abspath(data.source) if os.path.exists(data.source) else data.source
     record = make_record(place, data.split, data.limit, describe_map(data.columns))
-    pairs = list(encoder.encode(read_rows(data.source, data.split, data.limit, data.columns)))
+    pairs = list(encoder.encode(read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)))
     if not pairs:
         raise encoder.counts.nothing_left(data.source)
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
