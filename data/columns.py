@@ -19,6 +19,10 @@ PROMPT_COLUMNS = {
     "documents": "put it into chat_template_kwargs",
     "history": "write it into `prompt` as messages",
 } | dict.fromkeys(("context", "instruction", "input", "query"), "write it into `prompt`")
+# The columns of other programs' forms, which adpa.data.forms reads.
+CONVERSATION_COLUMNS = ("conversations", "conversation", "messages")
+ALPACA_PROMPT = ("instruction", "input", "history")
+FORM_COLUMNS = (*CONVERSATION_COLUMNS, "output")
 READ_COLUMNS = {"prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS}
 
 # How other programs name them.
@@ -51,7 +55,7 @@ def printable(names: Iterable[str]) -> str:
 def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
     """What is wrong with columns that lack a response, and what to do; none if both are there."""
     missing = [column for column in RESPONSE_COLUMNS if column not in names]
-    if not missing:
+    if not missing or has_output_for_chosen(names):
         return None
     wanted = " and ".join(f"`{column}`" for column in missing)
     found = f"the columns {printable(names)}" if names else "no columns"
@@ -61,6 +65,18 @@ def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
     elif len(missing) == 2:
         fix = "a row needs a prompt and two responses to it: prompt, chosen and rejected"
     return f"found {found}; expected {wanted}", fix
+
+
+def has_output_for_chosen(names: tuple[str, ...]) -> bool:
+    """Whether columns are Alpaca's, with ``rejected`` beside ``output``, which then is the chosen response."""
+    return {"instruction", "output", "rejected"}.issubset(names) and "chosen" not in names
+
+
+@lru_cache(maxsize=64)
+def lacks_responses(names: tuple[str, ...]) -> bool:
+    """Whether columns have no response, and none that is obviously meant to be one, under another name."""
+    renamed = _renamed(names)
+    return not any(column in names or column in renamed for column in RESPONSE_COLUMNS)
 
 
 @lru_cache(maxsize=64)

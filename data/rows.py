@@ -15,7 +15,11 @@ from adpa.errors import DataError
 
 
 def read_rows(
-    source: str | Path, split: str | None = None, limit: int | None = None, columns: Mapping[str, str] = {}
+    source: str | Path,
+    split: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] = {},
+    prompts_alone: bool = False,
 ) -> Rows:
     """Yields (where, row) for every row of a JSONL, JSON or Parquet file, a ``datasets`` directory, or a Hub dataset.
 
@@ -24,6 +28,7 @@ def read_rows(
         split: the split to read.
         limit: read only so many rows, the first ones.
         columns: the columns of a pair that have other names in the data, with these names.
+        prompts_alone: take a table without columns of responses, too.
 
     A row that cannot be read by its own fault is yielded as its ``RowError``.
 
@@ -31,20 +36,20 @@ def read_rows(
         DataError: the source does not exist, cannot be read, or has no rows.
     """
     empty = True
-    for where, row in islice(_open(str(source), split, columns), limit):
+    for where, row in islice(_open(str(source), split, columns, prompts_alone), limit):
         empty = False
         yield where, row
     if empty:
         raise DataError(f"{source}: found no rows; expected at least one preference pair", CHECK)
 
 
-def _open(source: str, split: str | None, columns: Mapping[str, str]) -> Rows:
+def _open(source: str, split: str | None, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
     match find_source(source, split):
         case "text":
             return rename_rows(read_text(Path(source)), columns) if columns else read_text(Path(source))
         case "parquet":
-            return read_parquet(Path(source), columns)
+            return read_parquet(Path(source), columns, prompts_alone)
         case "directory":
-            return read_directory(Path(source), split, columns)
+            return read_directory(Path(source), split, columns, prompts_alone)
         case "hub":
-            return read_hub(source, split, columns)
+            return read_hub(source, split, columns, prompts_alone)

@@ -45,7 +45,7 @@ def read_questions(rows: Rows, rendered: bool, wanted: Collection[str]) -> dict[
     found: dict[str, str] = {}
     for where, row in rows:
         with suppress(RowError):
-            pair = parse_pair(where, row, rendered)
+            pair = parse_pair(where, row, rendered, prompts_alone=True)
             if pair.example_id in wanted:
                 found.setdefault(pair.example_id, _question(pair.prompt))
         if len(found) == len(wanted):

@@ -15,7 +15,14 @@ import pyarrow.parquet as pq
 
 from adpa.data.cache.kinds import kind
 from adpa.data.column_map import rename_columns
-from adpa.data.columns import OTHER_NAMES, READ_COLUMNS, RESPONSE_COLUMNS, missing_columns
+from adpa.data.columns import (
+    FORM_COLUMNS,
+    OTHER_NAMES,
+    READ_COLUMNS,
+    RESPONSE_COLUMNS,
+    lacks_responses,
+    missing_columns,
+)
 from adpa.data.json_rows import Rows, broken_row
 from adpa.data.sources import CHECK, FILE_SUFFIXES
 from adpa.errors import DataError, did_you_mean
@@ -27,7 +34,7 @@ PARQUET_END = b"PAR1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 
 
-def read_parquet(path: Path, columns: Mapping[str, str]) -> Rows:
+def read_parquet(path: Path, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
     """The rows of a Parquet file."""
     with path.open("rb") as written:
         written.seek(-min(len(PARQUET_END), path.stat().st_size), os.SEEK_END)
@@ -35,7 +42,7 @@ def read_parquet(path: Path, columns: Mapping[str, str]) -> Rows:
             raise DataError(f"{path}: expected a Parquet file; found one that is cut off", "copy it again")
     try:
         file = pq.ParquetFile(path)
-        used = _used_columns(str(path), file.schema_arrow.names, columns)
+        used = _used_columns(str(path), file.schema_arrow.names, columns, prompts_alone)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})", CHECK
@@ -44,7 +51,7 @@ def read_parquet(path: Path, columns: Mapping[str, str]) -> Rows:
         yield from _read_batches(str(path), _renamed(file.iter_batches(BATCH_ROWS, columns=[*used]), used))
 
 
-def read_directory(path: Path, split: str | None, columns: Mapping[str, str]) -> Rows:
+def read_directory(path: Path, split: str | None, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
     """The rows of a directory that ``datasets`` saved."""
     try:
         files = _arrow_files(path, split)
@@ -57,7 +64,7 @@ def read_directory(path: Path, split: str | None, columns: Mapping[str, str]) ->
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", CHECK) from error
-    return _read_batches(str(path), _arrow_batches(path, files, columns))
+    return _read_batches(str(path), _arrow_batches(path, files, columns, prompts_alone))
 
 
 def _other_directory(path: Path) -> DataError:
@@ -86,7 +93,9 @@ def _arrow_files(path: Path, split: str | None) -> list[Path]:
     return [path / file["filename"] for file in state["_data_files"]]
 
 
-def _arrow_batches(path: Path, files: Iterable[Path], columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(
+    path: Path, files: Iterable[Path], columns: Mapping[str, str], prompts_alone: bool
+) -> Iterator[pa.RecordBatch]:
     """Reads Arrow files without ``datasets``, which may lack the package of their format or the type of a column."""
     for file in files:
         try:
@@ -95,7 +104,7 @@ def _arrow_batches(path: Path, files: Iterable[Path], columns: Mapping[str, str]
                 if written.read() != END_OF_STREAM:
                     raise pa.ArrowInvalid("it is cut off")
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                used = _used_columns(str(path), reader.schema.names, columns)
+                used = _used_columns(str(path), reader.schema.names, columns, prompts_alone)
                 for batch in reader:
                     selected = batch.select([*used])
                     selected.validate(full=True)  # a damaged batch would crash the process
@@ -108,7 +117,7 @@ def _arrow_batches(path: Path, files: Iterable[Path], columns: Mapping[str, str]
             ) from error
 
 
-def read_hub(name: str, split: str | None, columns: Mapping[str, str]) -> Rows:
+def read_hub(name: str, split: str | None, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
     """The rows of a data set on the Hub."""
     from adpa.data.hub import check_hub_data  # no other source needs it
 
@@ -123,7 +132,7 @@ def read_hub(name: str, split: str | None, columns: Mapping[str, str]) -> Rows:
             f"{name}: no such file or directory, and the Hub does not give it ({_first_line(error)})", CHECK
         ) from error
     rows = dataset[_pick_split(name, list(dataset), split)].with_format("arrow")
-    used = _used_columns(name, rows.column_names, columns)
+    used = _used_columns(name, rows.column_names, columns, prompts_alone)
     return _read_batches(name, _renamed(rows.select_columns([*used]).iter(BATCH_ROWS), used))
 
 
@@ -137,18 +146,18 @@ def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
     return split
 
 
-def _used_columns(source: str, found: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
+def _used_columns(source: str, found: Sequence[str], columns: Mapping[str, str], prompts_alone: bool) -> dict[str, str]:
     """The columns of a table that ``parse_pair`` reads, with the names that it reads them by.
 
     Others may have types that become no Python objects.
     """
     names = rename_columns(source, found, columns)
-    if wrong := missing_columns(tuple(names)):
+    if (wrong := missing_columns(tuple(names))) and not (prompts_alone and lacks_responses(tuple(names))):
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
-    for column in READ_COLUMNS:
+    for column in (*READ_COLUMNS, *FORM_COLUMNS):
         if names.count(column) > 1:
             raise DataError(f"{source}: found the column `{column}` more than once", "remove one of them")
-    maybe_prompts = () if "prompt" in names else OTHER_NAMES["prompt"]  # an error names them
+    maybe_prompts = () if "prompt" in names else (*FORM_COLUMNS, *OTHER_NAMES["prompt"])  # an error names the last
     used = {*READ_COLUMNS, *maybe_prompts}
     return {name: column for name, column in zip(found, names, strict=True) if column in used}
 

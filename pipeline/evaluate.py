@@ -154,7 +154,7 @@ def evaluate(
     reference: Annotated[PathOrName, Doc("The large model before preference training."), Group.DECIDE],
     data: Annotated[
         PathOrName,
-        Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
+        Doc("Held-out prompts, alone or in preference pairs, in the forms of precompute; they are answered."),
         Group.DECIDE,
     ],
     show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.SAMPLING] = 0,
@@ -222,6 +222,7 @@ def evaluate(
                 chat_template_kwargs=dict(chat_template_kwargs or {}),
                 rendered=rendered,
                 allow_control_tokens=allow_control_tokens,
+                prompts_alone=True,
             ),
             signals=SignalOptions(top_k=1, top_p=1.0, lossy=False),  # only the response's own tokens are read
             sampling=SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed),
@@ -256,7 +257,7 @@ def _evaluate(request: Request, baseline: str, show: int, started: float) -> Eva
     greedy = compare_answers(*(read_answers(one.greedy, signals) for one in answered))
     own = [read_signals(request.cache, one.scoring) for one in contestants]
     sets = contestants[0].pairs.sets
-    rewards = student_rewards(sets["chosen"], sets["rejected"], *own)
+    rewards = student_rewards(sets["chosen"], sets["rejected"], *own) if sets else None
     counts = pairs.encoder.counts
     return EvaluateReport(
         **vars(sampled),
@@ -276,8 +277,8 @@ def _evaluate(request: Request, baseline: str, show: int, started: float) -> Eva
         greedy=greedy,
         answered_greedily=sum(one.greedy_now for one in answered),
         scored_by_students=sum(one.scored_now for one in answered),
-        student_perplexity=perplexity(sets["chosen"], own[0]),
-        baseline_perplexity=perplexity(sets["chosen"], own[1]),
+        student_perplexity=perplexity(sets["chosen"], own[0]) if sets else None,
+        baseline_perplexity=perplexity(sets["chosen"], own[1]) if sets else None,
         reward_accuracy=None if rewards is None else rewards.reward_accuracy,
         reward_margin=None if rewards is None else rewards.reward_margin,
         reward_pairs=0 if rewards is None else rewards.pairs,
@@ -293,9 +294,8 @@ def _show(data: DataOptions, plan: "Plan", mine: Answers, theirs: Answers, count
     assert plan.sampling is not None
     ends, tokenizer = plan.sampling.ends, plan.encoder.template.tokenizer
     prompts = first_prompts([(example_id, one.prompt_ids) for example_id, one in plan.samples], count)
-    questions = (
-        read_questions(read_rows(data.source, data.split), data.rendered, {*prompts.values()}) if prompts else {}
-    )
+    rows = read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)
+    questions = read_questions(rows, data.rendered, {*prompts.values()})
 
     def decode(ids: TokenIds) -> str:
         said = ids[:-1] if int(ids[-1]) in ends else ids

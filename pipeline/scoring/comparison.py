@@ -124,7 +124,7 @@ def _ask(cache: Location, student: Contestant, alarm: Alarm) -> Answered:
             new.append(len(missing))
         for responses in (*pairs.sets.values(), *sets):
             write_response_set(cache, responses)
-        write_tokenizer(cache, pairs.encoder.template.tokenizer, pairs.sets["chosen"].info.tokenizer)
+        write_tokenizer(cache, pairs.encoder.template.tokenizer, pairs.info.tokenizer)
         unscored = missing_sequences(cache, student.scoring, pairs.sequences(pairs.sets))
         tokens = setup.scoring_tokens
         done = score(cache, student.scoring, unscored, load.open_scorer, tokens, alarm=alarm, judge="student")

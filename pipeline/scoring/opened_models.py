@@ -71,7 +71,8 @@ class Models:
         for pair in pairs:
             response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
             lengths += [len(pair.prompt_ids) + response[name] for name in names]
-            largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
+            texts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)  # a prompt alone has no responses
+            largest = max(largest, *(int(ids.max()) for ids in texts if ids.size))
         for model, checkpoint in self.by_name().items():
             extra = 0 if model == "student" else engine.extra_positions
             checkpoint.check_positions([length + extra for length in lengths])

@@ -27,7 +27,7 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which pairs are read, and how they become tokens."""
+    """Which pairs are read, and how they become tokens; with ``prompts_alone``, rows without responses, too."""
 
     source: str
     split: str | None
@@ -39,6 +39,7 @@ class DataOptions:
     chat_template_kwargs: Mapping[str, Any]
     rendered: bool
     allow_control_tokens: bool
+    prompts_alone: bool
 
     @property
     def columns(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ from adpa.data.cache.signals import Scoring, peek_signals, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
 from adpa.data.reward_accuracy import RewardAccuracy, stored_rewards
 from adpa.data.sequences import TokenSequence
+from adpa.errors import OptionError
 from adpa.pipeline.scoring.other_runs import Alarm
 from adpa.pipeline.scoring.plan import Plan, Setup
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
@@ -84,7 +85,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
         if not request.dry_run:  # before the search for what is missing: no gc removes rows that a set needs
             for responses in finished.values():
                 write_response_set(cache, responses)
-            write_tokenizer(cache, plan.encoder.template.tokenizer, sets["chosen"].info.tokenizer)
+            write_tokenizer(cache, plan.encoder.template.tokenizer, plan.info.tokenizer)
         wanted = plan.sequences(sets)
         missing, rows_left = _missing(cache, plan.scoring, wanted, earlier)
         if request.dry_run:
@@ -150,9 +151,15 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
     """Scores so many of the wanted responses in memory, after a dry run.
 
     Raises:
-        AdpaError: the engine fails.
+        AdpaError: there is no response yet, or the engine fails.
     """
     models = setup.models
+    stand_ins = plan.sets["chosen"].sequences() if "chosen" in plan.sets else []
+    if not outcome.wanted and not stand_ins:
+        raise OptionError(
+            f"--probe {count}: the data has prompts alone, and the student has sampled no response to them yet",
+            "leave --probe out, or give it preference pairs",
+        )
     chosen, rejected = (plan.sets[name].sequences() if plan.compares_responses else [] for name in PAIR)
     return probe_signals(
         count,
@@ -163,7 +170,7 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
             request.sampling.max_new_tokens,
             list(zip(chosen, rejected, strict=True)),
         ),
-        plan.sets["chosen"].sequences(),
+        stand_ins,
         plan.scoring,
         partial(models.open_scorer, setup.engine, plan.longest),
         student=models.student.identity if models.student else None,

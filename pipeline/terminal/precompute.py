@@ -28,11 +28,8 @@ def print_example(example: FirstExample) -> None:
     title = "First example, as the models read it"
     table = Table("", Column(overflow="fold"), title=title, title_justify="left", show_header=False)
     end = "none: the response was cut" if example.end is None else f"{example.end} (id {example.end_id})"
-    for name, text in (
-        ("prompt", _cut_beginning(example.prompt)),
-        ("chosen", _cut_middle(example.chosen)),
-        ("end token", end),
-    ):
+    chosen = [] if example.chosen is None else [("chosen", _cut_middle(example.chosen))]
+    for name, text in (("prompt", _cut_beginning(example.prompt)), *chosen, ("end token", end)):
         table.add_row(name, Text(visible(text, newline="\n")))
     Console().print(table)
 
@@ -53,8 +50,14 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     """
     zeros = [name for name in RARE_COUNTS if not getattr(report, name)]
     leave_out = ("probe", *REWARDS, *PAIR_COUNTS, *zeros)
-    table = show_report("precompute", report, leave_out, first={"pairs": _pairs(report)})
+    alone = "chosen" not in report.responses
+    table = show_report("precompute", report, leave_out, first={"prompts" if alone else "pairs": _pairs(report)})
     below: list[RenderableType] = []
+    if alone:
+        below += [
+            "",
+            "The data has prompts alone. Training needs pairs: every objective has a term on the chosen responses.",
+        ]
     if report.reward_accuracy is not None and report.reward_margin is not None and report.probe is None:
         rewards = RewardAccuracy(report.reward_pairs, report.reward_accuracy, report.reward_margin)
         below += ["", Text(f"{rewards.describe()}.")]
