@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adpa.errors import ModelError
+from adpa.errors import ModelError, RemoteCodeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,27 +28,28 @@ class TokenizerDigests:
     chat_template: str
 
 
-def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a checkpoint directory.
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of a checkpoint directory; ``trust_remote_code``: it may be code in the directory.
 
     transformers takes a class by the model's type or by the name in tokenizer_config.json. The class may have other
     rules than tokenizer.json. Then the file decides, unless a class that tokenizer_config.json names loses text: such a
     tokenizer is refused by ``check_round_trip``.
 
     Raises:
+        RemoteCodeError: it needs code, and must not run it.
         ModelError: it has none, or it cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # import torch, which few readers of a cache need
 
     has_file, names_no_class = (directory / "tokenizer.json").is_file(), _names_no_class(directory)
     try:
-        tokenizer = _load(AutoTokenizer, directory)
+        tokenizer = _load(AutoTokenizer, directory, trust_remote_code)
     except ModelError:
         if not has_file or not names_no_class:
             raise
         return _load(PreTrainedTokenizerFast, directory)
     own_class = hasattr(tokenizer, "backend_tokenizer") and type(tokenizer) is not PreTrainedTokenizerFast
-    if not own_class or not has_file:
+    if not own_class or not has_file or _code(tokenizer):
         return tokenizer
     described = _load(PreTrainedTokenizerFast, directory)
     ids, published = (each(PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, described))
@@ -55,10 +57,17 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     return described if ids != published and (names_no_class or keeps_text) else tokenizer
 
 
-def _load(tokenizer_class: Any, directory: Path) -> "PreTrainedTokenizerBase":
+def _load(tokenizer_class: Any, directory: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     try:
-        loaded: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(directory, trust_remote_code=False)
+        loaded: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a broken tokenizer.json is a bare Exception of the package tokenizers
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise RemoteCodeError(
+                f"{directory}: its tokenizer needs code from its repository, which can do all that you can",
+                "read it, then add --trust-remote-code",
+            ) from error
         fix = "save one there with tokenizer.save_pretrained"
         if (directory / "tokenizer.json").is_file():  # a class that does not fit to the file fails in many ways
             fix += ', or set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
@@ -151,6 +160,8 @@ def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerDigests:
     rules = json.loads(backend.to_str()) if backend is not None else type(tokenizer).__name__
     if isinstance(rules, dict):
         rules |= {"truncation": None, "padding": None}  # earlier calls of the tokenizer may have set these
+    if code := _code(tokenizer):
+        rules = [rules, code]
     return TokenizerDigests(_digest([rules, vocabulary, chat_template]), vocabulary, chat_template)
 
 
@@ -171,6 +182,17 @@ def check_same_vocabulary(
                 f"{index} in the first and {'no id' if other_id is None else other_id} in the second",
                 "use models that share one tokenizer",
             )
+
+
+def _code(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """The Python files from its repository that a tokenizer runs, by name; none for a class of transformers."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    module = type(tokenizer).__module__
+    if not module.startswith("transformers_modules."):
+        return {}
+    file = str(sys.modules[module].__file__)
+    return {path.name: path.read_text() for path in map(Path, [file, *get_relative_import_files(file)])}
 
 
 def _digest(value: object) -> str:

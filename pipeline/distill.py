@@ -13,6 +13,7 @@ from adpa.data.cache.responses import ResponseName
 from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
+from adpa.pipeline.models.attention import check_attention, check_packing
 from adpa.pipeline.option_checks import check_choices, check_not_empty
 from adpa.pipeline.options import AttnImplementationOption, DtypeName, Group, PathOrName, TrustRemoteCodeOption
 from adpa.pipeline.training.batch_size import batch_arguments
@@ -218,7 +219,9 @@ def distill(
     check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
     _check_dtype_and_device(dtype, device)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
-    lora = lora_settings(lora_rank, lora_target, load_in_4bit)
+    check_attention(attn_implementation)
+    check_packing(attn_implementation, packing)
+    lora = lora_settings(lora_rank, lora_target, load_in_4bit, lora_alpha, lora_dropout)
     of_options: dict[str, Any] = {
         "output_dir": str(output),
         "learning_rate": learning_rate,
@@ -262,6 +265,8 @@ def distill(
         output=output,
         resume_from_checkpoint=resume_from_checkpoint,
         arguments=arguments,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     sources = steps.open_sources(run, student, cache, scoring, response_set or ())
     origin = steps.describe_origin(run, sources)
@@ -289,7 +294,7 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        steps.write_result(run, origin, asdict(report), trainer)
+        steps.write_result(run, in_training, origin, asdict(report), trainer)
     return report
 
 

@@ -226,7 +226,7 @@ def evaluate(
             ),
             signals=SignalOptions(top_k=1, top_p=1.0, lossy=False),  # only the response's own tokens are read
             sampling=SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed),
-            engine=EngineOptions(engine, vllm, batch_tokens, dtype, device),
+            engine=EngineOptions(engine, vllm, batch_tokens, dtype, device, attn_implementation, trust_remote_code),
             executor=ExecutorOptions(),
             part=WHOLE,
             dry_run=False,
@@ -243,8 +243,11 @@ def _evaluate(request: Request, baseline: str, show: int, started: float) -> Eva
     from adpa.pipeline.scoring.plan import open_setup, read_pairs, with_student
 
     setup = open_setup(request)
+    setups = (setup, with_student(request, setup, baseline))
+    if len({one.models.student.identity.digest for one in setups if one.models.student}) < 2:
+        raise _same_weights(str(request.student), baseline)
     pairs = read_pairs(request, setup)
-    contestants = [make_contestant(request, one, pairs) for one in (setup, with_student(request, setup, baseline))]
+    contestants = [make_contestant(request, one, pairs) for one in setups]
     plan = contestants[0].answers
     if plan.own.distinct < 2:
         raise DataError(
@@ -318,11 +321,6 @@ def _check_inputs(names: Mapping[str, str], request: Request, cache: Location | 
         raise _same_weights(student, baseline)
     check_reference(names["--reference"], names["--teacher"])
     check_inputs(names, request.data)
-
-    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all that needs no weights
-
-    if open_checkpoint(student).identity.digest == open_checkpoint(baseline).identity.digest:
-        raise _same_weights(student, baseline)
 
 
 def _same_weights(student: str, baseline: str) -> OptionError:

@@ -296,7 +296,7 @@ def precompute(
         ),
         signals=SignalOptions(top_k, top_p, lossy),
         sampling=SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed),
-        engine=EngineOptions(engine, vllm, batch_tokens, dtype, device),
+        engine=EngineOptions(engine, vllm, batch_tokens, dtype, device, attn_implementation, trust_remote_code),
         executor=ExecutorOptions(executor, workers, ray_address),
         part=parse_part(part),
         dry_run=dry_run,

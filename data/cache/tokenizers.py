@@ -11,7 +11,7 @@ from adpa.data.cache.files import write_folder
 from adpa.data.cache.locations import Location, is_local
 from adpa.data.cache.shards import damaged
 from adpa.data.vocabulary import digest_tokenizer, load_tokenizer
-from adpa.errors import ModelError
+from adpa.errors import ModelError, RemoteCodeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,11 @@ def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", diges
     write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
 
 
-def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
-    """Reads a tokenizer from a cache.
+def read_tokenizer(cache: Location, digest: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Reads a tokenizer from a cache; ``trust_remote_code``: it may be code in the cache.
 
     Raises:
+        RemoteCodeError: it needs code, and must not run it.
         DamagedFileError: it is missing, or differs from what was written.
     """
     path = cache / "tokenizers" / digest
@@ -47,7 +48,10 @@ def read_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase":
         files = read_contents(path)
         with TemporaryDirectory() as temporary:
             write_folder(Path(temporary) / digest, files)
-            tokenizer = load_tokenizer(Path(temporary) / digest)
+            tokenizer = load_tokenizer(Path(temporary) / digest, trust_remote_code)
+    except RemoteCodeError as error:
+        problem = f"{path}: the tokenizer needs code from its repository, which can do all that you can"
+        raise RemoteCodeError(problem, error.args[1]) from error
     except (FileNotFoundError, ModelError) as error:
         raise damaged(path, "not the tokenizer that was written") from error
     if digest_tokenizer(tokenizer).tokenizer != digest:

@@ -19,9 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 from adpa.data.batches import pad_sequences
 from adpa.data.sequences import TokenSequence
+from adpa.pipeline.models.attention import SDPA
 from adpa.pipeline.models.lm_head import hidden_states
 
-SDPA, WITHOUT_PADDING = "sdpa", "adpa_sdpa_without_padding"
+WITHOUT_PADDING = "adpa_sdpa_without_padding"
 # Two responses of different lengths to one prompt, and one to another.
 TRIAL = [
     TokenSequence(b"", np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32))

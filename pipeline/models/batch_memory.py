@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from adpa.pipeline.models.attention import EAGER
 from adpa.pipeline.models.checkpoint import Checkpoint
 
 FIXED_TOKENS = 8192  # of a batch if no GPU's memory is known; otherwise the minimum
@@ -37,7 +38,7 @@ def scoring_tokens(checkpoint: Checkpoint, dtype: str, free: int) -> int:
         dtype: the dtype to load it in.
         free: free bytes before it is loaded.
     """
-    if not attends_by_sdpa(checkpoint.config):
+    if checkpoint.attn_implementation == EAGER or not attends_by_sdpa(checkpoint.config):
         return FIXED_TOKENS
     itemsize = getattr(torch, dtype).itemsize
     return _fitting(

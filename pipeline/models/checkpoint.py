@@ -29,6 +29,7 @@ from adpa.errors import HeadError, ModelError
 from adpa.pipeline.models import adapters
 from adpa.pipeline.models.lm_head import LmHead, check_head, read_head
 from adpa.pipeline.models.model_names import find_base, find_directory, is_adapter
+from adpa.pipeline.models.remote_code import check_own_code, code_files
 from adpa.pipeline.models.weight_files import (
     CONFIG,
     check_whole,
@@ -43,6 +44,7 @@ from adpa.pipeline.options import DtypeName
 
 GENERATION_CONFIG = "generation_config.json"
 # What damaged files raise, and a quantization whose package is missing or that does not fit to the weights.
+CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError),
     *(ImportError, AssertionError),
@@ -59,12 +61,16 @@ class Checkpoint:
         revision: the commit on the Hub; None for a local directory.
         directory: the directory of whole weights; of an adapter, that of its base.
         adapter: the directory of the adapter that is merged into these weights; None if the model is none.
+        attn_implementation: what computes the attention in transformers; None: what transformers chooses.
+        trust_remote_code: whether Python code beside the weights, or beside the tokenizer, is run.
     """
 
     name: str
     revision: str | None
     directory: Path
     adapter: Path | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles the expensive digest, not the cheap config and tokenizer."""
@@ -74,9 +80,10 @@ class Checkpoint:
     def identity(self) -> ModelIdentity:
         """Name, revision, and the digest of all that is loaded; reads all of its bytes, once per process.
 
-        That is configuration and weights; of an adapter, also those of its base.
+        That is configuration and weights, and code if it is run; of an adapter, also those of its base.
         """
-        digest = digest_lines(digest_files(model_files(self.name, self.directory)))
+        code = code_files(self.name, self.directory) if self.trust_remote_code else []
+        digest = digest_lines(digest_files([*model_files(self.name, self.directory), *code]))
         if self.adapter is not None:
             digest = adapters.digest_adapter(self.name, self.adapter, digest)
         return ModelIdentity(self.name, self.revision, digest)
@@ -122,7 +129,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer saved beside the weights; of an adapter, its own, or else the base's."""
-        return load_tokenizer(self._directory_of(*TOKENIZER_FILES))
+        return load_tokenizer(self._directory_of(*TOKENIZER_FILES), self.trust_remote_code)
 
     def dtype_name(self, dtype: DtypeName) -> str:
         """The dtype to compute in; ``auto`` is the checkpoint's own."""
@@ -142,6 +149,8 @@ class Checkpoint:
         # cuDNN's attention makes a plan for each new shape, and our shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._read_config()  # raises clearer errors
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
         model, unexpected = self._load(dtype, **options)
         self._refuse_keys("unexpected_keys", unexpected)
         if self.adapter is not None:
@@ -186,7 +195,7 @@ class Checkpoint:
         except (AttributeError, LookupError, TypeError, RuntimeError) as error:
             raise HeadError(f"{self.name}: it does not run without its layers: {_first_line(error)}") from error
         except ModelError as error:
-            if self.is_quantized:
+            if self.is_quantized or self.trust_remote_code:
                 raise HeadError(error.args[0]) from error
             raise
         finally:
@@ -196,7 +205,7 @@ class Checkpoint:
     def _read_config(self) -> tuple[PretrainedConfig, PretrainedConfig]:
         """The configurations of the whole model and of its language model, which may be the same object."""
         try:
-            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)  # and do not ask the user
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
             text_config = config.get_text_config(decoder=True)
             if self.adapter is not None:
                 rows = adapters.embedding_rows(self.name, self.adapter)
@@ -207,7 +216,7 @@ class Checkpoint:
         except StrictDataclassError as error:  # its cause says what is wrong, in one line
             line = _first_line(error.__cause__ or error)
             raise ModelError(f"{self.name}: its config.json cannot be read: {line}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except self._errors(*CONFIG_ERRORS) as error:
             self._refuse_remote_code(error)
             raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
 
@@ -218,28 +227,36 @@ class Checkpoint:
                 self.directory,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=self.trust_remote_code,
                 **options,
             )
-        except LOADING_ERRORS as error:
+        except self._errors(*LOADING_ERRORS) as error:
             self._refuse_remote_code(error)
             reason = _first_line(error) or type(error).__name__
-            raise ModelError(f"{self.name}: transformers cannot load it: {reason}") from error
+            attention = options.get("attn_implementation")
+            how = f" with --attn-implementation {attention}" if attention else ""
+            raise ModelError(f"{self.name}: transformers cannot load it{how}: {reason}") from error
         model: PreTrainedModel
         model, information = loaded
+        if self.trust_remote_code:
+            check_own_code(self.name, self.directory, model)
         # transformers fills missing weights with random numbers and only warns.
         for problem in ("missing_keys", "mismatched_keys"):
             self._refuse_keys(problem, information[problem])
         return model, list(information["unexpected_keys"])
 
+    def _errors(self, *known: type[Exception]) -> tuple[type[Exception], ...]:
+        """What loading may raise: known errors, or with code of the repository any."""
+        return (Exception,) if self.trust_remote_code else known
+
     def _refuse_remote_code(self, error: Exception) -> None:
         """Says in one line that an error of transformers is about code in the directory."""
-        if "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error) and not self.trust_remote_code:
             architectures = read_json(self.name, self.directory / CONFIG).get("architectures")
             architecture = architectures[0] if isinstance(architectures, list) and architectures else "it"
             raise ModelError(
-                f"{self.name}: {architecture} needs code from its repository, which adpa does not run",
-                "use a model that transformers itself has",
+                f"{self.name}: {architecture} needs code from its repository, which can do all that you can",
+                "read it, then add --trust-remote-code",
             ) from error
 
     def _directory_of(self, *names: str) -> Path:
@@ -319,20 +336,29 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(name: str) -> Checkpoint:
+def open_checkpoint(
+    name: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """Finds a checkpoint: a local directory, or ``org/name`` or ``org/name@revision`` on the Hub.
 
     The directory has whole weights, or an adapter of PEFT, whose base is found by the name in adapter_config.json.
 
+    Args:
+        name: the name.
+        attn_implementation: see ``Checkpoint``.
+        trust_remote_code: see ``Checkpoint``.
+
     Raises:
         ModelError: the checkpoint does not exist, is not complete, or does not say without doubt what is loaded.
     """
-    directory, revision = find_directory(name)
-    if not is_adapter(name, directory):
+    directory, revision = find_directory(name, trust_remote_code)
+    adapter = directory if is_adapter(name, directory) else None
+    if adapter is None:
         check_whole(name, directory)
-        return Checkpoint(name, revision, directory)
-    adapters.check_adapter(name, directory)
-    return Checkpoint(name, revision, find_base(name, directory), adapter=directory)
+    else:
+        adapters.check_adapter(name, adapter)
+        directory = find_base(name, adapter, trust_remote_code)
+    return Checkpoint(name, revision, directory, adapter, attn_implementation, trust_remote_code)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def merged_weights(checkpoint: Checkpoint, dtype: str) -> Iterator[Checkpoint]:
     _check_room(checkpoint, dtype)
     with tempfile.TemporaryDirectory(prefix="adpa-merged-") as folder:
         _write(checkpoint, dtype, folder)
-        yield Checkpoint(checkpoint.name, checkpoint.revision, Path(folder))
+        yield replace(checkpoint, directory=Path(folder), adapter=None)
 
 
 def _check_room(checkpoint: Checkpoint, dtype: str) -> None:

@@ -65,8 +65,8 @@ def is_same(name: str, other: str) -> bool:
     return name == other or (all(map(os.path.exists, here)) and os.path.samefile(*here))
 
 
-def find_directory(name: str) -> tuple[Path, str | None]:
-    """The directory of a checkpoint, and its commit if it comes from the Hub.
+def find_directory(name: str, with_code: bool = False) -> tuple[Path, str | None]:
+    """The directory of a checkpoint, and its commit if it comes from the Hub; ``with_code``: with its Python files.
 
     Raises:
         ModelError: the checkpoint does not exist, cannot be read, or the Hub does not give it.
@@ -79,7 +79,7 @@ def find_directory(name: str) -> tuple[Path, str | None]:
         if directory.is_dir():
             os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
-        return _ask_hub(name)
+        return _ask_hub(name, with_code)
     except (OSError, ValueError) as error:
         shown = name if name.isprintable() else ascii(name)
         reason = getattr(error, "strerror", None) or str(error)
@@ -102,8 +102,8 @@ def is_adapter(name: str, directory: Path) -> bool:
     return ADAPTER_CONFIG in files
 
 
-def find_base(name: str, directory: Path) -> Path:
-    """The directory of the base that adapter_config.json names, checked.
+def find_base(name: str, directory: Path, with_code: bool = False) -> Path:
+    """The directory of the base that adapter_config.json names, checked; ``with_code`` as for ``find_directory``.
 
     Raises:
         ModelError: it names none, or one that is not complete, or an adapter, or quantized weights.
@@ -114,7 +114,7 @@ def find_base(name: str, directory: Path) -> Path:
     if revision and not Path(base).is_dir():
         base = f"{base}@{revision}"
     try:
-        found, _ = find_directory(base)
+        found, _ = find_directory(base, with_code)
         if is_adapter(base, found):
             raise ModelError(f"{base}: it is an adapter itself", f"merge {base} into its own base first")
         check_whole(base, found)
@@ -132,7 +132,7 @@ def find_base(name: str, directory: Path) -> Path:
     return found
 
 
-def _ask_hub(name: str) -> tuple[Path, str]:
+def _ask_hub(name: str, with_code: bool) -> tuple[Path, str]:
     hub_name, at, revision = name.partition("@")
     meant = did_you_mean_path(Path(os.path.expanduser(name)), "a model")
     missing = f"{name if name.isprintable() else ascii(name)}: no such directory"
@@ -146,7 +146,7 @@ def _ask_hub(name: str) -> tuple[Path, str]:
         raise ModelError(f"{missing}; found no revision after @", "name one, or leave @ out")
     try:
         for weights in WEIGHT_PATTERNS:  # the second only if the first has no file
-            patterns = [*HUB_PATTERNS, weights]
+            patterns = [*HUB_PATTERNS, *(["*.py"] if with_code else []), weights]
             directory = Path(snapshot_download(hub_name, revision=revision or None, allow_patterns=patterns))
             if whole_weights(directory):
                 break

@@ -28,11 +28,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adpa.data.batches import pad_sequences
 from adpa.data.packing import HostLengths, pack_sequences
 from adpa.errors import ModelError
-from adpa.pipeline.models.attention_mask import SDPA, TRIAL, same_hidden_states
+from adpa.pipeline.models.attention import EAGER, SDPA
+from adpa.pipeline.models.attention_mask import TRIAL, same_hidden_states
 from adpa.pipeline.models.lm_head import hidden_states
 from adpa.pipeline.models.varlen_attention import CAUSAL, Varlen, compared_varlen
-
-EAGER = "eager"
 
 
 @dataclass(frozen=True)

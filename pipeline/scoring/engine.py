@@ -11,6 +11,7 @@ import torch
 
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import Scoring
+from adpa.pipeline.models.attention import check_place
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
 from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.options import EngineName, ModelName
@@ -19,7 +20,7 @@ from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.sample import SharedSampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import obstacle_to_vllm, open_vllm
-from adpa.pipeline.scoring.vllm_options import VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions, refuse_attention
 
 
 class Engine(Protocol):
@@ -27,7 +28,10 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """The engine's entry in a scoring: every setting that can change a number."""
+        """The engine's entry in a scoring: every setting that can change a number by more than its last digits.
+
+        The attention of transformers is none: like the device and the batch, it changes the order of sums.
+        """
         ...
 
     @property
@@ -139,10 +143,13 @@ def choose_engine(
     if name == "auto":
         obstacle = "there is no GPU" if device.type != "cuda" else obstacle_to_vllm(device)
         name, reason = ("hf", obstacle) if obstacle else ("vllm", "a GPU and vLLM are there")
+    attention = next((each.attn_implementation for each in models.values()), None)  # all have the same
     if name == "vllm":
+        refuse_attention(attention, reason)
         return open_vllm(options, device, models, dtypes, reason)
     options.check_unused(reason)
     for model, checkpoint in models.items():
         advice = "use --engine vllm with --tensor-parallel or --quantization, or another --dtype"
+        check_place(attention, device.type, dtypes[model])
         checkpoint.check_memory(dtypes[model], device_memory(device), advice)
     return HfEngine(device, reason)

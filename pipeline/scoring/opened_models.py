@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from adpa.data.cache.responses import ResponseName, Sampling
 from adpa.data.cache.signals import ModelIdentity, Scoring
@@ -30,7 +31,11 @@ class Models:
         Raises:
             AdpaError: its checkpoint is missing or has another vocabulary.
         """
-        student = open_checkpoint(name)
+        student = open_checkpoint(
+            name,
+            attn_implementation=self.teacher.attn_implementation,
+            trust_remote_code=self.teacher.trust_remote_code,
+        )
         check_same_vocabulary(self.teacher.tokenizer, student.tokenizer, self.teacher.name, student.name)
         return replace(self, student=student)
 
@@ -100,16 +105,27 @@ class Models:
         return engine.open_sampler(self.student, sampling, longest)
 
 
-def open_models(teacher: str, reference: str | None, student: str | None, top_k: int) -> Models:
+def open_models(
+    teacher: str,
+    reference: str | None,
+    student: str | None,
+    top_k: int,
+    *,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Models:
     """Opens the checkpoints and checks that all have the teacher's vocabulary.
+
+    The last two arguments are those of ``open_checkpoint``, for all models.
 
     Raises:
         AdpaError: a checkpoint is missing or has another vocabulary, or the vocabulary has fewer than K tokens.
     """
+    open_one = partial(open_checkpoint, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     models = Models(
-        open_checkpoint(teacher),
-        open_checkpoint(reference) if reference else None,
-        open_checkpoint(student) if student else None,
+        open_one(teacher),
+        open_one(reference) if reference else None,
+        open_one(student) if student else None,
     )
     for other in list(models.by_name().values())[1:]:
         check_same_vocabulary(models.teacher.tokenizer, other.tokenizer, teacher, other.name)

@@ -115,7 +115,14 @@ def open_setup(request: Request) -> Setup:
     """
     options = request.engine
     device = resolve_device(options.device)
-    models = open_models(request.teacher, request.reference, request.student, request.signals.top_k)
+    models = open_models(
+        request.teacher,
+        request.reference,
+        request.student,
+        request.signals.top_k,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
     dtypes = models.dtypes(options.dtype)
     engine = choose_engine(options.name, options.vllm, device, models.by_name(), dtypes)
     models.check_reference()

@@ -10,6 +10,7 @@ from adpa.data.column_map import parse_map
 from adpa.data.preferences import RESERVED_TEMPLATE_KWARGS
 from adpa.data.sequences import check_lengths
 from adpa.errors import OptionError, did_you_mean
+from adpa.pipeline.models.attention import check_attention
 from adpa.pipeline.option_checks import (
     SAMPLING_SEED,
     check_choices,
@@ -22,7 +23,7 @@ from adpa.pipeline.option_checks import (
 from adpa.pipeline.options import DtypeName, EngineName
 from adpa.pipeline.scoring.executor import ExecutorOptions
 from adpa.pipeline.scoring.parts import Part
-from adpa.pipeline.scoring.vllm_options import VllmOptions
+from adpa.pipeline.scoring.vllm_options import VllmOptions, refuse_attention
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class EngineOptions:
         batch_tokens: tokens of a batch; by default the engine decides.
         dtype: what the models compute in.
         device: where.
+        attn_implementation: what computes the attention in transformers; by default transformers decides.
+        trust_remote_code: whether code from the models' repositories is run.
     """
 
     name: EngineName
@@ -105,15 +108,20 @@ class EngineOptions:
     batch_tokens: int | None
     dtype: DtypeName
     device: str
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
 
     def check(self) -> None:
-        """Raises an ``OptionError`` for a value out of range."""
+        """Raises an ``OptionError`` for a value out of range, or an attention that cannot be had."""
         check_counts({"--batch-tokens": self.batch_tokens})
         check_choices({"--engine": (self.name, EngineName), "--dtype": (self.dtype, DtypeName)})
         check_device(self.device)
         self.vllm.check()
         if self.name == "hf":
             self.vllm.check_unused("as asked")
+        elif self.name == "vllm":
+            refuse_attention(self.attn_implementation, "as asked")
+        check_attention(self.attn_implementation)
 
 
 @dataclass(frozen=True)

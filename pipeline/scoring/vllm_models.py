@@ -78,7 +78,7 @@ class VllmModel:
                 generation_config="vllm",
                 # The files that are digested, and not those of Mistral's own format, which may lie beside them.
                 config_format="hf",
-                trust_remote_code=False,
+                trust_remote_code=checkpoint.trust_remote_code,
                 enable_prefix_caching=False,
                 disable_log_stats=True,
                 **{"load_format": "hf", **arguments},

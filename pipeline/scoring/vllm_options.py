@@ -17,7 +17,7 @@ OWN_ARGUMENTS = {
     *("speculative_config", "kv_sharing_fast_prefill", "disable_log_stats"),
 }
 OTHER_FILES = {
-    *("trust_remote_code", "config_format", "hf_config_path", "model_weights"),
+    *("config_format", "hf_config_path", "model_weights"),
     *("revision", "code_revision", "tokenizer_revision", "hf_token", "default_mm_loras"),
     *("spec_method", "spec_model", "spec_tokens"),
 }
@@ -55,6 +55,8 @@ class VllmOptions:
         for _, key, value in self._engine_args:
             if key in OWN_ARGUMENTS:
                 raise OptionError(f"--engine-arg {key}: adpa sets it", "leave it out; --max-model-len is an option")
+            if key == "trust_remote_code":
+                raise OptionError(f"--engine-arg {key}: adpa sets it", "use --trust-remote-code")
             if key in OTHER_FILES or (key == "load_format" and value not in SAME_FILES):
                 raise OptionError(
                     f"--engine-arg {key}: vLLM would load something else than the files of the model that adpa knows",
@@ -109,6 +111,19 @@ class VllmOptions:
     def _engine_args(self) -> list[tuple[str | None, str, Any]]:
         """Model (None for all models), key and value of each ``--engine-arg``."""
         return [_parse_engine_arg(text) for text in self.engine_arg]
+
+
+def refuse_attention(attn_implementation: str | None, reason: str) -> None:
+    """Checks that no attention of transformers is asked for, because the engine is vLLM for this reason.
+
+    Raises:
+        OptionError: one is.
+    """
+    if attn_implementation is not None:
+        raise OptionError(
+            f"--attn-implementation {attn_implementation} is for transformers; the engine is vllm ({reason})",
+            "use --engine hf, or vLLM's own: --engine-arg attention_backend=FLASH_ATTN",
+        )
 
 
 def _parse_engine_arg(text: str) -> tuple[str | None, str, Any]:

@@ -89,6 +89,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> Any:
         model,
         r=settings.rank,
         lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
         target_modules=list(settings.targets) or ALL_LINEAR,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )

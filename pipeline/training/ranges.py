@@ -22,6 +22,8 @@ RANGES = {
     "advantage_weight": AT_LEAST_0,
     "plausibility": SHARE_BELOW_1,
     "lora_rank": COUNT,
+    "lora_alpha": Range(0, LARGEST_COUNT, above=True),
+    "lora_dropout": SHARE_BELOW_1,
     "learning_rate": MORE_THAN_0,
     "num_train_epochs": Range(0, LARGEST_COUNT, above=True),
     "max_steps": Range(1, LARGEST_COUNT, whole=True, fix="leave it out for no limit"),

@@ -34,6 +34,7 @@ from adpa.data.cache.tokenizers import read_tokenizer
 from adpa.data.sequences import Packing
 from adpa.data.vocabulary import check_same_vocabulary
 from adpa.errors import OptionError
+from adpa.pipeline.models.attention import check_place, runs_on_cpu, switch_attention
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.models.launcher import number_of_ranks, this_rank
@@ -76,6 +77,8 @@ class Run:
         output: directory of the trained student.
         resume_from_checkpoint: see ``find_start``.
         arguments: Trainer's arguments.
+        attn_implementation: see ``Checkpoint``.
+        trust_remote_code: see ``Checkpoint``.
     """
 
     objective: ObjectiveName
@@ -88,6 +91,8 @@ class Run:
     output: Path
     resume_from_checkpoint: str | None
     arguments: TrainingArguments
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def needs(self) -> dict[ResponseName, Need]:
@@ -118,12 +123,14 @@ class Student:
         trained: ``model``, or the PeftModel around it.
         trained_parameters: count of the numbers that are trained.
         compute_dtype: dtype of the matrix products.
+        attention: the name in transformers of what computes its attention.
     """
 
     model: PreTrainedModel
     trained: Any
     trained_parameters: int
     compute_dtype: str
+    attention: str
 
     @property
     def weights_dtype(self) -> str:
@@ -146,7 +153,9 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
     """
 
     def open_on_this_rank() -> Sources:
-        checkpoint = open_checkpoint(student)
+        # The CPU loads and checks the student; load_student switches to an attention that needs a GPU.
+        attention = run.attn_implementation if runs_on_cpu(run.attn_implementation) else None
+        checkpoint = open_checkpoint(student, attn_implementation=attention, trust_remote_code=run.trust_remote_code)
         if checkpoint.dtype_name(run.dtype) == "float16":
             raise OptionError("float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
         earlier = earlier_ids(run.output, run.resume_from_checkpoint)
@@ -159,7 +168,7 @@ def open_sources(run: Run, student: str, cache: Location, scoring: str | None, r
 def _check_student(checkpoint: Checkpoint, cache: Location, selection: Selection) -> PreTrainedTokenizerBase:
     """Checks that the student fits the data; returns the teacher's tokenizer."""
     info = next(iter(selection.sets.values())).info
-    tokenizer = read_tokenizer(cache, info.tokenizer)
+    tokenizer = read_tokenizer(cache, info.tokenizer, checkpoint.trust_remote_code)
     check_same_vocabulary(tokenizer, checkpoint.tokenizer, "the cache's teacher", checkpoint.name)
     sequences = [sequence for responses in selection.sets.values() for sequence in responses.sequences()]
     checkpoint.check_positions([len(sequence) for sequence in sequences])
@@ -232,26 +241,30 @@ def load_student(run: Run, sources: Sources) -> Student:
 
     Raises:
         ModelError: the student cannot be loaded, or not trained in this way.
-        OptionError: it lacks a layer that ``--lora-target`` names.
+        OptionError: it lacks a layer that ``--lora-target`` names, or the device or dtype cannot compute its attention.
     """
     set_seed(run.arguments.seed)
-    checkpoint = sources.checkpoint
+    checkpoint, attention = sources.checkpoint, run.attn_implementation
     dtype = checkpoint.dtype_name(run.dtype)
     compute_dtype = "bfloat16" if run.arguments.bf16 else dtype
+    check_place(attention, run.arguments.device.type, compute_dtype)
     with loading_whole(run.arguments):
         if run.lora is None:
             model = checkpoint.load(dtype, torch.device("cpu"))
         else:
             model = load_base(checkpoint, run.lora, dtype, compute_dtype, run.arguments.device)
+    own_attention = str(model.config._attn_implementation)
     attach_distill_head(model)
     check_padding(model)
-    if run.packing == "none":
+    if attention is not None and not runs_on_cpu(attention):
+        switch_attention(model, attention)
+    elif run.packing == "none":
         leave_out_padding_mask(model)
     else:
         allow_packing(model)
     trained = model if run.lora is None else add_adapters(model, run.lora)
     trained_parameters = sum(each.numel() for each in trained.parameters() if each.requires_grad)
-    return Student(model, trained, trained_parameters, compute_dtype)
+    return Student(model, trained, trained_parameters, compute_dtype, attention or own_attention)
 
 
 @contextmanager
@@ -356,13 +369,16 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
     sources.tokenizer.save_pretrained(run.output)
 
 
-def write_result(run: Run, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer) -> None:
+def write_result(
+    run: Run, student: Student, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer
+) -> None:
     """Writes adpa.json of a finished run: its origin, its report, and its logs."""
     if this_rank() != 0:
         return
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
     result = {name: report[name] for name in REPORTED} | {
         "packing": run.packing,
+        "attn_implementation": student.attention,  # like packing, it changes rounding alone
         "ranks": number_of_ranks(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "warnings": trainer.warnings,

@@ -73,6 +73,10 @@ class ModelError(AdpaError):
     """A checkpoint or tokenizer that cannot be used, alone or with the other models."""
 
 
+class RemoteCodeError(ModelError):
+    """A model or tokenizer that needs code from its repository, which the user has not allowed."""
+
+
 class HeadError(ModelError):
     """A head that adpa cannot run itself: it does something unknown, or its weights are quantized."""
 

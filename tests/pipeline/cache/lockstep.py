@@ -328,7 +328,7 @@ def models_and_steps() -> Iterator[None]:
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE, **special)
 
-    def open_checkpoint(name: str) -> SimpleNamespace:
+    def open_checkpoint(name: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(
             name=name,
             identity=ModelIdentity(name, None, f"{name}'s weights"),

@@ -169,7 +169,7 @@ def test_the_next_stage_takes_the_output_as_its_student(trained: Path, few_words
 def test_the_record_says_what_was_trained(trained: Path) -> None:
     record = json.loads((trained / "adpa.json").read_text())
     in_4bit = record["lora"].pop("load_in_4bit")
-    assert record["lora"] == {"rank": RANK, "alpha": 2 * RANK, "targets": "all-linear"}
+    assert record["lora"] == {"rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "targets": "all-linear"}
     assert record["trained_parameters"] == sum(a.numel() + b.numel() for a, b in adapters(trained / "adapter").values())
     assert {"peft", "bitsandbytes"} & record["versions"].keys() == ({"peft", "bitsandbytes"} if in_4bit else {"peft"})
 
