@@ -131,8 +131,9 @@ def _go_on_training(options: Mapping[str, Any]) -> str:
 def _evaluate() -> Callable[..., None]:
     """Compare a student with a baseline on held-out prompts, without a judge."""
     from adpa.pipeline.evaluate import evaluate
+    from adpa.pipeline.terminal.evaluation import show_evaluation
 
-    return as_command(evaluate, after_stop=_go_on_evaluating)
+    return as_command(evaluate, show_evaluation, after_stop=_go_on_evaluating)
 
 
 def _go_on_evaluating(options: Mapping[str, Any]) -> str:

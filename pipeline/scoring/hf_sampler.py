@@ -63,7 +63,8 @@ class HfSampler(SharedSampler):
 
     def as_scorer(self) -> HeadScorer:
         """See ``SharedSampler.as_scorer``."""
-        self._model.set_attn_implementation(self._attention)  # sampling may have changed it
+        if self._model.config._attn_implementation != self._attention:  # as it was loaded
+            self._model.set_attn_implementation(self._attention)
         return hf_scorer(self._name, self._model)
 
     def close(self) -> None:

@@ -67,18 +67,25 @@ def report(options: dict[str, Any], cache: Path) -> EvaluateReport:
     return evaluate(**options, cache=cache)
 
 
-def answers(cache: Path, student: str) -> list[TokenSequence]:
+def answers(cache: Path, student: str, greedy: bool = False) -> list[TokenSequence]:
     """What a model said, one prompt after the other and each prompt once."""
 
     def is_its_own(found: ResponseSet) -> bool:
         sampling = found.info.sampling
-        return sampling is not None and sampling.student == open_checkpoint(student).identity.digest
+        if sampling is None or (sampling.temperature == 0) != greedy:
+            return False
+        return sampling.student == open_checkpoint(student).identity.digest
 
     (sampled,) = filter(is_its_own, read_response_sets(cache / "evaluation"))
     by_prompt: dict[bytes, list[TokenSequence]] = {}
     for sequence in sampled.sequences():
         by_prompt.setdefault(sequence.prompt_ids.tobytes(), []).append(sequence)
     return [sequence for said in by_prompt.values() for sequence in said[:SAMPLES]]
+
+
+def numbers(report: EvaluateReport) -> EvaluateReport:
+    """The report without what depends on the work that was there already."""
+    return replace(report, sampled=0, answered_greedily=0, scored=0, scored_by_students=0, seconds=0)
 
 
 def log_probability(model: Any, sequence: TokenSequence) -> float:
@@ -134,6 +141,8 @@ def test_a_prompt_that_is_there_twice_counts_once_and_a_row_that_cannot_be_used_
 ) -> None:
     assert (report.prompts, report.repeated_prompts, report.dropped) == (8, 1, 1)
     assert report.sampled == 2 * SAMPLES * 8
+    assert report.answered_greedily == 2 * 8
+    assert report.scored_by_students == 2 * (8 + 9), "each chosen and rejected response once"
 
 
 def test_the_report_says_that_adpa_trains_on_this_reward(report: EvaluateReport) -> None:
@@ -145,7 +154,7 @@ def test_the_two_models_may_change_places_and_nothing_is_sampled_again(
     report: EvaluateReport, options: dict[str, Any], cache: Path
 ) -> None:
     turned = evaluate(**options | {"student": options["baseline"], "baseline": options["student"]}, cache=cache)
-    assert (turned.sampled, turned.scored) == (0, 0)
+    assert (turned.sampled, turned.answered_greedily, turned.scored, turned.scored_by_students) == (0, 0, 0, 0)
     assert (turned.student, turned.baseline) == (report.baseline, report.student)
     assert turned.win_rate.mean == pytest.approx(1 - report.win_rate.mean)
     assert turned.difference.low == pytest.approx(-report.difference.high)
@@ -169,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
             evaluate(**options, cache=tmp_path)
     resumed = evaluate(**options, cache=tmp_path)
     assert resumed.sampled == report.sampled // 2
-    assert replace(resumed, sampled=0, scored=0, seconds=0) == replace(report, sampled=0, scored=0, seconds=0)
+    assert numbers(resumed) == numbers(report)
 
 
 def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: EvaluateReport, cache: Path) -> None:
