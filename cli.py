@@ -23,7 +23,6 @@ ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=MARKUP,
     context_settings=HELP,

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
 from tests.pipeline.conftest import change_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from adpa import EvaluateReport, evaluate
-from adpa.data.bootstrap import bootstrap_interval
+from adpa.data.bootstrap import bootstrap_interval, win_share
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
@@ -80,7 +80,7 @@ def answers(cache: Path, student: str, greedy: bool = False) -> list[TokenSequen
     by_prompt: dict[bytes, list[TokenSequence]] = {}
     for sequence in sampled.sequences():
         by_prompt.setdefault(sequence.prompt_ids.tobytes(), []).append(sequence)
-    return [sequence for said in by_prompt.values() for sequence in said[:SAMPLES]]
+    return [sequence for said in by_prompt.values() for sequence in said[: 1 if greedy else SAMPLES]]
 
 
 def numbers(report: EvaluateReport) -> EvaluateReport:
@@ -129,6 +129,92 @@ def test_the_numbers_are_those_of_transformers_in_float64(
         assert asdict(getattr(report, f"difference{ending}")) == pytest.approx(asdict(difference), abs=1e-5)
         assert asdict(getattr(report, f"win_rate{ending}")) == pytest.approx(asdict(wins), abs=1e-12)
         assert difference.low < difference.mean < difference.high
+
+
+def in_float64(directory: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+
+
+def test_greedy_answers_are_those_of_transformers_and_have_numbers_of_their_own(
+    report: EvaluateReport, options: dict[str, Any], cache: Path
+) -> None:
+    assert report.greedy is not None
+    turn_end = open_checkpoint(options["teacher"]).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    judges = [in_float64(options[name]) for name in ("teacher", "reference")]
+    rewards = {}
+    for name in ("student", "baseline"):
+        said, model = answers(cache, options[name], greedy=True), in_float64(options[name])
+        assert len(said) == 8, "one to each prompt"
+        for sequence in said:
+            ids = torch.from_numpy(sequence.prompt_ids.copy()).long()[None]
+            settings = GenerationConfig(do_sample=False, max_new_tokens=7, eos_token_id=turn_end, pad_token_id=turn_end)
+            continued = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            assert continued[0, ids.shape[1] :].tolist() == sequence.response_ids.tolist()
+        rewards[name] = np.array([np.subtract(*(log_probability(judge, one) for judge in judges)) for one in said])
+        summary = getattr(report.greedy, name)
+        assert summary.implicit_reward == pytest.approx(rewards[name].mean(), abs=1e-5)
+        assert summary.tokens == np.mean([len(one.response_ids) for one in said])
+    difference = bootstrap_interval([rewards["student"] - rewards["baseline"]])
+    assert asdict(report.greedy.difference) == pytest.approx(asdict(difference), abs=1e-5)
+    wins = bootstrap_interval([win_share(rewards["student"], rewards["baseline"])])
+    assert asdict(report.greedy.win_rate) == pytest.approx(asdict(wins), abs=1e-12)
+    assert report.greedy.win_rate != report.win_rate
+
+
+def test_perplexity_and_the_students_own_reward_are_those_of_transformers_in_float64(
+    report: EvaluateReport, options: dict[str, Any], cache: Path
+) -> None:
+    sets = {one.info.name: one.sequences() for one in read_response_sets(cache / "evaluation")}
+    chosen, rejected = sets["chosen"], sets["rejected"]
+    assert len(chosen) == len(rejected) == 9, "pairs with the same prompt count, each"
+    logprobs = {}
+    for name in ("student", "baseline"):
+        model = in_float64(options[name])
+        by_set = [[log_probability(model, one) for one in responses] for responses in (chosen, rejected)]
+        logprobs[name] = np.array(by_set).T
+        tokens = sum(len(one.response_ids) for one in chosen)
+        perplexity = np.exp(-logprobs[name][:, 0].sum() / tokens)
+        assert getattr(report, f"{name}_perplexity") == pytest.approx(perplexity, rel=1e-5)
+    margins = np.subtract(*(logprobs["student"] - logprobs["baseline"]).T)
+    assert report.reward_pairs == 9
+    assert report.reward_accuracy == np.mean(margins > 0)
+    assert report.reward_margin == pytest.approx(margins.mean(), abs=1e-4)
+    assert report.truncated_responses == 0
+
+
+def test_the_answers_to_the_first_prompts_are_shown(
+    options: dict[str, Any], cache: Path, report: EvaluateReport, preference_rows: list[Row]
+) -> None:
+    shown = evaluate(**options, cache=cache, show=3).shown
+    assert [one.prompt for one in shown] == [last_question(row) for row in preference_rows[:3]]
+    tokenizer = open_checkpoint(options["teacher"]).tokenizer
+    judges = [in_float64(options[name]) for name in ("teacher", "reference")]
+    for name in ("student", "baseline"):
+        said = {tokenizer.decode(one.prompt_ids): one for one in reversed(answers(cache, options[name]))}
+        for one in shown:
+            (prompt,) = [text for text in said if f"user\n{one.prompt}<|im_end|>\n<|im_start|>assistant" in text]
+            assert getattr(one, name) == tokenizer.decode(said[prompt].response_ids).removesuffix("<|im_end|>")
+            reward = np.subtract(*(log_probability(judge, said[prompt]) for judge in judges))
+            assert getattr(one, f"{name}_reward") == pytest.approx(reward, abs=1e-4)
+    assert report.shown == []
+    assert len(evaluate(**options, cache=cache, show=100).shown) == 8, "each prompt once"
+
+
+def last_question(row: Row) -> str:
+    prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def test_prompts_alone_have_answers_but_neither_perplexity_nor_reward_accuracy(
+    options: dict[str, Any], cache: Path, report: EvaluateReport, preference_rows: list[Row], write_rows: WriteRows
+) -> None:
+    rows = [{"prompt": row["prompt"] if "prompt" in row else row["chosen"][:-1]} for row in preference_rows[:8]]
+    alone = evaluate(**options | {"data": str(write_rows(rows, "prompts.jsonl"))}, cache=cache, show=1)
+    assert (alone.student_perplexity, alone.baseline_perplexity) == (None, None)
+    assert (alone.reward_accuracy, alone.reward_margin, alone.reward_pairs) == (None, None, 0)
+    assert (alone.sampled, alone.answered_greedily, alone.scored, alone.scored_by_students) == (0, 0, 0, 0)
+    assert alone.student.implicit_reward == pytest.approx(report.student.implicit_reward)
+    assert alone.shown[0].prompt == last_question(preference_rows[0])
 
 
 def test_some_responses_end_by_themselves_and_the_others_are_cut(report: EvaluateReport) -> None:
@@ -194,6 +280,8 @@ def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: Ev
         (lambda _: {"data": "./nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
         (lambda _: {"student": "./nowhere", "data": "./nowhere.jsonl"}, r"\./nowhere: no such directory"),
         (lambda _: {"drop_invalid": False}, "line 10"),
+        (lambda _: {"show": -1}, "--show -1; expected at least 0"),
+        (lambda _: {"show": 1.5}, "--show 1.5; expected a whole number"),
         (lambda _: {"samples_per_prompt": 0}, "--samples-per-prompt 0; expected at least 1"),
         (lambda _: {"max_new_tokens": 0}, "--max-new-tokens 0; expected at least 1"),
         (lambda _: {"max_prompt_length": 0}, "--max-prompt-length 0"),
