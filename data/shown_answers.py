@@ -43,6 +43,8 @@ def first_prompts(prompts: Sequence[tuple[str, TokenIds]], count: int) -> dict[b
 def read_questions(rows: Rows, rendered: bool, wanted: Collection[str]) -> dict[str, str]:
     """What the user asked last in some examples, by their ids; reads no further than to the last of them."""
     found: dict[str, str] = {}
+    if not wanted:
+        return found
     for where, row in rows:
         with suppress(RowError):
             pair = parse_pair(where, row, rendered, prompts_alone=True)

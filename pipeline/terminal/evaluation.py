@@ -28,7 +28,14 @@ AGAINST = {
     "difference": "reward difference",
     "difference_per_token": "… per token",
 }
-COUNTS = ("repeated_prompts", "truncated_prompts", "truncated_responses", "thinking_left_out", "dropped")
+RARE_COUNTS = (
+    "repeated_prompts",
+    "truncated_prompts",
+    "truncated_responses",
+    "thinking_left_out",
+    "dropped",
+    "dropped_by_reason",
+)
 
 
 def show_evaluation(report: EvaluateReport) -> RenderableType:
@@ -85,19 +92,26 @@ def _pairs(report: EvaluateReport) -> RenderableType:
 
 
 def _counts(report: EvaluateReport) -> Table:
-    shown = ("prompts", "sampled", "answered_greedily", "scored", "scored_by_students", "engine", "engine_reason")
-    kept = {*shown, "seconds", "dropped_by_reason", *(name for name in COUNTS if getattr(report, name))}
-    table = show_report("evaluate", report, leave_out=asdict(report).keys() - kept)
+    done = {
+        "prompts": report.prompts,
+        "sampled now": report.sampled,
+        "answered greedily now": report.answered_greedily,
+        "scored now": report.scored,
+        "scored by students now": report.scored_by_students,
+    }
+    kept = {"engine", "engine_reason", "seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
+    table = show_report("evaluate", report, leave_out=asdict(report).keys() - kept, first=done)
     table.title = None
     return table
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _interval(value: Interval) -> str:
-    return f"{value.mean:,.3g} [{value.low:,.3g}, {value.high:,.3g}]"
+    mean, low, high = (_number(one, digits=3) for one in (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}]"
 
 
 class Shown:
@@ -109,7 +123,9 @@ class Shown:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yields a table."""
         shown = self._shown
-        heads = [f"{model}, reward {getattr(shown, f'{model}_reward'):,.4g}" for model in ("student", "baseline")]
+        heads = [
+            f"{model}, implicit reward {getattr(shown, f'{model}_reward'):,.4g}" for model in ("student", "baseline")
+        ]
         answers = [_text(shown.student), _text(shown.baseline)]
         yield Text(f"{self._title}: ", style="bold") + _text(shown.prompt)
         if options.max_width >= SIDE_BY_SIDE:

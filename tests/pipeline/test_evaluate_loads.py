@@ -14,8 +14,11 @@ from torch import Tensor
 from adpa import EvaluateReport, evaluate, precompute
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.cache.samples import samples_folder
-from adpa.data.cache.signals import read_scorings
+from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.scoring.engine import HfEngine
+from adpa.pipeline.scoring.hf_sampler import HfSampler
+from adpa.pipeline.scoring.score import Scorer
 
 
 class Loads:
@@ -195,3 +198,28 @@ def test_at_temperature_0_there_are_greedy_answers_alone(
     assert vars(report.greedy) == {name: getattr(report, name) for name in vars(report.greedy)}
     assert report.greedy == first[0].greedy
     assert (report.temperature, first[0].temperature) == (0, 1)
+
+
+def test_an_engine_that_scores_in_another_way_than_it_samples_starts_once_for_each(
+    first: tuple[EvaluateReport, Loads],
+    options: dict[str, Any],
+    tmp_path: Path,
+    loads: Loads,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As vLLM does. It goes by the scoring's models, so that a student gets the options of a student."""
+    scored: list[tuple[str, bool]] = []
+    open_scorer = HfEngine.open_scorer
+
+    def noted(engine: HfEngine, checkpoint: Checkpoint, scoring: Scoring, longest: int) -> Scorer:
+        scored.append((checkpoint.directory.name, checkpoint.identity in (scoring.teacher, scoring.reference)))
+        return open_scorer(engine, checkpoint, scoring, longest)
+
+    monkeypatch.setattr(HfSampler, "as_scorer", lambda _: None)
+    monkeypatch.setattr(HfEngine, "open_scorer", noted)
+    report = evaluate(**options, cache=tmp_path)
+    student, baseline, teacher, reference = names(options, "student", "baseline", "teacher", "reference")
+    assert loads.names == [student, student, baseline, baseline, teacher, reference]
+    assert scored == [(student, False), (baseline, False), (teacher, True), (reference, True)]
+    assert loads.most == 1
+    assert replace(report, seconds=0) == replace(first[0], seconds=0)
