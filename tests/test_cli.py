@@ -123,9 +123,9 @@ def test_an_evaluation_is_printed_line_by_line_and_leaves_nothing_without_a_cach
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "report.json").read_text())
     lines = [" ".join(line.strip("│ ").replace("│", " ").split()) for line in done.stdout.splitlines()]
-    models = [part[name] for part in (report, report["greedy"]) for name in ("student", "baseline")]
+    summaries = [part[name] for part in (report, report["greedy"]) for name in ("student", "baseline")]
     for field, label in (("implicit_reward", "implicit reward"), ("implicit_reward_per_token", "… per token")):
-        assert " ".join([label, *(f"{one[field]:.4g}" for one in models)]) in lines
+        assert " ".join([label, *(f"{one[field]:.4g}" for one in summaries)]) in lines
     wins = [part["win_rate"] for part in (report, report["greedy"])]
     assert " ".join(["win rate", *(f"{w['mean']:.3g} [{w['low']:.3g}, {w['high']:.3g}]" for w in wins)]) in lines
     perplexities = [f"{report[f'{name}_perplexity']:,.0f}" for name in ("student", "baseline")]  # of random models

@@ -112,6 +112,7 @@ def test_nothing_is_loaded_again_for_what_the_cache_has(
     assert swapped.student_perplexity == first[0].baseline_perplexity
 
 
+@pytest.mark.slow
 def test_another_student_does_not_ask_the_baseline_again(
     first: tuple[EvaluateReport, Loads], options: dict[str, Any], cache: Path, tmp_path: Path, loads: Loads
 ) -> None:
@@ -123,6 +124,7 @@ def test_another_student_does_not_ask_the_baseline_again(
     assert report.sampled == 2 * report.prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["greedy", "scores"])
 def test_a_model_that_has_only_a_part_to_do_is_loaded_once_too(
     missing: str,
@@ -139,13 +141,13 @@ def test_a_model_that_has_only_a_part_to_do_is_loaded_once_too(
         alone = [one for one in read_scorings(copied / "evaluation") if one.reference is None]
         assert len(alone) == 2
         for scoring in alone:
-            shutil.rmtree(scoring.folder(copied / "evaluation"))
+            shutil.rmtree(str(scoring.folder(copied / "evaluation")))
         report = evaluate(**options, cache=copied)
         assert counts(report) == (0, 0, 0, first[0].scored_by_students)
     else:
         for one in greedy_sets(copied):
             assert one.info.sampling is not None
-            shutil.rmtree(samples_folder(copied / "evaluation", one.info.sampling))
+            shutil.rmtree(str(samples_folder(copied / "evaluation", one.info.sampling)))
         report = evaluate(**options, cache=copied)
         assert counts(report) == (0, first[0].answered_greedily, 0, 0)
     assert loads.names == names(options, "student", "baseline")
@@ -158,6 +160,7 @@ def greedy_sets(cache: Path) -> list[ResponseSet]:
     return [one for one in sets if one.info.sampling is not None and one.info.sampling.temperature == 0]
 
 
+@pytest.mark.slow
 def test_what_the_former_version_kept_is_used_and_its_numbers_stay(
     first: tuple[EvaluateReport, Loads], options: dict[str, Any], tmp_path: Path, loads: Loads
 ) -> None:
@@ -200,6 +203,7 @@ def test_at_temperature_0_there_are_greedy_answers_alone(
     assert (report.temperature, first[0].temperature) == (0, 1)
 
 
+@pytest.mark.slow
 def test_an_engine_that_scores_in_another_way_than_it_samples_starts_once_for_each(
     first: tuple[EvaluateReport, Loads],
     options: dict[str, Any],
