@@ -64,6 +64,8 @@ def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
         fix += f" ({renaming(names)})"
     elif len(missing) == 2:
         fix = "a row needs a prompt and two responses to it: prompt, chosen and rejected"
+        if {"prompt", "instruction", *CONVERSATION_COLUMNS} & {*names}:
+            fix += "; prompts alone are enough where only --student answers them"
     return f"found {found}; expected {wanted}", fix
 
 

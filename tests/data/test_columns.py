@@ -1,9 +1,10 @@
 import pytest
 
-from adpa.data.columns import missing_columns, printable, renaming
+from adpa.data.columns import lacks_responses, missing_columns, printable, renaming
 
 NAME = "name the columns prompt, chosen and rejected"
 TWO = "a row needs a prompt and two responses to it: prompt, chosen and rejected"
+ALONE = f"{TWO}; prompts alone are enough where only --student answers them"
 
 
 @pytest.mark.parametrize(
@@ -12,9 +13,10 @@ TWO = "a row needs a prompt and two responses to it: prompt, chosen and rejected
         (["prompt", "chosen"], "found the columns prompt, chosen; expected `rejected`", NAME),
         (["prompt", "rejected", "score"], "found the columns prompt, rejected, score; expected `chosen`", NAME),
         (["question", "answer"], "found the columns question, answer; expected `chosen` and `rejected`", TWO),
-        (["conversations"], "found the columns conversations; expected `chosen` and `rejected`", TWO),
+        (["conversations"], "found the columns conversations; expected `chosen` and `rejected`", ALONE),
+        (["instruction", "output"], "found the columns instruction, output; expected `chosen` and `rejected`", ALONE),
         (["text"], "found the columns text; expected `chosen` and `rejected`", TWO),
-        (["prompt", "completion", "label"], "found the columns prompt, completion, label; expected", TWO),
+        (["prompt", "completion", "label"], "found the columns prompt, completion, label; expected", ALONE),
         ([], "found no columns; expected `chosen` and `rejected`", TWO),
         (
             ["question", "accepted", "rejected_response"],
@@ -51,10 +53,33 @@ def test_columns_without_a_response_are_told_with_what_to_rename(names: list[str
 
 
 @pytest.mark.parametrize(
-    "names", [("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("rejected", "chosen", "x")]
+    "names",
+    [
+        ("chosen", "rejected"),
+        ("prompt", "chosen", "rejected"),
+        ("rejected", "chosen", "x"),
+        ("instruction", "input", "output", "rejected"),
+    ],
 )
 def test_two_responses_are_enough(names: tuple[str, ...]) -> None:
     assert missing_columns(names) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "lacks"),
+    [
+        (("prompt",), True),
+        (("instruction", "input", "output"), True),
+        (("messages", "source"), True),
+        (("prompt", "chosen"), False),
+        (("prompt", "rejected"), False),
+        (("prompt", "accepted", "refused"), False),
+        (("prompt", "Chosen", "Rejected"), False),
+        (("prompt", "rejected_response"), False),
+    ],
+)
+def test_a_prompt_is_alone_only_where_nothing_looks_like_a_response(names: tuple[str, ...], lacks: bool) -> None:
+    assert lacks_responses(names) == lacks
 
 
 def test_a_prompt_of_another_name_is_renamed_only_where_there_is_none() -> None:
