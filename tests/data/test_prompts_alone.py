@@ -59,7 +59,7 @@ def test_a_rendered_prompt_may_be_alone() -> None:
 def test_the_example_id_is_a_digest_of_the_prompt() -> None:
     one = prompt_alone({"prompt": ASKED}).example_id
     assert one == prompt_alone({"prompt": [QUESTION]}).example_id == "b34b9fe7aaf1bca6"
-    others = [{"prompt": PROMPT}, {"prompt": "Hi"}, {"prompt": ASKED, "tools": [{"name": "search"}]}]
+    others: list[Row] = [{"prompt": PROMPT}, {"prompt": "Hi"}, {"prompt": ASKED, "tools": [{"name": "search"}]}]
     assert one not in {prompt_alone(row).example_id for row in others}
     assert one != parse_pair("here", explicit([QUESTION])).example_id
 

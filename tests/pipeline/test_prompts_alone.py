@@ -71,7 +71,7 @@ def test_training_on_them_is_refused_by_what_is_missing(options: dict[str, Any],
         with pytest.raises(CacheError) as caught:
             distill(
                 objective=objective, student=options["student"], cache=options["cache"], output=tmp_path / "student"
-            )  # type: ignore[arg-type]
+            )
         assert str(caught.value) == (
             f"{options['cache']}: the cache has no chosen responses; "
             "run the same adpa precompute on preference pairs: its data has prompts alone"
