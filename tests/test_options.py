@@ -103,7 +103,7 @@ def test_the_options_that_may_be_places_are_known() -> None:
         if kind_of(parameter) is str
     }
     assert {text.split()[-1] for text in texts} == {
-        "device", "engine_arg", "example", "lora_target", "part", "quantization", "ray_address", "report_to",
+        "device", "engine_arg", "example", "lora_target", "map", "part", "quantization", "ray_address", "report_to",
         "response_set", "responses", "scoring", "set", "split",
     }  # fmt: skip
 

@@ -69,8 +69,8 @@ def test_the_example_id_is_a_digest_of_the_prompt() -> None:
     [
         ({"prompt": ASKED, "chosen": "Paris."}, "found the columns prompt, chosen; expected `rejected`"),
         ({"prompt": ASKED, "chosen": "Paris.", "rejected": None}, "`rejected` is null"),
-        ({"prompt": ASKED, "accepted": "Paris.", "refused": "Lyon."}, "rename accepted to chosen, refused to rejected"),
-        ({"question": ASKED}, "found no `prompt` among the columns question; rename question to prompt"),
+        ({"prompt": ASKED, "accepted": "Paris.", "refused": "Lyon."}, "pass --map chosen=accepted,rejected=refused"),
+        ({"question": ASKED}, "found no `prompt` among the columns question; pass --map prompt=question"),
         ({"text": ASKED}, "found no `prompt` among the columns text; add `prompt`"),
         ({"prompt": ""}, "`prompt` is ''; write the prompt into it"),
         ({"prompt": [QUESTION, CHOSEN]}, "the prompt ends with the assistant's message; expected the user's"),

@@ -49,7 +49,7 @@ SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "narrator", "value": 
         pytest.param(
             {"question": "Hi", "chosen": "a", "rejected": "b"},
             "found no `prompt` among the columns question, chosen, rejected, and `chosen` and `rejected` share no "
-            "messages; rename question to prompt, or make both",
+            "messages; pass --map prompt=question, or make both",
             id="prompt has another name",
         ),
         pytest.param(
