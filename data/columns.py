@@ -1,7 +1,8 @@
 """The columns of preference data: which are read, and what others may be meant to be."""
 
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 
@@ -13,9 +14,9 @@ MEDIA_COLUMNS = {
 }
 # Columns that other programs make a part of the prompt, and what to do with them.
 PROMPT_COLUMNS = {
-    "system_prompt": "name it system",
-    "system_message": "name it system",
-    "functions": "name it tools",
+    "system_prompt": "pass --map system=system_prompt",
+    "system_message": "pass --map system=system_message",
+    "functions": "pass --map tools=functions",
     "documents": "put it into chat_template_kwargs",
     "history": "write it into `prompt` as messages",
 } | dict.fromkeys(("context", "instruction", "input", "query"), "write it into `prompt`")
@@ -59,11 +60,17 @@ def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
         return None
     wanted = " and ".join(f"`{column}`" for column in missing)
     found = f"the columns {printable(names)}" if names else "no columns"
-    fix = "name the columns prompt, chosen and rejected"
-    if any(column in missing for column in _renamed(names)):
-        fix += f" ({renaming(names)})"
+    if spaced := [name for name in names if name not in missing and name.strip() in missing]:
+        fix = f"rename {printable(spaced)}: take the spaces away"
+    elif _meant(names).keys() & {*missing}:
+        fix = f"pass {_map_option(names, missing)}"
     elif len(missing) == 2:
-        fix = "a row needs a prompt and two responses to it: prompt, chosen and rejected"
+        lacking = missing if {"prompt", *CONVERSATION_COLUMNS} & {*names} else ["prompt", *missing]
+        fix = f"a row needs a prompt and two responses: name them with {_map_option(names, lacking)}"
+        if {"prompt", "instruction", *CONVERSATION_COLUMNS} & {*names}:
+            fix += "; prompts alone are enough where only --student answers them"
+    else:
+        fix = f"name it with {_map_option(names, missing)}"
     return f"found {found}; expected {wanted}", fix
 
 
@@ -75,28 +82,33 @@ def has_output_for_chosen(names: tuple[str, ...]) -> bool:
 @lru_cache(maxsize=64)
 def lacks_responses(names: tuple[str, ...]) -> bool:
     """Whether columns have no response, and none that is obviously meant to be one, under another name."""
-    renamed = _renamed(names)
-    return not any(column in names or column in renamed for column in RESPONSE_COLUMNS)
+    found = {*_meant(names), *(name.strip() for name in names)}
+    return not any(column in found for column in RESPONSE_COLUMNS)
 
 
 @lru_cache(maxsize=64)
-def renaming(names: tuple[str, ...]) -> str:
-    """What columns are to be renamed so that a pair's own columns are there; empty if nothing is obvious."""
-    renamed = _renamed(names)
-    return (
-        "rename " + ", ".join(f"{printable([name])} to {column}" for column, name in renamed.items()) if renamed else ""
-    )
+def suggest_map(names: tuple[str, ...]) -> str:
+    """What to do so that a pair has its columns: the ``--map`` to copy; empty if nothing is obvious."""
+    return f"pass {_map_option(names, ())}" if _meant(names) else ""
 
 
-def _renamed(names: tuple[str, ...]) -> dict[str, str]:
-    """The columns that a pair lacks, and the columns that are obviously meant."""
-    plain = {re.sub(r"\W+", "_", name.strip().lower()): name for name in names if name not in READ_COLUMNS}
-    meant = plain | {name: name for name in names if name in PROMPT_COLUMNS}
-    renamed = {}
+def _map_option(names: tuple[str, ...], needed: Collection[str]) -> str:
+    """The ``--map`` to copy. Of the columns that it must have, NAME stands for those that are not obvious."""
+    meant = _meant(names)
+    entries = [f"{column}={meant.get(column, 'NAME')}" for column in OTHER_NAMES if column in {*meant, *needed}]
+    return f"--map {shlex.quote(','.join(entries))}"
+
+
+def _meant(names: tuple[str, ...]) -> dict[str, str]:
+    """The columns that a pair lacks, and the columns that are obviously meant; ``--map`` can have their names."""
+    usable = [name for name in names if name.isprintable() and name == name.strip() and not {",", "="} & {*name}]
+    plain = {re.sub(r"\W+", "_", name.lower()): name for name in usable if name not in READ_COLUMNS}
+    known = plain | {name: name for name in usable if name in PROMPT_COLUMNS}
+    meant = {}
     for column, others in OTHER_NAMES.items():
         if column not in names:
             near = get_close_matches(column, plain, n=1, cutoff=0.8)
-            known = [meant[name] for name in (column, *near, *others) if name in meant]
-            if known:
-                renamed[column] = known[0]
-    return renamed
+            found = [known[name] for name in (column, *near, *others) if name in known]
+            if found:
+                meant[column] = found[0]
+    return meant

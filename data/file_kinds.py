@@ -1,4 +1,4 @@
-"""Recognises by its first bytes what a file is that holds no preference pairs."""
+"""Recognises by its first bytes what a file is, so that one without preference pairs is refused by its name."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 HEAD_BYTES = 4096  # of a file, by which it is recognised
-READ_FORMATS = "JSONL, JSON or Parquet"
+READ_FORMATS = "JSONL, JSON, CSV or Parquet"
 
 _UNPACK = "unpack it and give --data the file in it"
 _CONVERT = "convert it, for example with pandas"
@@ -27,6 +27,11 @@ class FileKind:
 
 
 PARQUET = FileKind("a Parquet file", "give it the suffix .parquet")
+CSV = FileKind("a table (CSV)", "give it the suffix .csv")
+TSV = FileKind("a table (TSV)", "give it the suffix .tsv")
+JSON_LINES = FileKind("JSONL", "give it the suffix .jsonl")
+JSON_LIST = FileKind("a JSON list", "give it the suffix .json")
+READ_KINDS = (PARQUET, CSV, TSV, JSON_LINES, JSON_LIST)
 EMPTY = FileKind("an empty file")
 
 # Where the mark stands, the mark, and what has it.
@@ -112,6 +117,23 @@ def _wide_encoding(head: bytes) -> str:
     return "UTF-16" if zeros in ([False, True] * 2, [True, False] * 2) else ""
 
 
+def json_kind(head: bytes) -> FileKind:
+    """Which of the two forms of JSON a text has."""
+    return JSON_LIST if head.removeprefix(_BOM).lstrip().startswith(b"[") else JSON_LINES
+
+
+def other_than_csv(head: bytes) -> FileKind | None:
+    """What a text is that can be no CSV; none for what may be."""
+    start = head.removeprefix(_BOM).lstrip()
+    return json_kind(head) if start[:1] in b"{[" and start else _markup_kind(start.decode(errors="replace"))
+
+
+def _markup_kind(first: str) -> FileKind | None:
+    if re.match(r"<!doctype html|<html|<head|<body", first, re.IGNORECASE):
+        return FileKind("an HTML page", "download the file itself (on the Hub its address has /resolve/, not /blob/)")
+    return FileKind("an XML file", _CONVERT) if first.startswith("<") else None
+
+
 def text_kind(head: bytes) -> FileKind | None:
     """What a text is that is no JSON; none for what may be JSON, whole or in lines.
 
@@ -125,14 +147,12 @@ def text_kind(head: bytes) -> FileKind | None:
     with suppress(ValueError):
         json.loads(first)
         return None  # rows, but not objects
-    if re.match(r"<!doctype html|<html|<head|<body", first, re.IGNORECASE):
-        return FileKind("an HTML page", "download the file itself (on the Hub its address has /resolve/, not /blob/)")
-    if first.startswith("<"):
-        return FileKind("an XML file", _CONVERT)
+    if markup := _markup_kind(first):
+        return markup
     if "\t" in first:
-        return FileKind("a table (TSV)", _CONVERT)
+        return TSV
     if _YAML.match(first):
         return FileKind("a YAML file", _CONVERT)
     if any(len(cells) > 1 and max(map(len, cells)) <= 40 for cells in (first.split(","), first.split(";"))):
-        return FileKind("a table (CSV)", _CONVERT)
+        return CSV
     return FileKind("a text that is not JSON")

@@ -51,13 +51,9 @@ def _is_conversation(response: Any) -> bool:
 
 def _split_dialogues(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row whose prompt or responses are texts of ``Human:`` and ``Assistant:``, with messages in their place."""
-    prompt, chosen, rejected = (row.get(name) for name in ("prompt", *RESPONSE_COLUMNS))
-    if not is_empty(prompt):
-        turns = _split_turns(prompt)
-        if not turns or turns[-1] != {"role": "assistant", "content": ""}:
-            return row
-        row = {**row, "prompt": turns[:-1]}
-    responses = _split_turns(chosen), _split_turns(rejected)
+    prompt, *responses = (_split_turns(row.get(name)) for name in ("prompt", *RESPONSE_COLUMNS))
+    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
+        row = {**row, "prompt": prompt[:-1]}
     return {**row, **dict(zip(RESPONSE_COLUMNS, responses, strict=True))} if all(responses) else row
 
 

@@ -2,7 +2,9 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -14,9 +16,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from pyarrow import ArrowException
 
+from adpa.data.columns import printable
 from adpa.data.sources import did_you_mean_file
-from adpa.errors import DataError
+from adpa.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]{0,95}", re.ASCII)
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]  # of the library beneath, which depends on the version
@@ -52,21 +59,77 @@ def explain(error: Exception, name: str, check: str) -> tuple[str, str]:
     return f"the Hub does not give it ({' '.join(str(error).split())})", check
 
 
-def check_hub_data(name: str) -> None:
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the Hub, as ``--data`` names it: ``name``, ``name:config`` or ``name@revision``, or all three."""
+
+    name: str
+    config: str | None
+    revision: str | None
+
+
+def parse_hub_data(source: str) -> HubData:
+    """Reads the name of a data set, with its configuration after ``:`` and its revision after ``@``.
+
+    Raises:
+        DataError: it is no name that the Hub can have.
+    """
+    found = re.fullmatch(r"([^@:]*)(?::([^@:]+))?(?:@([^@:]+))?(?::([^@:]+))?", source)
+    if found is None or not HUB_NAME.fullmatch(found[1]) or (found[2] and found[4]):
+        raise DataError(f"{source}: no such file or directory, and {NO_HUB_NAME}", "check --data")
+    return HubData(found[1], found[2] or found[4], found[3])
+
+
+def check_hub_data(source: str) -> HubData:
     """Checks that the Hub has a data set, or that a copy is there; ``datasets`` itself would try for half a minute.
 
     Raises:
         DataError: it has not, or cannot be asked.
     """
-    missing = f"{name}: no such file or directory"
-    if not HUB_NAME.fullmatch(name):
-        raise DataError(f"{missing}, and {NO_HUB_NAME}", "check --data")
+    data = parse_hub_data(source)
     try:
-        HfApi().dataset_info(name, timeout=SECONDS)
+        HfApi().dataset_info(data.name, revision=data.revision, timeout=SECONDS)
     except HUB_ERRORS as error:
-        if not _is_cached(name):
-            problem, fix = explain(error, name, "check --data")
-            raise DataError(f"{missing}, and {problem}", did_you_mean_file(Path(name)) or fix) from error
+        if not _is_cached(data.name):
+            problem, fix = explain(error, data.name, "check --data")
+            fix = did_you_mean_file(Path(source)) or fix
+            raise DataError(f"{source}: no such file or directory, and {problem}", fix) from error
+    return data
+
+
+def load_hub_data(source: str) -> "DatasetDict":
+    """Loads all splits of a data set.
+
+    Raises:
+        DataError: the Hub does not have it, has several configurations and none is named, or does not give it.
+    """
+    data = check_hub_data(source)
+    from datasets import load_dataset  # takes a second
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(data.name, data.config, revision=data.revision)
+    except (DatasetsError, OSError, ValueError, RuntimeError, ArrowException) as error:
+        if wrong := _wrong_config(source, data):
+            raise wrong from error
+        problem = f"the Hub does not give it ({' '.join(str(error).split())})"
+        raise DataError(f"{source}: no such file or directory, and {problem}", "check --data") from error
+
+
+def _wrong_config(source: str, data: HubData) -> DataError | None:
+    """The error for a configuration that is not there, or is not named; none if that is not what is wrong."""
+    from datasets import get_dataset_config_names
+    from datasets.exceptions import DatasetsError
+
+    try:
+        names = get_dataset_config_names(data.name, revision=data.revision)
+    except (DatasetsError, OSError, ValueError, RuntimeError):
+        return None
+    if data.config in names or (data.config is None and len(names) < 2):
+        return None
+    found = "no configuration" if data.config is None else f"the configuration {data.config}"
+    near = did_you_mean(data.config or "", names) or f"name it as in {source.partition(':')[0]}:{names[0]}"
+    return DataError(f"{source}: found {found}; expected one of {printable(names)}", near)
 
 
 def _is_cached(name: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adpa.data.columns import printable
+from adpa.data.compressed_files import UNPACK_ERRORS, open_bytes, open_text, plain_suffix
 from adpa.data.file_kinds import HEAD_BYTES
 from adpa.data.preferences import Row
 from adpa.data.sources import CHECK, unreadable
@@ -30,22 +31,22 @@ def read_text(path: Path) -> Rows:
         DataError: the text is neither.
     """
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             beginning = file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if path.suffix == ".json" and beginning.startswith(b"["):
+        if plain_suffix(path.name) == ".json" and beginning.startswith(b"["):
             yield from _read_list(path)
         else:
             _check_lines(path)
             yield from _read_lines(path)
     except UnicodeDecodeError as error:
-        raise _wrong_encoding(path) from error
-    except OSError as error:
+        raise _wrong_encoding(path, error) from error
+    except (OSError, *UNPACK_ERRORS) as error:
         raise unreadable(str(path), error) from error
 
 
 def _check_lines(path: Path) -> None:
     """Refuses a text that is JSON as a whole, and not line by line."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with open_text(path) as lines:
         written = (line.strip() for line in lines if not line.isspace())
         first = next(written, None)
         more = next(written, None) is not None
@@ -59,7 +60,7 @@ def _check_lines(path: Path) -> None:
     except (ValueError, RecursionError):
         if first[-1] in "{[,:":  # an object over several lines
             with suppress(ValueError, RecursionError):
-                row = json.loads(path.read_text(encoding="utf-8-sig"))
+                row = json.loads(_whole_text(path))
     if first.startswith("["):
         raise DataError(f"{path}: expected one JSON object a line; found a JSON list", "give it the suffix .json")
     if isinstance(row, Mapping) and (more or "chosen" not in row or _is_column(row["chosen"])):
@@ -93,7 +94,7 @@ def _is_column(value: Any) -> bool:
 
 
 def _read_lines(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path} line {number}"
@@ -101,13 +102,13 @@ def _read_lines(path: Path) -> Rows:
                     line.encode()
                     yield where, json.loads(line.rstrip(), object_pairs_hook=_object)
                 except UnicodeEncodeError as error:
-                    yield where, _wrong_byte(where, ord(line[error.start]) & 0xFF)
+                    yield where, wrong_byte(where, ord(line[error.start]) & 0xFF)
                 except (ValueError, RecursionError) as error:
                     yield where, broken_row(where, error)
 
 
 def _read_list(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
+    text = _whole_text(path)
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -141,7 +142,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return read
 
 
-def _wrong_byte(where: str, byte: int) -> RowError:
+def wrong_byte(where: str, byte: int) -> RowError:
+    """The error of a row with a byte that is no UTF-8."""
     return RowError(
         f"{where}: expected UTF-8 text; found the byte {byte:#04x}",
         "save the file as UTF-8, or pass --drop-invalid",
@@ -168,11 +170,12 @@ def _json_problem(error: Exception) -> str:
     return "broken JSON: an integer with too many digits"  # Python limits them
 
 
-def _wrong_encoding(path: Path) -> DataError:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        problem = f"found the byte {error.object[error.start]:#04x} in line {line} ({error.reason})"
-        return DataError(f"{path}: expected UTF-8 text; {problem}", "save the file as UTF-8")
-    raise AssertionError(f"{path} changed while it was read")
+def _whole_text(path: Path) -> str:
+    with open_bytes(path) as file:
+        return file.read().decode("utf-8-sig")
+
+
+def _wrong_encoding(path: Path, error: UnicodeDecodeError) -> DataError:
+    line = error.object.count(b"\n", 0, error.start) + 1
+    problem = f"found the byte {error.object[error.start]:#04x} in line {line} ({error.reason})"
+    return DataError(f"{path}: expected UTF-8 text; {problem}", "save the file as UTF-8")

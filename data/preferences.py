@@ -22,7 +22,7 @@ from adpa.data.columns import (
     lacks_responses,
     missing_columns,
     printable,
-    renaming,
+    suggest_map,
 )
 from adpa.data.forms import in_columns
 from adpa.data.messages import DROP, Message, holds_messages, is_empty, parse_messages, shown, unsupported
@@ -196,7 +196,7 @@ def _parse_prompt(where: str, row: Mapping[str, Any], shared: list[Message], alo
     if is_empty(value):
         prompt = shared
         if not prompt:
-            found, fix = "found no `prompt`", renaming(tuple(row)) or "add `prompt`"
+            found, fix = "found no `prompt`", suggest_map(tuple(row)) or "add `prompt`"
             if "prompt" in row:
                 found, fix = f"`prompt` is {shown(value)}", "write the prompt into it"
             elif not row.keys() <= READ_COLUMNS:

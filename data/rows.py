@@ -3,14 +3,18 @@
 A row that cannot be read by its own fault becomes a ``RowError`` in its place.
 """
 
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
-from adpa.data.column_map import rename_rows
+from adpa.data.column_map import Columns, rename_rows
+from adpa.data.csv_rows import read_csv
+from adpa.data.folders import folder_files
 from adpa.data.json_rows import Rows, read_text
 from adpa.data.sources import CHECK, find_source
-from adpa.data.tables import read_directory, read_hub, read_parquet
+from adpa.data.splits import ONLY_SPLIT, Split, read_split, uncounted
+from adpa.data.tables import hub_splits, parquet_split, saved_splits
 from adpa.errors import DataError
 
 
@@ -21,35 +25,58 @@ def read_rows(
     columns: Mapping[str, str] = {},
     prompts_alone: bool = False,
 ) -> Rows:
-    """Yields (where, row) for every row of a JSONL, JSON or Parquet file, a ``datasets`` directory, or a Hub dataset.
+    """Yields (where, row) for every row of a file, a folder of files, a ``datasets`` directory, or a Hub dataset.
+
+    A row that cannot be read by its own fault is yielded as its ``RowError``.
 
     Args:
         source: a path, or a name of the Hub.
-        split: the split to read.
+        split: the split to read, or slices of splits.
         limit: read only so many rows, the first ones.
         columns: the columns of a pair that have other names in the data, with these names.
         prompts_alone: take a table without columns of responses, too.
 
-    A row that cannot be read by its own fault is yielded as its ``RowError``.
-
     Raises:
-        DataError: the source does not exist, cannot be read, or has no rows.
+        AdpaError: the source does not exist, cannot be read, or has no rows; or it has no such split or columns.
     """
     empty = True
-    for where, row in islice(_open(str(source), split, columns, prompts_alone), limit):
+    splits = _find_splits(str(source), Columns(columns, prompts_alone))
+    for where, row in islice(read_split(str(source), splits, split), limit):
         empty = False
         yield where, row
     if empty:
-        raise DataError(f"{source}: found no rows; expected at least one preference pair", CHECK)
+        within, check = ("", CHECK) if split is None else (f" in split {split}", "check --split")
+        raise DataError(f"{source}: found no rows{within}; expected at least one preference pair", check)
 
 
-def _open(source: str, split: str | None, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
-    match find_source(source, split):
-        case "text":
-            return rename_rows(read_text(Path(source)), columns) if columns else read_text(Path(source))
-        case "parquet":
-            return read_parquet(Path(source), columns, prompts_alone)
-        case "directory":
-            return read_directory(Path(source), split, columns, prompts_alone)
+def _find_splits(source: str, columns: Columns) -> dict[str, Split]:
+    path = Path(source)
+    match find_source(source):
         case "hub":
-            return read_hub(source, split, columns, prompts_alone)
+            return hub_splits(source, columns)
+        case "directory":
+            saved = saved_splits(path, columns)
+            if saved is not None:
+                return saved
+            return {name: _files_split(files, columns) for name, files in folder_files(path).items()}
+        case _:
+            return {ONLY_SPLIT: _files_split([path], columns)}
+
+
+def _files_split(paths: Sequence[Path], columns: Columns) -> Split:
+    """The rows of files, one after another."""
+
+    def rows() -> Rows:
+        return chain.from_iterable(_file_split(path, columns).rows() for path in paths)
+
+    return Split(rows, lambda: sum(_file_split(path, columns).count() for path in paths))
+
+
+def _file_split(path: Path, columns: Columns) -> Split:
+    match find_source(str(path)):
+        case "parquet":
+            return parquet_split(path, columns)
+        case "csv":
+            return uncounted(partial(read_csv, path, columns))
+        case _:
+            return uncounted(lambda: rename_rows(read_text(path), columns.names) if columns.names else read_text(path))

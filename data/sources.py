@@ -7,27 +7,39 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from adpa.data.file_kinds import EMPTY, HEAD_BYTES, PARQUET, READ_FORMATS, FileKind, binary_kind, text_kind
+from adpa.data.compressed_files import UNPACK_ERRORS, open_bytes, plain_suffix
+from adpa.data.file_kinds import (
+    EMPTY,
+    HEAD_BYTES,
+    PARQUET,
+    READ_FORMATS,
+    READ_KINDS,
+    FileKind,
+    binary_kind,
+    json_kind,
+    other_than_csv,
+    text_kind,
+)
 from adpa.errors import DataError, did_you_mean
 
-SourceKind = Literal["text", "parquet", "directory", "hub"]
+SourceKind = Literal["text", "csv", "parquet", "directory", "hub"]
 
-TABLE_SUFFIX = ".parquet"
-FILE_SUFFIXES = (".jsonl", ".json", TABLE_SUFFIX)
+FORMAT_OF_SUFFIX = dict.fromkeys((".jsonl", ".ndjson", ".json"), "JSON") | dict.fromkeys((".csv", ".tsv"), "CSV")
+FORMAT_OF_SUFFIX[".parquet"] = "Parquet"
 CHECK = "check --data"
 SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"} | dict.fromkeys(
     (stat.S_IFCHR, stat.S_IFBLK), "a device"
 )
 
 
-def find_source(source: str, split: str | None = None) -> SourceKind:
+def find_source(source: str) -> SourceKind:
     """Says what a source is, by its first bytes; opens no connection.
 
     Raises:
         DataError: it does not exist, cannot be read, or is nothing that adpa reads.
     """
     if not source.strip():
-        raise DataError("--data is empty", f"give it a {READ_FORMATS} file, a directory of datasets, or a Hub name")
+        raise DataError("--data is empty", f"give it a {READ_FORMATS} file, a folder of such files, or a Hub name")
     try:
         mode = os.stat(source).st_mode
         if stat.S_ISDIR(mode):
@@ -39,13 +51,13 @@ def find_source(source: str, split: str | None = None) -> SourceKind:
         raise unreadable(source, error) from error
     if special := SPECIAL_FILES.get(stat.S_IFMT(mode)):
         raise DataError(f"{source}: expected a file; found {special}", "write its content to a file first")
-    if split is not None:
-        raise DataError(f"{source}: found --split {split}; a file has no splits", "leave --split out")
     return _find_format(Path(source))
 
 
 def unreadable(source: str, error: Exception) -> DataError:
     """The error for a source that the system does not open."""
+    if isinstance(error, UNPACK_ERRORS) or (isinstance(error, OSError) and error.errno is None):
+        return DataError(f"{source}: the compressed file is damaged or cut off", "copy it again")
     problem = (isinstance(error, OSError) and error.strerror) or str(error)
     fix = f"ask for the right to read it: chmod u+rX {source}" if isinstance(error, PermissionError) else CHECK
     return DataError(f"{source}: cannot be read ({problem})", fix)
@@ -61,10 +73,14 @@ def _find_missing(source: str) -> SourceKind:
         raise DataError(f"{source}: expected a file, a directory or a Hub name; found a URL", fix)
     if source.startswith("~") and os.path.expanduser(source) != source:
         raise DataError(f"{source}: no such file or directory", f"write {os.path.expanduser(source)}")
-    hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
+    plain, *parts = re.split("[@:]", source)
+    hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", plain) and not any(re.search(r"\s|^$", part) for part in parts)
     in_folder = "/" in source and path.parent.exists()
     file_name = "/" not in source and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix)
-    if path.suffix in FILE_SUFFIXES or not hub_name or in_folder or file_name:
+    if parts and os.path.exists(plain):
+        fix = f"give --data {plain}: only data sets of the Hub have configurations and revisions"
+        raise DataError(f"{source}: no such file or directory", fix)
+    if plain_suffix(plain) in FORMAT_OF_SUFFIX or not hub_name or in_folder or file_name:
         raise DataError(f"{source}: no such file or directory", did_you_mean_file(path) or CHECK)
     return "hub"
 
@@ -84,27 +100,24 @@ def did_you_mean_file(path: Path) -> str:
 def _find_format(path: Path) -> SourceKind:
     try:
         with path.open("rb") as file:
+            packed = file.read(HEAD_BYTES)
+        with open_bytes(path) as file:
             head = file.read(HEAD_BYTES)
-    except OSError as error:
+    except (OSError, *UNPACK_ERRORS) as error:
         raise unreadable(str(path), error) from error
-    kind = binary_kind(head)
-    if path.suffix == TABLE_SUFFIX:
-        if kind is not PARQUET:
-            raise _not_parquet(path, head, kind)
-        return "parquet"
+    form, kind = FORMAT_OF_SUFFIX.get(plain_suffix(path.name)), binary_kind(head)
+    if kind is PARQUET and head != packed:
+        kind = FileKind("a compressed Parquet file", "unpack it and give --data the file in it")
+    if form == "Parquet":
+        if kind is PARQUET:
+            return "parquet"
+        kind = kind or text_kind(head) or json_kind(head)
+        raise DataError(f"{path}: expected a Parquet file; found {kind.name}", kind.fix)
     if kind is EMPTY:
         raise DataError(f"{path}: found no rows: the file is empty", CHECK)
-    kind = kind or text_kind(head)
-    if kind is not None:
-        expected = "UTF-8 text" if kind.name.startswith("UTF-") else READ_FORMATS
-        expected = "JSON" if kind is PARQUET and path.suffix in FILE_SUFFIXES else expected
-        raise DataError(f"{path}: expected {expected}; found {kind.name}", kind.fix)
-    return "text"
-
-
-def _not_parquet(path: Path, head: bytes, kind: FileKind | None) -> DataError:
+    kind = kind or (other_than_csv(head) if form == "CSV" else text_kind(head))
     if kind is None:
-        in_list = head.lstrip().startswith(b"[")
-        name, suffix = ("a JSON list", ".json") if in_list else ("JSONL", ".jsonl")
-        kind = text_kind(head) or FileKind(name, f"give it the suffix {suffix}")
-    return DataError(f"{path}: expected a Parquet file; found {kind.name}", kind.fix)
+        return "csv" if form == "CSV" else "text"
+    expected = READ_FORMATS if form is None or kind not in READ_KINDS else form
+    expected = "UTF-8 text" if kind.name.startswith("UTF-") else expected
+    raise DataError(f"{path}: expected {expected}; found {kind.name}", kind.fix)

@@ -6,96 +6,114 @@ the pair's own columns keep a null.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from adpa.data.cache.kinds import kind
-from adpa.data.column_map import rename_columns
-from adpa.data.columns import (
-    FORM_COLUMNS,
-    OTHER_NAMES,
-    READ_COLUMNS,
-    RESPONSE_COLUMNS,
-    lacks_responses,
-    missing_columns,
-)
+from adpa.data.column_map import Columns, used_columns
+from adpa.data.columns import RESPONSE_COLUMNS
 from adpa.data.json_rows import Rows, broken_row
-from adpa.data.sources import CHECK, FILE_SUFFIXES
-from adpa.errors import DataError, did_you_mean
+from adpa.data.sources import CHECK
+from adpa.data.splits import ONLY_SPLIT, Split
+from adpa.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PAIR_COLUMNS = ("prompt", *RESPONSE_COLUMNS)
 BATCH_ROWS = 1000
+NAME_OF_SPLIT = re.compile(r"\w+(?:\.\w+)*")
 TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)  # the last two: of text and dates
 PARQUET_END = b"PAR1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 
 
-def read_parquet(path: Path, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
-    """The rows of a Parquet file."""
+def parquet_split(path: Path, columns: Columns) -> Split:
+    """The rows of a Parquet file.
+
+    Args:
+        path: the file.
+        columns: those to read.
+    """
+
+    def rows() -> Rows:
+        with _open_parquet(path) as file:
+            used = used_columns(str(path), file.schema_arrow.names, columns)
+            yield from _read_batches(str(path), _renamed(file.iter_batches(BATCH_ROWS, columns=[*used]), used))
+
+    def count() -> int:
+        with _open_parquet(path) as file:
+            return int(file.metadata.num_rows)
+
+    return Split(rows, count)
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
     with path.open("rb") as written:
         written.seek(-min(len(PARQUET_END), path.stat().st_size), os.SEEK_END)
         if written.read() != PARQUET_END:
             raise DataError(f"{path}: expected a Parquet file; found one that is cut off", "copy it again")
     try:
         file = pq.ParquetFile(path)
-        used = _used_columns(str(path), file.schema_arrow.names, columns, prompts_alone)
+        assert file.schema_arrow is not None, "it is read from the file only now"
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})", CHECK
-        ) from error
-    with file:
-        yield from _read_batches(str(path), _renamed(file.iter_batches(BATCH_ROWS, columns=[*used]), used))
+        problem = f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})"
+        raise DataError(problem, CHECK) from error
+    return file
 
 
-def read_directory(path: Path, split: str | None, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
-    """The rows of a directory that ``datasets`` saved."""
+def saved_splits(path: Path, columns: Columns) -> dict[str, Split] | None:
+    """The splits of a directory that ``datasets`` saved; none for another directory. ``columns`` as above."""
+    if (path / "state.json").is_file():
+        name = _read_json(path, path / "state.json").get("_split")  # may have slices of splits
+        name = name if isinstance(name, str) and NAME_OF_SPLIT.fullmatch(name) else ONLY_SPLIT
+        return {name: _saved_split(path, path, columns)}
+    if not (path / "dataset_dict.json").is_file():
+        return None
     try:
-        files = _arrow_files(path, split)
-    except FileNotFoundError:
-        raise _other_directory(path) from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: expected a directory saved by datasets.save_to_disk; found JSON of another form ({error!r})",
-            "save the data set again",
-        ) from error
+        names = list(_read_json(path, path / "dataset_dict.json")["splits"])
+    except (KeyError, TypeError) as error:
+        raise _other_form(path, error) from error
+    return {name: _saved_split(path, path / name, columns, f" split {name}" * (len(names) > 1)) for name in names}
+
+
+def _saved_split(path: Path, folder: Path, columns: Columns, label: str = "") -> Split:
+    """The split in a folder of a directory; ``label`` tells its rows from those of other splits."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            files = [folder / file["filename"] for file in _read_json(path, folder / "state.json")["_data_files"]]
+        except (KeyError, TypeError) as error:
+            raise _other_form(path, error) from error
+        return _arrow_batches(path, files, columns)
+
+    return Split(lambda: _read_batches(f"{path}{label}", batches()), lambda: sum(batch.num_rows for batch in batches()))
+
+
+def _read_json(path: Path, file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _other_form(path, error) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})", CHECK) from error
-    return _read_batches(str(path), _arrow_batches(path, files, columns, prompts_alone))
+        raise DataError(f"{path}: {file} cannot be read ({error.strerror})", CHECK) from error
+    if not isinstance(read, dict):
+        raise _other_form(path, TypeError("no object"))
+    return read
 
 
-def _other_directory(path: Path) -> DataError:
-    if (found := kind(path)) in ("a model", "a cache"):
-        return DataError(f"{path}: it is {found}; expected preference pairs", CHECK)
-    names = sorted(each.name for each in path.iterdir())
-    readable = [name for name in names if name.endswith(FILE_SUFFIXES) and name != "config.json"]
-    fix = "give --data a file, or a directory of datasets"
-    if not names:
-        found = "an empty one"
-    elif readable:
-        found = "files"
-        fix = f"give --data one of them, such as {path / readable[0]}"
-    else:
-        found = f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-    return DataError(f"{path}: expected a directory saved by datasets.save_to_disk; found {found}", fix)
+def _other_form(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: expected a directory saved by datasets.save_to_disk; found JSON of another form ({error!r})",
+        "save the data set again",
+    )
 
 
-def _arrow_files(path: Path, split: str | None) -> list[Path]:
-    if not (path / "state.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        path = path / _pick_split(str(path), names, split)
-    elif split is not None:
-        raise DataError(f"{path}: found --split {split}; this data set has no splits", "leave --split out")
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return [path / file["filename"] for file in state["_data_files"]]
-
-
-def _arrow_batches(
-    path: Path, files: Iterable[Path], columns: Mapping[str, str], prompts_alone: bool
-) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: Path, files: Iterable[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
     """Reads Arrow files without ``datasets``, which may lack the package of their format or the type of a column."""
     for file in files:
         try:
@@ -104,7 +122,7 @@ def _arrow_batches(
                 if written.read() != END_OF_STREAM:
                     raise pa.ArrowInvalid("it is cut off")
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                used = _used_columns(str(path), reader.schema.names, columns, prompts_alone)
+                used = used_columns(str(path), reader.schema.names, columns)
                 for batch in reader:
                     selected = batch.select([*used])
                     selected.validate(full=True)  # a damaged batch would crash the process
@@ -117,49 +135,24 @@ def _arrow_batches(
             ) from error
 
 
-def read_hub(name: str, split: str | None, columns: Mapping[str, str], prompts_alone: bool) -> Rows:
-    """The rows of a data set on the Hub."""
-    from adpa.data.hub import check_hub_data  # no other source needs it
+def hub_splits(source: str, columns: Columns) -> dict[str, Split]:
+    """The splits of a data set on the Hub. ``columns`` as above."""
+    from adpa.data.hub import load_hub_data  # no other source needs it
 
-    check_hub_data(name)
-    from datasets import load_dataset  # takes a second
-    from datasets.exceptions import DatasetsError
-
-    try:
-        dataset = load_dataset(name)
-    except (DatasetsError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-        raise DataError(
-            f"{name}: no such file or directory, and the Hub does not give it ({_first_line(error)})", CHECK
-        ) from error
-    rows = dataset[_pick_split(name, list(dataset), split)].with_format("arrow")
-    used = _used_columns(name, rows.column_names, columns, prompts_alone)
-    return _read_batches(name, _renamed(rows.select_columns([*used]).iter(BATCH_ROWS), used))
+    loaded = load_hub_data(source)
+    return {
+        name: _hub_split(f"{source} split {name}" if len(loaded) > 1 else source, rows, columns)
+        for name, rows in loaded.items()
+    }
 
 
-def _pick_split(source: str, names: Sequence[str], split: str | None) -> str:
-    if split is None and len(names) == 1:
-        return names[0]
-    if split is None or split not in names:
-        choice = "no --split" if split is None else f"--split {split}"
-        near = did_you_mean(split or "", names)
-        raise DataError(f"{source}: found {choice}; expected one of {', '.join(names)}", near or "name it with --split")
-    return split
+def _hub_split(source: str, dataset: "Dataset", columns: Columns) -> Split:
+    def rows() -> Rows:
+        used = used_columns(source, dataset.column_names, columns)
+        batches = dataset.with_format("arrow").select_columns([*used]).iter(BATCH_ROWS)
+        return _read_batches(source, _renamed(batches, used))
 
-
-def _used_columns(source: str, found: Sequence[str], columns: Mapping[str, str], prompts_alone: bool) -> dict[str, str]:
-    """The columns of a table that ``parse_pair`` reads, with the names that it reads them by.
-
-    Others may have types that become no Python objects.
-    """
-    names = rename_columns(source, found, columns)
-    if (wrong := missing_columns(tuple(names))) and not (prompts_alone and lacks_responses(tuple(names))):
-        raise DataError(f"{source}: {wrong[0]}", wrong[1])
-    for column in (*READ_COLUMNS, *FORM_COLUMNS):
-        if names.count(column) > 1:
-            raise DataError(f"{source}: found the column `{column}` more than once", "remove one of them")
-    maybe_prompts = () if "prompt" in names else (*FORM_COLUMNS, *OTHER_NAMES["prompt"])  # an error names the last
-    used = {*READ_COLUMNS, *maybe_prompts}
-    return {name: column for name, column in zip(found, names, strict=True) if column in used}
+    return Split(rows, lambda: len(dataset))
 
 
 def _renamed(

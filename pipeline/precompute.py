@@ -162,7 +162,10 @@ def precompute(
     teacher: TeacherOption,
     data: Annotated[
         PathOrName,
-        Doc("Preference pairs: a JSONL, JSON or Parquet file, a datasets directory, a Hub name."),
+        Doc(
+            "Preference pairs: a JSONL, JSON, CSV or Parquet file, a folder of such files, a datasets directory, or "
+            "org/name[:configuration][@revision] of the Hub."
+        ),
         Group.DECIDE,
     ],
     cache: Annotated[

@@ -7,6 +7,7 @@ from adpa.data.preferences import parse_pair
 from adpa.data.row_counts import RowCounts
 from adpa.data.rows import read_rows
 from adpa.data.sources import find_source
+from adpa.data.splits import check_split
 from adpa.errors import OptionError, RowError
 from adpa.pipeline.models.model_names import check_models, is_here, is_same
 from adpa.pipeline.scoring.request import DataOptions
@@ -52,7 +53,8 @@ def _check_data(data: DataOptions) -> None:
     Raises:
         AdpaError: the data is not there, is something else, or none of its rows can be used.
     """
-    if find_source(data.source, data.split) == "hub":
+    check_split(data.split)
+    if find_source(data.source) == "hub":
         check_hub_data(data.source)
         return
     counts = RowCounts()

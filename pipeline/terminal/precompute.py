@@ -51,7 +51,7 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     zeros = [name for name in RARE_COUNTS if not getattr(report, name)]
     leave_out = ("probe", *REWARDS, *PAIR_COUNTS, *zeros)
     alone = "chosen" not in report.responses
-    table = show_report("precompute", report, leave_out, first={"prompts" if alone else "pairs": _pairs(report)})
+    table = show_report("precompute", report, leave_out, first={"prompts alone" if alone else "pairs": _pairs(report)})
     below: list[RenderableType] = []
     if alone:
         below += [

@@ -43,12 +43,14 @@ def test_the_split_that_is_named_is_read(tmp_path: Path) -> None:
     assert row == explicit([SYSTEM, QUESTION])
 
 
-def test_a_split_of_data_that_has_none_is_refused(tmp_path: Path) -> None:
+def test_data_without_splits_is_called_train(tmp_path: Path) -> None:
     file = write_jsonl([explicit([QUESTION])], tmp_path / "prefs")
     Dataset.from_list([explicit([QUESTION])]).save_to_disk(tmp_path / "saved")
     for source in (file, tmp_path / "saved"):
-        with pytest.raises(DataError, match=r"found --split train; .* has no splits"):
-            list(read_rows(str(source), "train"))
+        assert len(list(read_rows(source, "train"))) == 1
+        with pytest.raises(DataError) as caught:
+            list(read_rows(source, "test"))
+        assert str(caught.value) == f"{source}: found --split test; its only split is train; leave --split out"
 
 
 @pytest.mark.parametrize(

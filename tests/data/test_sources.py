@@ -11,14 +11,14 @@ from adpa.data.sources import find_source
 from adpa.errors import DataError, RowError
 
 LINE = b'{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}\n'
-FORMATS = "expected JSONL, JSON or Parquet; found "
+FORMATS = "expected JSONL, JSON, CSV or Parquet; found "
 TABLE = "expected a Parquet file; found "
 
 
-def refusal(source: object, split: str | None = None) -> str:
+def refusal(source: object) -> str:
     """The one line with which the source is refused; it names the source once."""
     with pytest.raises(DataError) as caught:
-        find_source(str(source), split)
+        find_source(str(source))
     assert not isinstance(caught.value, RowError)
     message = str(caught.value)
     assert "\n" not in message
@@ -43,18 +43,34 @@ def parquet() -> bytes:
         ("prefs.parquet", b"RIFF\0\0\0\0WEBPVP8 ", f"{TABLE}a picture (WebP); check --data"),
         ("prefs.json", b"%PDF-1.7\n", f"{FORMATS}a PDF file; check --data"),
         (
-            "prefs.jsonl.gz",
-            gzip.compress(LINE, mtime=0),
-            f"{FORMATS}a gzip file; unpack it and give --data the file in it",
+            "prefs.tar.gz",
+            gzip.compress(bytes(257) + b"ustar", mtime=0),
+            f"{FORMATS}a tar archive; unpack it and give --data the file in it",
         ),
+        (
+            "prefs.parquet.gz",
+            gzip.compress(parquet(), mtime=0),
+            f"{TABLE}a compressed Parquet file; unpack it and give --data the file in it",
+        ),
+        (
+            "prefs.jsonl.gz",
+            gzip.compress(LINE, mtime=0)[:20],
+            "the compressed file is damaged or cut off; copy it again",
+        ),
+        ("prefs.jsonl.gz", gzip.compress(b"", mtime=0), "found no rows: the file is empty; check --data"),
         ("prefs.zip", b"PK\x03\x04" + bytes(26), f"{FORMATS}a zip archive; unpack it and give --data the file in it"),
         ("prefs.parquet", LINE, f"{TABLE}JSONL; give it the suffix .jsonl"),
         ("prefs.parquet", b"[\n" + LINE + b"]", f"{TABLE}a JSON list; give it the suffix .json"),
-        ("prefs.parquet", b"prompt,chosen\n", f"{TABLE}a table (CSV); convert it, for example with pandas"),
+        ("prefs.parquet", b"prompt,chosen\n", f"{TABLE}a table (CSV); give it the suffix .csv"),
         ("prefs.jsonl", parquet(), "expected JSON; found a Parquet file; give it the suffix .parquet"),
         ("prefs.json", parquet(), "expected JSON; found a Parquet file; give it the suffix .parquet"),
         ("prefs.txt", parquet(), f"{FORMATS}a Parquet file; give it the suffix .parquet"),
-        ("prefs.csv", b"prompt,chosen\n", f"{FORMATS}a table (CSV); convert it, for example with pandas"),
+        ("prefs.txt", b"prompt,chosen\n", f"{FORMATS}a table (CSV); give it the suffix .csv"),
+        ("prefs.jsonl", b"prompt\tchosen\n", "expected JSON; found a table (TSV); give it the suffix .tsv"),
+        ("prefs.csv", parquet(), "expected CSV; found a Parquet file; give it the suffix .parquet"),
+        ("prefs.csv", b"\xef\xbb\xbf" + LINE, "expected CSV; found JSONL; give it the suffix .jsonl"),
+        ("prefs.tsv", b"\n[" + LINE + b"]", "expected CSV; found a JSON list; give it the suffix .json"),
+        ("prefs.csv", b"<?xml version='1.0'?>", f"{FORMATS}an XML file; convert it, for example with pandas"),
         ("prefs.yaml", b"- prompt: Hi\n", f"{FORMATS}a YAML file; convert it, for example with pandas"),
         (
             "prefs.jsonl",
@@ -90,6 +106,10 @@ def test_a_file_of_something_else_is_refused_by_what_it_is(
         ("prefs", b"\xef\xbb\xbf" + LINE, "text"),
         ("prefs.jsonl", b"\n\n", "text"),
         ("prefs.parquet", parquet(), "parquet"),
+        ("prefs.jsonl.gz", gzip.compress(LINE, mtime=0), "text"),
+        ("prefs.csv", b"prompt,chosen\n", "csv"),
+        ("PREFS.TSV", b"prompt,chosen\n", "csv"),
+        ("prefs.csv.gz", gzip.compress(b"prompt,chosen\n", mtime=0), "csv"),
     ],
 )
 def test_what_may_have_rows_is_told_by_its_kind(name: str, content: bytes, kind: str, tmp_path: Path) -> None:
@@ -123,6 +143,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("models/zebra", "check --data"),
         ("a/b/c", "check --data"),
         ("two words", "check --data"),
+        ("org/name:", "check --data"),
+        ("org/name@two words", "check --data"),
         ("~/zebra.jsonl", "write HOME/zebra.jsonl"),
     ],
 )
@@ -131,7 +153,10 @@ def test_a_missing_file_is_refused_with_the_nearest_name(source: str, fix: str) 
     assert refusal(source) == f"no such file or directory; {fix.replace('HOME', os.path.expanduser('~'))}"
 
 
-@pytest.mark.parametrize("name", ["org/name", "name", "org/name-v1.5", "models2/name"])
+@pytest.mark.parametrize(
+    "name",
+    ["org/name", "name", "org/name-v1.5", "models2/name", "org/name:config", "name@v1.0", "org/name@refs/pr/1:config"],
+)
 @pytest.mark.usefixtures("folder")
 def test_any_other_name_is_one_of_the_hub(name: str) -> None:
     assert find_source(name) == "hub"
@@ -155,7 +180,7 @@ def test_an_empty_name_is_refused(source: str) -> None:
     with pytest.raises(DataError) as caught:
         find_source(source)
     assert str(caught.value) == (
-        "--data is empty; give it a JSONL, JSON or Parquet file, a directory of datasets, or a Hub name"
+        "--data is empty; give it a JSONL, JSON, CSV or Parquet file, a folder of such files, or a Hub name"
     )
 
 
@@ -204,9 +229,3 @@ def test_a_folder_without_the_right_to_list_it_is_refused(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "listdir", refuse)
     assert refusal(tmp_path).startswith("cannot be read (Permission denied); ask for the right to read it")
-
-
-def test_a_file_has_no_splits(tmp_path: Path) -> None:
-    path = tmp_path / "prefs.jsonl"
-    path.write_bytes(LINE)
-    assert refusal(path, "train") == "found --split train; a file has no splits; leave --split out"

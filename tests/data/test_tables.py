@@ -24,18 +24,22 @@ from adpa.data.rows import read_rows
 from adpa.errors import DataError, RowError
 
 SAVED = "expected a directory saved by datasets.save_to_disk; found "
-OTHER = "; give --data a file, or a directory of datasets"
+FOLDER = "expected a folder of JSONL, JSON, CSV or Parquet files, or one saved by datasets.save_to_disk; found "
+OTHER = "; give --data a file or such a folder"
 
 
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        ([], f"{SAVED}an empty one{OTHER}"),
+        ([], f"{FOLDER}an empty one{OTHER}"),
         (["config.json", "model.safetensors"], "it is a model; expected preference pairs; check --data"),
         (["adapter_config.json"], "it is a model; expected preference pairs; check --data"),
         (["cache.json", "responses"], "it is a cache; expected preference pairs; check --data"),
-        (["e", "d", "c", "b", "a"], f"{SAVED}a, b, c, …{OTHER}"),
-        (["README.md", "b.parquet", "a.jsonl"], f"{SAVED}files; give --data one of them, such as FOLDER/a.jsonl"),
+        (["e", "d", "c", "b", "a"], f"{FOLDER}a, b, c, …{OTHER}"),
+        (
+            ["README.md", "b.parquet", "a.jsonl"],
+            "found files of several formats: JSON, Parquet; give --data one of them, such as FOLDER/a.jsonl",
+        ),
     ],
 )
 def test_a_directory_of_something_else_is_refused_by_what_it_has(
@@ -147,7 +151,8 @@ def test_a_table_without_responses_is_refused_with_its_columns(
     path = write([{"instruction": "Hi", "output": "Hello"}], tmp_path / "prefs")
     assert refusal(path) == (
         f"{path}: found the columns instruction, output; expected `chosen` and `rejected`; "
-        "a row needs a prompt and two responses to it: prompt, chosen and rejected"
+        "a row needs a prompt and two responses: name them with --map prompt=instruction,chosen=NAME,rejected=NAME; "
+        "prompts alone are enough where only --student answers them"
     )
 
 
@@ -155,7 +160,7 @@ def test_a_table_without_responses_is_refused_with_its_columns(
 def test_a_prompt_column_of_another_name_is_named(write: Callable[[list[Row], Path], Path], tmp_path: Path) -> None:
     path = write([{"question": "Hi", "chosen": "Hello", "rejected": "No"}], tmp_path / "prefs")
     ((where, row),) = read_rows(str(path))
-    with pytest.raises(RowError, match="; rename question to prompt, or make both"):
+    with pytest.raises(RowError, match="; pass --map prompt=question, or make both"):
         parse_pair(where, row)
 
 

@@ -1,5 +1,6 @@
 """A user's mistakes: each is refused in one whole line with exit code 2, writes nothing, and waits for no torch."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -65,6 +66,13 @@ VALUES = {
     f"{PRECOMPUTE} --engine hf --tensor-parallel 2": "--tensor-parallel is for vLLM; the engine is hf (as asked); "
     "leave it out",
     "inspect cache --count -3": "--count -3; expected at least 1",
+    f"{PRECOMPUTE} --limit 0": "--limit 0; expected at least 1",
+    f"{EVALUATE} --limit -5": "--limit -5; expected at least 1",
+    f"{PRECOMPUTE} --map ''": "--map '': an empty value; write one, or leave the option out",
+    f"{EVALUATE} --map prompt": "--map prompt: found 'prompt'; expected column=name; write it as "
+    "prompt=question,chosen=answer_a",
+    f"{EVALUATE} --map promt=question": "--map promt=question: found 'promt'; expected one of prompt, chosen, "
+    "rejected, system, tools, chat_template_kwargs before =; did you mean prompt?",
 }
 MODELS = {
     f"{PRECOMPUTE} --teacher models/techer": f"--teacher models/techer: no such directory, and {OFFLINE}; "
@@ -126,7 +134,7 @@ DATA = {
     f"{PRECOMPUTE} --data loop": "loop: cannot be read (Too many levels of symbolic links); check --data",
     f"{PRECOMPUTE} --data {LONG}": f"{LONG}: cannot be read (File name too long); check --data",
     f"{PRECOMPUTE} --data picture.png": (
-        "picture.png: expected JSONL, JSON or Parquet; found a picture (PNG); check --data"
+        "picture.png: expected JSONL, JSON, CSV or Parquet; found a picture (PNG); check --data"
     ),
     f"{PRECOMPUTE} --data utf16.jsonl": "utf16.jsonl: expected UTF-8 text; found UTF-16; save the file as UTF-8",
     f"{PRECOMPUTE} --data null.jsonl": (
@@ -135,11 +143,29 @@ DATA = {
     ),
     f"{PRECOMPUTE} --data names.jsonl": (
         "names.jsonl line 1: found the columns question, answer_a, answer_b; expected `chosen` and "
-        "`rejected`; a row needs a prompt and two responses to it: prompt, chosen and rejected"
+        "`rejected`; a row needs a prompt and two responses: name them with "
+        "--map prompt=question,chosen=NAME,rejected=NAME"
     ),
     f"{PRECOMPUTE} --data empty": (
-        "empty: expected a directory saved by datasets.save_to_disk; found an empty one; give --data a file, "
-        "or a directory of datasets"
+        "empty: expected a folder of JSONL, JSON, CSV or Parquet files, or one saved by datasets.save_to_disk; "
+        "found an empty one; give --data a file or such a folder"
+    ),
+    f"{EVALUATE} --data cut.csv.gz": "cut.csv.gz: the compressed file is damaged or cut off; copy it again",
+    f"{PRECOMPUTE} --data prefs.jsonl:main": "prefs.jsonl:main: no such file or directory; give --data prefs.jsonl: "
+    "only data sets of the Hub have configurations and revisions",
+    f"{PRECOMPUTE} --data org/pairs:a:b": "org/pairs:a:b: no such file or directory, and no name that the Hub can "
+    "have; check --data",
+    f"{EVALUATE} --split test": "prefs.jsonl: found --split test; its only split is train; leave --split out",
+    f"{PRECOMPUTE} --map prompt=question": (
+        "prefs.jsonl line 1: found no column `question` for --map prompt=question among the columns prompt, chosen, "
+        "rejected (first of 3 invalid rows; columns of --map: 3); check --map"
+    ),
+    f"{EVALUATE} --data table.csv --map prompt=question,chosen=answer": (
+        "table.csv: found no column `answer` for --map chosen=answer among the columns question, answer_a, answer_b; "
+        "did you mean answer_a?"
+    ),
+    f"{PRECOMPUTE} --data table.csv --map prompt=question,chosen=answer_a": (
+        "table.csv: found the columns prompt, chosen, answer_b; expected `rejected`; name it with --map rejected=NAME"
     ),
 }
 CACHES = {
@@ -325,6 +351,8 @@ def desk(models: Models, preference_rows: list[Row], tmp_path_factory: pytest.Te
     (desk / "null.jsonl").write_text(json.dumps(preference_rows[0] | {"rejected": None}) + "\n")
     (desk / "names.jsonl").write_text(json.dumps({"question": "?", "answer_a": "Yes.", "answer_b": "No."}) + "\n")
     (desk / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (desk / "table.csv").write_text("question,answer_a,answer_b\n?,Yes.,No.\n")
+    (desk / "cut.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n", mtime=0)[:-4])
     (desk / "list.yaml").write_text("- teacher: T\n")
     (desk / "unknown.yaml").write_text("teacher: T\ntop-q: 3\n")
     (desk / "text.yaml").write_text("teacher: T\ndata: prefs.jsonl\ncache: c\ntop-k: many\n")

@@ -13,13 +13,16 @@ from adpa.errors import DataError
 GOOD = '{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}'
 DROP = "mend or remove the row, or pass --drop-invalid"
 FILES = {
-    "picture.jsonl": (b"\x89PNG\r\n\x1a\n\0", ": expected JSONL, JSON or Parquet; found a picture (PNG); check --data"),
+    "picture.jsonl": (
+        b"\x89PNG\r\n\x1a\n\0",
+        ": expected JSONL, JSON, CSV or Parquet; found a picture (PNG); check --data",
+    ),
     "wide.json": (GOOD.encode("utf-16"), ": expected UTF-8 text; found UTF-16; save the file as UTF-8"),
     "empty.jsonl": (b"", ": found no rows: the file is empty; check --data"),
     "lines.parquet": (GOOD.encode(), ": expected a Parquet file; found JSONL; give it the suffix .jsonl"),
     "table.csv": (
         b"prompt,chosen,rejected\n",
-        ": expected JSONL, JSON or Parquet; found a table (CSV); convert it, for example with pandas",
+        ": found no rows; expected at least one preference pair; check --data",
     ),
     "cut.jsonl": (
         f"{GOOD}\n{GOOD[:30]}".encode(),
@@ -42,8 +45,7 @@ FILES = {
     "columns.jsonl": (
         b'{"question": "Hi", "accepted": "Hello", "rejected_response": "No"}',
         " line 1: found the columns question, accepted, rejected_response; expected `chosen` and `rejected`; "
-        "name the columns prompt, chosen and rejected "
-        "(rename question to prompt, accepted to chosen, rejected_response to rejected)",
+        "pass --map prompt=question,chosen=accepted,rejected=rejected_response",
     ),
 }
 

@@ -92,6 +92,25 @@ def test_unknown_fields_and_other_zones_are_read(written: str, expected: tuple[s
     assert record.time.endswith(":02:00.000000+00:00")
 
 
+def test_a_limit_and_a_map_are_part_of_the_record(cache: Location) -> None:
+    responses = made(record=make_record("/data/prefs.csv", "train[:9]", 5, "chosen=a,prompt=q"))
+    write_response_set(cache, responses)
+    (read,) = read_response_sets(cache)
+    assert read.record == responses.record
+    assert read.record is not None
+    assert (read.record.limit, read.record.map) == (5, "chosen=a,prompt=q")
+    assert read.record.source == "/data/prefs.csv split train[:9] limit 5 map chosen=a,prompt=q"
+    assert json.loads(read.record.serialize()).keys() == {"data", "split", "time", "limit", "map"}
+    assert responses.id == made(record=None).id
+
+
+@pytest.mark.parametrize("other", [{"limit": 5}, {"limit": 6}, {"map": "prompt=q"}, {"split": "train[:5]"}])
+def test_another_limit_map_or_slice_is_no_version_of_the_same_data(other: dict[str, Any]) -> None:
+    whole, part = (replace(make_record("/d", None), **fields) for fields in ({}, other))
+    assert made(record=whole).recipe != made(record=part).recipe
+    assert made(record=part).recipe == made(record=replace(make_record("/d", None), **other)).recipe
+
+
 @pytest.mark.parametrize(
     "written",
     [
@@ -103,6 +122,8 @@ def test_unknown_fields_and_other_zones_are_read(written: str, expected: tuple[s
         b'{"data": "d"}',
         b'{"data": 3, "split": null, "time": "2026-11-28T14:02:00Z"}',
         b'{"data": "d", "split": ["s"], "time": "2026-11-28T14:02:00Z"}',
+        b'{"data": "d", "split": null, "time": "2026-11-28T14:02:00Z", "limit": "5"}',
+        b'{"data": "d", "split": null, "time": "2026-11-28T14:02:00Z", "map": {"prompt": "q"}}',
         b'{"data": "d", "split": null, "time": "yesterday"}',
         b'{"data": "d", "split": null, "time": 7}',
         b'{"data": "d", "split": null, "time": "2026-11-28T14:02:00"}',

@@ -1,0 +1,49 @@
+"""A folder of data files: which belong to which split, as ``datasets`` has it."""
+
+import os
+from pathlib import Path
+
+from adpa.data.cache.kinds import kind
+from adpa.data.compressed_files import plain_suffix
+from adpa.data.file_kinds import READ_FORMATS
+from adpa.data.sources import CHECK, FORMAT_OF_SUFFIX
+from adpa.errors import DataError
+
+
+def folder_files(path: Path) -> dict[str, list[Path]]:
+    """The files of each split, in the order of their names.
+
+    ``datasets`` finds the splits: ``data/train-00000-of-00002.parquet``, ``test.jsonl``, ``validation/a.csv``; without
+    such names all files are ``train``.
+
+    Raises:
+        DataError: the folder has no such files, has files of several formats, or is something else.
+    """
+    if (found := kind(path)) in ("a model", "a cache"):
+        raise DataError(f"{path}: it is {found}; expected preference pairs", CHECK)
+    if not any(plain_suffix(name) in FORMAT_OF_SUFFIX for *_, names in os.walk(path) for name in names):
+        raise _nothing_to_read(path)
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns  # takes a second
+
+    try:
+        resolved = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    except (EmptyDatasetError, FileNotFoundError):
+        resolved = DataFilesDict()
+    splits = {}
+    for name, files in resolved.items():
+        if readable := {path / os.path.relpath(file, path) for file in files if plain_suffix(file) in FORMAT_OF_SUFFIX}:
+            splits[str(name)] = sorted(readable)
+    if not splits:
+        raise _nothing_to_read(path)
+    formats = {FORMAT_OF_SUFFIX[plain_suffix(file.name)]: file for files in splits.values() for file in files}
+    if len(formats) > 1:
+        problem = f"{path}: found files of several formats: {', '.join(sorted(formats))}"
+        raise DataError(problem, f"give --data one of them, such as {min(formats.values())}")
+    return splits
+
+
+def _nothing_to_read(path: Path) -> DataError:
+    names = sorted(each.name for each in path.iterdir())
+    found = f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else "an empty one"
+    expected = f"expected a folder of {READ_FORMATS} files, or one saved by datasets.save_to_disk"
+    return DataError(f"{path}: {expected}; found {found}", "give --data a file or such a folder")
