@@ -113,10 +113,20 @@ def _distill() -> Callable[..., None]:
     """Train a student from the signals in a cache."""
     from adpa.pipeline.distill import distill
 
-    return as_command(distill, after_stop=_go_on_training)
+    return as_command(distill, _show_distill, after_stop=_go_on_training)
+
+
+def _show_distill(done: Any) -> Any:
+    from adpa.pipeline.distill import DistillReport
+    from adpa.pipeline.terminal.distill import show_distill
+    from adpa.pipeline.terminal.dry_run import show_plan
+
+    return show_distill(done) if isinstance(done, DistillReport) else show_plan(done)
 
 
 def _go_on_training(options: Mapping[str, Any]) -> str:
+    if options["dry_run"]:
+        return "nothing was written"
     if not any(options["output"].glob("*")):
         return "nothing was written; the same command starts anew"
     if not options["save_steps"]:
@@ -152,6 +162,15 @@ def _inspect() -> Callable[..., None]:
 
 def _unchanged(_: Mapping[str, Any]) -> str:
     return "the cache is as it was"
+
+
+@app.command("runs")
+def _runs() -> Callable[..., None]:
+    """List the students below a directory: settings, losses and evaluations."""
+    from adpa.pipeline.runs import list_runs
+    from adpa.pipeline.terminal.runs import show_runs
+
+    return as_command(list_runs, show_runs, arguments=["directory"])
 
 
 @app.command("lab")

@@ -176,7 +176,7 @@ def benchmark(
     console.print(report.goal_table(report.goals_of(findings, on_gpu)))
     if output is not None:
         plot = report.draw(findings, output)
-        console.print(plot or "no plot: matplotlib is not installed (pip install 'adpa[lab]')", markup=False)
+        console.print(plot or "no plot: matplotlib is not installed (pip install matplotlib)", markup=False)
     return findings
 
 

@@ -9,6 +9,7 @@ Shapes: B sequences, L tokens of the longest, N response tokens of the batch, K 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from adpa.data.cache.selection import TrainingSet
 from adpa.data.cache.signal_rows import SignalRow, check_length
 from adpa.data.packing import pack_sequences
 from adpa.data.sequences import Packing, TokenSequence
+
+COLUMNS = ("prompt_ids", "response_ids")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class TrainingSequence:
     signals: SignalRow | None
 
 
+class SequenceSize(NamedTuple):
+    """Tokens of a training sequence; ``set_number`` is the number of its training set."""
+
+    set_number: int
+    prompt: int
+    response: int
+
+
 class TrainingExamples(Dataset[list[TrainingSequence]]):
     """The examples of a run, each read from the memory-mapped cache on access.
 
@@ -90,11 +101,8 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
             for row, example_id in enumerate(one.responses.table["example_id"].to_pylist()):
                 places.setdefault(example_id, []).append((number, row))
         self._places = list(places.values())
-        self._lengths = [
-            (
-                list_value_length(one.responses.table["prompt_ids"]).to_numpy()
-                + list_value_length(one.responses.table["response_ids"]).to_numpy()
-            ).tolist()
+        self._sizes = [
+            list(zip(*(list_value_length(one.responses.table[ids]).to_pylist() for ids in COLUMNS), strict=True))
             for one in sets
         ]
 
@@ -103,7 +111,11 @@ class TrainingExamples(Dataset[list[TrainingSequence]]):
 
     def lengths(self, index: int) -> list[int]:
         """Tokens of each sequence of an example, without reading it."""
-        return [self._lengths[number][row] for number, row in self._places[index]]
+        return [size.prompt + size.response for size in self.sizes(index)]
+
+    def sizes(self, index: int) -> list[SequenceSize]:
+        """Sizes of each sequence of an example, without reading it."""
+        return [SequenceSize(number, *self._sizes[number][row]) for number, row in self._places[index]]
 
     def __getitem__(self, index: int) -> list[TrainingSequence]:
         return [self._read(number, row) for number, row in self._places[index]]

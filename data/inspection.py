@@ -19,7 +19,7 @@ ALTERNATIVES = 5
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token of the teacher's top K; ``advantage`` is none without a reference."""
+    """A token of the teacher's top K; ``advantage`` is none without a reference. Its text is a ``Piece.label``."""
 
     id: int
     text: str
@@ -33,7 +33,9 @@ class InspectedToken:
 
     Attributes:
         id: its id.
-        text: the text that it adds; see ``texts_in_place``.
+        text: the text that it adds: whole characters, or none; together the texts are the response.
+        part: which of the tokens that make a character together it is, from 1; the first one has the text.
+        label: its text where it stands alone; see ``Piece``.
         special: whether it is a special token, or ends a response.
         logprob: the teacher's log-probability.
         advantage: teacher minus reference; none without a reference.
@@ -42,6 +44,8 @@ class InspectedToken:
 
     id: int
     text: str
+    part: int
+    label: str
     special: bool
     logprob: float
     advantage: float | None
@@ -89,17 +93,21 @@ def inspect_responses(
         tokens = [
             InspectedToken(
                 id=int(ids[t]),
-                text=text,
+                text=piece.text,
+                part=piece.part,
+                label=piece.label,
                 special=int(ids[t]) in special_ids,
                 logprob=float(signals.token_logprobs[t]),
                 advantage=None if signals.token_advantages is None else float(signals.token_advantages[t]),
                 alternatives=[
                     Alternative(*fields)
-                    for fields in zip(top_ids[t].tolist(), others, top_probabilities[t], top_advantages[t], strict=True)
+                    for fields in zip(
+                        top_ids[t].tolist(), piece.alternatives, top_probabilities[t], top_advantages[t], strict=True
+                    )
                     if fields[0] != PADDING
                 ],
             )
-            for t, (text, *others) in enumerate(texts_in_place(tokenizer, ids, np.maximum(top_ids, 0)))
+            for t, piece in enumerate(texts_in_place(tokenizer, ids, np.maximum(top_ids, 0)))
         ]
         prompt = tokenizer.decode(table["prompt_ids"][place].values.to_numpy(), clean_up_tokenization_spaces=False)
         responses.append(InspectedResponse(table["example_id"][place].as_py(), str(prompt), tokens))

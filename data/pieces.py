@@ -1,6 +1,10 @@
-"""The text of each token, with every invisible character made visible."""
+"""The text of each token in whole characters, with every invisible character made visible."""
 
+import re
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -9,17 +13,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token of SentencePiece's byte fallback
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of a token in its place.
+
+    The bytes of a character may lie in several tokens. Then the first of them has the whole character.
+
+    Attributes:
+        text: the text that the token adds; empty for the second of several tokens that make a character.
+        part: which of these tokens it is, from 1.
+        label: what to call the token where it stands alone: its text, or ``🦊(2/3)`` for the second of three tokens, or
+            ``⟨id⟩`` if it adds nothing.
+        alternatives: the same for other tokens in its place; one that makes no whole character has its bytes, as
+            ``⟨F0 9F⟩``.
+    """
+
+    text: str
+    part: int
+    label: str
+    alternatives: list[str]
 
 
 def texts_in_place(
     tokenizer: "PreTrainedTokenizerBase", token_ids: NDArray[Any], alternatives: NDArray[Any]
-) -> list[list[str]]:
+) -> list[Piece]:
     """The text of each token of a sequence, then of each alternative in its place.
 
-    The text of a token may depend on the token before it (a leading space), and the bytes of one character may be
-    spread over several tokens. So the text of a token is the text that it adds to the tokens before it. The token that
-    completes a character has the whole character; the tokens before it have ``INCOMPLETE``. A token that adds nothing
-    has its id, as ⟨id⟩.
+    The text of a token may depend on the token before it (a leading space). So the text of a token is the text that it
+    adds to the tokens before it. Together the texts are the decoded sequence.
 
     Args:
         tokenizer: the tokenizer.
@@ -27,27 +51,74 @@ def texts_in_place(
         alternatives: integers [T, C].
 
     Returns:
-        T lists of 1 + C texts.
+        T pieces, with C alternatives each.
     """
     ids = token_ids.tolist()
-    texts = []
-    context = shown = 0  # ids[context:shown] is context enough to decode; later ids lack bytes of a character
-    for place, others in enumerate(alternatives.tolist()):
-        candidates = [ids[place], *others]
-        before, *whole = tokenizer.batch_decode(
-            [ids[context:shown], *([*ids[context:place], candidate] for candidate in candidates)],
+    own: list[tuple[str, int, str]] = []
+    others: list[list[str]] = []
+    context = first = 0  # ids[context:first] is context enough to decode; the tokens from first on end in a character
+    whole: list[str] = []  # the texts from context to each of these tokens
+    for place, candidates in enumerate(alternatives.tolist()):
+        before, text, *rest = tokenizer.batch_decode(
+            [ids[context:first], *([*ids[context:place], candidate] for candidate in (ids[place], *candidates))],
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
-        texts.append(
-            [
-                INCOMPLETE if text.endswith(INCOMPLETE) else text[len(before) :].lstrip(INCOMPLETE) or f"⟨{candidate}⟩"
-                for candidate, text in zip(candidates, whole, strict=True)
-            ]
-        )
-        if texts[-1][0] != INCOMPLETE:
-            context, shown = shown, place + 1
-    return texts
+        others.append([_added(tokenizer, *pair, before) for pair in zip(candidates, rest, strict=True)])
+        whole.append(text)
+        if not text.endswith(INCOMPLETE) or place == len(ids) - 1:
+            own += _parts(ids[first : place + 1], whole, before)
+            context, first, whole = first, place + 1, []
+    pieces = []
+    for token, (text, part, label), candidates, labels in zip(ids, own, alternatives.tolist(), others, strict=True):
+        labels = [label if candidate == token else one for candidate, one in zip(candidates, labels, strict=True)]
+        pieces.append(Piece(text, part, label, labels))
+    return pieces
+
+
+def _parts(ids: Sequence[int], whole: Sequence[str], before: str) -> list[tuple[str, int, str]]:
+    """Text, part and label of tokens of which all but the last may end within a character.
+
+    Args:
+        ids: the tokens.
+        whole: the text up to each of them.
+        before: the text up to the first of them.
+    """
+    groups: list[tuple[str, int]] = []  # texts, and the number of tokens that make each
+    count, end = 0, before
+    for text in whole:
+        if text == end and groups and not count:
+            groups[-1] = groups[-1][0], groups[-1][1] + 1
+            continue
+        count += 1
+        if whole[-1].startswith(text):  # else its last character is not finished
+            groups.append((text[len(end) :], count))
+            count, end = 0, text
+    parts = []
+    for text, tokens in groups:
+        parts.append((text, 1, text if tokens == 1 else f"{text}(1/{tokens})"))
+        parts += [("", part, f"{text}({part}/{tokens})") for part in range(2, tokens + 1)]
+    return [(text, part, label or f"⟨{token}⟩") for token, (text, part, label) in zip(ids, parts, strict=True)]
+
+
+def _added(tokenizer: "PreTrainedTokenizerBase", token: int, whole: str, before: str) -> str:
+    """What an alternative adds to the text before it; its bytes, or else its id, if that is no whole character."""
+    text = "" if whole.endswith(INCOMPLETE) else whole[len(before) :].lstrip(INCOMPLETE)
+    if text:
+        return text
+    name = tokenizer.convert_ids_to_tokens(token)
+    if not isinstance(name, str) or whole == before:
+        return f"⟨{token}⟩"
+    codes = BYTE.findall(name) or [_byte_codes().get(character, "") for character in name]
+    return f"⟨{' '.join(codes)}⟩" if all(codes) else f"⟨{token}⟩"
+
+
+@cache
+def _byte_codes() -> dict[str, str]:
+    """The bytes, as hexadecimal digits, by the characters that stand for them in the tokens of byte-level BPE."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # imports torch
+
+    return {character: f"{byte:02X}" for byte, character in bytes_to_unicode().items()}
 
 
 def visible(text: str, newline: str = "↵") -> str:

@@ -57,6 +57,8 @@ class SignalSummary:
         response_set: name and id of the set.
         made: how the set was made, in words.
         scoring: id of the scoring.
+        teacher: the teacher's name.
+        reference: the reference's name; None without one.
         responses: responses of the set.
         tokens: their tokens.
         top_k: K.
@@ -74,6 +76,8 @@ class SignalSummary:
     response_set: str
     made: str
     scoring: str
+    teacher: str
+    reference: str | None
     responses: int
     tokens: int
     top_k: int
@@ -87,6 +91,11 @@ class SignalSummary:
     implausible: AdvantageGroup | None
 
     @property
+    def coloured_by(self) -> str:
+        """What the colour of a token shows."""
+        return "log-probability" if self.token_advantage is None else "advantage"
+
+    @property
     def colour_scale(self) -> float:
         """The advantage (without a reference, the log-probability) at which a colour reaches full strength."""
         quantiles = (self.token_advantage or self.token_logprob).quantiles
@@ -94,9 +103,9 @@ class SignalSummary:
 
     @property
     def legend(self) -> list[float]:
-        """Values across the whole range of colours."""
-        shares = (-1.0, -0.5, 0.0) if self.token_advantage is None else (-1.0, -0.5, 0.0, 0.5, 1.0)
-        return [share * self.colour_scale for share in shares]
+        """Values across the whole range of colours, a third of it apart."""
+        thirds = range(-3, 1 if self.token_advantage is None else 4)
+        return [third / 3 * self.colour_scale for third in thirds]
 
     def distributions(self) -> dict[str, Distribution]:
         """The distributions that are not None, by their usual names."""
@@ -137,6 +146,8 @@ def summarize(scored: ScoredSet, advance: Callable[[int], None]) -> SignalSummar
         response_set=scored.responses.shard_prefix(),
         made=scored.responses.describe().partition(": ")[2],
         scoring=scored.scoring.id,
+        teacher=scored.scoring.teacher.name,
+        reference=None if scored.scoring.reference is None else scored.scoring.reference.name,
         responses=len(sequences),
         tokens=len(tail_N),
         top_k=scored.scoring.top_k,

@@ -30,8 +30,7 @@ run() {
         --student "$student" --cache "$CACHE" --output "$output"
     # --cache keeps the answers and their scores: the untrained student answers only once.
     adpa evaluate --config "$OPTIONS/evaluate.yaml" --student "$output" --baseline "$student" \
-        --teacher "$TEACHER" --reference "$REFERENCE" --data "$HELDOUT" --cache "$CACHE" \
-        --report "$output/evaluation.json"
+        --teacher "$TEACHER" --reference "$REFERENCE" --data "$HELDOUT" --cache "$CACHE"
 }
 
 adpa precompute --config "$OPTIONS/precompute.yaml" --teacher "$TEACHER" --reference "$REFERENCE" \
@@ -45,18 +44,4 @@ for student in $STUDENTS; do
     done
 done
 
-python3 - "$OUTPUT"/*/*/evaluation.json <<'END'
-import json
-import sys
-from pathlib import Path
-
-print(f"{'student':24} {'training':12} {'win rate':>8} {'95 % interval':>16} {'tokens':>7} {'repetition':>10}")
-for path in map(Path, sys.argv[1:]):
-    report = json.loads(path.read_text())
-    wins, answers = report["win_rate"], report["student"]
-    interval = f"[{wins['low']:.3f}, {wins['high']:.3f}]"
-    print(
-        f"{path.parts[-3]:24} {path.parts[-2]:12} {wins['mean']:8.3f} {interval:>16}"
-        f" {answers['tokens']:7.1f} {answers['repetition']:10.3f}"
-    )
-END
+adpa runs "$OUTPUT"

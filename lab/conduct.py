@@ -54,9 +54,8 @@ def lab(
     if study is not None:
         read_options("--study", study)
     _check_directory(output)
-    for package in ("trl", "matplotlib"):
-        if find_spec(package) is None:
-            raise OptionError(f"adpa lab needs {package}, which is not installed", "pip install 'adpa[lab]'")
+    if find_spec("trl") is None:
+        raise OptionError("adpa lab needs trl, which is not installed", "pip install 'adpa[lab]'")
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
     from adpa.lab.plots import plot_study

@@ -13,9 +13,9 @@ from adpa.data.cache.signal_rows import PADDING
 from adpa.data.cache.signals import SignalTable
 from adpa.data.summary import PLAUSIBLE
 from adpa.lab.report import MethodResult, StudyReport
+from adpa.pipeline.training.curves import BLUE, GREY, ORANGE, tidy
 
 WIDTH, DPI = 8.0, 150
-BLUE, RED, GREY = "#1f77b4", "#c0392b", "#666666"
 SHOWN_ROWS = 500
 
 
@@ -48,7 +48,7 @@ def plot_rewards(axes: Axes, results: Sequence[MethodResult]) -> None:
 def plot_gamma(axes: Axes, results: Sequence[MethodResult], student: float) -> None:
     """Sampled reward with its interval against γ, one line for each plausibility."""
     for number, plausibility in enumerate(sorted({one.swept["plausibility"] for one in results})):
-        color = (RED, BLUE)[number] if number < 2 else f"C{number}"
+        color = (ORANGE, BLUE)[number] if number < 2 else f"C{number}"
         line = [one for one in results if one.swept["plausibility"] == plausibility]
         line.sort(key=lambda one: one.swept["advantage_weight"])
         gammas_S = [one.swept["advantage_weight"] for one in line]
@@ -73,7 +73,7 @@ def plot_advantages(axes: Axes, signals: SignalTable) -> None:
     advantages_S = np.concatenate(advantages, dtype=np.float64)
     axes.plot(p_S, advantages_S, ".", markersize=1, color=BLUE, alpha=0.3, rasterized=True)
     axes.axhline(0, color="black", linewidth=1)
-    axes.axvline(PLAUSIBLE, color=RED, linestyle="--", linewidth=1, label=f"plausibility {PLAUSIBLE:g}")
+    axes.axvline(PLAUSIBLE, color=ORANGE, linestyle="--", linewidth=1, label=f"plausibility {PLAUSIBLE:g}")
     axes.set_xscale("log")
     axes.set_xlabel("probability that the teacher gives to the token")
     axes.set_ylabel("advantage, nats")
@@ -83,8 +83,7 @@ def plot_advantages(axes: Axes, signals: SignalTable) -> None:
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return figure, axes
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from adpa.data.bootstrap import Interval, bootstrap_interval, win_share
 from adpa.data.cache.files import write_file
@@ -195,13 +197,15 @@ def show_study(report: StudyReport) -> RenderableType:
     """The first columns of both tables, which fit a terminal, and the directory of the other results."""
     tables = []
     for title, results in (("methods", report.methods), ("variants", report.variants)):
-        table = Table(title=f"{title}: {len(report.seeds)} seeds, {report.prompts} prompts each")
-        for heading in HEADINGS[:SHOWN]:
-            table.add_column(heading)
+        heading = f"{title}: {len(report.seeds)} seeds, {report.prompts:,} prompts each"
+        table = Table(HEADINGS[0], title=heading, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in HEADINGS[1:SHOWN]:
+            table.add_column(heading, justify="right", overflow="fold")
         for result in results:
-            table.add_row(*table_cells(result)[:SHOWN])
+            name, *numbers = table_cells(result)[:SHOWN]
+            table.add_row(name, *(number.replace(" ", "\n", 1) for number in numbers))  # each interval below its mean
         tables.append(table)
-    return Group(*tables, f"all columns, every reward and the plots: {report.output}")
+    return Group(*tables, Text(f"all columns, every reward and the plots: {report.output}", overflow="fold"))
 
 
 def _interval(interval: Interval, sign: str = "") -> str:

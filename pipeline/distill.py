@@ -2,9 +2,10 @@
 
 import inspect
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, ParamSpec, Protocol, cast, overload
 
 from typing_extensions import Doc
 
@@ -17,6 +18,7 @@ from adpa.pipeline.models.attention import check_attention, check_packing
 from adpa.pipeline.option_checks import check_choices, check_not_empty
 from adpa.pipeline.options import AttnImplementationOption, DtypeName, Group, PathOrName, TrustRemoteCodeOption
 from adpa.pipeline.training.batch_size import batch_arguments
+from adpa.pipeline.training.distill_plan import DistillPlan
 from adpa.pipeline.training.lora_settings import lora_settings
 from adpa.pipeline.training.objectives import ObjectiveName, objective_terms
 from adpa.pipeline.training.optimizers import BUILT_IN, check_optimizer
@@ -66,6 +68,25 @@ class DistillReport:
     warnings: list[str]
 
 
+Options = ParamSpec("Options")
+
+
+class Distill(Protocol[Options]):
+    """The type of ``distill``: what it returns depends on ``dry_run``."""
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # mypy does not see that only True fits the first
+        self, *arguments: Any, dry_run: Literal[True], **options: Any
+    ) -> DistillPlan: ...
+    @overload
+    def __call__(self, *arguments: Options.args, **options: Options.kwargs) -> DistillReport: ...
+
+
+def _typed(function: Callable[Options, DistillReport | DistillPlan]) -> Distill[Options]:
+    return cast(Distill[Options], function)
+
+
+@_typed
 def distill(
     objective: Annotated[ObjectiveName, Doc("The loss to minimise: sft, kd, dckd or adpa."), Group.DECIDE],
     student: Annotated[
@@ -203,11 +224,12 @@ def distill(
         Doc("Say steps, tokens and memory, and show the first batch; train and write nothing."),
         Group.DRY_RUN,
     ] = False,
-) -> DistillReport:
+) -> DistillReport | DistillPlan:
     """Train a student from the signals in a cache.
 
     The trained student is an ordinary checkpoint with the teacher's tokenizer and chat template. Its adpa.json says how
     it was made. With --lora-rank the adapters are merged into the weights, in --dtype; the folder adapter has them too.
+    With --dry-run nothing is trained or written; in Python the result is then a DistillPlan.
 
     Raises:
         AdpaError: a problem with the arguments, the cache or the student that the caller can solve.
@@ -215,12 +237,8 @@ def distill(
     options = dict(locals())
     started = time.perf_counter()
     check_ranges(options)
-    check_not_empty({"--student": student, "--scoring": scoring, "--resume-from-checkpoint": resume_from_checkpoint})
-    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
-    _check_dtype_and_device(dtype, device)
+    _check_words(options)
     terms = objective_terms(objective, on, kl_weight, advantage_weight)
-    check_attention(attn_implementation)
-    check_packing(attn_implementation, packing)
     lora = lora_settings(lora_rank, lora_target, load_in_4bit, lora_alpha, lora_dropout)
     of_options: dict[str, Any] = {
         "output_dir": str(output),
@@ -273,6 +291,10 @@ def distill(
     start = steps.find_common_start(run, origin)
     defaults = {name: each.default for name, each in inspect.signature(distill).parameters.items()}
     warnings = steps.warn_before(run, sources, start, options, defaults)
+    if dry_run:
+        from adpa.pipeline.training.dry_run import plan_run
+
+        return plan_run(run, sources, start, origin, warnings)
     in_training = steps.load_student(run, sources)
     with steps.own_output(run, origin, start):
         trainer = steps.train_student(run, sources, in_training, start, origin, warnings)
@@ -294,11 +316,20 @@ def distill(
             seconds=time.perf_counter() - started,
             warnings=trainer.warnings,
         )
-        steps.write_result(run, in_training, origin, asdict(report), trainer)
+        steps.write_result(run, sources, in_training, origin, asdict(report), trainer, options, defaults)
     return report
 
 
-def _check_dtype_and_device(dtype: DtypeName, device: str) -> None:
+def _check_words(options: Mapping[str, Any]) -> None:
+    """Checks the options of ``distill`` that are names, by their own names."""
+    names = ("student", "scoring", "resume_from_checkpoint")
+    check_not_empty({f"--{name.replace('_', '-')}": options[name] for name in names})
+    packing, dtype, device, attention = (
+        options[name] for name in ("packing", "dtype", "device", "attn_implementation")
+    )
+    check_choices({"--packing": (packing, Packing), "--dtype": (dtype, DtypeName)})
+    check_attention(attention)
+    check_packing(attention, packing)
     if dtype == "float16":
         raise OptionError("--dtype float16 loses small gradients in the loss head", "use --bf16, or --dtype float32")
     if device not in ("auto", "cpu", "cuda"):

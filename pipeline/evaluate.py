@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -61,6 +61,7 @@ from adpa.pipeline.scoring.executor import ExecutorOptions
 from adpa.pipeline.scoring.parts import WHOLE
 from adpa.pipeline.scoring.request import DataOptions, EngineOptions, Request, SamplingOptions, SignalOptions
 from adpa.pipeline.scoring.vllm_options import VllmOptions
+from adpa.pipeline.training.evaluations import record_evaluation
 
 if TYPE_CHECKING:
     from adpa.pipeline.scoring.plan import Plan
@@ -199,6 +200,7 @@ def evaluate(
     Raises:
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
     """
+    options = dict(locals())
     started = time.perf_counter()
     names = {"--student": student, "--baseline": baseline, "--teacher": teacher, "--reference": reference}
     check_not_empty(names)
@@ -234,7 +236,9 @@ def evaluate(
         )
         request.check()
         _check_inputs(names, request, cache)
-        return _evaluate(request, baseline, show, started)
+        report = _evaluate(request, baseline, show, started)
+    record_evaluation(student, options, asdict(replace(report, shown=[])))
+    return report
 
 
 def _evaluate(request: Request, baseline: str, show: int, started: float) -> EvaluateReport:

@@ -1,10 +1,10 @@
 """Pictures of a cache: its signals in a few numbers, and responses token by token."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typing_extensions import Doc
 
@@ -19,8 +19,9 @@ from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
+from adpa.pipeline.inspected_runs import InspectedRun, inspected_run, read_record
 from adpa.pipeline.option_checks import check_counts, check_not_empty
-from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
+from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, TrustRemoteCodeOption
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
 
@@ -39,6 +40,7 @@ class InspectReport:
         html: the page that was written.
         rewards: one for each chosen and rejected set of the same data with each scoring that has both and a reference;
             at least one of the two is among the summaries.
+        runs: the runs that were named.
     """
 
     summaries: list[SignalSummary]
@@ -47,6 +49,7 @@ class InspectReport:
     responses: list[InspectedResponse]
     html: str | None
     rewards: list[SetRewards]
+    runs: list[InspectedRun] = field(default_factory=list)
 
 
 def inspect_cache(
@@ -59,6 +62,12 @@ def inspect_cache(
     count: Annotated[int, Doc("Responses to show, unless --example names one."), Group.SIGNALS] = 3,
     html: Annotated[
         Path | None, Doc("HTML page to write, with the teacher's top alternatives at every token."), Group.SIGNALS
+    ] = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    run: Annotated[
+        list[Path] | None,
+        Doc("Directory of an adpa distill, whose settings and curves the page shows too; repeatable."),
+        Group.SIGNALS,
     ] = None,
 ) -> InspectReport:
     """Show what a cache says: its signals in a few numbers, and responses token by token.
@@ -78,6 +87,7 @@ def inspect_cache(
             raise OptionError(f"--html {html}: no place for a page", "name a file")
         check_cache(cache)
         check_outside("--html", html, cache)
+    records = {directory: read_record(directory) for directory in run or []}
     scored, left_out = select_scored(cache, scoring, response_set)
     among, one_needed = len(scored), example is not None or html is not None
     if among > 1 and (one_needed or (response_set is not None and are_versions(scored))):
@@ -91,10 +101,24 @@ def inspect_cache(
     summaries = [_summarize(one) for one in scored]
     responses = []
     if rows:
-        responses = inspect_responses(scored[0], rows, read_tokenizer(cache, scored[0].responses.info.tokenizer))
+        tokenizer = read_tokenizer(cache, scored[0].responses.info.tokenizer, trust_remote_code)
+        responses = inspect_responses(scored[0], rows, tokenizer)
+    runs = [inspected_run(directory, record) for directory, record in records.items()]
     if html is not None:
-        write_file(html, render_page(summaries[0], rewards, responses).encode())
-    return InspectReport(summaries, data, left_out, responses, None if html is None else str(html), rewards)
+        curves = [_draw(record) for record in records.values()]
+        record = scored[0].responses.record
+        page = render_page(summaries[0], record, rewards, responses, list(zip(runs, curves, strict=True)))
+        write_file(html, page.encode())
+    return InspectReport(summaries, data, left_out, responses, None if html is None else str(html), rewards, runs)
+
+
+def _draw(record: Mapping[str, Any]) -> str:
+    """The curves of a run; empty if it has no log yet."""
+    if not record.get("losses"):
+        return ""
+    from adpa.pipeline.training.curves import draw_curves  # imports matplotlib
+
+    return draw_curves(record)
 
 
 def _rows(responses: ResponseSet, example: str | None, count: int) -> Sequence[int]:

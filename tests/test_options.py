@@ -155,7 +155,7 @@ def test_a_value_with_line_breaks_is_told_in_one_line(recorded: dict[str, object
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("", "a command is missing: precompute, distill, evaluate, inspect, lab, cache; see adpa --help"),
+        ("", "a command is missing: precompute, distill, evaluate, inspect, runs, lab, cache; see adpa --help"),
         ("train", "no command 'train'; see adpa --help"),
         ("distil", "no command 'distil'; did you mean distill?"),
         ("cache verfy", "no command 'verfy'; did you mean verify?"),

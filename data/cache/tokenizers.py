@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -29,9 +30,32 @@ def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", diges
         return
     with TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
-        files = _read_all(Path(temporary))
-    contents = {name: _digest_bytes(content) for name, content in files.items()}
-    write_folder(path, files | {CONTENTS: serialize_document({"files": contents})})
+        _write(path, _read_all(Path(temporary)))
+
+
+def copy_tokenizer(source: Location, target: Location, digest: str) -> None:
+    """Writes a tokenizer of one cache into another; the files of one that needs code are copied, and it is not run.
+
+    Raises:
+        DamagedFileError: it is missing, or differs from what was written.
+    """
+    tokenizer = check_tokenizer(source, digest)
+    if tokenizer is None:
+        _write(target / "tokenizers" / digest, read_contents(source / "tokenizers" / digest))
+    else:
+        write_tokenizer(target, tokenizer, digest)
+
+
+def check_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase | None":
+    """The same as ``read_tokenizer``, but None for one that needs code: its files are what was written.
+
+    Raises:
+        DamagedFileError: as for ``read_tokenizer``.
+    """
+    try:
+        return read_tokenizer(cache, digest)
+    except RemoteCodeError:
+        return None
 
 
 def read_tokenizer(cache: Location, digest: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -57,6 +81,11 @@ def read_tokenizer(cache: Location, digest: str, trust_remote_code: bool = False
     if digest_tokenizer(tokenizer).tokenizer != digest:
         raise damaged(path, "not the tokenizer that was written")
     return tokenizer
+
+
+def _write(path: Location, files: Mapping[str, bytes]) -> None:
+    contents = {name: _digest_bytes(content) for name, content in files.items()}
+    write_folder(path, {**files, CONTENTS: serialize_document({"files": contents})})
 
 
 def read_contents(path: Location) -> dict[str, bytes]:

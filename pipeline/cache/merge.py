@@ -25,7 +25,7 @@ from adpa.data.cache.shards import (
     write_serialized,
 )
 from adpa.data.cache.signals import read_scoring_file, write_scoring
-from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
+from adpa.data.cache.tokenizers import check_tokenizer, copy_tokenizer
 from adpa.errors import DamagedFileError, OptionError
 from adpa.pipeline.options import Group
 from adpa.progress import progress
@@ -166,10 +166,10 @@ class _Merge:
             self.tokenizers[file.owner] = Taken()  # stays if it is damaged: its files are refused together
             folder = self.cache / "tokenizers" / file.owner
             if folder.exists():
-                self._is_whole(folder, lambda: read_tokenizer(self.cache, file.owner))
+                self._is_whole(folder, lambda: check_tokenizer(self.cache, file.owner))
                 self.tokenizers[file.owner] = self.report.present
             else:
-                write_tokenizer(self.cache, read_tokenizer(self.other, file.owner), file.owner)
+                copy_tokenizer(self.other, self.cache, file.owner)
                 self.tokenizers[file.owner] = self.report.copied
         self.tokenizers[file.owner].add(file.size)
 

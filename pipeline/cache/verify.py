@@ -27,7 +27,7 @@ from adpa.data.cache.responses import ResponseSet, read_response_set
 from adpa.data.cache.samples import check_samples
 from adpa.data.cache.shards import check_shard, list_again, read_shard
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scoring_file
-from adpa.data.cache.tokenizers import read_tokenizer
+from adpa.data.cache.tokenizers import check_tokenizer
 from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import DamagedFileError
 from adpa.pipeline.options import CacheArgument, Group
@@ -156,7 +156,8 @@ class _Check:
         self.checked: dict[str, CacheFile] = {}
         self._cache = cache
         self._files: list[CacheFile] = []
-        self._vocabularies: dict[str, _Vocabulary] = {}  # of each undamaged tokenizer, by its digest
+        # Of each undamaged tokenizer, by its digest; None for one that needs code, which does not run here.
+        self._vocabularies: dict[str, _Vocabulary | None] = {}
         self._sets: list[ResponseSet] = []  # the sets without a fault
         self._described: dict[str, Scoring | None] = {}  # none if the description is damaged
 
@@ -186,13 +187,14 @@ class _Check:
     def _tokenizers(self) -> None:
         for digest in sorted({file.owner for file in self._of("tokenizer")}):
             try:
-                tokenizer = read_tokenizer(self._cache, digest)
+                tokenizer = check_tokenizer(self._cache, digest)
             except DamagedFileError as error:
                 self._note(f"tokenizers/{digest}", error)
             else:
-                self._vocabularies[digest] = _Vocabulary(
-                    digest_tokenizer(tokenizer).vocabulary, max(tokenizer.get_vocab().values()) + 1
-                )
+                self._vocabularies[digest] = None
+                if tokenizer is not None:
+                    size = max(tokenizer.get_vocab().values()) + 1
+                    self._vocabularies[digest] = _Vocabulary(digest_tokenizer(tokenizer).vocabulary, size)
             for file in self._of("tokenizer"):
                 if file.owner == digest:
                     self._done(file)
@@ -215,7 +217,7 @@ class _Check:
                 problems.append("its vocabulary is not its tokenizer's")
             self.faults += [Fault(file.place, problem) for problem in problems]
             missing = f"tokenizers/{info.tokenizer}"
-            if vocabulary is None and missing not in {fault.place for fault in self.faults}:
+            if info.tokenizer not in self._vocabularies and missing not in {fault.place for fault in self.faults}:
                 self.faults.append(Fault(missing, f"missing, though {responses.shard_prefix()} names it"))
             if not problems:
                 self._sets.append(responses)

@@ -1,19 +1,20 @@
 """What computes a model's attention in transformers: the values of --attn-implementation, checked. Imports no torch."""
 
 import re
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from adpa.data.sequences import Packing
 from adpa.errors import ModelError, OptionError, did_you_mean
 
 EAGER, SDPA = "eager", "sdpa"
-# transformers gets the last ones from the Hub if their package is not installed, but kernels is.
+# The packages of flash attention. If one is not installed, but KERNELS is, transformers gets the kernel from the Hub.
 PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
-    "flash_attention_4": ("flash_attn", "flash-attn-4"),
+    "flash_attention_2": "flash-attn",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_4": "flash-attn-4",
 }
+KERNELS = "kernels"
 ATTENTIONS = (EAGER, SDPA, "flex_attention", *PACKAGES)
 KERNEL = re.compile("[^/:]+/[^/:]+(?:@[^/:]+)?(?::[^/:]+)?")  # of the Hub, as transformers has it
 
@@ -33,10 +34,18 @@ def check_attention(name: str | None) -> None:
             "kernels-community/flash-attn2",
             did_you_mean(name.lower().replace("-", "_"), ATTENTIONS),
         )
-    package, distribution = PACKAGES.get(name, ("kernels", "kernels"))
-    if (name in PACKAGES or kernel) and not any(map(find_spec, {package, "kernels"})):
-        other = "" if kernel else ", or kernels, with which transformers gets it from the Hub"
-        raise OptionError(f"{option} needs {package}, which is not installed", f"pip install {distribution}{other}")
+    package = KERNELS if kernel else PACKAGES.get(name)
+    if package is not None and not any(map(_is_installed, (package, KERNELS))):
+        other = "" if kernel else f", or {KERNELS}, with which transformers gets it from the Hub"
+        raise OptionError(f"{option} needs {package}, which is not installed", f"pip install {package}{other}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def runs_on_cpu(name: str | None) -> bool:
@@ -83,7 +92,7 @@ def switch_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0].rstrip(".")
         raise ModelError(
             f"{type(model).__name__}: no --attn-implementation {name}: {line}", "use sdpa or eager"
         ) from error

@@ -159,6 +159,21 @@ class Checkpoint:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its overloads
         return model
 
+    def without_weights(self, dtype: str) -> PreTrainedModel:
+        """The model on the meta device: its layers and their sizes, and no numbers.
+
+        Raises:
+            ModelError: transformers cannot make it.
+        """
+        config, _ = self._read_config()
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        except LOADING_ERRORS as error:
+            self._refuse_remote_code(error)
+            raise ModelError(f"{self.name}: transformers cannot make it: {_first_line(error)}") from error
+        return model
+
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
         """Loads the head alone: it loads the model without its layers, whose weights stay on disk.
 

@@ -20,7 +20,7 @@ from adpa.pipeline.models.weight_files import (
     whole_weights,
 )
 
-HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", *ADAPTER_WEIGHTS]
+HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", *ADAPTER_WEIGHTS]
 OF_TOKENIZERS = re.compile("token|vocab|merges|[.](model|spm|bpe|codes)$")
 CHECK = "check the name of the checkpoint"
 BASE = ("base_model_name_or_path", "revision")  # the keys of adapter_config.json that say where the base is

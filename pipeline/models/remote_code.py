@@ -19,9 +19,7 @@ def code_files(name: str, directory: Path) -> list[Path]:
     files = set[Path]()
     for auto_class in AUTO_CLASSES:
         if (file := _named_file(name, directory, auto_class)) is not None:
-            files |= _with_imports(file)
-    if missing := sorted(file.name for file in files if not file.is_file()):
-        raise ModelError(f"{name}: its code imports {missing[0]}, which is missing", "complete the checkpoint")
+            files |= _with_imports(name, file)
     return sorted(files)
 
 
@@ -38,7 +36,7 @@ def check_own_code(name: str, directory: Path, model: Any) -> None:
     if file is None:
         return
     folder = Path(str(sys.modules[type(model).__module__].__file__)).parent
-    for each in _with_imports(file):
+    for each in _with_imports(name, file):
         run = folder / each.name
         if not run.is_file() or run.read_bytes() != each.read_bytes():
             raise ModelError(
@@ -67,7 +65,11 @@ def _named_file(name: str, directory: Path, auto_class: str) -> Path | None:
     return directory / f"{module}.py"
 
 
-def _with_imports(file: Path) -> set[Path]:
+def _with_imports(name: str, file: Path) -> set[Path]:
     from transformers.dynamic_module_utils import get_relative_import_files  # imports torch
 
-    return {file, *map(Path, get_relative_import_files(file))}
+    try:
+        return {file, *map(Path, get_relative_import_files(file))}
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise ModelError(f"{name}: its code imports {missing}, which is missing", "complete the checkpoint") from error

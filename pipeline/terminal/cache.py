@@ -1,34 +1,29 @@
 """Shows the reports of the ``adpa cache`` commands in a terminal."""
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from adpa.data.pieces import visible
 from adpa.pipeline.cache.gc import GarbageReport
 from adpa.pipeline.cache.ls import CacheListing, ListedScoring, ListedSet
-from adpa.pipeline.cache.pack import PackReport
+from adpa.pipeline.cache.pack import PackedFolder, PackReport
 from adpa.pipeline.cache.verify import VerifyReport
 
 
 def show_listing(listing: CacheListing) -> RenderableType:
     """Response sets and scorings with their origin, then everything else that takes space."""
     parts: list[RenderableType] = []
-    if listing.sets:
-        table = _table("response set", "rows", "tokens", "prompt tokens", "bytes")
-        for listed in listing.sets:
-            numbers = (listed.rows, listed.tokens, listed.prompt_tokens, listed.bytes)
-            table.add_row(listed.name, *(f"{number:,}" for number in numbers))
-        parts += [table, *(_line(listed.name, _about_set(listed)) for listed in listing.sets), ""]
-    if listing.scorings:
-        table = _table("scoring", "rows", "tokens", "bytes", "bytes/token", "files", "pending")
-        for scored in listing.scorings:
-            ratio = "" if scored.bytes_per_token is None else f"{scored.bytes_per_token:,.1f}"
-            counts = [f"{count:,}" for count in (scored.rows, scored.tokens, scored.bytes)]
-            table.add_row(scored.id, *counts, ratio, f"{scored.shards:,}", f"{scored.pending:,}")
-        parts += [table, *(_line(scored.id, _about_scoring(scored)) for scored in listing.scorings), ""]
+    for listed in listing.sets:
+        prompts = f"{listed.prompt_tokens:,} tokens of prompts"
+        size = f"{listed.rows:,} rows, {listed.tokens:,} tokens, {prompts}, {listed.bytes:,} bytes"
+        parts += _block(f"response set {listed.name}", size, _about_set(listed))
+    for scored in listing.scorings:
+        size = f"{scored.rows:,} rows, {scored.tokens:,} tokens, {scored.bytes:,} bytes"
+        if scored.bytes_per_token is not None:
+            size += f" ({scored.bytes_per_token:,.1f} a token)"
+        parts += _block(f"scoring {scored.id}", f"{size} in {_count(scored.shards, 'file')}", _about_scoring(scored))
     for samples in listing.samples:
         made = ", ".join(samples.sets) or "no response set was made of them"
         parts.append(_line(f"samples {samples.id}", f"{samples.rows:,} rows, {samples.bytes:,} bytes: {made}"))
@@ -82,11 +77,7 @@ def show_garbage(report: GarbageReport) -> RenderableType:
 
 def show_packing(report: PackReport) -> RenderableType:
     """The folders whose files changed."""
-    table = _table("folder", "files", "files now", "bytes", "bytes now", "repeated rows")
-    for packed in report.packed:
-        counts = (packed.files_before, packed.files, packed.bytes_before, packed.bytes, packed.repeated)
-        table.add_row(packed.folder, *(f"{count:,}" for count in counts))
-    parts: list[RenderableType] = [table] if report.packed else []
+    parts: list[RenderableType] = [_line(packed.folder, _about_packed(packed)) for packed in report.packed]
     if report.untouched:
         are = "is" if report.untouched == 1 else "are"
         parts.append(_line(_count(report.untouched, "folder"), f"{are} packed well"))
@@ -127,11 +118,16 @@ def _about_scoring(scored: ListedScoring) -> str:
     return "; ".join(parts)
 
 
-def _table(first: str, *right: str) -> Table:
-    table = Table(first, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
+def _about_packed(packed: PackedFolder) -> str:
+    files = f"{_count(packed.files_before, 'file')} of {packed.bytes_before:,} bytes"
+    now = f"{_count(packed.files, 'file')} of {packed.bytes:,} bytes"
+    return f"{files} became {now}" + (f"; {_count(packed.repeated, 'repeated row')} dropped" if packed.repeated else "")
+
+
+def _block(title: str, *lines: str) -> list[RenderableType]:
+    """A bold line, then indented ones, then an empty one."""
+    indented = [Padding.indent(Text(visible(line), overflow="fold"), 2) for line in lines]
+    return [Text(visible(title), Style(bold=True), overflow="fold"), *indented, ""]
 
 
 def _count(number: int, noun: str) -> str:

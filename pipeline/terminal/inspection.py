@@ -1,6 +1,6 @@
 """Shows the report of ``inspect_cache`` in a terminal."""
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -8,12 +8,13 @@ from rich.text import Text
 
 from adpa.data.inspection import Alternative, InspectedResponse, InspectedToken
 from adpa.data.pieces import visible
-from adpa.data.summary import PLAUSIBLE, QUANTILES, SignalSummary
+from adpa.data.summary import PLAUSIBLE, SignalSummary
 from adpa.pipeline.inspect import InspectReport
+from adpa.pipeline.terminal.token_colours import colour
 
-# Backgrounds on which white text is readable, in light and in dark terminals.
-RED, GREY, GREEN = (190, 30, 45), (105, 105, 105), (0, 125, 60)
 STRONGEST = 5  # tokens of a response that are shown with the teacher's alternatives
+CONTINUES = "⁺"  # in the place of a token whose character stands over an earlier token
+BOLD = Style(bold=True)
 
 
 def show_inspection(report: InspectReport) -> RenderableType:
@@ -22,35 +23,39 @@ def show_inspection(report: InspectReport) -> RenderableType:
     for summary in report.summaries:
         parts += [_show_summary(summary), ""]
     for rewards in report.rewards:
-        parts += [Text(rewards.of(), Style(bold=True)), Text(f"{rewards.describe()}\n")]
+        parts += [Text(rewards.of(), BOLD), Text(f"{rewards.describe()}\n")]
     if report.data:
-        parts += [Text(f"data: {report.data}", overflow="fold"), ""]
-    parts += [Text(f"left out: {line}") for line in report.left_out]
+        parts += [_line(f"data: {report.data}"), ""]
+    parts += [_line(f"left out: {line}") for line in report.left_out]
     if len(report.summaries) > 1:
         parts.append(Text("Choose one with --response-set and --scoring to see its responses."))
+    if report.responses:
+        parts.append(_legend(report))
     for response in report.responses:
-        parts += ["", *_show_response(response, report.summaries[0])]
+        parts += ["", *_show_response(response, report.summaries[0].colour_scale)]
+    parts += [_line(f"run {run.describe()}") for run in report.runs]
     if report.html is not None:
-        parts.append(Text(f"wrote {report.html}", overflow="fold"))
+        parts.append(_line(f"wrote {report.html}"))
     return Group(*parts)
 
 
-def colour(value: float, scale: float) -> Style:
-    """White text on red below zero, on green above, on grey at zero; the full colour from ``scale`` on."""
-    strength = min(abs(value) / scale, 1.0)
-    mixed = (round(grey + strength * (end - grey)) for grey, end in zip(GREY, GREEN if value > 0 else RED, strict=True))
-    return Style(color="#ffffff", bgcolor="#{:02x}{:02x}{:02x}".format(*mixed))
+def _line(text: str) -> Text:
+    return Text(visible(text), overflow="fold")
 
 
 def _show_summary(summary: SignalSummary) -> RenderableType:
-    table = Table("per token", box=None, padding=(0, 1, 0, 0))
-    for name in ("mean", *QUANTILES):
-        table.add_column(name, justify="right")
-    for name, values in summary.distributions().items():
-        table.add_row(name, *(f"{value:.3f}" for value in (values.mean, *values.quantiles.values())))
+    distributions = summary.distributions()
+    table = Table("per token", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in distributions:
+        table.add_column(name, justify="right", min_width=7)  # -18.434
+    rows = [{"mean": values.mean} | values.quantiles for values in distributions.values()]
+    for name in rows[0]:
+        table.add_row(name, *(f"{row[name]:.3f}" for row in rows))
+    reference = "no reference" if summary.reference is None else f"reference {summary.reference}"
     lines = [
-        f"{visible(summary.made)}; {summary.tokens:,} tokens, "
-        f"{summary.in_top_k:.2%} of them in the teacher's top {summary.top_k}"
+        f"teacher {summary.teacher}, {reference}",
+        f"{summary.made}; {summary.tokens:,} tokens, "
+        f"{summary.in_top_k:.2%} of them in the teacher's top {summary.top_k}",
     ]
     for relation, group in (("≥", summary.plausible), ("<", summary.implausible)):
         if group is not None:
@@ -60,43 +65,56 @@ def _show_summary(summary: SignalSummary) -> RenderableType:
             lines.append(line)
     if summary.token_advantage is None:
         lines.append("no reference, hence no advantages: log-probabilities colour the tokens")
-    title = Text(f"{summary.response_set}, scoring {summary.scoring}\n", Style(bold=True))
-    return Group(title, table, "", *map(Text, lines))
+    title = Text(f"{summary.response_set}, scoring {summary.scoring}", BOLD, overflow="fold")
+    return Group(title, *map(_line, lines[:2]), "", table, "", *map(_line, lines[2:]))
 
 
-def _show_response(response: InspectedResponse, summary: SignalSummary) -> list[RenderableType]:
-    scale = summary.colour_scale
+def _legend(report: InspectReport) -> Text:
+    """What the colours mean, and the sign of a token whose character stands over an earlier one."""
+    summary = report.summaries[0]
+    legend = Text(f"colours: {summary.coloured_by} ")
+    for value in summary.legend:
+        legend.append(f" {value:+.2g} " if value else " 0 ", colour(value, summary.colour_scale))
+    if any(token.part > 1 for response in report.responses for token in response.tokens):
+        legend.append(f"\n{CONTINUES} one more token of the character before it")
+    return legend
+
+
+def _show_response(response: InspectedResponse, scale: float) -> list[RenderableType]:
     text = Text()
     for token in response.tokens:
-        text.append(visible(token.text, newline="↵\n"), colour(token.value, scale) + Style(italic=token.special))
-    legend = Text("log-probability " if summary.token_advantage is None else "advantage ")
-    for value in summary.legend:
-        legend.append(f" {value:+.2g} ", colour(value, scale))
+        shown = CONTINUES if token.part > 1 else token.text or token.label
+        text.append(visible(shown, newline="↵\n"), colour(token.value, scale) + Style(italic=token.special))
     return [
-        Text(f"example {response.example_id}", Style(bold=True)),
+        Text(f"example {response.example_id}", BOLD),
         Text(visible(response.prompt, newline="\n").strip(), Style(dim=True)),
         text,
-        legend,
+        "",
         _strongest_tokens(response, scale),
     ]
 
 
-def _strongest_tokens(response: InspectedResponse, scale: float) -> Table:
+def _strongest_tokens(response: InspectedResponse, scale: float) -> RenderableType:
     """The tokens with the largest values and the teacher's choices, each above its probability and advantage."""
     strongest = sorted(range(len(response.tokens)), key=lambda place: -abs(response.tokens[place].value))[:STRONGEST]
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("at", justify="right")
-    for name in ("token", *(f"choice {rank + 1}" for rank in range(len(response.tokens[0].alternatives)))):
-        table.add_column(name, no_wrap=True)
-    for place in sorted(strongest):
-        token = response.tokens[place]
-        table.add_row(str(place), _cell(token, scale), *(_cell(other, scale) for other in token.alternatives))
-    return table
+    shown: dict[int, list[InspectedToken | Alternative]]
+    shown = {place: [response.tokens[place], *response.tokens[place].alternatives] for place in sorted(strongest)}
+    with_advantages = response.tokens[0].advantage is not None
+    title = "strongest tokens, each with the teacher's choices in its place; p: the teacher's probability"
+    title += ", A: the advantage" if with_advantages else ""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("token", justify="right", no_wrap=True)
+    for name in ("", *(f"choice {rank + 1}" for rank in range(max(map(len, shown.values())) - 1))):
+        table.add_column(name, overflow="fold", min_width=7)  # -10.43, of which no digit may be lost
+    for place, tokens in shown.items():
+        labels = [response.tokens[place].label, *(one.text for one in response.tokens[place].alternatives)]
+        table.add_row(f"{place:,}", *(visible(label).replace(" ", "·") for label in labels), style=BOLD)
+        table.add_row("p", *(f"{one.probability:.2f}" for one in tokens))
+        if with_advantages:
+            table.add_row("A", *(_advantage(one, scale) for one in tokens))
+    return Group(Text(title), table)
 
 
-def _cell(token: InspectedToken | Alternative, scale: float) -> Text:
-    """A token with its probability and advantage."""
-    cell = Text(f"{visible(token.text).replace(' ', '·')}\n{token.probability:.2f} ")
-    if token.advantage is not None:
-        cell.append(f"{token.advantage:+.2f}", colour(token.advantage, scale))
-    return cell
+def _advantage(token: InspectedToken | Alternative, scale: float) -> Text:
+    assert token.advantage is not None
+    return Text().append(f"{token.advantage:+.2f}", colour(token.advantage, scale))

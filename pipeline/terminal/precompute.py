@@ -1,5 +1,7 @@
 """Shows the report of ``precompute`` in a terminal."""
 
+from dataclasses import replace
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
@@ -13,12 +15,19 @@ from adpa.pipeline.terminal.report import show_report
 MOST_CHARACTERS = 600  # of a text
 PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason", "prompts")
 REWARDS = ("reward_accuracy", "reward_margin", "reward_pairs")
+EXPECTED = "a GPU and vLLM are there"  # why an engine that nobody asked for is no surprise
+USUAL = {"workers": 1, "part": "1/1"}
 RARE_COUNTS = (
+    "reused",
     "resumed",
     "resumed_halves",
     "resumed_samples",
     "sampled",
     "awaited",
+    "tokens",
+    "bytes",
+    "truncated_prompts",
+    "truncated_responses",
     "thinking_left_out",
 )
 
@@ -46,12 +55,16 @@ def _cut_middle(text: str) -> str:
 def show_precompute(report: PrecomputeReport) -> RenderableType:
     """The counts, then the reward accuracy, then the results of a probe, or a remark.
 
-    A count of what is rare is left out where it is zero.
+    A count of what is rare is left out where it is zero, and a setting where it is the usual one.
     """
-    zeros = [name for name in RARE_COUNTS if not getattr(report, name)]
-    leave_out = ("probe", *REWARDS, *PAIR_COUNTS, *zeros)
+    unsaid = [name for name in RARE_COUNTS if not getattr(report, name)]
+    unsaid += [name for name, usual in USUAL.items() if getattr(report, name) == usual]
+    leave_out = ("probe", "dry_run", "engine_reason", *REWARDS, *PAIR_COUNTS, *unsaid)
+    title = "precompute --dry-run" if report.dry_run else "precompute"
+    reasons = [one for one in report.engine_reason.split("; ") if one != EXPECTED and not one.endswith("as asked")]
+    shown = replace(report, engine="; ".join([report.engine, *reasons]))
     alone = "chosen" not in report.responses
-    table = show_report("precompute", report, leave_out, first={"prompts alone" if alone else "pairs": _pairs(report)})
+    table = show_report(title, shown, leave_out, first={"prompts alone" if alone else "pairs": _pairs(report)})
     below: list[RenderableType] = []
     if alone:
         below += [
@@ -74,12 +87,13 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     return Group(table, *below)
 
 
-def _pairs(report: PrecomputeReport) -> dict[str, int]:
+def _pairs(report: PrecomputeReport) -> int | dict[str, int]:
+    """The number of pairs; how many were read and used, and what is odd about them, if anything is."""
     reasons = {f"dropped: {reason}": count for reason, count in report.dropped_by_reason.items()}
     told = {
         "duplicates": report.duplicates,
         "identical responses": report.identical,
         "contradicting": report.contradicting,
     }
-    counts = {"read": report.rows, "used": report.used} | reasons
-    return counts | {name: count for name, count in told.items() if count}
+    odd = reasons | {name: count for name, count in told.items() if count}
+    return {"read": report.rows, "used": report.used} | odd if odd else report.rows

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 
 def show_probe(report: "ProbeReport", unsampled: int) -> RenderableType:
     """A line for each K, the run's own in bold, then notes on the numbers; ``unsampled``: responses not sampled yet."""
-    table = Table("K", box=None, padding=(0, 1, 0, 0))
-    losses = ["KL lost", "95%"] if report.kl_against else []
+    table = Table("K", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    losses = ["KL lost\nmean", "KL lost\n95%"] if report.kl_against else []
     losses += ["A lost"] if report.reference_hours is not None else []
-    for name in ("mass", "5%", "tail", *losses, "bytes/token", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("mass\nmean", "mass\n5%", "tail\nmean", *losses, "bytes/\ntoken", "bytes"):
+        table.add_column(name, justify="right", overflow="fold")
     for kept in report.by_top_k:
         cells = [f"{kept.captured_mass:.4f}", f"{kept.captured_mass_5:.4f}", f"{kept.tail:.4f}"]
         if kept.kl_lost is not None:

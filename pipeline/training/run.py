@@ -27,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy, align_special_tokens
 
 from adpa.data.batches import TrainingExamples, collate
 from adpa.data.cache.choice import made_from
+from adpa.data.cache.files import write_file
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName
 from adpa.data.cache.selection import Need, Selection, select
@@ -44,6 +45,7 @@ from adpa.pipeline.options import DtypeName
 from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
 from adpa.pipeline.training.lora_settings import LoraSettings
+from adpa.pipeline.training.model_card import CARD, card_facts, write_card
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
@@ -112,6 +114,12 @@ class Sources:
     def data(self) -> str:
         """The data that the response sets were made from, in words."""
         return made_from(self.selection, self.selection.newest_of)
+
+    @property
+    def ends(self) -> list[int]:
+        """The ids that end a response: the end of a turn, and what ended the student's answers before training."""
+        turn_end = next(iter(self.selection.sets.values())).info.turn_end
+        return list(dict.fromkeys([turn_end, *self.checkpoint.eos_token_ids]))
 
 
 @dataclass(frozen=True)
@@ -293,8 +301,7 @@ class KeepEnds(TrainerCallback):
     """Saves a student that ends its answers at the end of a turn, or at what ended them before training."""
 
     def __init__(self, sources: Sources, model: PreTrainedModel) -> None:
-        turn_end = next(iter(sources.selection.sets.values())).info.turn_end
-        self._ends = list(dict.fromkeys([turn_end, *sources.checkpoint.eos_token_ids]))
+        self._ends = sources.ends
         self._settings = model.generation_config
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -360,6 +367,7 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
     trainer.save_student(run.output / ADAPTER)
     if this_rank() != 0:
         return
+    (run.output / ADAPTER / CARD).unlink(missing_ok=True)  # PEFT's has nothing but the path of the base
     with loading_whole(run.arguments):
         dtype = sources.checkpoint.dtype_name(run.dtype)
         merged = merge_adapters(sources.checkpoint, run.output / ADAPTER, dtype)
@@ -370,11 +378,23 @@ def save_student(run: Run, sources: Sources, student: Student, trainer: DistillT
 
 
 def write_result(
-    run: Run, student: Student, origin: Mapping[str, Any], report: Mapping[str, Any], trainer: DistillTrainer
+    run: Run,
+    sources: Sources,
+    student: Student,
+    origin: Mapping[str, Any],
+    report: Mapping[str, Any],
+    trainer: DistillTrainer,
+    chosen: Mapping[str, Any],
+    usual: Mapping[str, Any],
 ) -> None:
-    """Writes adpa.json of a finished run: its origin, its report, and its logs."""
+    """Writes adpa.json of a finished run, the curves of its logs, and its model card.
+
+    ``chosen`` and ``usual`` are as in ``warn_before``.
+    """
     if this_rank() != 0:
         return
+    from adpa.pipeline.training.curves import CURVES, draw_curves  # matplotlib, which nothing before needs
+
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
     result = {name: report[name] for name in REPORTED} | {
         "packing": run.packing,
@@ -385,4 +405,9 @@ def write_result(
         "student_before": trainer.student_before,
         "losses": trainer.losses,
     }
-    write_record(run.output, {**origin, **result})
+    before = sources.checkpoint
+    changed = {name: value for name, value in chosen.items() if value != usual[name]}
+    record = {**origin, **result, **card_facts(changed, sources.selection, before.identity, before.directory)}
+    write_record(run.output, record)
+    write_file(run.output / CURVES, draw_curves(record).encode())
+    write_card(run.output)

@@ -17,6 +17,7 @@ from adpa.errors import OptionError, did_you_mean
 from adpa.pipeline.models.launcher import this_rank
 
 RECORD = "adpa.json"
+EVALUATIONS = "evaluations.json"
 LAST = "last"
 # What Trainer writes into a checkpoint; its own names are in a module that imports torch.
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
@@ -25,6 +26,36 @@ STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.p
 def write_record(output: Path, record: Mapping[str, Any]) -> None:
     """Writes adpa.json, which says how the student in this directory was made, or is being made."""
     write_file(output / RECORD, json.dumps(record, indent=2).encode() + b"\n")
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Reads adpa.json of a run.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no record.
+    """
+    record = json.loads((run / RECORD).read_text())
+    if not isinstance(record, dict) or not {"objective", "terms", "student", "training"} <= record.keys():
+        raise ValueError(f"{RECORD} is no record of a run")
+    return record
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """Reads evaluations.json of a run: the results of ``evaluate``; an empty list if there is none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no list of results.
+    """
+    if not (run / EVALUATIONS).exists():
+        return []
+    evaluations = json.loads((run / EVALUATIONS).read_text())
+    if not isinstance(evaluations, list) or not all(
+        isinstance(each, dict) and {"settings", "report", "time"} <= each.keys() for each in evaluations
+    ):
+        raise ValueError(f"{EVALUATIONS} is no list of evaluations")
+    return evaluations
 
 
 def check_output(output: Path, resume_from_checkpoint: str | None, cache: Location, student: str) -> None:

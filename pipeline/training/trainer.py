@@ -15,7 +15,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import TrainOutput
 
 from adpa.data.batches import Collator, TrainingExamples, TrainingSequence, count_tokens
@@ -302,7 +310,13 @@ class DistillTrainer(Trainer):
         return sum(tokens for tokens, _ in logs) / seconds if seconds else 0.0
 
     def _begin(self) -> None:
-        """Rehearses with an FSDP student, sharded by now, and measures the student before the first step."""
+        """Rehearses with an FSDP student, sharded by now, and measures the student before the first step.
+
+        Before that every rank gets random numbers of its own for dropout; rank 0 keeps those that it has. A resumed run
+        goes on with those of its checkpoint.
+        """
+        if self.args.process_index:
+            set_seed(self.args.seed + self.args.process_index)
         if self.is_fsdp_enabled:
             self._rehearse(self.model_wrapped)
         if self.state.global_step == 0 and (statistics := self._watch.measure(self.model_wrapped)):

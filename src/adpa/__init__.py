@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adpa.pipeline.evaluate import EvaluateReport, evaluate
     from adpa.pipeline.inspect import InspectReport, inspect_cache
     from adpa.pipeline.precompute import PrecomputeReport, precompute
+    from adpa.pipeline.runs import RunsReport, list_runs
 
 # In which module of adpa.pipeline a stage and its report are.
 STAGES = {
@@ -43,6 +44,7 @@ STAGES = {
     "evaluate": ("EvaluateReport", "evaluate"),
     "inspect": ("InspectReport", "inspect_cache"),
     "precompute": ("PrecomputeReport", "precompute"),
+    "runs": ("RunsReport", "list_runs"),
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "MergeReport",
     "PackReport",
     "PrecomputeReport",
+    "RunsReport",
     "VerifyReport",
     "collect_garbage",
     "distill",
@@ -62,6 +65,7 @@ __all__ = [
     "export_cache",
     "inspect_cache",
     "list_cache",
+    "list_runs",
     "merge_cache",
     "pack_cache",
     "precompute",

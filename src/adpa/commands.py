@@ -4,11 +4,11 @@ import inspect
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console, RenderableType
@@ -74,7 +74,7 @@ def as_command(
                 if this_rank() != 0:
                     return
                 write(done)
-                Console().print(show(done))
+                Console().print(show(done), crop=False)  # lines to copy stay whole
         except AdpaError as error:
             _fail(error, debug, error.exit_code)
         except (KeyboardInterrupt, Ended) as stop:
@@ -108,8 +108,9 @@ def _own_options(
 
 def _summary_keys(stage: Callable[..., Any]) -> frozenset[str]:
     """The keys of a command's summary; none if its class is imported only when the command runs."""
-    report = inspect.signature(stage).return_annotation
-    return frozenset(field.name for field in fields(report)) if is_dataclass(report) else frozenset()
+    returned = inspect.signature(stage).return_annotation
+    reports = [each for each in get_args(returned) or [returned] if is_dataclass(each)]
+    return frozenset(field.name for report in reports for field in fields(report))
 
 
 def _check_folder() -> None:
@@ -131,13 +132,20 @@ def _check_files(kinds: Mapping[str, Any], options: Mapping[str, Any], keys: fro
             raise OptionError(f"--{name} -: not a file", "write ./- for a file of this name")
     for written in (name for name in FILES_WRITTEN if name in given):
         option, file = f"--{written}", given[written]
-        for name, value in given.items():
+        for name, value in _each(given):
             if kinds[name] == Location:
                 check_outside(option, file, value)
             elif name != written and kinds[name] in (Path, PathOrName) and "://" not in str(value):
                 other = f"--{name.replace('_', '-')}"
                 is_kept = kinds[name] in folders and not is_summary(file, keys)
                 check_other_file(option, file, other, Path(value), is_read=is_kept)
+
+
+def _each(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; an option that repeats has each of its values."""
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            yield name, one
 
 
 def _read_config(context: typer.Context, text: str | None) -> Path | None:

@@ -18,6 +18,7 @@ from tests.conftest import Models, WriteRows, write_program
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import adpa
+from adpa import list_runs
 from adpa.data.cache.responses import read_response_sets
 from adpa.lab.environment import Environment, preference_row
 from adpa.lab.tokenizer import build_tokenizer
@@ -195,10 +196,10 @@ def test_a_team_shares_a_cache_in_an_object_store(examples: Examples, bucket: st
 def test_several_students_of_one_cache_are_compared_in_a_table(examples: Examples, models: Models) -> None:
     students = (models.student, models.other_student)
     said = examples.run("several_students.sh", STUDENTS=" ".join(map(str, students)), GAMMAS="0.5")
-    table = [line.split() for line in said.splitlines()[-4:]]
-    assert sorted(row[:2] for row in table) == sorted(
-        [student.name, training] for student in students for training in ("sft", "adpa-0.5")
-    )
+    expected = sorted(f"{student.name}/{training}" for student in students for training in ("sft", "adpa-0.5"))
+    runs = list_runs(Path(examples.environment["OUTPUT"])).runs
+    assert [(run.path, run.steps, len(run.evaluations)) for run in runs] == [(path, 3, 1) for path in expected]
+    assert said.rstrip().endswith("4 finished")
     (chosen,) = read_response_sets(Path(examples.environment["CACHE"]))
     assert chosen.info.name == "chosen", "no student was asked"
 

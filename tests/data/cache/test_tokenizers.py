@@ -10,7 +10,7 @@ from adpa.data.cache.documents import write_document
 from adpa.data.cache.tokenizers import read_tokenizer, write_tokenizer
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.vocabulary import digest_tokenizer
-from adpa.errors import DamagedFileError
+from adpa.errors import DamagedFileError, RemoteCodeError
 
 CONVERSATION = [{"role": "user", "content": "Where is the Louvre?"}, {"role": "assistant", "content": "In Paris."}]
 
@@ -150,6 +150,6 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_run(written: Path, 
         lambda config: config.update(tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}),
     )
     (written / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
-    with pytest.raises(DamagedFileError, match="not the tokenizer that was written"):
+    with pytest.raises(RemoteCodeError, match="the tokenizer needs code from its repository"):
         read_tokenizer(tmp_path, written.name)
     assert not (tmp_path / "ran").exists()

@@ -46,6 +46,7 @@ class Large:
 
     config: PretrainedConfig
     weights: int
+    attn_implementation: str | None = None
 
     def weight_bytes(self, dtype: str) -> int:
         return self.weights
@@ -103,6 +104,11 @@ def test_sizes_that_a_configuration_leaves_open_or_has_for_each_layer() -> None:
     assert cache_bytes(GPT2Config(n_embd=32, n_layer=2, n_head=4), 2) == 2 * 2 * 8 * (2 * 4 + 4)
     several = Gemma3nTextConfig(hidden_size=32, intermediate_size=[48, 96], num_hidden_layers=2)
     assert activation_bytes(several, 2) == 2 * (16 * 32 + 4 * 96)
+
+
+def test_a_model_whose_sdpa_the_user_does_not_take_keeps_them_too() -> None:
+    assert scoring_tokens(replace(TEACHER, attn_implementation="eager"), "bfloat16", 80 * GB) == FIXED_TOKENS
+    assert scoring_tokens(replace(TEACHER, attn_implementation="sdpa"), "bfloat16", 80 * GB) == MOST_SCORING_TOKENS
 
 
 def test_a_model_without_sdpa_keeps_the_batches_of_a_cpu() -> None:

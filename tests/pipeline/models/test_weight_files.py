@@ -348,7 +348,7 @@ def test_an_architecture_that_needs_code_of_its_repository_is_refused_without_a_
     directory = copy(originals, "whole", tmp_path)
     edit(directory / "config.json", architectures=["OwnModel"], **values)
     (directory / "own.py").write_text(CODE)
-    with pytest.raises(ModelError, match="OwnModel needs code from its repository, which adpa does not run"):
+    with pytest.raises(ModelError, match="OwnModel needs code from its repository, which can do all that you can"):
         open_checkpoint(str(directory)).load("float32", CPU)
     assert not (directory / "ran").exists()
 

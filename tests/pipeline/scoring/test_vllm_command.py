@@ -56,15 +56,18 @@ def test_an_evaluation_starts_an_engine_once_for_each_use_of_a_model(
 ) -> None:
     """A student has one to sample, in both ways, and one to score."""
     started: list[tuple[str, str]] = []
-    for use in ("open_sampler", "open_scorer"):
 
-        def noted(
-            self: VllmEngine, checkpoint: Checkpoint, *rest: Any, use: str = use, start: Any = getattr(VllmEngine, use)
-        ) -> Any:
-            started.append((checkpoint.name, use.removeprefix("open_")))
-            return start(self, checkpoint, *rest)
+    def note(use: str) -> None:
+        start = getattr(VllmEngine, f"open_{use}")
 
-        monkeypatch.setattr(VllmEngine, use, noted)
+        def noted(engine: VllmEngine, checkpoint: Checkpoint, *rest: Any) -> Any:
+            started.append((checkpoint.name, use))
+            return start(engine, checkpoint, *rest)
+
+        monkeypatch.setattr(VllmEngine, f"open_{use}", noted)
+
+    note("sampler")
+    note("scorer")
     models = [str(each) for each in (wide_models.student, make_model(73, width=128, initializer_range=0.1))]
     student, baseline, teacher, reference = *models, str(wide_models.teacher), str(wide_models.reference)
     common: dict[str, Any] = {"teacher": teacher, "reference": reference, "max_new_tokens": 4, "cache": tmp_path}

@@ -79,7 +79,7 @@ def test_an_option_that_has_no_meaning_is_refused(options: dict[str, Any], messa
 @pytest.mark.parametrize(
     "argument",
     [
-        *("trust_remote_code=true", "config_format=mistral", "hf_config_path=/other", "model_weights=/other"),
+        *("config_format=mistral", "hf_config_path=/other", "model_weights=/other"),
         *(
             "load_format=dummy",
             "load_format=mistral",
@@ -94,6 +94,11 @@ def test_what_would_load_other_files_than_the_digested_ones_is_refused(argument:
     key = argument.partition("=")[0].rpartition(":")[2].replace("-", "_")
     with pytest.raises(OptionError, match=f"--engine-arg {key}: vLLM would load something else than the files"):
         VllmOptions(engine_arg=(argument,)).check()
+
+
+def test_code_of_a_repository_has_an_option_of_its_own() -> None:
+    with pytest.raises(OptionError, match="--engine-arg trust_remote_code: adpa sets it; use --trust-remote-code"):
+        VllmOptions(engine_arg=("trust_remote_code=true",)).check()
 
 
 def test_a_quantization_in_a_file_that_nobody_digests_is_refused() -> None:

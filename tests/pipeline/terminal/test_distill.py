@@ -1,0 +1,34 @@
+"""The report of stage two in a terminal, and the lines below it."""
+
+import pytest
+from rich.console import Console
+
+from adpa.pipeline.distill import DistillReport
+from adpa.pipeline.terminal import distill
+from adpa.pipeline.terminal.distill import show_distill
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_the_lines_to_copy_are_never_broken(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = "runs/" + "a-long-name/" * 12
+    monkeypatch.setattr(distill, "serving_lines", lambda student: [f"vllm serve {student}", "vllm chat"])
+    report = DistillReport(
+        objective="sft",
+        output=output,
+        scoring=None,
+        responses={"chosen": "a723f17867f68313"},
+        data="prefs.jsonl",
+        examples=8,
+        trained_parameters=100,
+        compute_dtype="float32",
+        weights_dtype="float32",
+        steps=1,
+        first_loss=2.0,
+        last_loss=1.5,
+        tokens_per_second=10.0,
+        seconds=1.0,
+        warnings=[],
+    )
+    console = Console(width=columns, record=True)
+    console.print(show_distill(report), crop=False)
+    assert console.export_text().splitlines()[-2:] == [f"  vllm serve {output}", "  vllm chat"]
