@@ -1,6 +1,7 @@
 """Evaluation of real models: its numbers against transformers in float64, what it keeps, what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -324,3 +325,39 @@ def test_one_prompt_is_too_few_for_an_interval(
 def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: WriteRows, tmp_path: Path) -> None:
     with pytest.raises(AdpaError, match=r"heldout\.jsonl"):
         evaluate(**options | {"data": str(write_rows([], "heldout.jsonl"))}, cache=tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_a_real_model_is_less_surprised_by_real_answers_than_the_same_model_with_noise(
+    smollm2: Path, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """SmolLM2-135M, and perplexity as transformers' own loss gives it."""
+    noisy = shutil.copytree(smollm2, tmp_path / "noisy")
+
+    def add_noise(weights: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in [name for name in weights if name.endswith("down_proj.weight")]:
+            noise = torch.randn(weights[name].shape, generator=generator) * weights[name].float().std()
+            weights[name] = (weights[name].float() + noise / 2).to(weights[name].dtype)
+
+    change_weights(open_checkpoint(str(noisy)), add_noise)
+    data = write_rows(preference_rows[:3], "heldout.jsonl")
+    options: dict[str, Any] = {"data": str(data), "max_new_tokens": 6, "dtype": "float32", "cache": tmp_path / "cache"}
+    report = evaluate(str(smollm2), str(noisy), teacher=str(smollm2), reference=str(noisy), show=1, **options)
+    chosen = next(one for one in read_response_sets(tmp_path / "cache" / "evaluation") if one.info.name == "chosen")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    losses, tokens = [], 0
+    for one in chosen.sequences():
+        ids = torch.from_numpy(np.concatenate([one.prompt_ids, one.response_ids])).long()[None]
+        labels = ids.clone()
+        labels[0, : len(one.prompt_ids)] = -100
+        with torch.inference_mode():
+            losses.append(float(model(input_ids=ids, labels=labels).loss) * len(one.response_ids))
+        tokens += len(one.response_ids)
+    assert report.student_perplexity == pytest.approx(np.exp(sum(losses) / tokens), rel=1e-4)
+    assert report.baseline_perplexity is not None
+    assert report.baseline_perplexity > 2 * report.student_perplexity
+    assert report.greedy is not None
+    assert report.greedy.student.implicit_reward > 0, "teacher and reference are the two models themselves"
+    assert report.greedy.win_rate.mean == 1
+    assert report.shown[0].prompt == last_question(preference_rows[0])
