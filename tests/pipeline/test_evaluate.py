@@ -355,6 +355,7 @@ def test_a_real_model_is_less_surprised_by_real_answers_than_the_same_model_with
             losses.append(float(model(input_ids=ids, labels=labels).loss) * len(one.response_ids))
         tokens += len(one.response_ids)
     assert report.student_perplexity == pytest.approx(np.exp(sum(losses) / tokens), rel=1e-4)
+    assert report.student_perplexity is not None
     assert report.baseline_perplexity is not None
     assert report.baseline_perplexity > 2 * report.student_perplexity
     assert report.greedy is not None
