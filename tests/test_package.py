@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.cache": {"data.cache", "data.sequences"},
     "data.cache.tokenizers": {"data.cache", "data.vocabulary"},
     "pipeline.terminal": {"pipeline.terminal", "pipeline.cache", *CACHE_FILES}
-    | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect", "scoring.probe")},
+    | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect")}
+    | {"pipeline.scoring.probe", "pipeline.scoring.first_example"},
     "pipeline.cache": {"pipeline.cache", *OPTIONS, *CACHE_FILES},
     "pipeline.models": {"pipeline.models", *OPTIONS, "kernels", *CACHE_FILES},
     "pipeline.scoring": {
