@@ -77,7 +77,8 @@ def used_columns(source: str, names: Sequence[str], columns: Columns) -> dict[st
         raise DataError(f"{source}: {problem[0]}", problem[1])
     new = {name: column for column, name in columns.names.items()}
     renamed = tuple(new.get(name, name) for name in names)
-    if (wrong := missing_columns(renamed)) and not (columns.prompts_alone and lacks_responses(renamed)):
+    wrong = missing_columns(renamed, describe_map(columns.names))
+    if wrong and not (columns.prompts_alone and lacks_responses(renamed)):
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
     for column in (*READ_COLUMNS, *FORM_COLUMNS):
         if renamed.count(column) > 1:

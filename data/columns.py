@@ -53,8 +53,13 @@ def printable(names: Iterable[str]) -> str:
 
 
 @lru_cache(maxsize=64)  # all rows of a file may lack the same ones
-def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
-    """What is wrong with columns that lack a response, and what to do; none if both are there."""
+def missing_columns(names: tuple[str, ...], given: str | None = None) -> tuple[str, str] | None:
+    """What is wrong with columns that lack a response, and what to do; none if both are there.
+
+    Args:
+        names: the columns, as the map has them.
+        given: the map, as ``--map`` takes it.
+    """
     missing = [column for column in RESPONSE_COLUMNS if column not in names]
     if not missing or has_output_for_chosen(names):
         return None
@@ -63,14 +68,14 @@ def missing_columns(names: tuple[str, ...]) -> tuple[str, str] | None:
     if spaced := [name for name in names if name not in missing and name.strip() in missing]:
         fix = f"rename {printable(spaced)}: take the spaces away"
     elif _meant(names).keys() & {*missing}:
-        fix = f"pass {_map_option(names, missing)}"
+        fix = f"pass {_map_option(names, missing, given)}"
     elif len(missing) == 2:
         lacking = missing if {"prompt", *CONVERSATION_COLUMNS} & {*names} else ["prompt", *missing]
-        fix = f"a row needs a prompt and two responses: name them with {_map_option(names, lacking)}"
+        fix = f"a row needs a prompt and two responses: name them with {_map_option(names, lacking, given)}"
         if {"prompt", "instruction", *CONVERSATION_COLUMNS} & {*names}:
             fix += "; prompts alone are enough where only --student answers them"
     else:
-        fix = f"name it with {_map_option(names, missing)}"
+        fix = f"name it with {_map_option(names, missing, given)}"
     return f"found {found}; expected {wanted}", fix
 
 
@@ -92,11 +97,11 @@ def suggest_map(names: tuple[str, ...]) -> str:
     return f"pass {_map_option(names, ())}" if _meant(names) else ""
 
 
-def _map_option(names: tuple[str, ...], needed: Collection[str]) -> str:
-    """The ``--map`` to copy. Of the columns that it must have, NAME stands for those that are not obvious."""
+def _map_option(names: tuple[str, ...], needed: Collection[str], given: str | None = None) -> str:
+    """The ``--map`` to copy, with the given one. NAME stands for what is needed and not obvious."""
     meant = _meant(names)
     entries = [f"{column}={meant.get(column, 'NAME')}" for column in OTHER_NAMES if column in {*meant, *needed}]
-    return f"--map {shlex.quote(','.join(entries))}"
+    return f"--map {shlex.quote(','.join([*([given] if given else []), *entries]))}"
 
 
 def _meant(names: tuple[str, ...]) -> dict[str, str]:

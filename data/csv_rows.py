@@ -18,9 +18,9 @@ from adpa.data.sources import CHECK, unreadable
 from adpa.errors import DataError, RowError
 
 SEPARATORS = ",;\t|"
+LONGEST_CELL = 2**31 - 1  # of characters; Python's own limit is 131,072
 _QUOTES = "double the quotes inside a cell"
 _DROP = "or pass --drop-invalid"
-LONGEST_CELL = 2**31 - 1  # of characters; Python's own limit is 131,072
 
 
 def read_csv(path: Path, columns: Columns) -> Rows:
@@ -54,7 +54,7 @@ def _read_table(path: Path, text: TextIO, columns: Columns) -> Rows:
     records = _read_records(path, reader, blank)
     where, header = next(records)
     if isinstance(header, RowError):
-        raise DataError(*header.args[:2])
+        raise DataError(header.args[0], _QUOTES)
     names = [name.strip() for name in header]
     used = used_columns(str(path), names, columns)
     for where, cells in records:

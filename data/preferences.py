@@ -245,7 +245,7 @@ def _check_response(where: str, column: str, response: list[Message]) -> None:
             f"{where}: after the prompt, `{column}` has messages of {', '.join(roles)}; "
             "expected one message of the assistant",
             DROP,
-            "wrong role",
+            "responses differ too early" if roles[:2] == ["assistant", "user"] else "wrong role",
         )
     if not response[0]["content"].strip() and "tool_calls" not in response[0]:
         raise RowError(f"{where}: `{column}` is an empty response", DROP, "empty response")

@@ -41,29 +41,30 @@ def parquet_split(path: Path, columns: Columns) -> Split:
     """
 
     def rows() -> Rows:
-        with _open_parquet(path) as file:
-            used = used_columns(str(path), file.schema_arrow.names, columns)
+        file, names = _open_parquet(path)
+        with file:
+            used = used_columns(str(path), names, columns)
             yield from _read_batches(str(path), _renamed(file.iter_batches(BATCH_ROWS, columns=[*used]), used))
 
     def count() -> int:
-        with _open_parquet(path) as file:
+        with _open_parquet(path)[0] as file:
             return int(file.metadata.num_rows)
 
     return Split(rows, count)
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _open_parquet(path: Path) -> tuple[pq.ParquetFile, list[str]]:
+    """A Parquet file, and the names of its columns."""
     with path.open("rb") as written:
         written.seek(-min(len(PARQUET_END), path.stat().st_size), os.SEEK_END)
         if written.read() != PARQUET_END:
             raise DataError(f"{path}: expected a Parquet file; found one that is cut off", "copy it again")
     try:
         file = pq.ParquetFile(path)
-        assert file.schema_arrow is not None, "it is read from the file only now"
+        return file, file.schema_arrow.names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})"
         raise DataError(problem, CHECK) from error
-    return file
 
 
 def saved_splits(path: Path, columns: Columns) -> dict[str, Split] | None:
@@ -78,7 +79,9 @@ def saved_splits(path: Path, columns: Columns) -> dict[str, Split] | None:
         names = list(_read_json(path, path / "dataset_dict.json")["splits"])
     except (KeyError, TypeError) as error:
         raise _other_form(path, error) from error
-    return {name: _saved_split(path, path / name, columns, f" split {name}" * (len(names) > 1)) for name in names}
+    return {
+        name: _saved_split(path, path / name, columns, f" split {name}" if len(names) > 1 else "") for name in names
+    }
 
 
 def _saved_split(path: Path, folder: Path, columns: Columns, label: str = "") -> Split:

@@ -41,6 +41,7 @@ from adpa.pipeline.options import (
     TrustRemoteCodeOption,
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
+from adpa.pipeline.scoring.first_example import FirstExample, first_example
 from adpa.pipeline.scoring.parts import parse_part
 from adpa.pipeline.scoring.request import (
     DataOptions,
@@ -54,7 +55,6 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
     from adpa.data.reward_accuracy import RewardAccuracy
-    from adpa.data.sequences import TokenIds
     from adpa.pipeline.scoring.plan import Plan, Setup
     from adpa.pipeline.scoring.probe import ProbeReport
     from adpa.pipeline.scoring.run import Outcome
@@ -139,23 +139,6 @@ class PrecomputeReport:
     reward_margin: float | None = None
     reward_pairs: int = 0
     prompts: int = 0
-
-
-@dataclass(frozen=True)
-class FirstExample:
-    """The first pair of the data as the models read it: text that was decoded from its tokens.
-
-    Attributes:
-        prompt: the prompt.
-        chosen: the chosen response without its end-of-turn token; none if the data has prompts alone.
-        end: the end-of-turn token; none if the response was cut.
-        end_id: its id.
-    """
-
-    prompt: str
-    chosen: str | None
-    end: str | None
-    end_id: int
 
 
 def precompute(
@@ -322,31 +305,13 @@ def precompute(
     setup = open_setup(request)
     plan = make_plan(request, setup)
     if on_example is not None:
-        on_example(_first_example(plan))
+        on_example(first_example(plan.encoder.template, plan.first))
     outcome = run_plan(request, setup, plan)
     probed = None if probe is None else probe_plan(request, probe, setup, plan, outcome)
     rewards = measure_rewards(request, plan, outcome) if probed is None else probed.rewards
     if rewards is not None and (warning := rewards.warning()):
         logger.warning(warning)
     return _report(request, setup, plan, outcome, probed, rewards, time.perf_counter() - started)
-
-
-def _first_example(plan: "Plan") -> FirstExample:
-    template, pair = plan.encoder.template, plan.first
-    end_id, chosen_ids = template.turn_end.token_id, pair.chosen_ids
-    ended = not chosen_ids.size or int(chosen_ids[-1]) in (end_id, template.call_end.token_id)
-    if ended and chosen_ids.size:
-        end_id, chosen_ids = int(chosen_ids[-1]), chosen_ids[:-1]
-
-    def decode(ids: "TokenIds") -> str:
-        return str(template.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    return FirstExample(
-        prompt=decode(pair.prompt_ids),
-        chosen=decode(chosen_ids) if pair.chosen_ids.size else None,
-        end=str(template.tokenizer.convert_ids_to_tokens(end_id)) if ended else None,
-        end_id=end_id,
-    )
 
 
 def _report(

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from adpa.data.pieces import visible
 from adpa.data.reward_accuracy import RewardAccuracy
-from adpa.pipeline.precompute import FirstExample, PrecomputeReport
+from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.scoring.first_example import FirstExample
 from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
 

@@ -128,6 +128,10 @@ def test_an_empty_cell_of_another_column_is_none(tmp_path: Path) -> None:
         (HEADER, ": found no rows; expected at least one preference pair; check --data"),
         ("\n \n", ": found no rows: all its lines are blank; check --data"),
         (f'{HEADER}a,b,c\nd,"e,f\ng,h,i\n', " line 3: a cell begins with a quote and never ends; close the quote"),
+        (
+            '"prompt"x,chosen,rejected\n',
+            " line 1: a cell goes on after its closing quote; double the quotes inside a cell",
+        ),
         ("prompt,chosen,chosen,rejected\n", ": found the column `chosen` more than once; remove one of them"),
         (
             "question,accepted,rejected\n",

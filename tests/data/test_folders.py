@@ -97,6 +97,53 @@ def test_a_folder_has_the_splits_that_datasets_finds(layout: str, tmp_path: Path
         assert prompts(folder) == splits["train"]
 
 
+README = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n{}---\n# Pairs\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        ("  - split: chosen_ones\n    path: a.jsonl\n", {"chosen_ones": ["a says"]}),
+        ("  - split: train\n    path: x/*.jsonl\n  - split: dev\n    path: a.jsonl\n", {"train": ["b says", "c says"]}),
+        ("  - a.jsonl\n  - x/b.jsonl\n", {"train": ["a says", "b says"]}),
+    ],
+)
+def test_the_readme_of_a_copied_repository_names_its_splits(
+    files: str, splits: dict[str, list[str]], tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "prefs", "a.jsonl", "x/b.jsonl", "x/c.jsonl")
+    (folder / "README.md").write_text(README.format(files))
+    for split, expected in splits.items():
+        assert prompts(folder, split) == expected
+    loaded = load_dataset(str(folder), cache_dir=str(tmp_path / "copies"))
+    assert {name: loaded[name]["prompt"][:] for name in splits} == splits
+
+
+@pytest.mark.parametrize("readme", ["# Pairs\n", "---\nlicense: mit\n---\n# Pairs\n", ""])
+def test_a_readme_that_names_no_files_changes_nothing(readme: str, tmp_path: Path) -> None:
+    folder = fill(tmp_path, "a.jsonl")
+    (folder / "README.md").write_text(readme)
+    assert prompts(folder) == ["a says"]
+
+
+@pytest.mark.parametrize(
+    ("readme", "line"),
+    [
+        ("---\na: [\n---\n", "{}/README.md: its metadata cannot be read; mend or remove the lines between ---"),
+        (
+            "---\nconfigs:\n- config_name: en\n  data_files: a.jsonl\n- config_name: de\n  data_files: b.jsonl\n---\n",
+            "{}: its README.md names several configurations: en, de; give --data the folder or the files of one",
+        ),
+    ],
+)
+def test_a_readme_that_does_not_say_which_files_is_refused(readme: str, line: str, tmp_path: Path) -> None:
+    folder = fill(tmp_path, "a.jsonl", "b.jsonl")
+    (folder / "README.md").write_text(readme)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(folder))
+    assert str(caught.value) == line.format(folder)
+
+
 def test_a_row_knows_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "prefs", "data/a.jsonl", "data/b.jsonl")
     monkeypatch.chdir(tmp_path)

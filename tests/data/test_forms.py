@@ -215,7 +215,7 @@ def test_other_texts_about_humans_are_texts() -> None:
         (
             {"chosen": dialogue([QUESTION, CHOSEN, QUESTION, CHOSEN]), "rejected": dialogue([QUESTION, REJECTED])},
             "after the prompt, `chosen` has messages of assistant, user, assistant; expected one message of",
-            "wrong role",
+            "responses differ too early",
         ),
         (HH | {"rejected": dialogue([*TURNS, REJECTED | {"content": ""}])}, "`rejected` is an empty response", None),
         (HH | {"chosen": dialogue(TURNS)}, "the prompt ends with the assistant's message", "wrong role"),

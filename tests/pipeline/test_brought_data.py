@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.conftest import Models, Row, WriteRows
 from adpa import evaluate, precompute
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.preferences import parse_pair
+from adpa.data.rows import read_rows
 from adpa.errors import DataError
 
 MAP = "prompt=question,chosen=answer_a,rejected=answer_b"
@@ -53,6 +55,23 @@ def test_a_table_of_ones_own_becomes_the_pairs_of_ordinary_data(ask: dict[str, A
     assert all({*one.table["example_id"].to_pylist()} == ids for one in sets)
     asked = "limit 99 map chosen=answer_a,prompt=question,rejected=answer_b"
     assert {one.record.source for one in sets if one.record} == {f"{own} {asked}"}
+
+
+def test_pairs_are_the_same_in_every_form(preference_rows: list[Row], tmp_path: Path) -> None:
+    """Cells of a CSV file hold their messages as JSON."""
+    cells = [{name: json.dumps(value, ensure_ascii=False) for name, value in row.items()} for row in preference_rows]
+    contents = {
+        "a.jsonl": lines(preference_rows),
+        "b.json.gz": gzip.compress(json.dumps(preference_rows).encode()),
+        "c.csv": table(cells),
+        "d.csv.xz": lzma.compress(table(cells)),
+    }
+    ids = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        ids.append([parse_pair(where, row).example_id for where, row in read_rows(tmp_path / name)])
+    assert len({*ids[0]}) == len(preference_rows)
+    assert ids == [ids[0]] * len(contents)
 
 
 def test_a_limit_and_a_slice_read_the_same_first_rows(

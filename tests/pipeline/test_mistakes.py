@@ -165,7 +165,8 @@ DATA = {
         "did you mean answer_a?"
     ),
     f"{PRECOMPUTE} --data table.csv --map prompt=question,chosen=answer_a": (
-        "table.csv: found the columns prompt, chosen, answer_b; expected `rejected`; name it with --map rejected=NAME"
+        "table.csv: found the columns prompt, chosen, answer_b; expected `rejected`; name it with "
+        "--map chosen=answer_a,prompt=question,rejected=NAME"
     ),
 }
 CACHES = {

@@ -12,7 +12,8 @@ from tests.pipeline.conftest import Filled
 from adpa import distill, evaluate, precompute
 from adpa.data.cache.responses import read_response_sets
 from adpa.errors import CacheError, OptionError, RowError
-from adpa.pipeline.precompute import FirstExample, PrecomputeReport
+from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.scoring.first_example import FirstExample
 from adpa.pipeline.terminal.precompute import print_example, show_precompute
 
 
