@@ -84,14 +84,15 @@ def _parts(ids: Sequence[int], whole: Sequence[str], before: str) -> list[tuple[
         whole: the text up to each of them.
         before: the text up to the first of them.
     """
+    final = [all(later.startswith(text) for later in whole[place:]) for place, text in enumerate(whole)]
     groups: list[tuple[str, int]] = []  # texts, and the number of tokens that make each
     count, end = 0, before
-    for text in whole:
-        if text == end and groups and not count:
-            groups[-1] = groups[-1][0], groups[-1][1] + 1
-            continue
+    for text, is_final in zip(whole, final, strict=True):
         count += 1
-        if whole[-1].startswith(text):  # else its last character is not finished
+        if is_final and text == end and groups:
+            groups[-1] = groups[-1][0], groups[-1][1] + count
+            count = 0
+        elif is_final:
             groups.append((text[len(end) :], count))
             count, end = 0, text
     parts = []

@@ -195,16 +195,16 @@ def markdown_tables(report: StudyReport) -> str:
 
 def show_study(report: StudyReport) -> RenderableType:
     """The first columns of both tables, which fit a terminal, and the directory of the other results."""
-    tables = []
+    tables: list[RenderableType] = []
     for title, results in (("methods", report.methods), ("variants", report.variants)):
         heading = f"{title}: {len(report.seeds)} seeds, {report.prompts:,} prompts each"
-        table = Table(HEADINGS[0], title=heading, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(HEADINGS[0], title=heading, box=SIMPLE_HEAD, padding=0, show_edge=False)
         for heading in HEADINGS[1:SHOWN]:
             table.add_column(heading, justify="right", overflow="fold")
         for result in results:
             name, *numbers = table_cells(result)[:SHOWN]
             table.add_row(name, *(number.replace(" ", "\n", 1) for number in numbers))  # each interval below its mean
-        tables.append(table)
+        tables += [table, ""]
     return Group(*tables, Text(f"all columns, every reward and the plots: {report.output}", overflow="fold"))
 
 

@@ -83,7 +83,9 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise OptionError(f"--run {directory}: {'is a file' if directory.exists() else 'no such directory'}", fix)
     try:
         record: dict[str, Any] = json.loads((directory / RECORD).read_text())
-        whole = all(isinstance(log["step"], int) and isinstance(log["loss"], float) for log in record.get("losses", []))
+        whole = all(
+            isinstance(log["step"], int) and isinstance(log["loss"], float | int) for log in record.get("losses", [])
+        )
         whole &= isinstance(record["objective"], str) and isinstance(record["student"]["name"], str)
         whole &= isinstance(record["training"], dict) and isinstance(record["terms"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

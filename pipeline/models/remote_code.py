@@ -7,7 +7,7 @@ from typing import Any
 from adpa.errors import ModelError
 from adpa.pipeline.models.weight_files import CONFIG, read_json
 
-AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
+AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM", "AutoModel")  # the last one is what vLLM runs
 
 
 def code_files(name: str, directory: Path) -> list[Path]:

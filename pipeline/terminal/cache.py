@@ -18,12 +18,12 @@ def show_listing(listing: CacheListing) -> RenderableType:
     for listed in listing.sets:
         prompts = f"{listed.prompt_tokens:,} tokens of prompts"
         size = f"{listed.rows:,} rows, {listed.tokens:,} tokens, {prompts}, {listed.bytes:,} bytes"
-        parts += _block(f"response set {listed.name}", size, _about_set(listed))
+        parts += _block(f"response set {listed.name}", size, *_about_set(listed))
     for scored in listing.scorings:
         size = f"{scored.rows:,} rows, {scored.tokens:,} tokens, {scored.bytes:,} bytes"
         if scored.bytes_per_token is not None:
             size += f" ({scored.bytes_per_token:,.1f} a token)"
-        parts += _block(f"scoring {scored.id}", f"{size} in {_count(scored.shards, 'file')}", _about_scoring(scored))
+        parts += _block(f"scoring {scored.id}", f"{size} in {_count(scored.shards, 'file')}", *_about_scoring(scored))
     for samples in listing.samples:
         made = ", ".join(samples.sets) or "no response set was made of them"
         parts.append(_line(f"samples {samples.id}", f"{samples.rows:,} rows, {samples.bytes:,} bytes: {made}"))
@@ -84,13 +84,13 @@ def show_packing(report: PackReport) -> RenderableType:
     return Group(*parts) if parts else _line("nothing to pack", "")
 
 
-def _about_set(listed: ListedSet) -> str:
+def _about_set(listed: ListedSet) -> list[str]:
     info, parts = listed.info, [f"from {listed.record.describe()}"] if listed.record else []
     if info.sampling is not None:
         how = info.sampling
         parts.append(
             f"sampled by the student {how.student[:8]}, temperature {how.temperature:g}, top-p {how.top_p:g}, "
-            f"seed {how.seed}, {how.samples_per_prompt} to a prompt, at most {how.max_new_tokens} tokens, "
+            f"seed {how.seed}, {how.samples_per_prompt} to a prompt, at most {how.max_new_tokens:,} tokens, "
             f"{how.dtype}, {how.engine}" + (f", {how.describe_ends()}" if how.stops else "")
         )
     parts += info.rendering
@@ -99,13 +99,13 @@ def _about_set(listed: ListedSet) -> str:
         "truncated responses": info.truncated_responses,
         "dropped": info.dropped,
     }
-    parts += [f"{count:,} {name}" for name, count in counts.items() if count]
+    parts += [", ".join(f"{count:,} {name}" for name, count in counts.items() if count)]
     scored = [f"{rows:,} of {listed.rows:,} by {scoring}" for scoring, rows in listed.scored.items() if rows]
     parts.append("scored: " + ", ".join(scored) if scored else "not scored")
-    return "; ".join(parts)
+    return [part for part in parts if part]
 
 
-def _about_scoring(scored: ListedScoring) -> str:
+def _about_scoring(scored: ListedScoring) -> list[str]:
     parts = [scored.scoring.settings]
     if (errors := scored.rounding) is not None:
         parts.append(
@@ -115,7 +115,7 @@ def _about_scoring(scored: ListedScoring) -> str:
     parts += [f"{scored.repeated:,} repeated rows; adpa cache pack drops them"] if scored.repeated else []
     parts += [f"{scored.unneeded:,} rows that no set needs; adpa cache gc removes them"] if scored.unneeded else []
     parts += [f"{scored.pending:,} rows wait for the reference"] if scored.pending else []
-    return "; ".join(parts)
+    return parts
 
 
 def _about_packed(packed: PackedFolder) -> str:

@@ -33,9 +33,9 @@ def show_inspection(report: InspectReport) -> RenderableType:
         parts.append(_legend(report))
     for response in report.responses:
         parts += ["", *_show_response(response, report.summaries[0].colour_scale)]
-    parts += [_line(f"run {run.describe()}") for run in report.runs]
-    if report.html is not None:
-        parts.append(_line(f"wrote {report.html}"))
+    below = [f"run {run.describe()}" for run in report.runs]
+    below += [f"wrote {report.html}"] if report.html is not None else []
+    parts += ["", *map(_line, below)] if below else []
     return Group(*parts)
 
 
@@ -50,7 +50,7 @@ def _show_summary(summary: SignalSummary) -> RenderableType:
         table.add_column(name, justify="right", min_width=7)  # -18.434
     rows = [{"mean": values.mean} | values.quantiles for values in distributions.values()]
     for name in rows[0]:
-        table.add_row(name, *(f"{row[name]:.3f}" for row in rows))
+        table.add_row(name, *(f"{row[name]:z.3f}" for row in rows))
     reference = "no reference" if summary.reference is None else f"reference {summary.reference}"
     lines = [
         f"teacher {summary.teacher}, {reference}",
@@ -100,8 +100,7 @@ def _strongest_tokens(response: InspectedResponse, scale: float) -> RenderableTy
     shown: dict[int, list[InspectedToken | Alternative]]
     shown = {place: [response.tokens[place], *response.tokens[place].alternatives] for place in sorted(strongest)}
     with_advantages = response.tokens[0].advantage is not None
-    title = "strongest tokens, each with the teacher's choices in its place; p: the teacher's probability"
-    title += ", A: the advantage" if with_advantages else ""
+    title = "strongest tokens and the teacher's choices; p: its probability" + ", A: advantage" * with_advantages
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("token", justify="right", no_wrap=True)
     for name in ("", *(f"choice {rank + 1}" for rank in range(max(map(len, shown.values())) - 1))):

@@ -12,7 +12,7 @@ from adpa.data.pieces import visible
 from adpa.data.reward_accuracy import SetRewards
 from adpa.data.summary import PLAUSIBLE, QUANTILES, SignalSummary
 from adpa.pipeline.inspected_runs import InspectedRun
-from adpa.pipeline.terminal.token_colours import STEPS, TEXT, ZERO, step
+from adpa.pipeline.terminal.token_colours import STEPS, TEXTS, ZERO, step
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -41,7 +41,7 @@ thead th { border-bottom: 1px solid #888; }
 .special { font-style: italic; }
 .more::before { content: "⁺"; }
 {% for colour in steps %}
-.step{{ loop.index0 }} { background: {{ colour }}; color: {{ text }}; }
+.step{{ loop.index0 }} { background: {{ colour }}; color: {{ texts[loop.index0] }}; }
 {% endfor %}
 .step{{ zero }} { background: none; color: inherit; }
 .legend span { padding: .1rem .5rem; border: 1px solid #888; margin-left: -1px; }
@@ -50,6 +50,7 @@ thead th { border-bottom: 1px solid #888; }
 .token:hover > .card, .token:focus > .card { display: block; }
 .token:hover > .card { z-index: 1; }
 .card { position: fixed; right: 1rem; bottom: 1rem; padding: .6rem; white-space: normal; font-style: normal;
+  max-width: calc(100vw - 2rem); box-sizing: border-box; overflow-x: auto;
   border: 1px solid #888; border-radius: 6px;
   color: light-dark(#16181d, #e8e9ec); background: light-dark(#ffffff, #23262d); }
 .row { display: grid; grid-template-columns: 5rem 4rem 12rem 6rem 6rem; gap: .6rem; }
@@ -72,8 +73,8 @@ img { max-width: 100%; background: #ffffff; }
 <thead><tr><th>per token</th><th>mean</th>{% for name in quantiles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, values in summary.distributions().items() %}
-<tr><td>{{ name }}</td><td>{{ "%.3f" % values.mean }}</td>
-{%- for value in values.quantiles.values() %}<td>{{ "%.3f" % value }}</td>{% endfor %}</tr>
+<tr><td>{{ name }}</td><td>{{ "{:z.3f}".format(values.mean) }}</td>
+{%- for value in values.quantiles.values() %}<td>{{ "{:z.3f}".format(value) }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>
@@ -90,7 +91,9 @@ the largest is {{ "%.3f" % group.largest }}{% endif %}.</p>
 {% endfor %}
 <h2>Responses, token by token</h2>
 <p class="legend">{{ summary.coloured_by }}
-{% for value in summary.legend %}<span class="step{{ value | step }}">{{ "%+.2g" % value if value else 0 }}</span>{% endfor %}
+{% for value in summary.legend -%}
+<span class="step{{ value | step }}">{{ "%+.2g" % value if value else 0 }}</span>
+{%- endfor %}
 {% if summary.token_advantage is none %} (no reference, hence no advantages){% endif %}</p>
 <p class="note">Point at a token, or reach it with the Tab key. Its card shows the teacher's probability of the token
 {%- if summary.token_advantage is not none %}, its advantage (the teacher's log-probability minus the reference's)
@@ -153,7 +156,7 @@ def render_page(
         facts["data"] = f"{_data_name(record)}, read {record.time[:10]}"
     facts |= {
         "response set": f"{summary.response_set}: {summary.made}",
-        "scoring": summary.scoring,
+        "scoring": f"{summary.scoring}, K = {summary.top_k}",
         "tokens": f"{summary.tokens:,}, {summary.in_top_k:.2%} of them in the teacher's top {summary.top_k}",
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -173,7 +176,7 @@ def render_page(
         continued=any(token.part > 1 for response in responses for token in response.tokens),
         steps=STEPS,
         zero=ZERO,
-        text=TEXT,
+        texts=TEXTS,
         plausible=PLAUSIBLE,
         quantiles=QUANTILES,
     )

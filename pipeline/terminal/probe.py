@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def show_probe(report: "ProbeReport", unsampled: int) -> RenderableType:
     """A line for each K, the run's own in bold, then notes on the numbers; ``unsampled``: responses not sampled yet."""
-    table = Table("K", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table("K", box=SIMPLE_HEAD, padding=0, show_edge=False)  # the box has a space between columns
     losses = ["KL lost\nmean", "KL lost\n95%"] if report.kl_against else []
     losses += ["A lost"] if report.reference_hours is not None else []
     for name in ("mass\nmean", "mass\n5%", "tail\nmean", *losses, "bytes/\ntoken", "bytes"):
@@ -69,8 +69,12 @@ def _losses(report: "ProbeReport") -> str:
 
 def _hours(report: "ProbeReport") -> str:
     hours = {"teacher": report.teacher_hours, "reference": report.reference_hours or 0.0}
-    whole, missing = f"{sum(hours.values()):.3g}", f"{report.missing_hours:.3g}"
-    parts = [f"{model} {share:.3g}" for model, share in hours.items() if report.reference_hours is not None]
+    whole, missing = _number(sum(hours.values())), _number(report.missing_hours)
+    parts = [f"{model} {_number(share)}" for model, share in hours.items() if report.reference_hours is not None]
     if missing != whole:
         parts.append(f"{missing} for what the cache lacks")
     return f"{whole} ({', '.join(parts)})" if parts else whole
+
+
+def _number(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

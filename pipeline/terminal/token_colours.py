@@ -1,4 +1,4 @@
-"""The colours of tokens: orange below zero, grey at zero, blue above, in seven steps, under black text.
+"""The colours of tokens: orange below zero, grey at zero, blue above, in seven steps.
 
 The steps are colours of the 256-colour palette, so that they are the same there. Blue and orange also differ for
 colour-blind eyes, and both darken away from zero. Without colours, the tokens below zero are underlined.
@@ -6,9 +6,9 @@ colour-blind eyes, and both darken away from zero. Without colours, the tokens b
 
 from rich.style import Style
 
-STEPS = ("#ff8700", "#ffaf5f", "#ffd7af", "#dadada", "#afd7ff", "#5fafff", "#0087ff")
+STEPS = ("#d75f00", "#ffaf5f", "#ffd7af", "#dadada", "#afd7ff", "#5fafff", "#005fff")
+TEXTS = (*["#000000"] * 6, "#ffffff")  # on each step
 ZERO = len(STEPS) // 2
-TEXT = "#000000"
 
 
 def step(value: float, scale: float) -> int:
@@ -19,4 +19,4 @@ def step(value: float, scale: float) -> int:
 def colour(value: float, scale: float) -> Style:
     """The style of a token in a terminal."""
     place = step(value, scale)
-    return Style(color=TEXT, bgcolor=STEPS[place], underline=place < ZERO)
+    return Style(color=TEXTS[place], bgcolor=STEPS[place], underline=place < ZERO)

@@ -94,7 +94,7 @@ def check_contents(output: Path, resume_from_checkpoint: str | None) -> None:
     contents = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if contents and (resume_from_checkpoint is None or RECORD not in contents):
         raise OptionError(
-            f"--output {output}: not empty, found {contents[0]}"
+            f"--output {output}: not empty, found {RECORD if RECORD in contents else contents[0]}"
             + ("" if resume_from_checkpoint is None else f" and no {RECORD} of its run"),
             "name another directory" + (", or resume with --resume-from-checkpoint last" if RECORD in contents else ""),
         )

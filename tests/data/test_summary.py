@@ -103,20 +103,35 @@ def distribution(low: float, high: float) -> Distribution:
 def summary_of(token_logprob: Distribution, token_advantage: Distribution | None) -> SignalSummary:
     mass = distribution(0, 1)
     return SignalSummary(
-        "chosen-1", "3 responses", "2", 3, 4, K, 1.0, mass, mass, token_logprob, token_advantage, None, None, None
+        "chosen-1",
+        "3 responses",
+        "2",
+        "large",
+        None,
+        3,
+        4,
+        K,
+        1.0,
+        mass,
+        mass,
+        token_logprob,
+        token_advantage,
+        None,
+        None,
+        None,
     )
 
 
 def test_colours_reach_from_the_5_to_the_95_percent_quantile() -> None:
     summary = summary_of(distribution(-9, 0), distribution(-1, 3))
     assert summary.colour_scale == pytest.approx(2.8)
-    assert summary.legend == pytest.approx([-2.8, -1.4, 0, 1.4, 2.8])
+    assert summary.legend == pytest.approx([-2.8, -2.8 * 2 / 3, -2.8 / 3, 0, 2.8 / 3, 2.8 * 2 / 3, 2.8])
 
 
 def test_without_advantages_colours_are_of_the_log_probability() -> None:
     summary = summary_of(distribution(-10, 0), None)
     assert summary.colour_scale == pytest.approx(9.5)
-    assert summary.legend == pytest.approx([-9.5, -4.75, 0])
+    assert summary.legend == pytest.approx([-9.5, -9.5 * 2 / 3, -9.5 / 3, 0])
 
 
 def test_advantages_that_are_all_zero_have_a_scale_too() -> None:

@@ -19,8 +19,11 @@ from transformers import AutoTokenizer
 
 from adpa import InspectReport, inspect_cache, precompute
 from adpa.data.cache.responses import ResponseSet, make_response_set, read_response_sets, write_response_set
+from adpa.data.cache.set_records import SetRecord
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ListedError, OptionError
-from adpa.pipeline.terminal.inspection import GREEN, RED, colour, show_inspection
+from adpa.pipeline.terminal.inspection import show_inspection
+from adpa.pipeline.terminal.inspection_html import page_title, public_name
+from adpa.pipeline.terminal.token_colours import STEPS, TEXTS, colour, step
 
 
 def response_set(cache: Path, name: str) -> ResponseSet:
@@ -28,10 +31,10 @@ def response_set(cache: Path, name: str) -> ResponseSet:
     return found
 
 
-def as_text(report: InspectReport, colours: bool = False) -> str:
+def as_text(report: InspectReport, colours: bool = False, width: int = 80) -> str:
     console = Console(
         file=StringIO(),
-        width=80,
+        width=width,
         force_terminal=colours,
         color_system="truecolor" if colours else None,
         legacy_windows=False,
@@ -98,30 +101,19 @@ def test_the_terminal_shows_tokens_a_legend_and_the_strongest_tokens(filled: Fil
     assert f"example {response.example_id}" in text
     assert "".join(token.text for token in response.tokens) in text
     strongest = max(response.tokens, key=lambda token: abs(token.value))
-    assert f"{strongest.probability:.2f} {strongest.advantage:+.2f}" in text
+    assert strongest.advantage is not None
+    lines = [line.split() for line in text.splitlines()]
+    assert f"{strongest.probability:.2f}" in {cell for cells in lines if cells[:1] == ["p"] for cell in cells}
+    assert f"{strongest.advantage:+.2f}" in {cell for cells in lines if cells[:1] == ["A"] for cell in cells}
+    assert "p: its probability, A: advantage" in text
     assert f"{-summary.colour_scale:+.2g}" in text
+    assert f"teacher {filled.models.teacher}, reference {filled.models.reference}" in text.replace("\n", "")
     coloured = as_text(report, colours=True)
     for token in response.tokens:
         style = colour(token.value, summary.colour_scale)
         assert style.bgcolor is not None
         assert style.bgcolor.triplet is not None
         assert "48;2;{};{};{}m{}".format(*style.bgcolor.triplet, token.text) in coloured
-
-
-def luminance(red: int, green: int, blue: int) -> float:
-    """Relative luminance of WCAG 2."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red / 255, green / 255, blue / 255)]
-    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
-
-
-@pytest.mark.parametrize("value", [-9, -1, -0.6, -0.2, 0, 0.2, 0.6, 1, 9])
-def test_white_text_can_be_read_on_every_colour(value: float) -> None:
-    style = colour(value, 1.0)
-    assert style.bgcolor is not None
-    assert style.bgcolor.triplet is not None
-    assert 1.05 / (luminance(*style.bgcolor.triplet) + 0.05) >= 4.5
-    if abs(value) >= 1:
-        assert style.bgcolor.triplet == (GREEN if value > 0 else RED)
 
 
 HOSTILE = '<script>alert(1)</script> {{ 7 * 7 }} " onclick="x\x1b[31m\u202e & 天気 🦊\n\nend'
@@ -179,6 +171,55 @@ def test_the_page_has_the_summary_the_prompt_and_every_alternative(filled: Fille
                 assert f"{other.advantage:+.3f}" in page.text
 
 
+def test_the_page_says_what_it_shows_and_no_folder_of_it(filled: Filled, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    inspect_cache(filled.cache, response_set="rejected", count=1, html=file)
+    page = file.read_text()
+    models = filled.models
+    title = f"dvantages of {models.teacher.name} over {models.reference.name} on rejected responses of prefs.jsonl"
+    assert f"<title>adpa: a{title}</title>" in page
+    assert f"<h1>A{title}</h1>" in page
+    assert f"<td>{models.teacher.name}</td>" in page
+    assert str(filled.data.parent) not in page
+    assert str(models.teacher.parent) not in page
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/me/models/dpo", "dpo"),
+        ("/home/me/models/dpo/", "dpo"),
+        ("~/models/dpo", "dpo"),
+        ("../dpo", "dpo"),
+        ("runs/dpo", "runs/dpo"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("s3://team/secret/prefs.jsonl", "prefs.jsonl"),
+        ("/", "/"),
+    ],
+)
+def test_a_page_shows_the_last_part_of_a_private_place(name: str, shown: str) -> None:
+    assert public_name(name) == shown
+
+
+def test_a_page_of_a_cache_without_a_record_or_a_reference_has_a_title_too(hostile: Path, tmp_path: Path) -> None:
+    (summary,) = inspect_cache(hostile, response_set="chosen").summaries
+    assert page_title(summary, None) == f"log-probabilities of {Path(summary.teacher).name} on chosen responses"
+    record = SetRecord("org/prefs", "train", "2026-11-28T14:02:00.000000+00:00")
+    assert page_title(replace(summary, teacher="org/large", reference="org/sft"), record) == (
+        "advantages of org/large over org/sft on chosen responses of org/prefs split train"
+    )
+
+
+def test_the_page_has_the_colours_of_the_terminal(filled: Filled, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    report = inspect_cache(filled.cache, response_set="chosen", count=1, html=file)
+    (response,), (summary,), page = report.responses, report.summaries, file.read_text()
+    for number, background in enumerate(STEPS):
+        assert f".step{number} {{ background: {background}; color: {TEXTS[number]}; }}" in page
+    shown = re.findall(r'class="token step(\d)', page)
+    assert shown == [str(step(token.value, summary.colour_scale)) for token in response.tokens]
+
+
 def test_the_page_is_safe_to_open(hostile: Path, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     inspect_cache(hostile, response_set="chosen", html=file)
@@ -187,7 +228,7 @@ def test_the_page_is_safe_to_open(hostile: Path, tmp_path: Path) -> None:
     assert {name for name, _ in page.attributes} <= {
         "lang", "charset", "http-equiv", "content", "name", "class", "tabindex", "style",
     }  # fmt: skip
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
     assert "http://" not in file.read_text()
     assert "https://" not in file.read_text()
     assert '<script>alert(1)</script> {{ 7 * 7 }} " onclick="x␛[31m\\u{202e} & 天気 🦊\n\nend' in page.text
@@ -195,11 +236,15 @@ def test_the_page_is_safe_to_open(hostile: Path, tmp_path: Path) -> None:
 
 
 def test_the_terminal_gets_no_control_characters_and_no_markup(hostile: Path) -> None:
-    text = as_text(inspect_cache(hostile, response_set="chosen"))
+    report = inspect_cache(hostile, response_set="chosen")
+    text = as_text(report)
     assert not {"\x1b", "\u202e"} & set(text)
     assert "<script>alert(1)</script> {{ 7 * 7 }}" in text
     assert "␛[31m\\u{202e}" in text
-    assert "🦊↵\n↵\nend<|im_end|>" in text
+    parts = [token.part for token in report.responses[0].tokens if token.label.startswith((" 🦊(", "🦊("))]
+    assert parts == [1, 2, 3, 4], "four tokens make the character"
+    assert "🦊⁺⁺⁺↵\n↵\nend<|im_end|>" in text, "a mark stands for each of the others"
+    assert "⁺ one more token of the character before it" in text
 
 
 def test_without_a_reference_colours_are_of_the_log_probability(hostile: Path, tmp_path: Path) -> None:

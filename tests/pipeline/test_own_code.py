@@ -42,6 +42,7 @@ def test_the_signals_are_those_of_the_code(cache: Path, own: dict[str, str]) -> 
     signals = read_signals(cache, scoring)
     sequence = next(one for one in read_response_sets(cache) if one.info.name == "chosen").sequences()[0]
     row = signals.row(int(signals.locate([sequence.key])[0]))
+    assert row.token_advantages is not None
     ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()[None]
     with torch.no_grad():
         logprobs = [
@@ -54,7 +55,11 @@ def test_the_signals_are_those_of_the_code(cache: Path, own: dict[str, str]) -> 
     np.testing.assert_allclose(row.token_advantages, of_teacher - of_reference, atol=1e-4)
 
 
-@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 2, "lora_dropout": 0.1}], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "adapters",
+    [{}, pytest.param({"lora_rank": 2, "lora_dropout": 0.1}, marks=pytest.mark.slow)],
+    ids=["whole", "lora"],
+)
 def test_the_trained_student_has_its_code_and_loads(
     adapters: dict[str, Any], cache: Path, own: dict[str, str], tmp_path: Path
 ) -> None:
@@ -77,6 +82,7 @@ def test_a_student_whose_code_may_not_run_is_refused(cache: Path, own: dict[str,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_models_with_code_are_compared(own: dict[str, str], few_words: Filled, tmp_path: Path) -> None:
     other = with_own_code(few_words.models.reference, tmp_path / "other")
     report = evaluate(
@@ -86,6 +92,7 @@ def test_models_with_code_are_compared(own: dict[str, str], few_words: Filled, t
     assert report.sampled == 2 * report.prompts
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_model_with_code_is_merged_into_it(
     own: dict[str, str], few_words: Filled, cache: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +116,7 @@ def words_cache(with_tokenizers: dict[str, str], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("words")
     rows = [{"prompt": "Say hello", "chosen": "Hello there .", "rejected": "Four"}]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    models = {role: with_tokenizers[role] for role in ("teacher", "reference")}
+    models: dict[str, Any] = {role: with_tokenizers[role] for role in ("teacher", "reference")}
     precompute(data=str(folder / "pairs.jsonl"), cache=folder / "cache", top_k=4, trust_remote_code=True, **models)
     return folder / "cache"
 

@@ -175,7 +175,7 @@ def test_two_attentions_share_their_signals(few_words: Filled, tmp_path: Path) -
     assert by_eager.scored == 0
 
 
-@pytest.mark.parametrize("packing", ["none", "prompts"])
+@pytest.mark.parametrize("packing", ["none", pytest.param("prompts", marks=pytest.mark.slow)])
 def test_training_computes_with_it_and_records_it(
     packing: Any, eager_calls: list[int], few_words: Filled, tmp_path: Path
 ) -> None:

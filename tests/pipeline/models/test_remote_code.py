@@ -1,6 +1,7 @@
 """Code beside the weights of a model: run only if allowed, part of the identity if run, kept in what is saved."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,13 @@ def test_a_saved_model_has_its_code(own: Path, tmp_path: Path) -> None:
     again = open_checkpoint(str(tmp_path / "saved"), trust_remote_code=True)
     assert code_files("it", again.directory)
     assert type(again.load("float32", CPU)).__name__ == "OwnForCausalLM"
+
+
+def test_another_process_gets_the_permission_and_no_class_of_the_code(own: Path) -> None:
+    checkpoint = open_checkpoint(str(own), attn_implementation="eager", trust_remote_code=True)
+    assert type(checkpoint.config).__name__ == "OwnConfig"
+    sent = pickle.dumps(checkpoint)
+    assert b"transformers_modules" not in sent
+    received = pickle.loads(sent)
+    assert received == checkpoint
+    assert received.load("float32", CPU).config._attn_implementation == "eager"

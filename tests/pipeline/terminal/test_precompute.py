@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from adpa.pipeline.precompute import PrecomputeReport
@@ -48,8 +49,8 @@ def shown(report: PrecomputeReport) -> list[tuple[str, str]]:
     return [(name.strip(), value.strip()) for _, name, value, _ in cells]
 
 
-def test_pairs_without_a_fault_take_two_lines() -> None:
-    assert shown(REPORT)[:4] == [("pairs", "read 1,200"), ("", "used 1,200"), ("scored", "0"), ("reused", "2,400")]
+def test_pairs_without_a_fault_take_one_line() -> None:
+    assert shown(REPORT)[:3] == [("pairs", "1,200"), ("scored", "0"), ("reused", "2,400")]
 
 
 def test_what_is_left_out_or_repeated_stands_with_the_pairs() -> None:
@@ -69,16 +70,45 @@ def test_what_is_left_out_or_repeated_stands_with_the_pairs() -> None:
 
 
 def test_counts_of_what_is_rare_are_shown_where_they_are_not_zero() -> None:
-    rare = ("resumed", "resumed halves", "resumed samples", "sampled", "awaited", "thinking left out")
+    rare = ["resumed", "resumed halves", "resumed samples", "sampled", "awaited", "thinking left out"]
+    rare += ["truncated prompts", "truncated responses", "tokens", "bytes"]
     assert not {name for name, _ in shown(REPORT)} & set(rare)
     report = replace(REPORT, resumed=1, resumed_halves=2, resumed_samples=3, sampled=4, awaited=5, thinking_left_out=6)
-    lines = dict(shown(report))
-    assert [lines[name] for name in rare] == ["1", "2", "3", "4", "5", "6"]
+    lines = dict(shown(replace(report, truncated_prompts=7, truncated_responses=8, tokens=9, bytes=10)))
+    assert [lines[name] for name in rare] == [str(count) for count in range(1, 11)]
+
+
+def test_settings_are_shown_where_they_are_not_the_usual_ones() -> None:
+    assert not {"workers", "part", "dry run", "engine reason"} & {name for name, _ in shown(REPORT)}
+    lines = dict(shown(replace(REPORT, workers=4, part="2/3")))
+    assert (lines["workers"], lines["part"]) == ("4", "2/3")
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason", "said"),
+    [
+        ("hf", "there is no GPU", "hf; there is no GPU"),
+        ("hf", "as asked", "hf"),
+        ("vllm", "a GPU and vLLM are there", "vllm"),
+        ("vllm", "as asked; vLLM's own head, as asked", "vllm"),
+        ("vllm", "as asked; vLLM's own head, because it is tied", "vllm; vLLM's own head, because it is tied"),
+    ],
+)
+def test_the_reason_of_an_engine_is_told_unless_somebody_asked_for_it(engine: str, reason: str, said: str) -> None:
+    assert dict(shown(replace(REPORT, engine=engine, engine_reason=reason)))["engine"] == said
+
+
+def test_a_dry_run_has_a_title_of_its_own() -> None:
+    def title(report: PrecomputeReport) -> str:
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(show_precompute(report))
+        return capture.get().splitlines()[0].strip()
+
+    assert title(REPORT) == "adpa precompute"
+    assert title(replace(REPORT, dry_run=True)) == "adpa precompute --dry-run"
 
 
 def test_every_other_field_is_shown_once() -> None:
     names = [name for name, _ in shown(REPORT) if name]
-    assert names == [
-        *("pairs", "scored", "reused", "tokens", "bytes", "truncated prompts", "truncated responses", "engine"),
-        *("engine reason", "workers", "part", "scoring", "responses", "seconds", "dry run"),
-    ]
+    assert names == ["pairs", "scored", "reused", "engine", "scoring", "responses", "seconds"]

@@ -40,7 +40,7 @@ def shown(report: ProbeReport, unsampled: int = 0) -> str:
 
 def test_every_k_has_its_line_even_where_the_data_are_large() -> None:
     text = shown(REPORT)
-    assert "K mass 5% tail KL lost 95% A lost bytes/token bytes" in text
+    assert "mass mass tail KL lost KL lost bytes/ K mean 5% mean mean 95% A lost token bytes" in text
     assert "10 0.9000 0.7000 0.1000 0.25 0.75 12.50% 9 9,000,000,000" in text
     assert "50 0.9700 0.8000 0.0300 0.062 0.5 6.25% 412 412,000,000,000" in text
     assert "Hours: 41.5 (teacher 20, reference 21.5) for 3,000,000,000 tokens" in text
@@ -55,7 +55,7 @@ def test_a_stand_in_for_the_student_is_named() -> None:
 def test_what_was_not_measured_has_no_column() -> None:
     alone = [replace(kept, kl_lost=None, kl_lost_95=None, advantage_lost=None) for kept in KEPT]
     text = shown(replace(REPORT, by_top_k=alone, kl_against=None, reference_hours=None, missing_hours=20.0))
-    assert "K mass 5% tail bytes/token bytes" in text
+    assert "mass mass tail bytes/ K mean 5% mean token bytes" in text
     assert "are unknown" in text
     assert "Hours: 20 for" in text
 

@@ -24,8 +24,15 @@ def shown(report: Report) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
 
 
-def test_a_field_without_a_value_or_an_entry_has_no_row() -> None:
-    assert shown(Report()) == [["rows", "1,200"], ["dropped", "0"], ["warnings", "none"]]
+def test_a_field_that_says_nothing_has_no_row() -> None:
+    assert shown(Report()) == [["rows", "1,200"], ["dropped", "0"]]
+    assert shown(Report(dropped_by_reason={"too_long": 0})) == [["rows", "1,200"], ["dropped", "0"]]
+
+
+def test_a_long_word_is_folded_and_whole() -> None:
+    long = "/" + "a-folder/" * 20
+    lines = [value for name, value in shown(Report(scoring=long)) if name in ("scoring", "")]
+    assert "".join(lines) == long
 
 
 def test_a_mapping_has_a_line_for_each_entry() -> None:

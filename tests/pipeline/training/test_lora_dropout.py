@@ -19,14 +19,17 @@ from adpa.pipeline.training.lora_settings import LoraSettings, lora_settings
 DROPOUT: dict[str, Any] = {"lora_dropout": 0.5, "save_steps": 2}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["lora", "qlora"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "qlora"])
 def dropped(request: pytest.FixtureRequest, few_words: Filled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("dropped")
     train(few_words, output, load_in_4bit=request.param, **DROPOUT)
     return output
 
 
-@pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (2, 0.5), (6.0, 1.5), (0.5, 0.125)])
+@pytest.mark.parametrize(
+    ("alpha", "scale"),
+    [(6.0, 1.5), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((None, 2.0), (2, 0.5), (0.5, 0.125)))],
+)
 def test_the_adapters_are_scaled_by_alpha_over_rank(
     alpha: float | None, scale: float, few_words: Filled, tmp_path: Path
 ) -> None:
@@ -58,13 +61,13 @@ def test_dropout_changes_training_and_nothing_else(dropped: Path, few_words: Fil
 
 
 def test_the_watch_measures_without_dropout(few_words: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, pairs = Watch.measure, []
+    measure, pairs = Watch.measure, list[tuple[dict[str, float], dict[str, float]]]()
 
     def twice(self: Watch, model: Any) -> dict[str, float]:
         state = torch.get_rng_state()
         pairs.append((measure(self, model), measure(self, model)))
         assert torch.equal(torch.get_rng_state(), state)
-        return pairs[-1][1]
+        return dict(pairs[-1][1])  # Trainer adds to it
 
     monkeypatch.setattr(Watch, "measure", twice)
     train(few_words, tmp_path, lora_dropout=0.5)
@@ -99,6 +102,7 @@ def test_a_run_does_not_go_on_with_another_alpha_or_dropout(
         )
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_had_no_dropout(few_words: Filled, tmp_path: Path) -> None:
     train(few_words, tmp_path, save_steps=2)
     record = json.loads((tmp_path / "adpa.json").read_text())
