@@ -23,7 +23,6 @@ ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what schedulers send, and terminals
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=MARKUP,
     context_settings=HELP,
@@ -141,8 +140,9 @@ def _go_on_training(options: Mapping[str, Any]) -> str:
 def _evaluate() -> Callable[..., None]:
     """Compare a student with a baseline on held-out prompts, without a judge."""
     from adpa.pipeline.evaluate import evaluate
+    from adpa.pipeline.terminal.evaluation import show_evaluation
 
-    return as_command(evaluate, after_stop=_go_on_evaluating)
+    return as_command(evaluate, show_evaluation, after_stop=_go_on_evaluating)
 
 
 def _go_on_evaluating(options: Mapping[str, Any]) -> str:

@@ -1,12 +1,15 @@
 """``--map``: columns that have other names in the data, ``prompt=question,chosen=answer_a``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from adpa.data.columns import (
+    FORM_COLUMNS,
     OTHER_NAMES,
     READ_COLUMNS,
     RESPONSE_COLUMNS,
     TEMPLATE_COLUMNS,
+    lacks_responses,
     missing_columns,
     printable,
 )
@@ -46,27 +49,41 @@ def describe_map(columns: Mapping[str, str]) -> str | None:
     return ",".join(f"{column}={name}" for column, name in sorted(columns.items())) or None
 
 
-def used_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are read, and as what.
+
+    Attributes:
+        names: the columns of a pair that have other names in the data, with these names.
+        prompts_alone: whether both responses may be missing.
+    """
+
+    names: Mapping[str, str]
+    prompts_alone: bool
+
+
+def used_columns(source: str, names: Sequence[str], columns: Columns) -> dict[str, str]:
     """The columns of a table that ``parse_pair`` reads, each with the name that it reads it by.
 
     Args:
         source: the table, for errors.
         names: all its columns.
-        columns: the map.
+        columns: those to read.
 
     Raises:
         DataError: the table lacks a column of the map or a response, or has a column twice.
     """
-    if problem := _problem(names, columns):
+    if problem := _problem(names, columns.names):
         raise DataError(f"{source}: {problem[0]}", problem[1])
-    new = {name: column for column, name in columns.items()}
-    renamed = [new.get(name, name) for name in names]
-    if wrong := missing_columns(tuple(renamed), describe_map(columns)):
+    new = {name: column for column, name in columns.names.items()}
+    renamed = tuple(new.get(name, name) for name in names)
+    wrong = missing_columns(renamed, describe_map(columns.names))
+    if wrong and not (columns.prompts_alone and lacks_responses(renamed)):
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
-    for column in READ_COLUMNS:
+    for column in (*READ_COLUMNS, *FORM_COLUMNS):
         if renamed.count(column) > 1:
             raise DataError(f"{source}: found the column `{column}` more than once", "remove one of them")
-    maybe_prompts = () if "prompt" in renamed else OTHER_NAMES["prompt"]  # an error names them
+    maybe_prompts = () if "prompt" in renamed else (*FORM_COLUMNS, *OTHER_NAMES["prompt"])  # an error names the last
     used = {*READ_COLUMNS, *maybe_prompts}
     return {name: column for name, column in zip(names, renamed, strict=True) if column in used}
 

@@ -20,6 +20,10 @@ PROMPT_COLUMNS = {
     "documents": "put it into chat_template_kwargs",
     "history": "write it into `prompt` as messages",
 } | dict.fromkeys(("context", "instruction", "input", "query"), "write it into `prompt`")
+# The columns of other programs' forms, which adpa.data.forms reads.
+CONVERSATION_COLUMNS = ("conversations", "conversation", "messages")
+ALPACA_PROMPT = ("instruction", "input", "history")
+FORM_COLUMNS = (*CONVERSATION_COLUMNS, "output")
 READ_COLUMNS = {"prompt", *RESPONSE_COLUMNS, *TEMPLATE_COLUMNS, *MEDIA_COLUMNS, *PROMPT_COLUMNS}
 
 # How other programs name them.
@@ -57,7 +61,7 @@ def missing_columns(names: tuple[str, ...], given: str | None = None) -> tuple[s
         given: the map, as ``--map`` takes it.
     """
     missing = [column for column in RESPONSE_COLUMNS if column not in names]
-    if not missing:
+    if not missing or has_output_for_chosen(names):
         return None
     wanted = " and ".join(f"`{column}`" for column in missing)
     found = f"the columns {printable(names)}" if names else "no columns"
@@ -66,11 +70,25 @@ def missing_columns(names: tuple[str, ...], given: str | None = None) -> tuple[s
     elif _meant(names).keys() & {*missing}:
         fix = f"pass {_map_option(names, missing, given)}"
     elif len(missing) == 2:
-        lacking = [column for column in OTHER_NAMES if column not in names]
+        lacking = missing if {"prompt", *CONVERSATION_COLUMNS} & {*names} else ["prompt", *missing]
         fix = f"a row needs a prompt and two responses: name them with {_map_option(names, lacking, given)}"
+        if {"prompt", "instruction", *CONVERSATION_COLUMNS} & {*names}:
+            fix += "; prompts alone are enough where only --student answers them"
     else:
         fix = f"name it with {_map_option(names, missing, given)}"
     return f"found {found}; expected {wanted}", fix
+
+
+def has_output_for_chosen(names: tuple[str, ...]) -> bool:
+    """Whether columns are Alpaca's, with ``rejected`` beside ``output``, which then is the chosen response."""
+    return {"instruction", "output", "rejected"}.issubset(names) and "chosen" not in names
+
+
+@lru_cache(maxsize=64)
+def lacks_responses(names: tuple[str, ...]) -> bool:
+    """Whether columns have no response, and none that is obviously meant to be one, under another name."""
+    found = {*_meant(names), *(name.strip() for name in names)}
+    return not any(column in found for column in RESPONSE_COLUMNS)
 
 
 @lru_cache(maxsize=64)

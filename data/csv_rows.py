@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from adpa.data.column_map import used_columns
+from adpa.data.column_map import Columns, used_columns
 from adpa.data.compressed_files import UNPACK_ERRORS, open_text, plain_suffix
 from adpa.data.json_rows import Rows, wrong_byte
 from adpa.data.messages import holds_messages
@@ -23,12 +23,12 @@ _QUOTES = "double the quotes inside a cell"
 _DROP = "or pass --drop-invalid"
 
 
-def read_csv(path: Path, columns: Mapping[str, str]) -> Rows:
+def read_csv(path: Path, columns: Columns) -> Rows:
     """Yields the rows of a file whose first line names the columns; a cell may have line breaks within quotes.
 
     Args:
         path: the file.
-        columns: the columns of a pair that have other names in the data, with these names.
+        columns: those to read.
 
     Raises:
         DataError: the columns are no pair's, or a quoted cell never ends.
@@ -41,7 +41,7 @@ def read_csv(path: Path, columns: Mapping[str, str]) -> Rows:
         raise unreadable(str(path), error) from error
 
 
-def _read_table(path: Path, text: TextIO, columns: Mapping[str, str]) -> Rows:
+def _read_table(path: Path, text: TextIO, columns: Columns) -> Rows:
     blank, first = 0, text.readline()
     while first.isspace():
         blank, first = blank + 1, text.readline()

@@ -23,11 +23,12 @@ from adpa.errors import RowError
 
 FIRST_ROWS = 1000  # whose texts are compared with their tokens
 BATCH = 256
+NO_IDS = np.array([], dtype=np.int32)
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A preference pair as token ids, all int32 and one-dimensional."""
+    """A preference pair as token ids, all int32 and one-dimensional; a prompt alone has empty responses."""
 
     example_id: str
     prompt_ids: TokenIds
@@ -46,6 +47,7 @@ class Encoder:
         drop_invalid: leave out a pair that cannot be used, and count it, instead of raising.
         rendered: prompts are rendered already.
         allow_control_tokens: take messages with control tokens in their text.
+        prompts_alone: take rows without responses, if no row has any; they are prompts.
         counts: the counts so far.
     """
 
@@ -55,6 +57,7 @@ class Encoder:
     drop_invalid: bool = False
     rendered: bool = False
     allow_control_tokens: bool = False
+    prompts_alone: bool = False
     counts: RowCounts = field(default_factory=RowCounts)
 
     def __post_init__(self) -> None:
@@ -80,15 +83,18 @@ class Encoder:
         for number, (where, row) in enumerate(rows):
             self.counts.rows += 1
             try:
-                yield number, parse_pair(where, row, self.rendered)
+                yield number, parse_pair(where, row, self.rendered, self.prompts_alone)
             except RowError as error:
                 self.counts.add_invalid(number, error)
 
     def _render(self, pairs: Iterator[tuple[int, PreferencePair]]) -> Iterator[tuple[int, PreferencePair, Rendered]]:
         first = list(islice(pairs, FIRST_ROWS))
         lost = check_round_trip(self.template.tokenizer, [text for _, pair in first for text in _texts(pair)])
+        with_responses = any(pair.responses for _, pair in first)
         for number, pair in chain(first, pairs):
             try:
+                if bool(pair.responses) != with_responses:
+                    raise _unlike_others(pair)
                 for text in _texts(pair) if lost else ():
                     if text in lost:
                         raise _lost(pair, lost[text])
@@ -103,14 +109,14 @@ class Encoder:
     def _tokenize(
         self, batch: Sequence[tuple[int, PreferencePair, Rendered]]
     ) -> Iterator[tuple[PreferencePair, tuple[TokenIds, TokenIds, TokenIds]]]:
-        texts = [text for _, _, one in batch for text in (one.prompt, one.chosen, one.rejected)]
-        ids = token_ids(self.template.tokenizer, texts)
-        for row, (number, pair, one) in enumerate(batch):
-            prompt, chosen, rejected = (np.array(tokens, dtype=np.int32) for tokens in ids[3 * row : 3 * row + 3])
+        texts = [text for _, _, one in batch for text in (one.prompt, *one.wholes.values())]
+        ids = iter(token_ids(self.template.tokenizer, texts))
+        for number, pair, one in batch:
+            prompt = np.array(next(ids), dtype=np.int32)
+            wholes = {column: np.array(next(ids), dtype=np.int32) for column in one.wholes}
             try:
-                chosen_ids = self._response(pair, "chosen", one, prompt, chosen)
-                rejected_ids = self._response(pair, "rejected", one, prompt, rejected)
-                self._check_known(pair, one, chosen, rejected)
+                responses = [self._response(pair, column, one, prompt, whole) for column, whole in wholes.items()]
+                self._check_known(pair, list(one.wholes.values()) or [one.prompt], list(wholes.values()) or [prompt])
             except RowError as error:
                 self.counts.add_invalid(number, error)
                 continue
@@ -118,16 +124,16 @@ class Encoder:
             self.counts.truncated_prompts += len(prompt) > self.max_prompt_length
             prompt = prompt[-self.max_prompt_length :]
             room = self.max_length - len(prompt)
-            yield pair, (prompt, chosen_ids[:room], rejected_ids[:room])
+            chosen_ids, rejected_ids = [response[:room] for response in responses] or (NO_IDS, NO_IDS)
+            yield pair, (prompt, chosen_ids, rejected_ids)
 
     def _response(
         self, pair: PreferencePair, column: str, rendered: Rendered, prompt_ids: TokenIds, whole_ids: TokenIds
     ) -> TokenIds:
         if not np.array_equal(whole_ids[: len(prompt_ids)], prompt_ids):
             cause = "the tokenizer merges the end of the prompt with the response's beginning (white space, most often)"
-            response = pair.chosen if column == "chosen" else pair.rejected
-            raise self._renderer.no_prefix(pair, column, response, rendered.prompt, cause)
-        end = rendered.ends[column == "rejected"]
+            raise self._renderer.no_prefix(pair, column, pair.responses[column], rendered.prompt, cause)
+        end = rendered.ends[column]
         response_ids = whole_ids[len(prompt_ids) : len(whole_ids) - end.trailing]
         if len(response_ids) == 0 or response_ids[-1] != end.token_id:
             raise RowError(
@@ -143,10 +149,10 @@ class Encoder:
     def _lost_bytes(self) -> bytes:
         return lost_bytes(self.template.tokenizer)
 
-    def _check_known(self, pair: PreferencePair, rendered: Rendered, *whole_ids: TokenIds) -> None:
+    def _check_known(self, pair: PreferencePair, texts: Sequence[str], whole_ids: Sequence[TokenIds]) -> None:
         """Checks that the vocabulary has tokens for all text."""
         tokenizer = self.template.tokenizer
-        for text, ids in zip((rendered.chosen, rendered.rejected), whole_ids, strict=True):
+        for text, ids in zip(texts, whole_ids, strict=True):
             unknown = 0 if tokenizer.unk_token_id is None else np.count_nonzero(ids == tokenizer.unk_token_id)
             if unknown > text.count(str(tokenizer.unk_token)):
                 raise _lost(pair, "has no token for some of it")
@@ -154,6 +160,18 @@ class Encoder:
             if len(encoded.translate(None, self._lost_bytes)) < len(encoded) and find_losses(tokenizer, [text]):
                 character = next(one for one in text if {*one.encode()} & {*self._lost_bytes})
                 raise _lost(pair, f"has no token for {character!r}")
+
+
+def _unlike_others(pair: PreferencePair) -> RowError:
+    if pair.responses:
+        problem = "the row has responses, but the first rows have none"
+    else:
+        problem = "the row has no `chosen` and no `rejected`, but other rows have them"
+    return RowError(
+        f"{pair.where}: {problem}",
+        "keep pairs and prompts alone in files of their own, or pass --drop-invalid",
+        "pairs and prompts mixed",
+    )
 
 
 def _lost(pair: PreferencePair, how: str) -> RowError:
@@ -168,5 +186,5 @@ def _texts(pair: PreferencePair) -> Iterator[str]:
     """The texts of a pair's messages, thinking included."""
     if isinstance(pair.prompt, str):
         yield pair.prompt
-    for message in (*(() if isinstance(pair.prompt, str) else pair.prompt), pair.chosen, pair.rejected):
+    for message in (*(() if isinstance(pair.prompt, str) else pair.prompt), *pair.responses.values()):
         yield from (message[name] for name in ("content", *THINKING_FIELDS) if message.get(name))

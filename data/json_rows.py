@@ -83,7 +83,7 @@ def _refuse_object(path: Path, whole: Mapping[str, Any], over_lines: bool) -> No
 
 
 def _is_rows(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, Mapping) and "role" not in value for value in values)
+    return bool(values) and all(isinstance(value, Mapping) and not {"role", "from"} & value.keys() for value in values)
 
 
 def _is_column(value: Any) -> bool:

@@ -21,6 +21,9 @@ UNSUPPORTED_FIELDS = {
     *("refusal", "reasoning_details", "thinking_blocks", "thoughts"),
 }
 ROLE_NAMES = {"human": "user", "function": "tool"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
+# The authors of ShareGPT's messages, which have `from` and `value`; a function_call is JSON of the assistant's call.
+AUTHORS = {role: role for role in ROLES} | {"human": "user", "observation": "tool", "function_call": "assistant"}
+AUTHORS |= {name: role for name, role in ROLE_NAMES.items() if role == "assistant"}
 DROP = "mend or remove the row, or pass --drop-invalid"
 
 _AUTHORS = {*ROLES, "human", "gpt", "chatgpt", "bot", "model", "function", "observation", "function_call", "ipython"}
@@ -30,8 +33,9 @@ _MAYBE_MESSAGES = re.compile(r"""\s*(?:[\w.]*array\()?["'\[({].*["'](?:role|from
 def parse_messages(place: str, value: Any, role: str) -> list[Message]:
     """Messages as chat templates read them; a string is one message of ``role``.
 
-    A message keeps its role, its content as one string, and the other fields that templates know, where they are not
-    empty. A tool call has the form ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
+    ShareGPT's messages, with ``from`` and ``value``, become messages with ``role`` and ``content``. A message keeps its
+    role, its content as one string, and the other fields that templates know, where they are not empty. A tool call has
+    the form ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
 
     Args:
         place: the row and the column, for errors.
@@ -43,13 +47,20 @@ def parse_messages(place: str, value: Any, role: str) -> list[Message]:
     """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    if isinstance(value, Mapping) and {"role", "from"} & value.keys():
+        value = [value]
     if not isinstance(value, list) or not value:
-        fix = "put the message into a list" if isinstance(value, Mapping) and {"role", "from"} & value.keys() else DROP
-        raise RowError(f"{place} is {shown(value)}; expected chat messages or a string", fix, "not messages")
+        raise RowError(f"{place} is {shown(value)}; expected chat messages or a string", DROP, "not messages")
     return [_parse_message(place, message) for message in value]
 
 
 def _parse_message(place: str, message: Any) -> Message:
+    if (
+        isinstance(message, Mapping)
+        and {"from", "value"} <= message.keys()
+        and not {"role", "content"} & message.keys()
+    ):
+        message = _from_sharegpt(place, message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise _no_message(place, message, "role")
     role = message["role"]
@@ -78,6 +89,26 @@ def _parse_message(place: str, message: Any) -> Message:
     return parsed
 
 
+def _from_sharegpt(place: str, message: Mapping[str, Any]) -> Message:
+    author, value = message["from"], message["value"]
+    if not isinstance(author, str) or author not in AUTHORS:
+        expected = "human, gpt, system, tool, observation, function_call"
+        raise RowError(f"{place} has a message from {shown(author)}; expected one of {expected}", DROP, "wrong role")
+    if not isinstance(value, str):
+        raise RowError(
+            f"{place} has a message whose `value` is {shown(value)}; expected a string", DROP, "not messages"
+        )
+    parsed = {name: field for name, field in message.items() if name not in ("from", "value")}
+    parsed |= {"role": AUTHORS[author], "content": value}
+    if author == "function_call":
+        try:
+            calls = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise _broken_tool_call(place, value) from error
+        parsed |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return parsed
+
+
 def _parse_content(place: str, message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if content is None and not is_empty(message.get("tool_calls")):
@@ -103,11 +134,8 @@ def _no_message(place: str, message: Any, field: str) -> RowError:
         problem = f"has a message whose `{field}` is {shown(message[field])}"
     else:
         problem = f"has a message without `{field}`, {shown(message)}"
-    fix = DROP
-    if isinstance(message, Mapping) and "role" not in message and {"from", "value"} <= message.keys():
-        fix = "rename from to role, value to content, human to user, and gpt to assistant"  # ShareGPT
     return RowError(
-        f"{place} {problem}; expected an object with `role` and `content`, both strings", fix, "not messages"
+        f"{place} {problem}; expected an object with `role` and `content`, both strings", DROP, "not messages"
     )
 
 

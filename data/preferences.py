@@ -3,7 +3,7 @@
 A row has ``prompt``, ``chosen`` and ``rejected``, each chat messages or a string. Without ``prompt``, ``chosen`` and
 ``rejected`` are whole conversations, and the messages that both begin with are the prompt. A string is one message: the
 user's for a prompt, the assistant's for a response. ``system`` becomes the first message; ``tools`` and
-``chat_template_kwargs`` are for the chat template.
+``chat_template_kwargs`` are for the chat template. ``adpa.data.forms`` has the forms of other programs.
 """
 
 import hashlib
@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from adpa.data.columns import (
+    CONVERSATION_COLUMNS,
     MEDIA_COLUMNS,
     PROMPT_COLUMNS,
     READ_COLUMNS,
     RESPONSE_COLUMNS,
     TEMPLATE_COLUMNS,
+    lacks_responses,
     missing_columns,
     printable,
     suggest_map,
 )
+from adpa.data.forms import in_columns
 from adpa.data.messages import DROP, Message, holds_messages, is_empty, parse_messages, shown, unsupported
 from adpa.errors import RowError
 
@@ -46,8 +49,8 @@ class PreferencePair:
         example_id: digest of the pair's content; the same pair has the same id in any file.
         prompt: the messages before the response, the last of which is not the assistant's; or, for a prompt that is
             rendered already, its text.
-        chosen: the preferred response, a message of the assistant.
-        rejected: the other response, a message of the assistant.
+        chosen: the preferred response, a message of the assistant; empty for a prompt alone.
+        rejected: the other response, a message of the assistant; empty for a prompt alone.
         tools: the tools' JSON schemas, for the chat template.
         chat_template_kwargs: further arguments of the chat template.
     """
@@ -60,14 +63,20 @@ class PreferencePair:
     tools: tuple[dict[str, Any], ...] | None
     chat_template_kwargs: dict[str, Any]
 
+    @property
+    def responses(self) -> dict[str, Message]:
+        """The two responses by their columns; none for a prompt alone."""
+        return {"chosen": self.chosen, "rejected": self.rejected} if self.chosen else {}
 
-def parse_pair(where: str, row: Row, rendered: bool = False) -> PreferencePair:
+
+def parse_pair(where: str, row: Row, rendered: bool = False, prompts_alone: bool = False) -> PreferencePair:
     """Turns one row of any of the supported forms into a ``PreferencePair``.
 
     Args:
         where: the place of the row, for errors.
         row: the row, or the error with which it was read.
         rendered: the prompt is a string with the chat template's markers, and stays as it is.
+        prompts_alone: take a row without responses, too.
 
     Raises:
         RowError: the row is no preference pair, or has something that adpa does not support.
@@ -78,20 +87,28 @@ def parse_pair(where: str, row: Row, rendered: bool = False) -> PreferencePair:
         found = JSON_TYPES.get(type(row), "null")
         raise RowError(f"{where}: found {found}; expected an object with `chosen` and `rejected`", DROP)
     try:
-        _check_columns(where, row)
-        return _parse_rendered(where, row) if rendered else _parse_chat(where, row)
+        pair = row if rendered else in_columns(where, row)
+        alone = prompts_alone and _is_prompt_alone(pair)
+        for column in () if alone else RESPONSE_COLUMNS:
+            if pair.get(column) is None:
+                raise _no_response(where, row, column)
+        _check_columns(where, pair)
+        return _parse_rendered(where, pair, alone) if rendered else _parse_chat(where, pair, alone)
     except RecursionError as error:
         raise RowError(f"{where}: the row is nested too deeply", DROP, "broken JSON") from error
 
 
+def _is_prompt_alone(row: Mapping[str, Any]) -> bool:
+    names = [name for name in row if name not in RESPONSE_COLUMNS or row[name] is not None]
+    return lacks_responses(tuple(names))
+
+
 def _check_columns(where: str, row: Mapping[str, Any]) -> None:
-    for column in RESPONSE_COLUMNS:
-        if row.get(column) is None:
-            raise _no_response(where, row, column)
     for column, value in row.items():
         if column in MEDIA_COLUMNS and not is_empty(value):
             raise unsupported(f"{where}: found the column `{column}`", column)
-    for column in ("prompt", "system", *RESPONSE_COLUMNS):
+    conversations = CONVERSATION_COLUMNS if is_empty(row.get("prompt")) else ()
+    for column in ("prompt", "system", *conversations, *RESPONSE_COLUMNS):
         if isinstance(row.get(column), str):
             _refuse_messages(where, column, row[column])
 
@@ -111,11 +128,12 @@ def _refuse_messages(where: str, column: str, text: str) -> None:
         )
 
 
-def _parse_chat(where: str, row: Mapping[str, Any]) -> PreferencePair:
-    chosen, rejected = (parse_messages(f"{where}: `{column}`", row[column], "assistant") for column in RESPONSE_COLUMNS)
-    shared = _shared_prefix(chosen, rejected)
-    prompt = _with_system(where, row.get("system"), _parse_prompt(where, row, shared))
-    for column, conversation in (("chosen", chosen), ("rejected", rejected)):
+def _parse_chat(where: str, row: Mapping[str, Any], alone: bool) -> PreferencePair:
+    columns = () if alone else RESPONSE_COLUMNS
+    conversations = [parse_messages(f"{where}: `{column}`", row[column], "assistant") for column in columns]
+    shared = _shared_prefix(*conversations) if conversations else []
+    prompt = _with_system(where, row.get("system"), _parse_prompt(where, row, shared, alone))
+    for column, conversation in zip(columns, conversations, strict=True):
         _check_response(where, column, conversation[len(shared) :])
     questions = [message["content"] for message in prompt if message["role"] == "user"]
     if len(questions) == 1:
@@ -123,11 +141,12 @@ def _parse_chat(where: str, row: Mapping[str, Any]) -> PreferencePair:
     _check_prompt_columns(where, row, " ".join(message["content"] for message in prompt))
     tools = _parse_tools(where, row.get("tools"))
     kwargs = _parse_kwargs(where, row.get("chat_template_kwargs"))
-    example_id = _example_id(where, prompt, chosen[-1], rejected[-1], tools, kwargs)
-    return PreferencePair(where, example_id, tuple(prompt), chosen[-1], rejected[-1], tools, kwargs)
+    chosen, rejected = [conversation[-1] for conversation in conversations] or ({}, {})
+    example_id = _example_id(where, prompt, chosen, rejected, tools, kwargs)
+    return PreferencePair(where, example_id, tuple(prompt), chosen, rejected, tools, kwargs)
 
 
-def _parse_rendered(where: str, row: Mapping[str, Any]) -> PreferencePair:
+def _parse_rendered(where: str, row: Mapping[str, Any], alone: bool) -> PreferencePair:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise RowError(f"{where}: `prompt` is {shown(prompt)}; expected a rendered prompt, a string", DROP, "no prompt")
@@ -139,7 +158,9 @@ def _parse_rendered(where: str, row: Mapping[str, Any]) -> PreferencePair:
                 "unsupported column",
             )
     _check_prompt_columns(where, row, prompt)
-    chosen, rejected = (_parse_rendered_response(where, column, row[column], prompt) for column in RESPONSE_COLUMNS)
+    columns = () if alone else RESPONSE_COLUMNS
+    responses = [_parse_rendered_response(where, column, row[column], prompt) for column in columns]
+    chosen, rejected = responses or ({}, {})
     example_id = _example_id(where, prompt, chosen, rejected, None, {})
     return PreferencePair(where, example_id, prompt, chosen, rejected, None, {})
 
@@ -170,7 +191,7 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
     return chosen[:length]
 
 
-def _parse_prompt(where: str, row: Mapping[str, Any], shared: list[Message]) -> list[Message]:
+def _parse_prompt(where: str, row: Mapping[str, Any], shared: list[Message], alone: bool) -> list[Message]:
     value = row.get("prompt")
     if is_empty(value):
         prompt = shared
@@ -180,11 +201,10 @@ def _parse_prompt(where: str, row: Mapping[str, Any], shared: list[Message]) -> 
                 found, fix = f"`prompt` is {shown(value)}", "write the prompt into it"
             elif not row.keys() <= READ_COLUMNS:
                 found += f" among the columns {printable(row)}"
-            raise RowError(
-                f"{where}: {found}, and `chosen` and `rejected` share no messages",
-                f"{fix}, or make both whole conversations with the same beginning",
-                "no prompt",
-            )
+            if not alone:
+                found += ", and `chosen` and `rejected` share no messages"
+                fix += ", or make both whole conversations with the same beginning"
+            raise RowError(f"{where}: {found}", fix, "no prompt")
     else:
         prompt = parse_messages(f"{where}: `prompt`", value, "user")
         if shared and isinstance(value, str) and any(message["content"] == value for message in shared):
@@ -225,7 +245,7 @@ def _check_response(where: str, column: str, response: list[Message]) -> None:
             f"{where}: after the prompt, `{column}` has messages of {', '.join(roles)}; "
             "expected one message of the assistant",
             DROP,
-            "wrong role",
+            "responses differ too early" if roles[:2] == ["assistant", "user"] else "wrong role",
         )
     if not response[0]["content"].strip() and "tool_calls" not in response[0]:
         raise RowError(f"{where}: `{column}` is an empty response", DROP, "empty response")
@@ -297,7 +317,8 @@ def _example_id(
     kwargs: dict[str, Any],
 ) -> str:
     content: list[Any] = [prompt]
-    content += [message["content"] if len(message) == 2 else message for message in (chosen, rejected)]
+    responses = (chosen, rejected) if chosen else ()
+    content += [message["content"] if len(message) == 2 else message for message in responses]
     content += [{name: value} for name, value in (("tools", tools), ("chat_template_kwargs", kwargs)) if value]
     try:
         identity = json.dumps(content, ensure_ascii=False, sort_keys=True)

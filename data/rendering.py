@@ -30,20 +30,18 @@ OPENED_THINKING = re.compile(rf"^(?:\s*{_OPENING}.*?|(?:(?!{_OPENING}).)*?){_CLO
 
 @dataclass(frozen=True)
 class Rendered:
-    """A preference pair as text.
+    """A preference pair, or a prompt alone, as text.
 
     Attributes:
         prompt: the conversation up to the response.
-        chosen: the whole conversation with the chosen response.
-        rejected: the whole conversation with the rejected response.
-        ends: the ends of the turn in the two whole conversations.
+        wholes: the whole conversations with the responses, by the responses' columns; none for a prompt alone.
+        ends: the ends of the turn in them.
         thinking_left_out: whether the template leaves out thinking of earlier turns.
     """
 
     prompt: str
-    chosen: str
-    rejected: str
-    ends: tuple[TurnEnd, TurnEnd]
+    wholes: dict[str, str]
+    ends: dict[str, TurnEnd]
     thinking_left_out: bool = False
 
 
@@ -60,24 +58,24 @@ class Renderer:
         Raises:
             RowError: the template refuses the conversation, or leaves a part of it out; or a text has control tokens.
         """
-        chosen = self._without_end(pair, "chosen", pair.chosen)
-        rejected = self._without_end(pair, "rejected", pair.rejected)
+        responses = {column: self._without_end(pair, column, one) for column, one in pair.responses.items()}
         messages = [] if isinstance(pair.prompt, str) else [self._strip_end(message) for message in pair.prompt]
-        self._check_control_tokens(pair, messages, chosen, rejected)
+        self._check_control_tokens(pair, messages, responses)
         if isinstance(pair.prompt, str):
             end = replace(self.template.turn_end, trailing=0)
-            with_chosen, with_rejected = (pair.prompt + each["content"] + end.text for each in (chosen, rejected))
-            return Rendered(pair.prompt, with_chosen, with_rejected, (end, end))
+            wholes = {column: pair.prompt + response["content"] + end.text for column, response in responses.items()}
+            return Rendered(pair.prompt, wholes, dict.fromkeys(wholes, end))
         self._check_template(pair, messages)
-        prompt, with_chosen, with_rejected = self._conversations(pair, messages, chosen, rejected)
+        prompt, wholes = self._conversations(pair, messages, responses)
         thinking_left_out = self._check_prompt(pair, messages, prompt)
-        for column, response, whole in (("chosen", chosen, with_chosen), ("rejected", rejected, with_rejected)):
-            if not whole.startswith(prompt):
+        for column, response in responses.items():
+            if not wholes[column].startswith(prompt):
                 cause = "the chat template changes the prompt when the response follows"
                 raise self.no_prefix(pair, column, response, prompt, cause)
             opened = OPEN_THINKING.search(prompt)  # a response with its thinking begins in the prompt then
-            self._check_response(pair, column, response, whole[opened.start() if opened else len(prompt) :])
-        return Rendered(prompt, with_chosen, with_rejected, (self._end(chosen), self._end(rejected)), thinking_left_out)
+            self._check_response(pair, column, response, wholes[column][opened.start() if opened else len(prompt) :])
+        ends = {column: self._end(response) for column, response in responses.items()}
+        return Rendered(prompt, wholes, ends, thinking_left_out)
 
     def _end(self, response: Message) -> TurnEnd:
         return self.template.call_end if "tool_calls" in response else self.template.turn_end
@@ -128,15 +126,14 @@ class Renderer:
         return ControlTokens(self.template)
 
     def _check_control_tokens(
-        self, pair: PreferencePair, prompt: Sequence[Message], chosen: Message, rejected: Message
+        self, pair: PreferencePair, prompt: Sequence[Message], responses: Mapping[str, Message]
     ) -> None:
         if self.allow_control_tokens:
             return
-        for message in (*prompt, chosen, rejected):
-            token = self._control_tokens.find(message)
-            if token is not None:
-                place = {id(chosen): "`chosen`", id(rejected): "`rejected`"}.get(id(message))
-                place = place or f"the {message['role']} message of the prompt"
+        places = [(f"the {message['role']} message of the prompt", message) for message in prompt]
+        places += [(f"`{column}`", response) for column, response in responses.items()]
+        for place, message in places:
+            if (token := self._control_tokens.find(message)) is not None:
                 raise self._has_control_token(pair, place, token)
         for column, value in (("tools", pair.tools), ("chat_template_kwargs", pair.chat_template_kwargs)):
             if value and (token := self._control_tokens.find_in_json(value)) is not None:
@@ -167,7 +164,7 @@ class Renderer:
                     "check the name, or pass --drop-invalid",
                     "argument unknown to the template",
                 )
-        calls = [each for each in (pair.chosen, pair.rejected) if "tool_calls" in each]
+        calls = [each for each in pair.responses.values() if "tool_calls" in each]
         for messages in (prompt, *([*prompt, each] for each in calls)):
             if left_out := template.left_out(messages, pair.tools, pair.chat_template_kwargs):
                 roles = ", ".join(message["role"] for message in messages)
@@ -178,9 +175,9 @@ class Renderer:
                 )
 
     def _conversations(
-        self, pair: PreferencePair, prompt: Sequence[Message], chosen: Message, rejected: Message
-    ) -> list[str]:
-        """The conversation three times: up to the response, with the chosen one, with the rejected one."""
+        self, pair: PreferencePair, prompt: Sequence[Message], responses: Mapping[str, Message]
+    ) -> tuple[str, dict[str, str]]:
+        """The conversation up to the response, and with each response."""
 
         def render(*response: Message) -> str:
             messages = [*prompt, *response]
@@ -188,7 +185,7 @@ class Renderer:
             return text + self._end(response[0]).unwritten if response else text
 
         try:
-            return [render(), render(chosen), render(rejected)]
+            return render(), {column: render(response) for column, response in responses.items()}
         except TemplateRefusalError as error:
             raise RowError(
                 f"{pair.where}: the teacher's chat template refuses the conversation: {error}",

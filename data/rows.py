@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from adpa.data.column_map import rename_rows
+from adpa.data.column_map import Columns, rename_rows
 from adpa.data.csv_rows import read_csv
 from adpa.data.folders import folder_files
 from adpa.data.json_rows import Rows, read_text
@@ -19,7 +19,11 @@ from adpa.errors import DataError
 
 
 def read_rows(
-    source: str | Path, split: str | None = None, limit: int | None = None, columns: Mapping[str, str] = {}
+    source: str | Path,
+    split: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] = {},
+    prompts_alone: bool = False,
 ) -> Rows:
     """Yields (where, row) for every row of a file, a folder of files, a ``datasets`` directory, or a Hub dataset.
 
@@ -30,12 +34,14 @@ def read_rows(
         split: the split to read, or slices of splits.
         limit: read only so many rows, the first ones.
         columns: the columns of a pair that have other names in the data, with these names.
+        prompts_alone: take a table without columns of responses, too.
 
     Raises:
         AdpaError: the source does not exist, cannot be read, or has no rows; or it has no such split or columns.
     """
     empty = True
-    for where, row in islice(read_split(str(source), _find_splits(str(source), columns), split), limit):
+    splits = _find_splits(str(source), Columns(columns, prompts_alone))
+    for where, row in islice(read_split(str(source), splits, split), limit):
         empty = False
         yield where, row
     if empty:
@@ -43,7 +49,7 @@ def read_rows(
         raise DataError(f"{source}: found no rows{within}; expected at least one preference pair", check)
 
 
-def _find_splits(source: str, columns: Mapping[str, str]) -> dict[str, Split]:
+def _find_splits(source: str, columns: Columns) -> dict[str, Split]:
     path = Path(source)
     match find_source(source):
         case "hub":
@@ -57,7 +63,7 @@ def _find_splits(source: str, columns: Mapping[str, str]) -> dict[str, Split]:
             return {ONLY_SPLIT: _files_split([path], columns)}
 
 
-def _files_split(paths: Sequence[Path], columns: Mapping[str, str]) -> Split:
+def _files_split(paths: Sequence[Path], columns: Columns) -> Split:
     """The rows of files, one after another."""
 
     def rows() -> Rows:
@@ -66,11 +72,11 @@ def _files_split(paths: Sequence[Path], columns: Mapping[str, str]) -> Split:
     return Split(rows, lambda: sum(_file_split(path, columns).count() for path in paths))
 
 
-def _file_split(path: Path, columns: Mapping[str, str]) -> Split:
+def _file_split(path: Path, columns: Columns) -> Split:
     match find_source(str(path)):
         case "parquet":
             return parquet_split(path, columns)
         case "csv":
             return uncounted(partial(read_csv, path, columns))
         case _:
-            return uncounted(lambda: rename_rows(read_text(path), columns) if columns else read_text(path))
+            return uncounted(lambda: rename_rows(read_text(path), columns.names) if columns.names else read_text(path))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from adpa.data.column_map import used_columns
+from adpa.data.column_map import Columns, used_columns
 from adpa.data.columns import RESPONSE_COLUMNS
 from adpa.data.json_rows import Rows, broken_row
 from adpa.data.sources import CHECK
@@ -32,12 +32,12 @@ PARQUET_END = b"PAR1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 
 
-def parquet_split(path: Path, columns: Mapping[str, str]) -> Split:
+def parquet_split(path: Path, columns: Columns) -> Split:
     """The rows of a Parquet file.
 
     Args:
         path: the file.
-        columns: the columns of a pair that have other names in the data, with these names.
+        columns: those to read.
     """
 
     def rows() -> Rows:
@@ -67,7 +67,7 @@ def _open_parquet(path: Path) -> tuple[pq.ParquetFile, list[str]]:
         raise DataError(problem, CHECK) from error
 
 
-def saved_splits(path: Path, columns: Mapping[str, str]) -> dict[str, Split] | None:
+def saved_splits(path: Path, columns: Columns) -> dict[str, Split] | None:
     """The splits of a directory that ``datasets`` saved; none for another directory. ``columns`` as above."""
     if (path / "state.json").is_file():
         name = _read_json(path, path / "state.json").get("_split")  # may have slices of splits
@@ -84,7 +84,7 @@ def saved_splits(path: Path, columns: Mapping[str, str]) -> dict[str, Split] | N
     }
 
 
-def _saved_split(path: Path, folder: Path, columns: Mapping[str, str], label: str = "") -> Split:
+def _saved_split(path: Path, folder: Path, columns: Columns, label: str = "") -> Split:
     """The split in a folder of a directory; ``label`` tells its rows from those of other splits."""
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -116,7 +116,7 @@ def _other_form(path: Path, error: Exception) -> DataError:
     )
 
 
-def _arrow_batches(path: Path, files: Iterable[Path], columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: Path, files: Iterable[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
     """Reads Arrow files without ``datasets``, which may lack the package of their format or the type of a column."""
     for file in files:
         try:
@@ -138,7 +138,7 @@ def _arrow_batches(path: Path, files: Iterable[Path], columns: Mapping[str, str]
             ) from error
 
 
-def hub_splits(source: str, columns: Mapping[str, str]) -> dict[str, Split]:
+def hub_splits(source: str, columns: Columns) -> dict[str, Split]:
     """The splits of a data set on the Hub. ``columns`` as above."""
     from adpa.data.hub import load_hub_data  # no other source needs it
 
@@ -149,7 +149,7 @@ def hub_splits(source: str, columns: Mapping[str, str]) -> dict[str, Split]:
     }
 
 
-def _hub_split(source: str, dataset: "Dataset", columns: Mapping[str, str]) -> Split:
+def _hub_split(source: str, dataset: "Dataset", columns: Columns) -> Split:
     def rows() -> Rows:
         used = used_columns(source, dataset.column_names, columns)
         batches = dataset.with_format("arrow").select_columns([*used]).iter(BATCH_ROWS)

@@ -1,32 +1,34 @@
 """Compares two trained models on held-out prompts by the implicit reward of a teacher and its reference.
 
-The implicit reward of a response y to a prompt x is Σ_t log π_teacher(y_t) − log π_reference(y_t), the reward that DPO
-gave the teacher, divided by its β (Rafailov et al., Direct Preference Optimization, 2023, equation 5, without the
-constant of the prompt). It needs no judge and no reward that somebody programmed, but ADPA trains on it.
-
-Shapes: P distinct prompts, M responses to each, T tokens of a response.
+``data/answers.py`` defines the numbers.
 """
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import Doc
 
-from adpa.data.bootstrap import Interval, bootstrap_interval, win_share
+from adpa.data.answers import (
+    Answers,
+    AnswerSummary,
+    Comparison,
+    compare_answers,
+    perplexity,
+    read_answers,
+    student_rewards,
+)
+from adpa.data.bootstrap import Interval
 from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
-from adpa.data.cache.responses import read_response_sets
-from adpa.data.cache.signals import read_scoring, read_signals
+from adpa.data.cache.signals import read_signals
 from adpa.data.sequences import TokenIds
+from adpa.data.shown_answers import ShownPrompt, first_prompts, read_questions, show_answers
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.option_checks import check_not_empty
+from adpa.pipeline.option_checks import COUNT_OR_0, check_not_empty
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     AttnImplementationOption,
@@ -55,12 +57,15 @@ from adpa.pipeline.options import (
     TensorParallelOption,
     TrustRemoteCodeOption,
 )
-from adpa.pipeline.precompute import PrecomputeReport, precompute
-from adpa.pipeline.scoring.request import DataOptions, EngineOptions, SamplingOptions
+from adpa.pipeline.scoring.executor import ExecutorOptions
+from adpa.pipeline.scoring.parts import WHOLE
+from adpa.pipeline.scoring.request import DataOptions, EngineOptions, Request, SamplingOptions, SignalOptions
 from adpa.pipeline.scoring.vllm_options import VllmOptions
 from adpa.pipeline.training.evaluations import record_evaluation
 
-NGRAM = 4
+if TYPE_CHECKING:
+    from adpa.pipeline.scoring.plan import Plan
+
 NOTE = (
     "The implicit reward, log π_teacher − log π_reference of a response, is also what ADPA trains on: a win here shows "
     "that training did what it was asked to, and is no proof of better answers. low and high are the ends of 95 % "
@@ -69,27 +74,10 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class AnswerSummary:
-    """What a model's responses are like; every number is a mean over its responses.
-
-    Attributes:
-        implicit_reward: the sum over the response's tokens, in nats.
-        implicit_reward_per_token: the mean over the response's tokens, in nats.
-        tokens: length, with the end-of-turn token.
-        ended: share of the responses that ended by themselves and were not cut at ``max_new_tokens``.
-        repetition: see ``repetition``.
-    """
-
-    implicit_reward: float
-    implicit_reward_per_token: float
-    tokens: float
-    ended: float
-    repetition: float
-
-
-@dataclass(frozen=True)
 class EvaluateReport:
     """The result of ``evaluate``. Intervals are of 95 %, of the bootstrap over the prompts, which both models share.
+
+    The first six are of the sampled answers.
 
     Attributes:
         student: what the student's responses are like.
@@ -110,6 +98,19 @@ class EvaluateReport:
         engine_reason: why it was this one.
         note: what the numbers do not show.
         seconds: wall-clock time.
+        temperature: of the sampled answers; at 0 they are the greedy ones.
+        greedy: the same comparison of greedy answers, one of each model to a prompt.
+        answered_greedily: greedy answers given now, by both models.
+        scored_by_students: chosen and rejected responses scored now by student and baseline.
+        student_perplexity: the student's perplexity on the chosen responses; see ``perplexity``.
+        baseline_perplexity: the baseline's.
+        reward_accuracy: share of the pairs whose chosen response gets the larger reward log π_student − log π_baseline;
+            see ``student_rewards``. None if no pair has two different responses.
+        reward_margin: the reward of the chosen response minus that of the rejected one, mean over the pairs, in nats.
+        reward_pairs: number of these pairs.
+        truncated_responses: chosen and rejected responses cut to ``max_prompt_length + max_new_tokens`` tokens with
+            their prompts.
+        shown: the answers to the first ``show`` prompts.
     """
 
     student: AnswerSummary
@@ -130,6 +131,17 @@ class EvaluateReport:
     engine_reason: str
     note: str
     seconds: float
+    temperature: float = 1.0
+    greedy: Comparison | None = None
+    answered_greedily: int = 0
+    scored_by_students: int = 0
+    student_perplexity: float | None = None
+    baseline_perplexity: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    reward_pairs: int = 0
+    truncated_responses: int = 0
+    shown: list[ShownPrompt] = field(default_factory=list)
 
 
 def evaluate(
@@ -143,7 +155,7 @@ def evaluate(
     reference: Annotated[PathOrName, Doc("The large model before preference training."), Group.DECIDE],
     data: Annotated[
         PathOrName,
-        Doc("Held-out preference pairs, in the forms of precompute; their prompts are answered."),
+        Doc("Held-out prompts, alone or in preference pairs, in the forms of precompute; they are answered."),
         Group.DECIDE,
     ],
     show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.SAMPLING] = 0,
@@ -178,9 +190,12 @@ def evaluate(
 ) -> EvaluateReport:
     """Compare a student with a baseline on held-out prompts, without a judge.
 
-    Both answer every prompt, with the same seed. Teacher and reference score the answers. The implicit reward of an
-    answer, log π_teacher − log π_reference, is also what ADPA trains on: a win does not prove better answers. The
-    report also has lengths and repetition, because a student can raise such a reward by long or repeated text.
+    Both answer every prompt twice: sampled at --temperature, with the same seed, --samples-per-prompt answers each; and
+    greedily, one answer each. Teacher and reference score the answers. The implicit reward of an answer, log π_teacher
+    − log π_reference, is also what ADPA trains on: a win does not prove better answers. The report also has lengths and
+    repetition, because a student can raise such a reward by long or repeated text. On the held-out pairs it has the
+    perplexity of the chosen responses, and how often the student's own reward, log π_student − log π_baseline, prefers
+    them to the rejected ones. Each model is loaded once.
 
     Raises:
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
@@ -189,108 +204,127 @@ def evaluate(
     started = time.perf_counter()
     names = {"--student": student, "--baseline": baseline, "--teacher": teacher, "--reference": reference}
     check_not_empty(names)
-    max_length = max_prompt_length + max_new_tokens
-    SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed).check()
-    pairs = DataOptions(
-        source=data,
-        split=split,
-        limit=limit,
-        map=map,
-        max_prompt_length=max_prompt_length,
-        max_length=max_length,
-        drop_invalid=drop_invalid,
-        chat_template_kwargs=dict(chat_template_kwargs or {}),
-        rendered=rendered,
-        allow_control_tokens=allow_control_tokens,
-    )
-    pairs.check()
+    COUNT_OR_0.check("--show", show)
     vllm = VllmOptions(tensor_parallel, quantization, None, gpu_memory_utilization, "auto", tuple(engine_arg or ()))
-    EngineOptions(engine, vllm, batch_tokens, dtype, device, attn_implementation, trust_remote_code).check()
-    _check_inputs(names, pairs, cache, trust_remote_code)
     with TemporaryDirectory(prefix="adpa-evaluation-") as temporary:
-        folder: Location = cache / "evaluation" if cache else Path(temporary)  # apart from what training reads
-        ask = partial(
-            precompute,
+        request = Request(
             teacher=teacher,
             reference=reference,
-            data=data,
-            cache=folder,
-            split=split,
-            limit=limit,
-            map=map,
-            top_k=1,  # only the response's own tokens are read
-            max_prompt_length=max_prompt_length,
-            max_length=max_length,
-            drop_invalid=drop_invalid,
-            chat_template_kwargs=chat_template_kwargs,
-            rendered=rendered,
-            allow_control_tokens=allow_control_tokens,
-            samples_per_prompt=samples_per_prompt,
-            temperature=temperature,
-            sampling_top_p=sampling_top_p,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            engine=engine,
-            tensor_parallel=tensor_parallel,
-            quantization=quantization,
-            gpu_memory_utilization=gpu_memory_utilization,
-            engine_arg=engine_arg,
-            batch_tokens=batch_tokens,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+            student=student,
+            cache=cache / "evaluation" if cache else Path(temporary),  # apart from what training reads
+            names=["sampled"],
+            data=DataOptions(
+                source=data,
+                split=split,
+                limit=limit,
+                map=map,
+                max_prompt_length=max_prompt_length,
+                max_length=max_prompt_length + max_new_tokens,
+                drop_invalid=drop_invalid,
+                chat_template_kwargs=dict(chat_template_kwargs or {}),
+                rendered=rendered,
+                allow_control_tokens=allow_control_tokens,
+                prompts_alone=True,
+            ),
+            signals=SignalOptions(top_k=1, top_p=1.0, lossy=False),  # only the response's own tokens are read
+            sampling=SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed),
+            engine=EngineOptions(engine, vllm, batch_tokens, dtype, device, attn_implementation, trust_remote_code),
+            executor=ExecutorOptions(),
+            part=WHOLE,
+            dry_run=False,
+            probe=None,
         )
-        if ask(student=baseline, dry_run=True).prompts < 2:  # also checks everything else before the long work
-            raise DataError(f"{data}: all its prompts are one and the same", "give at least two, and better hundreds")
-        by_student, by_baseline = ask(student=student), ask(student=baseline)
-        mine, theirs = (_read_answers(folder, done, samples_per_prompt) for done in (by_student, by_baseline))
-    assert mine.prompts == theirs.prompts, "both answer the same data"
-    report = EvaluateReport(
-        student=mine.summary(),
-        baseline=theirs.summary(),
-        win_rate=_over_prompts(win_share(mine.reward, theirs.reward)),
-        win_rate_per_token=_over_prompts(win_share(mine.per_token, theirs.per_token)),
-        difference=_over_prompts(mine.reward - theirs.reward),
-        difference_per_token=_over_prompts(mine.per_token - theirs.per_token),
-        prompts=len(mine.prompts),
-        repeated_prompts=mine.repeated_prompts,
-        truncated_prompts=by_student.truncated_prompts,
-        thinking_left_out=by_student.thinking_left_out,
-        dropped=by_student.dropped,
-        dropped_by_reason=by_student.dropped_by_reason,
-        sampled=by_student.sampled + by_baseline.sampled,
-        scored=by_student.scored + by_baseline.scored,
-        engine=by_student.engine,
-        engine_reason=by_student.engine_reason,
-        note=NOTE,
-        seconds=time.perf_counter() - started,
-    )
-    record_evaluation(student, options, asdict(report))
+        request.check()
+        _check_inputs(names, request, cache)
+        report = _evaluate(request, baseline, show, started)
+    record_evaluation(student, options, asdict(replace(report, shown=[])))
     return report
 
 
-def _check_inputs(
-    names: Mapping[str, str], pairs: DataOptions, cache: Location | None, trust_remote_code: bool
-) -> None:
+def _evaluate(request: Request, baseline: str, show: int, started: float) -> EvaluateReport:
+    # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
+    from adpa.pipeline.scoring.comparison import compare_students, make_contestant
+    from adpa.pipeline.scoring.plan import open_setup, read_pairs, with_student
+
+    setup = open_setup(request)
+    setups = (setup, with_student(request, setup, baseline))
+    if len({one.models.student.identity.digest for one in setups if one.models.student}) < 2:
+        raise _same_weights(str(request.student), baseline)
+    pairs = read_pairs(request, setup)
+    contestants = [make_contestant(request, one, pairs) for one in setups]
+    plan = contestants[0].answers
+    if plan.own.distinct < 2:
+        raise DataError(
+            f"{request.data.source}: all its prompts are one and the same", "give at least two, and better hundreds"
+        )
+    answered, scored = compare_students(request.cache, contestants)
+    signals = read_signals(request.cache, plan.scoring)
+    mine, theirs = (read_answers(one.sampled, signals) for one in answered)
+    sampled = compare_answers(mine, theirs)
+    greedy = compare_answers(*(read_answers(one.greedy, signals) for one in answered))
+    own = [read_signals(request.cache, one.scoring) for one in contestants]
+    sets = contestants[0].pairs.sets
+    rewards = student_rewards(sets["chosen"], sets["rejected"], *own) if sets else None
+    counts = pairs.encoder.counts
+    return EvaluateReport(
+        **vars(sampled),
+        prompts=len(mine.first),
+        repeated_prompts=mine.repeated_prompts,
+        truncated_prompts=counts.truncated_prompts,
+        thinking_left_out=counts.thinking_left_out,
+        dropped=counts.dropped,
+        dropped_by_reason=counts.reasons(),
+        sampled=sum(one.sampled_now for one in answered),
+        scored=scored,
+        engine=setup.engine.name,
+        engine_reason=setup.engine.reason,
+        note=NOTE,
+        seconds=time.perf_counter() - started,
+        temperature=request.sampling.temperature,
+        greedy=greedy,
+        answered_greedily=sum(one.greedy_now for one in answered),
+        scored_by_students=sum(one.scored_now for one in answered),
+        student_perplexity=perplexity(sets["chosen"], own[0]) if sets else None,
+        baseline_perplexity=perplexity(sets["chosen"], own[1]) if sets else None,
+        reward_accuracy=None if rewards is None else rewards.reward_accuracy,
+        reward_margin=None if rewards is None else rewards.reward_margin,
+        reward_pairs=0 if rewards is None else rewards.pairs,
+        truncated_responses=sum(one.info.truncated_responses for one in sets.values()),
+        shown=_show(request.data, plan, mine, theirs, show),
+    )
+
+
+def _show(data: DataOptions, plan: "Plan", mine: Answers, theirs: Answers, count: int) -> list[ShownPrompt]:
+    """The answers to the first prompts of the data; their ends of turn are left out."""
+    from adpa.data.rows import read_rows
+
+    assert plan.sampling is not None
+    ends, tokenizer = plan.sampling.ends, plan.encoder.template.tokenizer
+    prompts = first_prompts([(example_id, one.prompt_ids) for example_id, one in plan.samples], count)
+    rows = read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)
+    questions = read_questions(rows, data.rendered, {*prompts.values()})
+
+    def decode(ids: TokenIds) -> str:
+        said = ids[:-1] if int(ids[-1]) in ends else ids
+        return str(tokenizer.decode(said, clean_up_tokenization_spaces=False))
+
+    return show_answers(prompts, questions, mine, theirs, decode)
+
+
+def _check_inputs(names: Mapping[str, str], request: Request, cache: Location | None) -> None:
     """Checks what is read and written; the names of the models are by their options."""
     from adpa.pipeline.models.model_names import is_same
     from adpa.pipeline.scoring.inputs import check_inputs, check_reference  # a client of the Hub: not for --help
 
     if cache is not None:
-        check_writable("--cache", cache)
-        check_new_cache("--cache", cache)
+        for folder in (cache, request.cache):
+            check_writable("--cache", folder)
+            check_new_cache("--cache", folder)
     student, baseline = names["--student"], names["--baseline"]
     if is_same(student, baseline):
         raise _same_weights(student, baseline)
     check_reference(names["--reference"], names["--teacher"])
-    check_inputs(names, pairs)
-
-    from adpa.pipeline.models.checkpoint import open_checkpoint  # imports torch: after all that needs no weights
-
-    opened = [open_checkpoint(name, trust_remote_code=trust_remote_code) for name in (student, baseline)]
-    if opened[0].identity.digest == opened[1].identity.digest:
-        raise _same_weights(student, baseline)
+    check_inputs(names, request.data)
 
 
 def _same_weights(student: str, baseline: str) -> OptionError:
@@ -298,65 +332,3 @@ def _same_weights(student: str, baseline: str) -> OptionError:
         f"--baseline {baseline}: it has the weights of --student {student}, so that there is nothing to compare",
         "name the model before training, or another one",
     )
-
-
-def repetition(response_ids: TokenIds) -> float:
-    """The share of repeated 4-grams of tokens: 1 − distinct / all; 0 for a response of fewer than 4 tokens.
-
-    Args:
-        response_ids: int32 [T].
-    """
-    if len(response_ids) < NGRAM:
-        return 0.0
-    ngrams = np.lib.stride_tricks.sliding_window_view(response_ids, NGRAM)
-    return 1 - len(np.unique(ngrams, axis=0)) / len(ngrams)
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """A model's answers; arrays are float64 [P, M]."""
-
-    prompts: list[bytes]
-    repeated_prompts: int
-    reward: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    ended: NDArray[np.float64]
-    repetition: NDArray[np.float64]
-
-    @property
-    def per_token(self) -> NDArray[np.float64]:
-        return self.reward / self.tokens
-
-    def summary(self) -> AnswerSummary:
-        return AnswerSummary(
-            implicit_reward=float(self.reward.mean()),
-            implicit_reward_per_token=float(self.per_token.mean()),
-            tokens=float(self.tokens.mean()),
-            ended=float(self.ended.mean()),
-            repetition=float(self.repetition.mean()),
-        )
-
-
-def _read_answers(cache: Location, done: PrecomputeReport, samples_per_prompt: int) -> _Answers:
-    """What a run of ``precompute`` sampled and scored; the first one of several pairs with the same prompt."""
-    responses = next(one for one in read_response_sets(cache) if one.id == done.responses["sampled"])
-    signals = read_signals(cache, read_scoring(cache, done.scoring))
-    sequences, numbers = responses.sequences(), signals.locate(responses.table["key"])
-    firsts: dict[bytes, int] = {}  # where the M responses to a prompt begin; they stand together
-    for start in range(0, len(sequences), samples_per_prompt):
-        firsts.setdefault(sequences[start].prompt_ids.tobytes(), start)
-
-    def measure(row: int) -> tuple[float, float, float, float]:
-        advantages_T = signals.row(int(numbers[row])).token_advantages
-        assert advantages_T is not None, "a scoring without a reference"
-        response_ids = sequences[row].response_ids
-        ended = int(response_ids[-1]) in responses.info.ends
-        return float(advantages_T.sum(dtype=np.float64)), len(response_ids), float(ended), repetition(response_ids)
-
-    measured = np.array([[measure(start + m) for m in range(samples_per_prompt)] for start in firsts.values()])
-    repeated = len(sequences) // samples_per_prompt - len(firsts)
-    return _Answers(list(firsts), repeated, *np.moveaxis(measured, -1, 0))
-
-
-def _over_prompts(values_PM: NDArray[np.float64]) -> Interval:
-    return bootstrap_interval(values_PM.mean(axis=1)[None])

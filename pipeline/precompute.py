@@ -41,6 +41,7 @@ from adpa.pipeline.options import (
     TrustRemoteCodeOption,
 )
 from adpa.pipeline.scoring.executor import ExecutorName, ExecutorOptions
+from adpa.pipeline.scoring.first_example import FirstExample, first_example
 from adpa.pipeline.scoring.parts import parse_part
 from adpa.pipeline.scoring.request import (
     DataOptions,
@@ -54,7 +55,6 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
     from adpa.data.reward_accuracy import RewardAccuracy
-    from adpa.data.sequences import TokenIds
     from adpa.pipeline.scoring.plan import Plan, Setup
     from adpa.pipeline.scoring.probe import ProbeReport
     from adpa.pipeline.scoring.run import Outcome
@@ -67,7 +67,7 @@ class PrecomputeReport:
     """What ``precompute`` did; with ``dry_run``, what it would do at most.
 
     Attributes:
-        rows: pairs read; like all counts of pairs, of the whole data and not of a part.
+        rows: pairs, or prompts alone, read; like all counts of pairs, of the whole data and not of a part.
         used: pairs that became token ids; the others were dropped.
         duplicates: pairs in use whose content is that of an earlier one.
         identical: pairs in use whose chosen and rejected response are the same tokens, maybe because both were cut.
@@ -94,7 +94,7 @@ class PrecomputeReport:
         workers: processes that ran each model, if there was work for all of them.
         part: which part of the data was sampled and scored, as i/n.
         scoring: the scoring's id.
-        responses: the id of each response set.
+        responses: the id of each response set; of prompts alone there is no chosen one.
         seconds: wall-clock time.
         dry_run: whether nothing was sampled or written, and nothing scored but the responses of a probe.
         probe: what the probe of a dry run measured.
@@ -139,23 +139,6 @@ class PrecomputeReport:
     reward_margin: float | None = None
     reward_pairs: int = 0
     prompts: int = 0
-
-
-@dataclass(frozen=True)
-class FirstExample:
-    """The first pair of the data as the models read it: text that was decoded from its tokens.
-
-    Attributes:
-        prompt: the prompt.
-        chosen: the chosen response without its end-of-turn token.
-        end: the end-of-turn token; none if the response was cut.
-        end_id: its id.
-    """
-
-    prompt: str
-    chosen: str
-    end: str | None
-    end_id: int
 
 
 def precompute(
@@ -266,9 +249,9 @@ def precompute(
 
     Sequences with rows in the cache are not scored again. To resume a killed run, run it again; when data grows, only
     its new rows are scored. With a student, its own responses to the prompts are sampled and scored. The chosen
-    responses are then stored too, unscored, for the SFT term. A dry run with a probe predicts the cost and says how
-    much of the teacher's probability each K keeps. ``on_example`` gets the first example after all rows were checked
-    and before a model is loaded.
+    responses are then stored too, unscored, for the SFT term; prompts alone have none. A dry run with a probe predicts
+    the cost and says how much of the teacher's probability each K keeps. ``on_example`` gets the first example after
+    all rows were checked and before a model is loaded.
 
     Raises:
         AdpaError: a problem with the arguments, the data, the checkpoints or the cache that the caller can solve.
@@ -277,12 +260,13 @@ def precompute(
     vllm = VllmOptions(
         tensor_parallel, quantization, max_model_len, gpu_memory_utilization, head_dtype, tuple(engine_arg or ())
     )
+    names = parse_responses(responses, student)
     request = Request(
         teacher=teacher,
         reference=reference,
         student=student,
         cache=cache,
-        names=parse_responses(responses, student),
+        names=names,
         data=DataOptions(
             source=data,
             split=split,
@@ -294,6 +278,7 @@ def precompute(
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             rendered=rendered,
             allow_control_tokens=allow_control_tokens,
+            prompts_alone=names == ["sampled"],
         ),
         signals=SignalOptions(top_k, top_p, lossy),
         sampling=SamplingOptions(samples_per_prompt, temperature, sampling_top_p, max_new_tokens, seed),
@@ -320,30 +305,13 @@ def precompute(
     setup = open_setup(request)
     plan = make_plan(request, setup)
     if on_example is not None:
-        on_example(_first_example(plan))
+        on_example(first_example(plan.encoder.template, plan.first))
     outcome = run_plan(request, setup, plan)
     probed = None if probe is None else probe_plan(request, probe, setup, plan, outcome)
     rewards = measure_rewards(request, plan, outcome) if probed is None else probed.rewards
     if rewards is not None and (warning := rewards.warning()):
         logger.warning(warning)
     return _report(request, setup, plan, outcome, probed, rewards, time.perf_counter() - started)
-
-
-def _first_example(plan: "Plan") -> FirstExample:
-    template, pair = plan.encoder.template, plan.first
-    last, end_id = int(pair.chosen_ids[-1]), template.turn_end.token_id
-    ended = last in (end_id, template.call_end.token_id)
-    end_id = last if ended else end_id
-
-    def decode(ids: "TokenIds") -> str:
-        return str(template.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    return FirstExample(
-        prompt=decode(pair.prompt_ids),
-        chosen=decode(pair.chosen_ids[:-1] if ended else pair.chosen_ids),
-        end=str(template.tokenizer.convert_ids_to_tokens(end_id)) if ended else None,
-        end_id=end_id,
-    )
 
 
 def _report(

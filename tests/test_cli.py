@@ -123,11 +123,13 @@ def test_an_evaluation_is_printed_line_by_line_and_leaves_nothing_without_a_cach
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "report.json").read_text())
     lines = [" ".join(line.strip("│ ").replace("│", " ").split()) for line in done.stdout.splitlines()]
-    student = report["student"]
-    assert f"student implicit reward {student['implicit_reward']:,.4g}" in lines
-    assert f"implicit reward per token {student['implicit_reward_per_token']:,.4g}" in lines
-    assert f"win rate mean {report['win_rate']['mean']:,.4g}" in lines
-    assert f"low {report['win_rate']['low']:,.4g}" in lines
+    summaries = [part[name] for part in (report, report["greedy"]) for name in ("student", "baseline")]
+    for field, label in (("implicit_reward", "implicit reward"), ("implicit_reward_per_token", "… per token")):
+        assert " ".join([label, *(f"{one[field]:.4g}" for one in summaries)]) in lines
+    wins = [part["win_rate"] for part in (report, report["greedy"])]
+    assert " ".join(["win rate", *(f"{w['mean']:.3g} [{w['low']:.3g}, {w['high']:.3g}]" for w in wins)]) in lines
+    perplexities = [f"{report[f'{name}_perplexity']:,.0f}" for name in ("student", "baseline")]  # of random models
+    assert " ".join(["perplexity of the chosen", *perplexities]) in lines
     assert "is also what ADPA trains on" in " ".join(lines)
     assert not list(tmp_path.glob("adpa-evaluation-*"))
 

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.cache.tokenizers": {"data.cache", "data.vocabulary"},
     "pipeline.terminal": {"pipeline.terminal", "pipeline.cache", *CACHE_FILES}
     | {f"pipeline.{command}" for command in ("precompute", "distill", "evaluate", "inspect", "runs", "inspected_runs")}
-    | {"pipeline.scoring.probe", "pipeline.training.distill_plan"}
+    | {"pipeline.scoring.probe", "pipeline.scoring.first_example", "pipeline.training.distill_plan"}
     | {"pipeline.training.serving", "pipeline.training.evaluation_numbers"},
     "pipeline.cache": {"pipeline.cache", *OPTIONS, *CACHE_FILES},
     "pipeline.models": {"pipeline.models", *OPTIONS, "kernels", *CACHE_FILES},

@@ -17,7 +17,7 @@ from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.options import EngineName, ModelName
 from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
-from adpa.pipeline.scoring.sample import Sampler
+from adpa.pipeline.scoring.sample import SharedSampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.vllm_engine import obstacle_to_vllm, open_vllm
 from adpa.pipeline.scoring.vllm_options import VllmOptions, refuse_attention
@@ -37,6 +37,11 @@ class Engine(Protocol):
     @property
     def sampling_name(self) -> str:
         """The engine's entry in a sampling: every setting that can change a number."""
+        ...
+
+    @property
+    def student_name(self) -> str:
+        """The engine's entry in a scoring by a student: every setting that can change a number."""
         ...
 
     @property
@@ -76,7 +81,7 @@ class Engine(Protocol):
         """Loads the teacher, the reference or the student for sequences of up to ``longest`` tokens."""
         ...
 
-    def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
+    def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> SharedSampler:
         """Loads a student for prompts and responses of up to ``longest`` tokens together."""
         ...
 
@@ -88,7 +93,7 @@ class HfEngine:
     device: torch.device
     reason: str
 
-    name = sampling_name = "hf"
+    name = sampling_name = student_name = "hf"
     max_tokens = None
     extra_positions = 0
     pads = True
@@ -115,7 +120,7 @@ class HfEngine:
         """See ``Engine.open_scorer``."""
         return open_hf_scorer(checkpoint, scoring.dtype, self.device)
 
-    def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
+    def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> SharedSampler:
         """See ``Engine.open_sampler``."""
         return HfSampler(checkpoint, sampling, self.device)
 

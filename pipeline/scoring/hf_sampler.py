@@ -29,7 +29,9 @@ from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import ModelError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
 from adpa.pipeline.models.padding import Grouping, choose_grouping, finite_rows, in_groups, nearly_same, trial_sequences
-from adpa.pipeline.scoring.sample import stream_seed
+from adpa.pipeline.scoring.hf_scorer import hf_scorer
+from adpa.pipeline.scoring.sample import SharedSampler, stream_seed
+from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 SYNC_FREE_SDPA = "adpa_sync_free_sdpa"
 ANOTHER = "use --engine vllm if it runs the model, or another student"
@@ -38,7 +40,7 @@ ANOTHER = "use --engine vllm if it runs the model, or another student"
 Choose = Callable[[int, Tensor], Tensor]
 
 
-class HfSampler:
+class HfSampler(SharedSampler):
     """A ``Sampler`` on a transformers model.
 
     Raises:
@@ -47,7 +49,9 @@ class HfSampler:
 
     def __init__(self, checkpoint: Checkpoint, sampling: Sampling, device: torch.device) -> None:
         self._model = checkpoint.load(sampling.dtype, device).eval()
+        self._name = checkpoint.name
         self._sampling = sampling
+        self._attention = str(self._model.config._attn_implementation)
         if device.type == "cuda":
             avoid_mask_sync(self._model)
         self._grouping = prompt_grouping(self._model)
@@ -56,6 +60,12 @@ class HfSampler:
         """See ``Sampler.sample``."""
         together = partial(sample, self._model, self._sampling)
         return (in_groups(self._grouping, batch, _prompt_length, together) for batch in batches)
+
+    def as_scorer(self) -> HeadScorer:
+        """See ``SharedSampler.as_scorer``."""
+        if self._model.config._attn_implementation != self._attention:  # as it was loaded
+            self._model.set_attn_implementation(self._attention)
+        return hf_scorer(self._name, self._model)
 
     def close(self) -> None:
         """See ``Sampler.close``."""

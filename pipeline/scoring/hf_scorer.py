@@ -20,11 +20,15 @@ from adpa.pipeline.scoring.scorer_head import HeadScorer
 
 def open_hf_scorer(checkpoint: Checkpoint, dtype: str, device: torch.device) -> HeadScorer:
     """Loads a model and checks that adpa knows its head, and whether it takes padded batches."""
-    model = checkpoint.load(dtype, device).eval()
+    return hf_scorer(checkpoint.name, checkpoint.load(dtype, device).eval())
+
+
+def hf_scorer(name: str, model: PreTrainedModel) -> HeadScorer:
+    """A scorer of a loaded model."""
     check_head(model)
     leave_out_padding_mask(model)
     grouping = choose_grouping(model, trial_sequences(model), len, partial(response_rows, model))
-    return HeadScorer(checkpoint.name, HfDecoder(model, grouping), read_head(model))
+    return HeadScorer(name, HfDecoder(model, grouping), read_head(model))
 
 
 class HfDecoder:

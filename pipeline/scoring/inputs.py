@@ -58,9 +58,11 @@ def _check_data(data: DataOptions) -> None:
         check_hub_data(data.source)
         return
     counts = RowCounts()
-    for number, (where, row) in enumerate(read_rows(data.source, data.split, data.limit, data.columns)):
+    for number, (where, row) in enumerate(
+        read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)
+    ):
         try:
-            parse_pair(where, row, data.rendered)
+            parse_pair(where, row, data.rendered, data.prompts_alone)
         except RowError as error:
             counts.add_invalid(number, error)
         else:

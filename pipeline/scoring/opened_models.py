@@ -1,7 +1,7 @@
 """Opens the models of stage one and checks them against one another and against the data, before the long work."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from adpa.data.cache.responses import ResponseName, Sampling
@@ -13,7 +13,7 @@ from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.options import DtypeName, ModelName
 from adpa.pipeline.scoring.engine import Engine
 from adpa.pipeline.scoring.inputs import teachers_weights
-from adpa.pipeline.scoring.sample import Sampler
+from adpa.pipeline.scoring.sample import SharedSampler
 from adpa.pipeline.scoring.score import Scorer
 
 
@@ -24,6 +24,20 @@ class Models:
     teacher: Checkpoint
     reference: Checkpoint | None
     student: Checkpoint | None
+
+    def with_student(self, name: str) -> "Models":
+        """The same teacher and reference, and another student.
+
+        Raises:
+            AdpaError: its checkpoint is missing or has another vocabulary.
+        """
+        student = open_checkpoint(
+            name,
+            attn_implementation=self.teacher.attn_implementation,
+            trust_remote_code=self.teacher.trust_remote_code,
+        )
+        check_same_vocabulary(self.teacher.tokenizer, student.tokenizer, self.teacher.name, student.name)
+        return replace(self, student=student)
 
     def by_name(self) -> dict[ModelName, Checkpoint]:
         """The models of this run by their names."""
@@ -62,7 +76,8 @@ class Models:
         for pair in pairs:
             response = {"chosen": len(pair.chosen_ids), "rejected": len(pair.rejected_ids), "sampled": new_tokens}
             lengths += [len(pair.prompt_ids) + response[name] for name in names]
-            largest = max(largest, *(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
+            texts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)  # a prompt alone has no responses
+            largest = max(largest, *(int(ids.max()) for ids in texts if ids.size))
         for model, checkpoint in self.by_name().items():
             extra = 0 if model == "student" else engine.extra_positions
             checkpoint.check_positions([length + extra for length in lengths])
@@ -83,7 +98,7 @@ class Models:
         checkpoint.check_here()
         return engine.open_scorer(checkpoint, scoring, longest)
 
-    def open_sampler(self, engine: Engine, longest: int, sampling: Sampling) -> Sampler:
+    def open_sampler(self, engine: Engine, longest: int, sampling: Sampling) -> SharedSampler:
         """Loads the student for prompts and responses of up to ``longest`` tokens together."""
         assert self.student is not None
         self.student.check_here()

@@ -42,13 +42,31 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The data of a run.
+
+    Attributes:
+        encoder: the encoder that has read the data, with its counts.
+        record: where the data came from.
+        encoded: the pairs, at least one.
+    """
+
+    encoder: Encoder
+    record: SetRecord
+    encoded: Sequence[EncodedPair]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run samples and scores, unless the cache has it.
 
     Attributes:
         encoder: the encoder that has read the data, with its counts.
         names: the response sets to score.
-        sets: the chosen responses, which every objective needs, and the rejected ones if they are scored.
+        info: how the response sets are made, but for their names and rows.
+        record: the record of the data.
+        sets: the chosen responses, which every objective needs, and the rejected ones if they are scored; none of
+            prompts alone.
         own: the prompts of the run's part of the data.
         scoring: who judges, and how.
         sampling: how the student answers; none without a student.
@@ -59,6 +77,8 @@ class Plan:
 
     encoder: Encoder
     names: Sequence[ResponseName]
+    info: ResponseSetInfo
+    record: SetRecord
     sets: Mapping[ResponseName, ResponseSet]
     own: PartPrompts
     scoring: Scoring
@@ -79,8 +99,7 @@ class Plan:
     def sampled_set(self, answers: Mapping[bytes, TokenIds]) -> ResponseSet:
         """The set of the responses that are sampled already, by the keys of their requests."""
         rows = [(example, one.prompt_ids, answers[one.key]) for example, one in self.samples if one.key in answers]
-        chosen = self.sets["chosen"]
-        return make_response_set(replace(chosen.info, name="sampled", sampling=self.sampling), rows, chosen.record)
+        return make_response_set(replace(self.info, name="sampled", sampling=self.sampling), rows, self.record)
 
     def sequences(self, sets: Mapping[ResponseName, ResponseSet]) -> list[TokenSequence]:
         """The distinct sequences of some sets that the part scores."""
@@ -107,6 +126,24 @@ def open_setup(request: Request) -> Setup:
     dtypes = models.dtypes(options.dtype)
     engine = choose_engine(options.name, options.vllm, device, models.by_name(), dtypes)
     models.check_reference()
+    return _make_setup(request, models, engine)
+
+
+def with_student(request: Request, setup: Setup, name: str) -> Setup:
+    """The same teacher, reference and engine with another student; no weights are loaded.
+
+    Raises:
+        AdpaError: the student is not there, does not fit the teacher or the memory, or the engine cannot run it.
+    """
+    options, models = request.engine, setup.models.with_student(name)
+    assert models.student is not None
+    device, dtypes = resolve_device(options.device), models.dtypes(options.dtype)
+    choose_engine(options.name, options.vllm, device, {"student": models.student}, dtypes)  # for its checks
+    return _make_setup(request, models, setup.engine)
+
+
+def _make_setup(request: Request, models: Models, engine: Engine) -> Setup:
+    options, dtypes = request.engine, models.dtypes(request.engine.dtype)
     scoring_tokens = options.batch_tokens or engine.scoring_tokens(models.by_name(), dtypes)
     sampling_tokens = 0
     if models.student is not None:
@@ -122,22 +159,44 @@ def make_plan(request: Request, setup: Setup) -> Plan:
     Raises:
         AdpaError: the data cannot be read, the models cannot read it, or it is too little for the parts or workers.
     """
-    models, data = setup.models, request.data
-    encoder = _open_encoder(request, models.teacher)
+    return plan_pairs(request, setup, read_pairs(request, setup))
+
+
+def read_pairs(request: Request, setup: Setup) -> Pairs:
+    """Reads the data and turns it into tokens.
+
+    Raises:
+        AdpaError: the data cannot be read, or has no pair that can be used.
+    """
+    data = request.data
+    encoder = _open_encoder(request, setup.models.teacher)
     place = os.path.abspath(data.source) if os.path.exists(data.source) else data.source
     record = make_record(place, data.split, data.limit, describe_map(data.columns))
-    pairs = list(encoder.encode(read_rows(data.source, data.split, data.limit, data.columns)))
+    pairs = list(encoder.encode(read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)))
     if not pairs:
         raise encoder.counts.nothing_left(data.source)
+    return Pairs(encoder, record, pairs)
+
+
+def plan_pairs(request: Request, setup: Setup, data: Pairs) -> Plan:
+    """Plans the work on pairs.
+
+    Raises:
+        AdpaError: the models cannot read the pairs, or they are too few for the parts or workers.
+    """
+    models, pairs, encoder = setup.models, data.encoded, data.encoder
     longest = models.check_data(pairs, request.names, request.sampling.max_new_tokens, setup.engine)
     samples_per_prompt = request.sampling.samples_per_prompt if models.student else 0
-    sets = _preference_sets(pairs, encoder, request.names, record)
+    info = _set_info(encoder)
+    sets = _preference_sets(pairs, info, request.names, data.record)
     plan = Plan(
         encoder=encoder,
         names=request.names,
+        info=info,
+        record=data.record,
         sets=sets,
         own=PartPrompts(request.part, (pair.prompt_ids for pair in pairs)),
-        scoring=_scoring(request, setup, sets["chosen"].info.vocabulary),
+        scoring=_scoring(request, setup, info.vocabulary),
         sampling=_sampling(request, setup, encoder.template.turn_end.token_id),
         samples=[
             (pair.example_id, SampleRequest(pair.prompt_ids, index))
@@ -168,14 +227,14 @@ def _open_encoder(request: Request, teacher: Checkpoint) -> Encoder:
         drop_invalid=data.drop_invalid,
         rendered=data.rendered,
         allow_control_tokens=data.allow_control_tokens,
+        prompts_alone=data.prompts_alone,
     )
 
 
-def _preference_sets(
-    pairs: Sequence[EncodedPair], encoder: Encoder, names: Sequence[ResponseName], record: SetRecord
-) -> dict[ResponseName, ResponseSet]:
+def _set_info(encoder: Encoder) -> ResponseSetInfo:
+    """How response sets are made of what an encoder has read."""
     digests = digest_tokenizer(encoder.template.tokenizer)
-    info = ResponseSetInfo(
+    return ResponseSetInfo(
         name="chosen",
         tokenizer=digests.tokenizer,
         vocabulary=digests.vocabulary,
@@ -188,11 +247,15 @@ def _preference_sets(
         chat_template_kwargs=encoder.template.arguments,
         rendered=encoder.rendered,
     )
-    sets: dict[ResponseName, ResponseSet] = {
-        "chosen": make_response_set(
-            info, [(pair.example_id, pair.prompt_ids, pair.chosen_ids) for pair in pairs], record
-        )
-    }
+
+
+def _preference_sets(
+    pairs: Sequence[EncodedPair], info: ResponseSetInfo, names: Sequence[ResponseName], record: SetRecord
+) -> dict[ResponseName, ResponseSet]:
+    if not pairs[0].chosen_ids.size:  # prompts alone
+        return {}
+    chosen = [(pair.example_id, pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    sets: dict[ResponseName, ResponseSet] = {"chosen": make_response_set(info, chosen, record)}
     if "rejected" in names:
         rejected = [(pair.example_id, pair.prompt_ids, pair.rejected_ids) for pair in pairs]
         sets["rejected"] = make_response_set(replace(info, name="rejected"), rejected, record)

@@ -28,7 +28,7 @@ from adpa.pipeline.scoring.vllm_options import VllmOptions, refuse_attention
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which pairs are read, and how they become tokens."""
+    """Which pairs are read, and how they become tokens; with ``prompts_alone``, rows without responses, too."""
 
     source: str
     split: str | None
@@ -40,6 +40,7 @@ class DataOptions:
     chat_template_kwargs: Mapping[str, Any]
     rendered: bool
     allow_control_tokens: bool
+    prompts_alone: bool
 
     @property
     def columns(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Carries a plan out: samples, writes the response sets, scores; a dry run only counts, or probes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,21 +9,21 @@ import pyarrow.compute as pc
 
 from adpa.data.cache.format import prepare_cache
 from adpa.data.cache.locations import Location
-from adpa.data.cache.responses import ResponseName, ResponseSet, Sampling, write_response_set
+from adpa.data.cache.responses import ResponseName, ResponseSet, write_response_set
 from adpa.data.cache.samples import SampleRequest, missing_requests, read_samples
 from adpa.data.cache.selection import complete_groups
 from adpa.data.cache.shards import list_shards
 from adpa.data.cache.signals import Scoring, peek_signals, read_signals
 from adpa.data.cache.tokenizers import write_tokenizer
 from adpa.data.reward_accuracy import RewardAccuracy, stored_rewards
-from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.errors import CacheError
+from adpa.data.sequences import TokenSequence
+from adpa.errors import OptionError
 from adpa.pipeline.scoring.other_runs import Alarm
 from adpa.pipeline.scoring.plan import Plan, Setup
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.request import Request
 from adpa.pipeline.scoring.resumed import Resumed, count_samples, count_sequences, peek_sets
-from adpa.pipeline.scoring.sample import sample_responses
+from adpa.pipeline.scoring.sample import complete_samples
 from adpa.pipeline.scoring.score import Scored, read_pending, score
 
 PAIR: tuple[ResponseName, ResponseName] = ("chosen", "rejected")
@@ -74,11 +74,9 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
             samples_left = count_samples(earlier, own_samples, answers) if unsampled and answers else 0
             if not request.dry_run:
                 open_sampler = partial(setup.models.open_sampler, setup.engine, plan.longest, sampling)
-
-                def sample(requests: Sequence[SampleRequest]) -> None:
-                    sample_responses(cache, sampling, requests, open_sampler, setup.sampling_tokens, execute, alarm)
-
-                answers = _sample(cache, sampling, own_samples, unsampled, sample)
+                answers = complete_samples(
+                    cache, sampling, own_samples, unsampled, open_sampler, setup.sampling_tokens, execute, alarm
+                )
             sets["sampled"] = plan.sampled_set(answers)
             others = {sample.key for _, sample in plan.samples if sample.prompt_ids not in plan.own}
             awaited = len(others - answers.keys())
@@ -87,7 +85,7 @@ def run_plan(request: Request, setup: Setup, plan: Plan) -> Outcome:
         if not request.dry_run:  # before the search for what is missing: no gc removes rows that a set needs
             for responses in finished.values():
                 write_response_set(cache, responses)
-            write_tokenizer(cache, plan.encoder.template.tokenizer, sets["chosen"].info.tokenizer)
+            write_tokenizer(cache, plan.encoder.template.tokenizer, plan.info.tokenizer)
         wanted = plan.sequences(sets)
         missing, rows_left = _missing(cache, plan.scoring, wanted, earlier)
         if request.dry_run:
@@ -153,9 +151,15 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
     """Scores so many of the wanted responses in memory, after a dry run.
 
     Raises:
-        AdpaError: the engine fails.
+        AdpaError: there is no response yet, or the engine fails.
     """
     models = setup.models
+    stand_ins = plan.sets["chosen"].sequences() if "chosen" in plan.sets else []
+    if not outcome.wanted and not stand_ins:
+        raise OptionError(
+            f"--probe {count}: the data has prompts alone, and the student has sampled no response to them yet",
+            "leave --probe out, or give it preference pairs",
+        )
     chosen, rejected = (plan.sets[name].sequences() if plan.compares_responses else [] for name in PAIR)
     return probe_signals(
         count,
@@ -166,7 +170,7 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
             request.sampling.max_new_tokens,
             list(zip(chosen, rejected, strict=True)),
         ),
-        plan.sets["chosen"].sequences(),
+        stand_ins,
         plan.scoring,
         partial(models.open_scorer, setup.engine, plan.longest),
         student=models.student.identity if models.student else None,
@@ -174,23 +178,3 @@ def probe_plan(request: Request, count: int, setup: Setup, plan: Plan, outcome: 
         batch_tokens=setup.scoring_tokens,
         pads=setup.engine.pads,
     )
-
-
-def _sample(
-    cache: Location,
-    sampling: Sampling,
-    samples: Sequence[SampleRequest],
-    missing: Sequence[SampleRequest],
-    sample: Callable[[Sequence[SampleRequest]], None],
-) -> dict[bytes, TokenIds]:
-    """Samples the missing ones of a part's samples; gives the responses to all of them, and those of other parts."""
-    sample(missing)
-    answers = read_samples(cache, sampling)
-    lost = missing_requests(answers, samples)
-    if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
-        sample(lost)
-        answers |= read_samples(cache, sampling)
-        lost = missing_requests(answers, samples)
-    if lost:
-        raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
-    return answers

@@ -1,18 +1,29 @@
 """Samples the student's own responses ŷ and writes them into the cache, batch by batch. A killed run can be resumed."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, Self
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import Sampling
-from adpa.data.cache.samples import SHARD_PREFIX, SampleRequest, samples_folder, write_samples
+from adpa.data.cache.samples import (
+    SHARD_PREFIX,
+    SampleRequest,
+    missing_requests,
+    read_samples,
+    samples_folder,
+    write_samples,
+)
 from adpa.data.sequences import TokenIds
+from adpa.errors import CacheError
 from adpa.pipeline.scoring.jobs import Executor, make_batches, run_here
 from adpa.pipeline.scoring.other_runs import Alarm, Watch, Written
+from adpa.pipeline.scoring.score import Scorer
 
 
 class Sampler(Protocol):
@@ -25,6 +36,30 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Frees the model's memory."""
         ...
+
+
+class SharedSampler(ABC):
+    """A ``Sampler`` whose loaded model can do more, so that nobody has to load it again."""
+
+    _sampling: Sampling
+
+    @abstractmethod
+    def sample(self, batches: Sequence[Sequence[SampleRequest]]) -> Iterator[list[TokenIds]]:
+        """See ``Sampler.sample``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See ``Sampler.close``."""
+
+    def with_sampling(self, sampling: Sampling) -> Self:
+        """A sampler of the same loaded model with other settings of the same dtype."""
+        other = copy(self)
+        other._sampling = sampling
+        return other
+
+    def as_scorer(self) -> Scorer | None:
+        """The same loaded model as a scorer; None if the engine loads it in another way to score."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -85,6 +120,43 @@ def sample_responses(
     written = run(job, sampling_batches(requests, sampling.max_new_tokens, batch_tokens))
     if any(one.doubled for one in written):
         doubled()
+
+
+def complete_samples(
+    cache: Location,
+    sampling: Sampling,
+    samples: Sequence[SampleRequest],
+    missing: Sequence[SampleRequest],
+    open_sampler: Callable[[], Sampler],
+    batch_tokens: int,
+    run: Executor = run_here,
+    alarm: Alarm | None = None,
+) -> dict[bytes, TokenIds]:
+    """Samples the missing ones of a run's samples; gives the responses to all of them, and those of other runs.
+
+    Args:
+        cache: the cache's directory.
+        sampling: how to sample.
+        samples: all samples of the run.
+        missing: those without a response yet.
+        open_sampler: loads the student.
+        batch_tokens: see ``sample_responses``.
+        run: runs the student.
+        alarm: warns if another process samples the same.
+
+    Raises:
+        CacheError: samples that were made are gone.
+    """
+    sample_responses(cache, sampling, missing, open_sampler, batch_tokens, run, alarm)
+    answers = read_samples(cache, sampling)
+    lost = missing_requests(answers, samples)
+    if lost:  # samples of no set are garbage after a day: a gc beside this run may have removed some just now
+        sample_responses(cache, sampling, lost, open_sampler, batch_tokens, run, alarm)
+        answers |= read_samples(cache, sampling)
+        lost = missing_requests(answers, samples)
+    if lost:
+        raise CacheError(f"{cache}: {len(lost)} samples that this run made are gone", "see what removes files there")
+    return answers
 
 
 def sampling_batches(

@@ -99,6 +99,7 @@ def score(
     batch_tokens: int,
     run: Executor = run_here,
     alarm: Alarm | None = None,
+    judge: str = "teacher",
 ) -> Scored:
     """Scores sequences and adds their rows to the cache.
 
@@ -110,6 +111,7 @@ def score(
         batch_tokens: tokens of a batch, padding included; a batch becomes a shard.
         run: runs the models.
         alarm: warns if another process scores the same.
+        judge: what progress calls the scoring's teacher.
     """
     write_scoring(cache, scoring)
     doubled = partial(alarm or Alarm(), cache, "scores the same sequences")
@@ -119,7 +121,8 @@ def score(
         pending = read_pending(cache, scoring).keys()
         unscored = [sequence for sequence in missing if sequence.key not in pending]
     if unscored:
-        passes.append(run(TeacherJob(cache, scoring, open_scorer, doubled), make_batches(unscored, len, batch_tokens)))
+        job = TeacherJob(cache, scoring, open_scorer, doubled, f"{judge}: tokens")
+        passes.append(run(job, make_batches(unscored, len, batch_tokens)))
     if missing and scoring.reference is not None:
         passes.append(run(ReferenceJob(cache, scoring, open_scorer, doubled), make_batches(missing, len, batch_tokens)))
     if scoring.reference is not None:
@@ -139,8 +142,7 @@ class TeacherJob:
     scoring: Scoring
     open_scorer: OpenScorer
     alarm: Callable[[], None]
-
-    counts = "teacher: tokens"
+    counts: str = "teacher: tokens"
 
     def size(self, sequence: TokenSequence) -> int:
         """Tokens of the sequence."""

@@ -26,7 +26,7 @@ from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
 from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.models.merged_weights import merged_weights
 from adpa.pipeline.options import ModelName
-from adpa.pipeline.scoring.sample import Sampler
+from adpa.pipeline.scoring.sample import SharedSampler
 from adpa.pipeline.scoring.score import Scorer
 from adpa.pipeline.scoring.scorer_head import HeadScorer, bytes_beside_decoder
 from adpa.pipeline.scoring.vllm_options import VllmOptions
@@ -88,9 +88,16 @@ class VllmEngine:
     @property
     def name(self) -> str:
         """See ``Engine.name``: the method, and every setting that can change a number."""
+        return self._name("teacher", "reference") if self.with_reference else self._name("teacher")
+
+    @property
+    def student_name(self) -> str:
+        """See ``Engine.student_name``."""
+        return self._name("student")
+
+    def _name(self, *models: ModelName) -> str:
         method = "hidden-states" if self.head_dtype is None else "prompt-logprobs"
         head = self.head_dtype or self.rounded_to
-        models: list[ModelName] = ["teacher", "reference"] if self.with_reference else ["teacher"]
         settings = [setting for model in models for setting in self.options.numerics(model)]
         return " ".join(["vllm", method, *([f"head={head}"] if head else []), *settings])
 
@@ -123,7 +130,7 @@ class VllmEngine:
                 arguments["gpu_memory_utilization"] = min(arguments["gpu_memory_utilization"], room)
             return HeadScorer(checkpoint.name, vllm_models.VllmDecoder(whole, arguments), head)
 
-    def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> Sampler:
+    def open_sampler(self, checkpoint: Checkpoint, sampling: Sampling, longest: int) -> SharedSampler:
         """See ``Engine.open_sampler``. Starts vLLM.
 
         Raises:

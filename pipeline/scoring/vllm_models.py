@@ -37,7 +37,7 @@ from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import EngineError, ModelError, OptionError
 from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
-from adpa.pipeline.scoring.sample import stream_seed
+from adpa.pipeline.scoring.sample import SharedSampler, stream_seed
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 
 Item = TypeVar("Item")
@@ -268,7 +268,7 @@ class VllmLogprobsScorer:
         self._model.close()
 
 
-class VllmSampler:
+class VllmSampler(SharedSampler):
     """A ``Sampler`` on vLLM. Every response has its own seed."""
 
     def __init__(self, checkpoint: Checkpoint, sampling: Sampling, arguments: dict[str, Any]) -> None:

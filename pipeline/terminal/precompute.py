@@ -8,7 +8,8 @@ from rich.text import Text
 
 from adpa.data.pieces import visible
 from adpa.data.reward_accuracy import RewardAccuracy
-from adpa.pipeline.precompute import FirstExample, PrecomputeReport
+from adpa.pipeline.precompute import PrecomputeReport
+from adpa.pipeline.scoring.first_example import FirstExample
 from adpa.pipeline.terminal.probe import show_probe
 from adpa.pipeline.terminal.report import show_report
 
@@ -37,11 +38,8 @@ def print_example(example: FirstExample) -> None:
     title = "First example, as the models read it"
     table = Table("", Column(overflow="fold"), title=title, title_justify="left", show_header=False)
     end = "none: the response was cut" if example.end is None else f"{example.end} (id {example.end_id})"
-    for name, text in (
-        ("prompt", _cut_beginning(example.prompt)),
-        ("chosen", _cut_middle(example.chosen)),
-        ("end token", end),
-    ):
+    chosen = [] if example.chosen is None else [("chosen", _cut_middle(example.chosen))]
+    for name, text in (("prompt", _cut_beginning(example.prompt)), *chosen, ("end token", end)):
         table.add_row(name, Text(visible(text, newline="\n")))
     Console().print(table)
 
@@ -66,8 +64,14 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     title = "precompute --dry-run" if report.dry_run else "precompute"
     reasons = [one for one in report.engine_reason.split("; ") if one != EXPECTED and not one.endswith("as asked")]
     shown = replace(report, engine="; ".join([report.engine, *reasons]))
-    table = show_report(title, shown, leave_out, first={"pairs": _pairs(report)})
+    alone = "chosen" not in report.responses
+    table = show_report(title, shown, leave_out, first={"prompts alone" if alone else "pairs": _pairs(report)})
     below: list[RenderableType] = []
+    if alone:
+        below += [
+            "",
+            "The data has prompts alone. Training needs pairs: every objective has a term on the chosen responses.",
+        ]
     if report.reward_accuracy is not None and report.reward_margin is not None and report.probe is None:
         rewards = RewardAccuracy(report.reward_pairs, report.reward_accuracy, report.reward_margin)
         below += ["", Text(f"{rewards.describe()}.")]

@@ -54,8 +54,10 @@ def _check_sets(
     check_cache(cache)
     for name in needs:
         if not list_shards(cache / "responses", name):  # select reads the sets: here their names are enough
-            how = "with --student" if name == "sampled" else f"--responses {name}"
-            raise CacheError(f"{cache}: the cache has no {name} responses", f"run adpa precompute {how}")
+            fix = "run adpa precompute " + ("with --student" if name == "sampled" else f"--responses {name}")
+            if name == "chosen" and list_shards(cache / "responses", "sampled"):
+                fix = "run the same adpa precompute on preference pairs: its data has prompts alone"
+            raise CacheError(f"{cache}: the cache has no {name} responses", fix)
     if response_sets or held_out:
         present = list(read_response_sets(cache))
         for text in response_sets:

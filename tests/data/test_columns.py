@@ -1,9 +1,10 @@
 import pytest
 
-from adpa.data.columns import missing_columns, printable, suggest_map
+from adpa.data.columns import lacks_responses, missing_columns, printable, suggest_map
 
 ONE = "name it with --map"
 TWO = "a row needs a prompt and two responses: name them with --map"
+ALONE = "; prompts alone are enough where only --student answers them"
 ALL = f"{TWO} prompt=NAME,chosen=NAME,rejected=NAME"
 
 
@@ -25,12 +26,21 @@ ALL = f"{TWO} prompt=NAME,chosen=NAME,rejected=NAME"
             "found the columns question, answer; expected `chosen` and `rejected`",
             f"{TWO} prompt=question,chosen=NAME,rejected=NAME",
         ),
-        (["conversations"], "found the columns conversations; expected `chosen` and `rejected`", ALL),
+        (
+            ["conversations"],
+            "found the columns conversations; expected `chosen` and `rejected`",
+            f"{TWO} chosen=NAME,rejected=NAME{ALONE}",
+        ),
+        (
+            ["instruction", "output"],
+            "found the columns instruction, output; expected `chosen` and `rejected`",
+            f"{TWO} prompt=instruction,chosen=NAME,rejected=NAME{ALONE}",
+        ),
         (["text"], "found the columns text; expected `chosen` and `rejected`", ALL),
         (
             ["prompt", "completion", "label"],
             "found the columns prompt, completion, label; expected",
-            f"{TWO} chosen=NAME,rejected=NAME",
+            f"{TWO} chosen=NAME,rejected=NAME{ALONE}",
         ),
         ([], "found no columns; expected `chosen` and `rejected`", ALL),
         (
@@ -78,7 +88,31 @@ def test_columns_without_a_response_are_told_with_the_map_to_copy(names: list[st
 
 
 @pytest.mark.parametrize(
-    "names", [("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("rejected", "chosen", "x")]
+    ("names", "lacks"),
+    [
+        (("prompt",), True),
+        (("instruction", "input", "output"), True),
+        (("messages", "source"), True),
+        (("prompt", "chosen"), False),
+        (("prompt", "rejected"), False),
+        (("prompt", "chosen "), False),
+        (("prompt", "accepted", "refused"), False),
+        (("prompt", "Chosen", "Rejected"), False),
+        (("prompt", "rejected_response"), False),
+    ],
+)
+def test_a_prompt_is_alone_only_where_nothing_looks_like_a_response(names: tuple[str, ...], lacks: bool) -> None:
+    assert lacks_responses(names) == lacks
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chosen", "rejected"),
+        ("prompt", "chosen", "rejected"),
+        ("rejected", "chosen", "x"),
+        ("instruction", "input", "output", "rejected"),
+    ],
 )
 def test_two_responses_are_enough(names: tuple[str, ...]) -> None:
     assert missing_columns(names) is None

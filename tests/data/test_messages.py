@@ -32,6 +32,56 @@ def test_fields_that_templates_know_are_kept_and_others_left_out() -> None:
     assert parse_messages("here", [ANSWER | kept | dropped], "user") == [ANSWER | kept]
 
 
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "capital"}}}
+
+
+@pytest.mark.parametrize(
+    ("sharegpt", "message"),
+    [
+        ({"from": "human", "value": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"from": "gpt", "value": "Hi", "weight": 1}, {"role": "assistant", "content": "Hi"}),
+        ({"from": "chatgpt", "value": "Hi"}, {"role": "assistant", "content": "Hi"}),
+        ({"from": "system", "value": "Be brief."}, {"role": "system", "content": "Be brief."}),
+        ({"from": "user", "value": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"from": "tool", "value": "{}"}, {"role": "tool", "content": "{}"}),
+        ({"from": "observation", "value": "Paris"}, {"role": "tool", "content": "Paris"}),
+        (
+            {"from": "function_call", "value": '{"name": "search", "arguments": {"query": "capital"}}'},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        ),
+        (
+            {"from": "function_call", "value": json.dumps([CALL["function"], CALL["function"]])},
+            {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+        ),
+    ],
+)
+def test_a_message_of_sharegpt_gets_role_and_content(sharegpt: Message, message: Message) -> None:
+    assert parse_messages("here", [sharegpt], "user") == [message]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "problem"),
+    [
+        (
+            {"from": "narrator", "value": "Once"},
+            "wrong role",
+            "a message from 'narrator'; expected one of human, gpt, system, tool, observation, function_call",
+        ),
+        ({"from": 5, "value": "Once"}, "wrong role", "a message from 5; expected"),
+        ({"from": "function_call", "value": "search()"}, "broken tool call", "the tool call 'search()'; expected"),
+        ({"from": "function_call", "value": '{"name": 5}'}, "broken tool call", "the tool call {'name': 5}; expected"),
+        ({"from": "human", "value": "Hi", "images": ["a.png"]}, "images", "a message with `images`"),
+    ],
+)
+def test_a_message_of_sharegpt_is_refused_by_what_is_wrong(message: Message, reason: str, problem: str) -> None:
+    assert problem in refusal(message, reason)
+
+
+@pytest.mark.parametrize("message", [ANSWER, {"from": "gpt", "value": "Paris."}])
+def test_one_message_needs_no_list(message: Message) -> None:
+    assert parse_messages("here", message, "user") == [ANSWER]
+
+
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
     assert parse_messages("here", [QUESTION | {"content": parts}], "user") == [QUESTION]
@@ -55,7 +105,6 @@ def test_other_parts_are_refused_by_name(part: Message, reason: str) -> None:
 
 ROLE_AND_CONTENT = "expected an object with `role` and `content`, both strings"
 PARTS = "expected a string, or parts of the form {'type': 'text', 'text': …}, both strings"
-RENAME = "rename from to role, value to content, human to user, and gpt to assistant"
 
 
 @pytest.mark.parametrize(
@@ -74,10 +123,14 @@ RENAME = "rename from to role, value to content, human to user, and gpt to assis
         ({"role": "user"}, f"has a message without `content`, {{'role': 'user'}}; {ROLE_AND_CONTENT}; {DROP}"),
         ({"content": "Hi"}, f"has a message without `role`, {{'content': 'Hi'}}; {ROLE_AND_CONTENT}; {DROP}"),
         (ANSWER | {"role": None}, f"has a message whose `role` is null; {ROLE_AND_CONTENT}; {DROP}"),
+        ({"from": "human"}, f"has a message without `role`, {{'from': 'human'}}; {ROLE_AND_CONTENT}; {DROP}"),
         (
-            {"from": "human", "value": "Hi"},
-            f"has a message without `role`, {{'from': 'human', 'value': 'Hi'}}; {ROLE_AND_CONTENT}; {RENAME}",
+            {"from": "human", "value": "Hi", "content": "Hi"},
+            f"has a message without `role`, {{'from': 'human', 'value': 'Hi', 'content': 'Hi'}}; "
+            f"{ROLE_AND_CONTENT}; {DROP}",
         ),
+        ({"from": "gpt", "value": None}, f"has a message whose `value` is null; expected a string; {DROP}"),
+        ({"from": "gpt", "value": ["a"]}, f"has a message whose `value` is ['a']; expected a string; {DROP}"),
         (ANSWER | {"content": ["a"]}, f"has a message with the content part 'a'; {PARTS}; {DROP}"),
         (
             ANSWER | {"content": [{"text": "a"}]},

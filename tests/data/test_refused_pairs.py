@@ -10,7 +10,7 @@ from tests.data.pairs import explicit, implicit, refusal
 from adpa.data.preferences import parse_pair
 from adpa.errors import RowError
 
-SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"}]
+SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "narrator", "value": "Hi!"}]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,9 @@ SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"
             explicit([QUESTION]) | {"chosen": ["Paris."]}, "`chosen` has the message 'Paris.'; expected", id="texts"
         ),
         pytest.param(
-            explicit([QUESTION]) | {"chosen": CHOSEN}, "; put the message into a list", id="a message without its list"
+            explicit([QUESTION]) | {"chosen": {"content": "Paris."}},
+            "`chosen` is {'content': 'Paris.'}; expected chat messages",
+            id="a message without its author",
         ),
         pytest.param(explicit([QUESTION]) | {"chosen": 5}, "`chosen` is 5; expected chat messages", id="a number"),
         pytest.param(explicit([QUESTION]) | {"chosen": []}, "`chosen` is []; expected", id="no messages"),
@@ -103,7 +105,7 @@ SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi!"
         pytest.param(explicit([]), "`prompt` is [], and `chosen` and `rejected` share no messages", id="empty prompt"),
         pytest.param(
             {"chosen": SHAREGPT, "rejected": SHAREGPT},
-            "expected an object with `role` and `content`, both strings",
+            "`chosen` has a message from 'narrator'; expected one of human, gpt",
             id="sharegpt",
         ),
         pytest.param(

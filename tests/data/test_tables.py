@@ -151,7 +151,8 @@ def test_a_table_without_responses_is_refused_with_its_columns(
     path = write([{"instruction": "Hi", "output": "Hello"}], tmp_path / "prefs")
     assert refusal(path) == (
         f"{path}: found the columns instruction, output; expected `chosen` and `rejected`; "
-        "a row needs a prompt and two responses: name them with --map prompt=instruction,chosen=NAME,rejected=NAME"
+        "a row needs a prompt and two responses: name them with --map prompt=instruction,chosen=NAME,rejected=NAME; "
+        "prompts alone are enough where only --student answers them"
     )
 
 

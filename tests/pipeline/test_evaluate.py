@@ -1,6 +1,7 @@
 """Evaluation of real models: its numbers against transformers in float64, what it keeps, what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,14 +14,13 @@ from numpy.typing import NDArray
 from tests.conftest import MakeModel, Models, Row, WriteRows, swap_two_tokens
 from tests.pipeline.conftest import change_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from adpa import EvaluateReport, evaluate
-from adpa.data.bootstrap import bootstrap_interval
+from adpa.data.bootstrap import bootstrap_interval, win_share
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.sequences import TokenSequence
 from adpa.errors import AdpaError
-from adpa.pipeline.evaluate import repetition
 from adpa.pipeline.models.checkpoint import open_checkpoint
 from adpa.pipeline.scoring import hf_sampler as sampler_hf
 
@@ -68,18 +68,25 @@ def report(options: dict[str, Any], cache: Path) -> EvaluateReport:
     return evaluate(**options, cache=cache)
 
 
-def answers(cache: Path, student: str) -> list[TokenSequence]:
+def answers(cache: Path, student: str, greedy: bool = False) -> list[TokenSequence]:
     """What a model said, one prompt after the other and each prompt once."""
 
     def is_its_own(found: ResponseSet) -> bool:
         sampling = found.info.sampling
-        return sampling is not None and sampling.student == open_checkpoint(student).identity.digest
+        if sampling is None or (sampling.temperature == 0) != greedy:
+            return False
+        return sampling.student == open_checkpoint(student).identity.digest
 
     (sampled,) = filter(is_its_own, read_response_sets(cache / "evaluation"))
     by_prompt: dict[bytes, list[TokenSequence]] = {}
     for sequence in sampled.sequences():
         by_prompt.setdefault(sequence.prompt_ids.tobytes(), []).append(sequence)
-    return [sequence for said in by_prompt.values() for sequence in said[:SAMPLES]]
+    return [sequence for said in by_prompt.values() for sequence in said[: 1 if greedy else SAMPLES]]
+
+
+def numbers(report: EvaluateReport) -> EvaluateReport:
+    """The report without what depends on the work that was there already."""
+    return replace(report, sampled=0, answered_greedily=0, scored=0, scored_by_students=0, seconds=0)
 
 
 def log_probability(model: Any, sequence: TokenSequence) -> float:
@@ -125,6 +132,97 @@ def test_the_numbers_are_those_of_transformers_in_float64(
         assert difference.low < difference.mean < difference.high
 
 
+def reward_of(sequence: TokenSequence, judges: list[Any]) -> float:
+    """The implicit reward by teacher and reference."""
+    teacher, reference = (log_probability(judge, sequence) for judge in judges)
+    return teacher - reference
+
+
+def in_float64(directory: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+
+
+def test_greedy_answers_are_those_of_transformers_and_have_numbers_of_their_own(
+    report: EvaluateReport, options: dict[str, Any], cache: Path
+) -> None:
+    assert report.greedy is not None
+    turn_end = open_checkpoint(options["teacher"]).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    judges = [in_float64(options[name]) for name in ("teacher", "reference")]
+    rewards = {}
+    for name in ("student", "baseline"):
+        said, model = answers(cache, options[name], greedy=True), in_float64(options[name])
+        assert len(said) == 8, "one to each prompt"
+        for sequence in said:
+            ids = torch.from_numpy(sequence.prompt_ids.copy()).long()[None]
+            settings = GenerationConfig(do_sample=False, max_new_tokens=7, eos_token_id=turn_end, pad_token_id=turn_end)
+            continued = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            assert continued[0, ids.shape[1] :].tolist() == sequence.response_ids.tolist()
+        rewards[name] = np.array([reward_of(one, judges) for one in said])
+        summary = getattr(report.greedy, name)
+        assert summary.implicit_reward == pytest.approx(rewards[name].mean(), abs=1e-5)
+        assert summary.tokens == np.mean([len(one.response_ids) for one in said])
+    difference = bootstrap_interval([rewards["student"] - rewards["baseline"]])
+    assert asdict(report.greedy.difference) == pytest.approx(asdict(difference), abs=1e-4)
+    wins = bootstrap_interval([win_share(rewards["student"], rewards["baseline"])])
+    assert asdict(report.greedy.win_rate) == pytest.approx(asdict(wins), abs=1e-12)
+    assert report.greedy.win_rate != report.win_rate
+
+
+def test_perplexity_and_the_students_own_reward_are_those_of_transformers_in_float64(
+    report: EvaluateReport, options: dict[str, Any], cache: Path
+) -> None:
+    sets = {one.info.name: one.sequences() for one in read_response_sets(cache / "evaluation")}
+    chosen, rejected = sets["chosen"], sets["rejected"]
+    assert len(chosen) == len(rejected) == 9, "pairs with the same prompt count, each"
+    logprobs = {}
+    for name in ("student", "baseline"):
+        model = in_float64(options[name])
+        by_set = [[log_probability(model, one) for one in responses] for responses in (chosen, rejected)]
+        logprobs[name] = np.array(by_set).T
+        tokens = sum(len(one.response_ids) for one in chosen)
+        perplexity = np.exp(-logprobs[name][:, 0].sum() / tokens)
+        assert getattr(report, f"{name}_perplexity") == pytest.approx(perplexity, rel=1e-5)
+    margins = np.subtract(*(logprobs["student"] - logprobs["baseline"]).T)
+    assert report.reward_pairs == 9
+    assert report.reward_accuracy == np.mean(margins > 0)
+    assert report.reward_margin == pytest.approx(margins.mean(), abs=1e-4)
+    assert report.truncated_responses == 0
+
+
+def test_the_answers_to_the_first_prompts_are_shown(
+    options: dict[str, Any], cache: Path, report: EvaluateReport, preference_rows: list[Row]
+) -> None:
+    shown = evaluate(**options, cache=cache, show=3).shown
+    assert [one.prompt for one in shown] == [last_question(row) for row in preference_rows[:3]]
+    tokenizer = open_checkpoint(options["teacher"]).tokenizer
+    judges = [in_float64(options[name]) for name in ("teacher", "reference")]
+    for name in ("student", "baseline"):
+        said = {tokenizer.decode(one.prompt_ids): one for one in reversed(answers(cache, options[name]))}
+        for one in shown:
+            (prompt,) = [text for text in said if f"user\n{one.prompt}<|im_end|>\n<|im_start|>assistant" in text]
+            assert getattr(one, name) == str(tokenizer.decode(said[prompt].response_ids)).removesuffix("<|im_end|>")
+            assert getattr(one, f"{name}_reward") == pytest.approx(reward_of(said[prompt], judges), abs=1e-4)
+    assert report.shown == []
+    assert len(evaluate(**options, cache=cache, show=100).shown) == 8, "each prompt once"
+
+
+def last_question(row: Row) -> str:
+    prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def test_prompts_alone_have_answers_but_neither_perplexity_nor_reward_accuracy(
+    options: dict[str, Any], cache: Path, report: EvaluateReport, preference_rows: list[Row], write_rows: WriteRows
+) -> None:
+    rows = [{"prompt": row["prompt"] if "prompt" in row else row["chosen"][:-1]} for row in preference_rows[:8]]
+    alone = evaluate(**options | {"data": str(write_rows(rows, "prompts.jsonl"))}, cache=cache, show=1)
+    assert (alone.student_perplexity, alone.baseline_perplexity) == (None, None)
+    assert (alone.reward_accuracy, alone.reward_margin, alone.reward_pairs) == (None, None, 0)
+    assert (alone.sampled, alone.answered_greedily, alone.scored, alone.scored_by_students) == (0, 0, 0, 0)
+    assert alone.student.implicit_reward == pytest.approx(report.student.implicit_reward)
+    assert alone.shown[0].prompt == last_question(preference_rows[0])
+
+
 def test_some_responses_end_by_themselves_and_the_others_are_cut(report: EvaluateReport) -> None:
     assert 0 < report.student.ended < 1
     assert report.student.tokens < report.baseline.tokens <= 7
@@ -135,6 +233,8 @@ def test_a_prompt_that_is_there_twice_counts_once_and_a_row_that_cannot_be_used_
 ) -> None:
     assert (report.prompts, report.repeated_prompts, report.dropped) == (8, 1, 1)
     assert report.sampled == 2 * SAMPLES * 8
+    assert report.answered_greedily == 2 * 8
+    assert report.scored_by_students == 2 * (8 + 9), "each chosen and rejected response once"
 
 
 def test_the_report_says_that_adpa_trains_on_this_reward(report: EvaluateReport) -> None:
@@ -146,7 +246,7 @@ def test_the_two_models_may_change_places_and_nothing_is_sampled_again(
     report: EvaluateReport, options: dict[str, Any], cache: Path
 ) -> None:
     turned = evaluate(**options | {"student": options["baseline"], "baseline": options["student"]}, cache=cache)
-    assert (turned.sampled, turned.scored) == (0, 0)
+    assert (turned.sampled, turned.answered_greedily, turned.scored, turned.scored_by_students) == (0, 0, 0, 0)
     assert (turned.student, turned.baseline) == (report.baseline, report.student)
     assert turned.win_rate.mean == pytest.approx(1 - report.win_rate.mean)
     assert turned.difference.low == pytest.approx(-report.difference.high)
@@ -170,7 +270,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
             evaluate(**options, cache=tmp_path)
     resumed = evaluate(**options, cache=tmp_path)
     assert resumed.sampled == report.sampled // 2
-    assert replace(resumed, sampled=0, scored=0, seconds=0) == replace(report, sampled=0, scored=0, seconds=0)
+    assert numbers(resumed) == numbers(report)
 
 
 def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: EvaluateReport, cache: Path) -> None:
@@ -186,6 +286,8 @@ def test_what_an_evaluation_keeps_lies_apart_from_what_training_reads(report: Ev
         (lambda _: {"data": "./nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
         (lambda _: {"student": "./nowhere", "data": "./nowhere.jsonl"}, r"\./nowhere: no such directory"),
         (lambda _: {"drop_invalid": False}, "line 10"),
+        (lambda _: {"show": -1}, "--show -1; expected at least 0"),
+        (lambda _: {"show": 1.5}, "--show 1.5; expected a whole number"),
         (lambda _: {"samples_per_prompt": 0}, "--samples-per-prompt 0; expected at least 1"),
         (lambda _: {"max_new_tokens": 0}, "--max-new-tokens 0; expected at least 1"),
         (lambda _: {"max_prompt_length": 0}, "--max-prompt-length 0"),
@@ -225,15 +327,38 @@ def test_data_without_a_prompt_is_refused(options: dict[str, Any], write_rows: W
         evaluate(**options | {"data": str(write_rows([], "heldout.jsonl"))}, cache=tmp_path / "cache")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([5, 5, 5], 0.0),
-        ([5, 5, 5, 5], 0.0),
-        ([5] * 10, 1 - 1 / 7),
-        ([1, 2, 3, 4, 1, 2, 3, 4], 1 - 4 / 5),
-        (range(20), 0.0),
-    ],
-)
-def test_repetition_is_the_share_of_4_grams_that_were_there_before(tokens: list[int], expected: float) -> None:
-    assert repetition(np.array(tokens, dtype=np.int32)) == pytest.approx(expected, abs=1e-15)
+@pytest.mark.slow
+def test_a_real_model_is_less_surprised_by_real_answers_than_the_same_model_with_noise(
+    smollm2: Path, preference_rows: list[Row], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """SmolLM2-135M, and perplexity as transformers' own loss gives it."""
+    noisy = shutil.copytree(smollm2, tmp_path / "noisy")
+
+    def add_noise(weights: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in [name for name in weights if name.endswith("down_proj.weight")]:
+            noise = torch.randn(weights[name].shape, generator=generator) * weights[name].float().std()
+            weights[name] = (weights[name].float() + noise / 2).to(weights[name].dtype)
+
+    change_weights(open_checkpoint(str(noisy)), add_noise)
+    data = write_rows(preference_rows[:3], "heldout.jsonl")
+    options: dict[str, Any] = {"data": str(data), "max_new_tokens": 6, "dtype": "float32", "cache": tmp_path / "cache"}
+    report = evaluate(str(smollm2), str(noisy), teacher=str(smollm2), reference=str(noisy), show=1, **options)
+    chosen = next(one for one in read_response_sets(tmp_path / "cache" / "evaluation") if one.info.name == "chosen")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    losses, tokens = [], 0
+    for one in chosen.sequences():
+        ids = torch.from_numpy(np.concatenate([one.prompt_ids, one.response_ids])).long()[None]
+        labels = ids.clone()
+        labels[0, : len(one.prompt_ids)] = -100
+        with torch.inference_mode():
+            losses.append(float(model(input_ids=ids, labels=labels).loss) * len(one.response_ids))
+        tokens += len(one.response_ids)
+    assert report.student_perplexity == pytest.approx(np.exp(sum(losses) / tokens), rel=1e-4)
+    assert report.student_perplexity is not None
+    assert report.baseline_perplexity is not None
+    assert report.baseline_perplexity > 2 * report.student_perplexity
+    assert report.greedy is not None
+    assert report.greedy.student.implicit_reward > 0, "teacher and reference are the two models themselves"
+    assert report.greedy.win_rate.mean == 1
+    assert report.shown[0].prompt == last_question(preference_rows[0])

@@ -62,7 +62,9 @@ def evaluated(options: dict[str, Any], rows: list[Row], folder: Path, **others: 
 
 
 def sampled_sets(folder: Path) -> list[ResponseSet]:
-    return [one for one in read_response_sets(folder / "cache" / "evaluation") if one.info.name == "sampled"]
+    """The sets of the answers that were sampled at temperature 1."""
+    sets = read_response_sets(folder / "cache" / "evaluation")
+    return [one for one in sets if one.info.sampling is not None and one.info.sampling.temperature == 1]
 
 
 def prompts(responses: ResponseSet, options: dict[str, Any]) -> list[str]:
@@ -71,7 +73,7 @@ def prompts(responses: ResponseSet, options: dict[str, Any]) -> list[str]:
 
 
 def numbers(report: EvaluateReport) -> EvaluateReport:
-    return replace(report, sampled=0, scored=0, seconds=0)
+    return replace(report, sampled=0, answered_greedily=0, scored=0, scored_by_students=0, seconds=0)
 
 
 @pytest.mark.slow
@@ -134,7 +136,7 @@ def test_rows_left_out_are_counted_by_reason(allowed: bool, options: dict[str, A
     rows = [EMPTY, *ONE_TURN, FORGED, NO_ANSWER, EMPTY]
     report = evaluated(options, rows, tmp_path, drop_invalid=True, allow_control_tokens=allowed)
     control_tokens = {} if allowed else {"control tokens": 1}
-    assert report.dropped_by_reason == {"empty response": 2, "missing column": 1, **control_tokens}
+    assert report.dropped_by_reason == {"empty response": 2, "pairs and prompts mixed": 1, **control_tokens}
     assert (report.prompts, report.dropped) == (3 + allowed, 4 - allowed)
 
 

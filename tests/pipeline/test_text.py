@@ -15,7 +15,7 @@ from adpa.cli import app
 from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.data.vocabulary import load_tokenizer
 from adpa.errors import OptionError, RowError
-from adpa.pipeline.precompute import FirstExample
+from adpa.pipeline.scoring.first_example import FirstExample
 
 PAIR: Row = {"prompt": "Say hello.", "chosen": "Hello there!", "rejected": "No."}
 PROMPT = "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"

@@ -260,7 +260,7 @@ def test_samples_that_a_gc_removes_before_their_set_is_made_are_sampled_again(
             gone.extend(cache.glob("samples/*/*"))
             gone[0].unlink()
 
-    monkeypatch.setattr("adpa.pipeline.scoring.run.sample_responses", sample)
+    monkeypatch.setattr("adpa.pipeline.scoring.sample.sample_responses", sample)
     job.run(cache, None)
     check_same_sets(read_sets(cache), alone_as(job, None)[0])
     assert len(gone) > 1

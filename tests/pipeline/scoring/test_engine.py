@@ -80,7 +80,7 @@ def test_an_option_without_a_meaning_is_refused_whatever_the_engine(teacher: Che
 
 def test_the_names_of_the_hf_engine_are_those_of_the_caches_that_are_there() -> None:
     engine = HfEngine(CPU, "")
-    assert (engine.name, engine.sampling_name) == ("hf", "hf")
+    assert (engine.name, engine.sampling_name, engine.student_name) == ("hf", "hf", "hf")
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_sizes_and_what_to_do(

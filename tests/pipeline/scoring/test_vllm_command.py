@@ -17,12 +17,14 @@ import pyarrow as pa
 import pytest
 from tests.conftest import MakeModel, Models, Row, heed_signals
 
-from adpa import distill, precompute
+from adpa import distill, evaluate, precompute
 from adpa.data.cache.responses import read_response_sets
 from adpa.data.cache.shards import list_shards, read_shard
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import Scoring, read_scorings, read_signals
 from adpa.errors import OptionError
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.scoring.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -43,6 +45,43 @@ def write_pairs(rows: list[Row], path: Path, repetitions: int = 1) -> Path:
 
     path.write_text("".join(json.dumps(asking(row, number)) + "\n" for row in rows for number in range(repetitions)))
     return path
+
+
+def test_an_evaluation_starts_an_engine_once_for_each_use_of_a_model(
+    wide_models: Models,
+    make_model: MakeModel,
+    preference_rows: list[Row],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A student has one to sample, in both ways, and one to score."""
+    started: list[tuple[str, str]] = []
+
+    def note(use: str) -> None:
+        start = getattr(VllmEngine, f"open_{use}")
+
+        def noted(engine: VllmEngine, checkpoint: Checkpoint, *rest: Any) -> Any:
+            started.append((checkpoint.name, use))
+            return start(engine, checkpoint, *rest)
+
+        monkeypatch.setattr(VllmEngine, f"open_{use}", noted)
+
+    note("sampler")
+    note("scorer")
+    models = [str(each) for each in (wide_models.student, make_model(73, width=128, initializer_range=0.1))]
+    student, baseline, teacher, reference = *models, str(wide_models.teacher), str(wide_models.reference)
+    common: dict[str, Any] = {"teacher": teacher, "reference": reference, "max_new_tokens": 4, "cache": tmp_path}
+    data = str(write_pairs(preference_rows[:4], tmp_path / "prefs.jsonl"))
+    by_vllm = evaluate(student, baseline, data=data, **common, engine="vllm", engine_arg=QUICK)
+    uses = [(student, "sampler"), (student, "scorer"), (baseline, "sampler"), (baseline, "scorer")]
+    assert started == [*uses, (teacher, "scorer"), (reference, "scorer")]
+    by_hf = evaluate(student, baseline, data=data, **common, engine="hf")
+    assert by_vllm.greedy is not None
+    assert by_hf.greedy is not None
+    assert by_vllm.greedy.difference.mean == pytest.approx(by_hf.greedy.difference.mean, abs=1e-3)
+    assert by_vllm.student_perplexity == pytest.approx(by_hf.student_perplexity, rel=1e-4)
+    assert by_vllm.baseline_perplexity == pytest.approx(by_hf.baseline_perplexity, rel=1e-4)
+    assert by_vllm.reward_margin == pytest.approx(by_hf.reward_margin, abs=1e-3)
 
 
 def test_the_cache_of_vllm_is_that_of_transformers_and_a_student_learns_from_it(

@@ -50,6 +50,13 @@ def test_the_name_says_the_way_and_every_setting_that_can_change_a_number(runs_o
     assert runs_on.name == name
 
 
+def test_a_scoring_by_a_student_knows_of_the_way_and_of_the_students_settings() -> None:
+    runs_on = engine(with_reference=True, quantization="fp8", engine_arg=("teacher:seed=1", "student:seed=2"))
+    assert runs_on.student_name == "vllm hidden-states student:seed=2"
+    assert engine("float32", quantization="fp8").student_name == "vllm prompt-logprobs head=float32"
+    assert engine().student_name == "vllm hidden-states"
+
+
 def test_a_sampling_knows_of_the_students_settings_alone() -> None:
     runs_on = engine("model", quantization="fp8", engine_arg=("teacher:seed=1", "student:kv_cache_dtype=fp8"))
     assert runs_on.sampling_name == 'vllm student:kv_cache_dtype="fp8"'
