@@ -134,7 +134,7 @@ def test_rows_left_out_are_counted_by_reason(allowed: bool, options: dict[str, A
     rows = [EMPTY, *ONE_TURN, FORGED, NO_ANSWER, EMPTY]
     report = evaluated(options, rows, tmp_path, drop_invalid=True, allow_control_tokens=allowed)
     control_tokens = {} if allowed else {"control tokens": 1}
-    assert report.dropped_by_reason == {"empty response": 2, "missing column": 1, **control_tokens}
+    assert report.dropped_by_reason == {"empty response": 2, "pairs and prompts mixed": 1, **control_tokens}
     assert (report.prompts, report.dropped) == (3 + allowed, 4 - allowed)
 
 
