@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, Protocol, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, cast, overload
 
 from typing_extensions import Doc
 
@@ -28,6 +28,10 @@ from adpa.pipeline.training.run_directory import check_output
 from adpa.pipeline.training.schedules import SchedulerName, check_schedule
 from adpa.pipeline.training.trackers import read_trackers
 from adpa.pipeline.training.validation_settings import validation_arguments, validation_settings
+
+if TYPE_CHECKING:
+    from adpa.pipeline.training.run import Run, Sources, Student
+    from adpa.pipeline.training.trainer import DistillTrainer
 
 # Options that Trainer has, too, by the same name.
 TRAINER_HAS = (
@@ -275,6 +279,7 @@ def distill(
     )
 
     # These import torch and transformers, which takes seconds: --help and a wrong value should not wait for them.
+    from adpa.pipeline.training import results
     from adpa.pipeline.training import run as steps
     from adpa.pipeline.training.model_sharding import check_sharding
     from adpa.pipeline.training.training_arguments import make_training_arguments
@@ -308,27 +313,38 @@ def distill(
     in_training = steps.load_student(run, sources)
     with steps.own_output(run, origin, start):
         trainer = steps.train_student(run, sources, in_training, start, origin, warnings)
-        steps.save_student(run, sources, in_training, trainer)
-        report = DistillReport(
-            objective=objective,
-            output=str(output),
-            scoring=origin["scoring"],
-            responses=origin["responses"],
-            data=sources.data,
-            examples=len(trainer.examples),
-            trained_parameters=in_training.trained_parameters,
-            compute_dtype=in_training.compute_dtype,
-            weights_dtype=in_training.weights_dtype,
-            steps=trainer.state.global_step,
-            first_loss=trainer.losses[0]["loss"],
-            last_loss=trainer.losses[-1]["loss"],
-            tokens_per_second=trainer.tokens_per_second,
-            seconds=time.perf_counter() - started,
-            warnings=trainer.warnings,
-            **trainer.evaluation,
-        )
-        steps.write_result(run, sources, in_training, origin, asdict(report), trainer, options, defaults)
+        results.save_student(run, sources, in_training, trainer)
+        report = _report(run, sources, in_training, origin, trainer, time.perf_counter() - started)
+        results.write_result(run, sources, in_training, origin, asdict(report), trainer, options, defaults)
     return report
+
+
+def _report(
+    run: "Run",
+    sources: "Sources",
+    in_training: "Student",
+    origin: Mapping[str, Any],
+    trainer: "DistillTrainer",
+    seconds: float,
+) -> DistillReport:
+    return DistillReport(
+        objective=run.objective,
+        output=str(run.output),
+        scoring=origin["scoring"],
+        responses=origin["responses"],
+        data=sources.data,
+        examples=len(trainer.examples),
+        trained_parameters=in_training.trained_parameters,
+        compute_dtype=in_training.compute_dtype,
+        weights_dtype=in_training.weights_dtype,
+        steps=trainer.state.global_step,
+        first_loss=trainer.losses[0]["loss"],
+        last_loss=trainer.losses[-1]["loss"],
+        tokens_per_second=trainer.tokens_per_second,
+        seconds=seconds,
+        warnings=trainer.warnings,
+        **trainer.evaluation,
+    )
 
 
 def _check_words(options: Mapping[str, Any]) -> None:

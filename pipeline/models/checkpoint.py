@@ -1,7 +1,5 @@
 """Checkpoints: turns the name that a user types into a directory, an identity and a loaded model."""
 
-import gc
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -168,8 +166,13 @@ class Checkpoint:
         config, _ = self._read_config()
         try:
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        except LOADING_ERRORS as error:
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=getattr(torch, dtype),
+                    attn_implementation=self.attn_implementation,
+                    trust_remote_code=self.trust_remote_code,
+                )
+        except self._errors(*LOADING_ERRORS) as error:
             self._refuse_remote_code(error)
             raise ModelError(f"{self.name}: transformers cannot make it: {_first_line(error)}") from error
         return model
@@ -374,30 +377,6 @@ def open_checkpoint(
         adapters.check_adapter(name, adapter)
         directory = find_base(name, adapter, trust_remote_code)
     return Checkpoint(name, revision, directory, adapter, attn_implementation, trust_remote_code)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device to compute on; ``auto`` is a GPU if the machine has one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {device}: {_first_line(error)}", "use cpu, or a device that torch sees") from error
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a device; for the CPU, of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def release_memory() -> None:
-    """Frees the memory of a deleted model. Models of transformers are in reference cycles, which delay this."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:

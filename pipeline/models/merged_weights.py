@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from adpa.errors import ModelError
-from adpa.pipeline.models.checkpoint import Checkpoint, device_memory, release_memory
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.devices import device_memory, release_memory
 
 MORE_ROOM = "set TMPDIR to a directory with room for them"
 

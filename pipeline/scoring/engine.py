@@ -13,7 +13,8 @@ from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import Scoring
 from adpa.pipeline.models.attention import check_place
 from adpa.pipeline.models.batch_memory import FIXED_TOKENS, free_memory, sampling_tokens, scoring_tokens
-from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.devices import device_memory
 from adpa.pipeline.options import EngineName, ModelName
 from adpa.pipeline.scoring.hf_sampler import HfSampler
 from adpa.pipeline.scoring.hf_scorer import open_hf_scorer

@@ -27,7 +27,8 @@ from adpa.data.cache.responses import Sampling
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import ModelError
-from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.devices import release_memory
 from adpa.pipeline.models.padding import Grouping, choose_grouping, finite_rows, in_groups, nearly_same, trial_sequences
 from adpa.pipeline.scoring.hf_scorer import hf_scorer
 from adpa.pipeline.scoring.sample import SharedSampler, stream_seed

@@ -15,7 +15,8 @@ from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import OptionError
-from adpa.pipeline.models.checkpoint import Checkpoint, resolve_device
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.devices import resolve_device
 from adpa.pipeline.scoring.engine import Engine, choose_engine
 from adpa.pipeline.scoring.jobs import make_batches
 from adpa.pipeline.scoring.opened_models import Models, open_models

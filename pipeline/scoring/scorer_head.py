@@ -16,7 +16,7 @@ from torch import Tensor
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.errors import ModelError, OptionError
 from adpa.kernels.teacher_rows import BLOCK_BYTES, logprobs_at, teacher_rows
-from adpa.pipeline.models.checkpoint import release_memory
+from adpa.pipeline.models.devices import release_memory
 from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 

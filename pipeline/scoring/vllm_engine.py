@@ -22,7 +22,8 @@ from packaging.version import Version
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.signals import ModelIdentity, Scoring
 from adpa.errors import HeadError, ModelError, OptionError
-from adpa.pipeline.models.checkpoint import Checkpoint, device_memory
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.devices import device_memory
 from adpa.pipeline.models.lm_head import LmHead
 from adpa.pipeline.models.merged_weights import merged_weights
 from adpa.pipeline.options import ModelName

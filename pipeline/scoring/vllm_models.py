@@ -36,7 +36,8 @@ from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.errors import EngineError, ModelError, OptionError
-from adpa.pipeline.models.checkpoint import Checkpoint, release_memory
+from adpa.pipeline.models.checkpoint import Checkpoint
+from adpa.pipeline.models.devices import release_memory
 from adpa.pipeline.scoring.sample import SharedSampler, stream_seed
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from adpa.kernels import torch_head, triton_head
 from adpa.pipeline.models.attention import SDPA
 from adpa.pipeline.models.attention_mask import WITHOUT_PADDING
-from adpa.pipeline.models.checkpoint import device_memory
+from adpa.pipeline.models.devices import device_memory
 from adpa.pipeline.models.lm_head import hidden_states, read_head
 from adpa.pipeline.training.distill_plan import MemoryEstimate
 from adpa.pipeline.training.model_sharding import sharding_name
@@ -59,7 +59,10 @@ class FakeStudent:
         The model loses most of its layers: the first four stand for all, so that this takes no time.
         """
         number = self.model.config.get_text_config().num_hidden_layers
-        layers = next(each for each in self.model.modules() if isinstance(each, nn.ModuleList) and len(each) == number)
+        lists = (each for each in self.model.modules() if isinstance(each, nn.ModuleList) and len(each) == number)
+        layers = next(lists, None)
+        if layers is None:
+            return None
         del layers[FOLLOWED:]
         try:
             with self._mode:

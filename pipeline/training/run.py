@@ -4,12 +4,10 @@ Every rank takes every step.
 """
 
 import logging
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy, align_special_tokens
+from transformers.trainer_utils import SaveStrategy
 
 from adpa.data.batches import collate
 from adpa.data.cache.choice import made_from
-from adpa.data.cache.files import write_file
 from adpa.data.cache.held_out_sets import held_out_ids, select_held_out
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import ResponseName, read_response_sets
@@ -38,7 +35,7 @@ from adpa.errors import OptionError
 from adpa.pipeline.models.attention import check_place, runs_on_cpu, switch_attention
 from adpa.pipeline.models.attention_mask import leave_out_padding_mask
 from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from adpa.pipeline.models.launcher import number_of_ranks, this_rank
+from adpa.pipeline.models.launcher import this_rank
 from adpa.pipeline.models.packed_attention import allow_packing
 from adpa.pipeline.models.padding import check_padding
 from adpa.pipeline.options import DtypeName
@@ -46,9 +43,8 @@ from adpa.pipeline.training.callbacks import EarlyStop, KeepEnds, name_failing_t
 from adpa.pipeline.training.examples import Examples, divide_examples
 from adpa.pipeline.training.inputs import find_needs
 from adpa.pipeline.training.log_lines import Bar, LogLines
-from adpa.pipeline.training.lora import add_adapters, load_base, merge_adapters
+from adpa.pipeline.training.lora import add_adapters, load_base
 from adpa.pipeline.training.lora_settings import LoraSettings
-from adpa.pipeline.training.model_card import CARD, card_facts, write_card
 from adpa.pipeline.training.model_sharding import check_shards, loading_whole, sharding_name
 from adpa.pipeline.training.objectives import ObjectiveName, TermWeights
 from adpa.pipeline.training.ranks import check_agreement, on_all_ranks
@@ -57,17 +53,10 @@ from adpa.pipeline.training.run_warnings import length_warnings, unused_warnings
 from adpa.pipeline.training.student import attach_distill_head
 from adpa.pipeline.training.trainer import DistillTrainer
 from adpa.pipeline.training.training_arguments import TRAINING
-from adpa.pipeline.training.validation import evaluations_of, lost_best
+from adpa.pipeline.training.validation import lost_best
 from adpa.pipeline.training.validation_settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"
-# The fields of a report that adpa.json has too.
-REPORTED = (
-    "data", "examples", "trained_parameters", "compute_dtype", "weights_dtype", "steps", "seconds", "tokens_per_second",
-    "validation_examples", "best_step", "stopped_early",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -353,7 +342,7 @@ def train_student(
         trainer.add_callback(EarlyStop(run.validation.patience))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LogLines(list(trainer.weights), sources.examples.describe()))
+    trainer.add_callback(LogLines(trainer.terms, sources.examples.describe()))
     if not run.arguments.disable_tqdm:
         trainer.add_callback(Bar)
     if run.arguments.save_strategy != SaveStrategy.NO and this_rank() == 0:
@@ -364,58 +353,3 @@ def train_student(
         if this_rank() == 0:
             logger.warning(lost)
     return trainer
-
-
-def save_student(run: Run, sources: Sources, student: Student, trainer: DistillTrainer) -> None:
-    """Writes the trained student as an ordinary checkpoint; with LoRA merged, and the adapters in a folder of it."""
-    if run.lora is None:
-        trainer.save_student(run.output)
-        return
-    trainer.save_student(run.output / ADAPTER)
-    if this_rank() != 0:
-        return
-    (run.output / ADAPTER / CARD).unlink(missing_ok=True)  # PEFT's has nothing but the path of the base
-    with loading_whole(run.arguments):
-        dtype = sources.checkpoint.dtype_name(run.dtype)
-        merged = merge_adapters(sources.checkpoint, run.output / ADAPTER, dtype)
-    align_special_tokens(merged, sources.tokenizer)
-    merged.generation_config = student.model.generation_config
-    merged.save_pretrained(run.output)
-    sources.tokenizer.save_pretrained(run.output)
-
-
-def write_result(
-    run: Run,
-    sources: Sources,
-    student: Student,
-    origin: Mapping[str, Any],
-    report: Mapping[str, Any],
-    trainer: DistillTrainer,
-    chosen: Mapping[str, Any],
-    usual: Mapping[str, Any],
-) -> None:
-    """Writes adpa.json of a finished run, the curves of its logs, and its model card.
-
-    ``chosen`` and ``usual`` are as in ``warn_before``.
-    """
-    if this_rank() != 0:
-        return
-    from adpa.pipeline.training.curves import CURVES, draw_curves  # matplotlib, which nothing before needs
-
-    packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
-    result = {name: report[name] for name in REPORTED} | {
-        "packing": run.packing,
-        "attn_implementation": student.attention,  # like packing, it changes rounding alone
-        "ranks": number_of_ranks(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "warnings": trainer.warnings,
-        "student_before": trainer.student_before,
-        "losses": trainer.losses,
-        "evaluations": evaluations_of(trainer.state.log_history),
-    }
-    before = sources.checkpoint
-    changed = {name: value for name, value in chosen.items() if value != usual[name]}
-    record = {**origin, **result, **card_facts(changed, sources.selection, before.identity, before.directory)}
-    write_record(run.output, record)
-    write_file(run.output / CURVES, draw_curves(record).encode())
-    write_card(run.output)

@@ -30,12 +30,13 @@ from adpa.data.steps import StepSampler
 from adpa.errors import ModelError
 from adpa.pipeline.training.callbacks import AtStart, LogOften
 from adpa.pipeline.training.collapse import Watch, collapse
-from adpa.pipeline.training.divergence import BEFORE, divergence, positive_loss
+from adpa.pipeline.training.divergence import divergence
 from adpa.pipeline.training.loaders import HeldOutBatches, StepLoader, loading
 from adpa.pipeline.training.objectives import TermWeights
 from adpa.pipeline.training.plausibility import plausible_advantages
 from adpa.pipeline.training.ranks import on_all_ranks
 from adpa.pipeline.training.rehearsal import copies_to_come, fits_in_memory, largest_micro_batch, no_memory
+from adpa.pipeline.training.term_sums import TermSums
 from adpa.pipeline.training.validation import LOSS, HeldOutLosses, describe_evaluations
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,7 @@ class DistillTrainer(Trainer):
             plausibility,
             self.accelerator,
         )
-        self._term_sums_S3 = torch.zeros_like(self._weights_S3)
-        self._steps_summed = 0
-        self._first_sums_S3: Tensor | None = None  # of the run's first step
+        self._terms = TermSums(self._names, self._weights_S3, self.accelerator)
         self._tokens = 0  # of this rank
         self._loader: StepLoader | None = None
         self._tokens_since: float | None = None  # on the clock, until they are logged
@@ -176,8 +175,6 @@ class DistillTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             return [], None  # resumed from its last step; Trainer checks only after one more
         self._tokens_since = self._tokens_since or time.perf_counter()
-        if self.state.global_step == 1 and self._steps_summed == 1:
-            self._first_sums_S3 = self._term_sums_S3.clone()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -187,7 +184,7 @@ class DistillTrainer(Trainer):
             batch["step_tokens"] = counts_S
             if batch["set_number"][0] < len(self._names):
                 self._tokens += int(count_tokens(batch))
-        self._steps_summed += 1
+        self._terms.begin_step(self.state.global_step)
         return batches, None
 
     def _count_tokens(self, batch: dict[str, Tensor]) -> Tensor:
@@ -214,7 +211,7 @@ class DistillTrainer(Trainer):
         batch["advantages"] = plausible_advantages(batch["advantages"], batch["teacher_logprobs"], self._plausibility)
         nll, kl, advantage = weights_N3.unbind(1)
         loss, terms = model(**batch, nll_weight=nll, kl_weight=kl, advantage_weight=advantage)
-        self._term_sums_S3.index_add_(0, set_N, torch.stack(terms, dim=1) * per_token_S1[set_N])
+        self._terms.add(set_N, torch.stack(terms, dim=1) * per_token_S1[set_N])
         loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, terms) if return_outputs else loss
 
@@ -280,7 +277,7 @@ class DistillTrainer(Trainer):
         fits = fits_in_memory(model, compute_loss, passes, copies, self.args.device)
         unused = any(each.grad is None for each in model.parameters() if each.requires_grad)
         model.zero_grad()
-        self._term_sums_S3.zero_()
+        self._terms.clear()
         if not fits:  # raised after the tensors are gone: telling the other ranks needs memory, on a full GPU
             raise no_memory(self.examples, numbers, self.args.per_device_train_batch_size, self.args.device)
         return unused
@@ -301,6 +298,11 @@ class DistillTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
             self._save(str(output), state_dict=state)
+
+    @property
+    def terms(self) -> list[str]:
+        """The terms of the loss, by their keys in a log."""
+        return list(self._terms.weights)
 
     @property
     def losses(self) -> list[dict[str, Any]]:
@@ -356,45 +358,19 @@ class DistillTrainer(Trainer):
                     "lower --learning-rate or the weights of the terms, or check the student",
                 )
         if "loss" in logs:
-            logs |= self._take_terms() | self._take_tokens() | self._watch.measure(self.model_wrapped)
+            logs |= (
+                self._terms.take(self.state.global_step) | self._take_tokens() | self._watch.measure(self.model_wrapped)
+            )
         super().log(logs, start_time)
         history = self.state.log_history
         for warning in (
             collapse(history, self._plausibility),
-            divergence(history, self.weights, self.state.max_steps),
+            divergence(history, self._terms.weights, self.state.max_steps),
         ):
             if warning is not None and warning not in self.warnings:
                 self.warnings.append(warning)
                 if self.is_world_process_zero():
                     logger.warning(warning)
-
-    def _take_terms(self) -> dict[str, float]:
-        """The mean of every term since the last log; in the first log also the loss at the first step."""
-        terms = self._means(self._term_sums_S3, self._steps_summed)
-        if self.state.global_step <= 1:
-            terms |= {BEFORE: positive_loss(terms, self.weights)}
-        elif self._first_sums_S3 is not None:
-            terms |= {BEFORE: positive_loss(self._means(self._first_sums_S3, 1), self.weights)}
-        self._first_sums_S3 = None
-        self._term_sums_S3.zero_()
-        self._steps_summed = 0
-        return terms
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of every term in the loss, by its key in a log."""
-        return {
-            f"{term}/{name}": weight
-            for name, weights in zip(self._names, self._weights_S3.tolist(), strict=False)  # the last set has no name
-            for term, weight in zip(TermWeights._fields, weights, strict=True)
-            if weight != 0
-        }
-
-    def _means(self, sums_S3: Tensor, steps: int) -> dict[str, float]:
-        means_S3 = self.accelerator.reduce(sums_S3, reduction="sum") / max(steps, 1)
-        means = (mean for row in means_S3.tolist() for mean in row)
-        keys = [f"{term}/{name}" for name in self._names for term in TermWeights._fields]
-        return {key: mean for key, mean in zip(keys, means, strict=False) if key in self.weights}
 
     def _take_tokens(self) -> dict[str, float]:
         assert self._tokens_since is not None

@@ -10,7 +10,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from adpa.errors import OptionError
-from adpa.pipeline.models.checkpoint import resolve_device
+from adpa.pipeline.models.devices import resolve_device
 
 # A resumed run must have the same values of these.
 TRAINING = (

@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from adpa.errors import ModelError
-from adpa.pipeline.models.checkpoint import Checkpoint, device_memory, open_checkpoint, resolve_device
+from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from adpa.pipeline.models.devices import device_memory, resolve_device
 from adpa.pipeline.models.lm_head import hidden_states, read_head
 
 CPU = torch.device("cpu")
