@@ -48,7 +48,7 @@ def test_a_run_reports_on_the_terminal_and_in_a_file(
     }  # fmt: skip
     assert report["scored"] == 6
     assert report["scoring"] in done.stdout
-    assert "truncated responses" in done.stdout
+    assert ("truncated responses" in done.stdout) == (report["truncated_responses"] > 0)
 
 
 def test_a_probe_is_shown_below_the_counts_and_without_one_bytes_are_told_to_be_at_most(

@@ -110,3 +110,12 @@ def test_the_page_has_the_settings_and_the_curves_of_each_run(filled: Filled, tm
     assert "/home/me" not in page
     report = json.loads((tmp_path / "report.json").read_text())
     assert [run["objective"] for run in report["runs"]] == ["dckd", "kd", "dckd"]
+
+
+def test_a_page_never_replaces_the_record_of_a_run(filled: Filled, tmp_path: Path) -> None:
+    run = write(tmp_path / "run", RECORD)
+    words = ["inspect", str(filled.cache), "--response-set", "chosen", "--run", str(run)]
+    done = CliRunner().invoke(cli.app, [*words, "--html", str(run / "adpa.json")])
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert f"one of the files of --run {run}" in done.stderr
+    assert read_record(run) == RECORD

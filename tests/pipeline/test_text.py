@@ -93,7 +93,7 @@ def test_the_command_prints_the_first_example_with_its_parts_apart(
     assert lines[0] == "First example, as the models read it"
     assert "chosen    │ Hello there!" in lines
     assert "end token │ <|im_end|> (id 2)" in lines
-    assert lines.index("end token │ <|im_end|> (id 2)") < lines.index("adpa precompute")
+    assert lines.index("end token │ <|im_end|> (id 2)") < lines.index("adpa precompute --dry-run")
 
 
 def test_the_templates_arguments_make_another_response_set(
