@@ -43,6 +43,7 @@ def own_lines(text: str) -> list[str]:
     return [line for line in text.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
 
 
+@pytest.mark.slow
 def test_the_lines_are_the_same_in_a_terminal_and_after_resuming(
     few_words: Filled, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
