@@ -95,7 +95,7 @@ def _write(line: str) -> None:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+    return f"{value:z.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def _duration(seconds: int) -> str:

@@ -212,6 +212,7 @@ def refused(filled: Filled, output: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_second_data_set_is_named_by_its_path_or_by_ids(
     two: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +299,7 @@ def test_training_stops_when_the_loss_on_held_out_examples_rises(two: Filled, tm
     assert (record(tmp_path / "best")["best_step"], record(tmp_path / "best")["stopped_early"]) == (best, True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(two: Filled, tmp_path: Path) -> None:
     """Its evaluations and its patience go on; the held-out examples must be the same."""
     options: dict[str, Any] = {"validation": str(two.data), "max_steps": 12, "eval_steps": 2, "learning_rate": 3.0}
