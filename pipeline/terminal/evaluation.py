@@ -11,7 +11,7 @@ from adpa.data.bootstrap import Interval
 from adpa.data.pieces import visible
 from adpa.data.shown_answers import ShownPrompt
 from adpa.pipeline.evaluate import EvaluateReport
-from adpa.pipeline.terminal.report import show_report
+from adpa.pipeline.terminal.report import engine_text, show_report
 
 MOST_CHARACTERS = 600  # of a text
 SIDE_BY_SIDE = 100  # columns of a terminal that two answers take
@@ -98,8 +98,9 @@ def _counts(report: EvaluateReport) -> Table:
         "answered greedily now": report.answered_greedily,
         "scored now": report.scored,
         "scored by students now": report.scored_by_students,
+        "engine": engine_text(report.engine, report.engine_reason),
     }
-    kept = {"engine", "engine_reason", "seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
+    kept = {"seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
     table = show_report("evaluate", report, leave_out=asdict(report).keys() - kept, first=done)
     table.title = None
     return table
