@@ -22,10 +22,9 @@ from adpa.data.cache.signals import ModelIdentity
 from adpa.data.hub import HUB_NAME
 from adpa.pipeline.training.card_commands import distill_command, last_part, precompute_command, public
 from adpa.pipeline.training.evaluation_numbers import comparison, measures
-from adpa.pipeline.training.run_directory import read_evaluations, read_record
+from adpa.pipeline.training.run_directory import CARD, CURVES, read_evaluations, read_record
 from adpa.pipeline.training.serving import transformers_lines, vllm_lines
 
-CARD, CURVES = "README.md", "curves.svg"
 LICENSE = ("license", "license_name", "license_link")
 MARK = "<!-- adpa wrote this card, and writes it again after an evaluation unless it was changed: {} -->\n"
 SYMBOLS = {"chosen": "y_w", "rejected": "y_l", "sampled": "ŷ"}
