@@ -20,7 +20,8 @@ from adpa.data.cache.files import write_file
 from adpa.data.cache.selection import Selection
 from adpa.data.cache.signals import ModelIdentity
 from adpa.data.hub import HUB_NAME
-from adpa.pipeline.training.card_commands import distill_command, last_part, precompute_command, public
+from adpa.data.public_names import last_part, public_name
+from adpa.pipeline.training.card_commands import distill_command, precompute_command
 from adpa.pipeline.training.evaluation_numbers import comparison, measures
 from adpa.pipeline.training.run_directory import CARD, CURVES, read_evaluations, read_record
 from adpa.pipeline.training.serving import transformers_lines, vllm_lines
@@ -199,7 +200,9 @@ def _data(record: Mapping[str, Any]) -> list[str]:
     for name, one in record.get("response_sets", {}).items():
         about = [f"{one['rows']:,}"]
         if made := one["record"]:
-            about.append(f"from {_code(public(made['data']))}" + (f" split {made['split']}" if made["split"] else ""))
+            about.append(
+                f"from {_code(public_name(made['data']))}" + (f" split {made['split']}" if made["split"] else "")
+            )
             about.append(f"read {made['time'][:10]}")
         if how := one["sampling"]:
             about.append(f"sampled by the student, temperature {how['temperature']:g}, top-p {how['top_p']:g}")
@@ -253,8 +256,8 @@ def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = ["## Evaluation"] if evaluations else []
     for each in evaluations:
         settings, report = each["settings"], each["report"]
-        models = [f"{name} {_code(public(settings[name]))}" for name in ("baseline", "teacher", "reference")]
-        prompts = f"{report['prompts']:,} prompts of {_code(public(settings['data']))}"
+        models = [f"{name} {_code(public_name(settings[name]))}" for name in ("baseline", "teacher", "reference")]
+        prompts = f"{report['prompts']:,} prompts of {_code(public_name(settings['data']))}"
         how = f"temperature {settings['temperature']:g}, seed {settings['seed']}"
         parts.append(f"{prompts}, {how}; {', '.join(models)} ({each['time'][:10]}):")
         rows = [[name.replace("_", " "), text, ""] for name, text in comparison(report).items()]
