@@ -61,6 +61,7 @@ def plan_run(
 
     Raises:
         OptionError: the student lacks a layer that ``--lora-target`` names, or has a smaller one than ``--lora-rank``.
+        ModelError: transformers cannot make the student from its configuration.
     """
     arguments = run.arguments
     examples = sources.examples.trained

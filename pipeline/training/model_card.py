@@ -136,7 +136,7 @@ def make_card(name: str, record: Mapping[str, Any], evaluations: Sequence[Mappin
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     sets = record.get("response_sets", {}).values()
     sources = [one["record"]["data"] for one in sets if one["record"]]
-    names = {source.partition(":")[0] for source in sources if not os.path.isabs(source)}
+    names = {re.split("[:@]", source)[0] for source in sources if not os.path.isabs(source)}
     of_student = record.get("student_metadata", {})
     bases = of_student.get("base_model", [])
     bases = [base for base in ([bases] if isinstance(bases, str) else bases) if _is_hub_name(base)]

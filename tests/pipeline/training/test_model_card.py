@@ -163,6 +163,16 @@ def test_names_of_the_hub_are_links_and_metadata(student: Path) -> None:
     assert "--split train" in text
 
 
+@pytest.mark.parametrize("named", ["org/prefs", "org/prefs:en", "org/prefs@v2", "org/prefs:en@v2"])
+def test_the_metadata_name_the_data_without_its_configuration_and_revision(named: str, student: Path) -> None:
+    record = read_record(student)
+    for one in record["response_sets"].values():
+        one["record"] |= {"data": named}
+    text = make_card("s", record, [], curves=False)
+    assert ModelCard(text).data.to_dict()["datasets"] == ["org/prefs"]
+    assert f"--data {named}" in text
+
+
 def test_the_record_of_an_earlier_adpa_makes_a_shorter_card(student: Path) -> None:
     news = ("options", "scored", "response_sets", "student_metadata", "time")
     record = {name: value for name, value in read_record(student).items() if name not in news}
