@@ -17,7 +17,8 @@ DOCUMENTS = [
 ]
 ROOMS = ("benchmarks", "data", "examples", "kernels", "lab", "pipeline", "src", "tests")
 MAP = ROOT / "docs/architecture.md"
-COMMON_OPTIONS = {"--config", "--debug", "--help", "--report", "--version", "--no-bf16"}  # of every command, or beside
+# Of every command, or beside them.
+COMMON_OPTIONS = {"--config", "--debug", "--help", "--report", "--version", "--no-bf16", "--install-completion"}
 OTHER_TOOLS = {  # torchrun, accelerate launch, docker run, sbatch
     "--nproc-per-node",
     *("--fsdp_version", "--num_processes", "--use_fsdp"),

@@ -10,7 +10,7 @@ from adpa.data.answers import Comparison
 from adpa.data.pieces import visible
 from adpa.data.shown_answers import ShownPrompt
 from adpa.pipeline.evaluate import EvaluateReport
-from adpa.pipeline.terminal.report import show_report
+from adpa.pipeline.terminal.report import engine_text, show_report
 from adpa.pipeline.training.evaluation_numbers import interval_text, number_text
 
 MOST_CHARACTERS = 600  # of a text
@@ -100,8 +100,9 @@ def _counts(report: EvaluateReport) -> Table:
         "answered greedily now": report.answered_greedily,
         "scored now": report.scored,
         "scored by students now": report.scored_by_students,
+        "engine": engine_text(report.engine, report.engine_reason),
     }
-    kept = {"engine", "engine_reason", "seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
+    kept = {"seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
     table = show_report("evaluate", report, leave_out=asdict(report).keys() - kept, first=done)
     table.title = None
     return table

@@ -6,6 +6,14 @@ from typing import Any
 
 from rich.table import Column, Table
 
+EXPECTED = "a GPU and vLLM are there"  # why an engine that nobody asked for is no surprise
+
+
+def engine_text(engine: str, reason: str) -> str:
+    """An engine, with the reasons for it that say something new: not that the user named it, nor the usual one."""
+    reasons = [one for one in reason.split("; ") if one != EXPECTED and not one.endswith("as asked")]
+    return "; ".join([engine, *reasons])
+
 
 def show_report(
     title: str, report: Any, leave_out: Collection[str] = (), first: Mapping[str, object] | None = None

@@ -161,10 +161,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
             label=line.label,
         )
     tidy(axes)
-    axes.set_title(panel.title, loc="left")
+    axes.set_title(panel.title, loc="left", y=1)  # placed by hand: matplotlib would measure all labels
     axes.set_ylabel(panel.unit)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.margins(y=0.1)

@@ -224,7 +224,7 @@ def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, A
     for field, value in origin.items():
         before, now = record.get(field), value
         if field == "lora" and isinstance(before, dict):
-            before = {"dropout": 0.0} | before  # older records have none
+            before = before | {"dropout": before.get("dropout", 0.0)}  # older records have none
         if isinstance(before, dict) and isinstance(now, dict):  # show only the difference; a student may have moved
             both = (key for key in before | now if (field, key) != ("student", "name"))
             keys = [key for key in both if before.get(key) != now.get(key)]

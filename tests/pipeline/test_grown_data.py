@@ -234,7 +234,7 @@ def test_the_listing_has_data_and_time_and_the_newest_first(user: User) -> None:
     assert record is not None
     assert record.data == f"{user.folder}/more.jsonl"
     shown = user.type("cache ls CACHE").stdout
-    assert f"from {record.describe()}; " in " ".join(shown.split())
+    assert f" from {record.describe()} " in " ".join(shown.split())
     assert json.loads(json.dumps(record.time)) == record.time
     assert show_listing(listing) is not None
 

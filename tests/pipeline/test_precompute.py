@@ -387,7 +387,7 @@ def test_a_set_is_never_made_of_a_part_of_its_samples(
     filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process may remove samples between sampling and reading."""
-    monkeypatch.setattr("adpa.pipeline.scoring.run.sample_responses", lambda *_: None)
+    monkeypatch.setattr("adpa.pipeline.scoring.sample.sample_responses", lambda *_: None)
     with pytest.raises(CacheError, match="8 samples that this run made are gone"):
         precompute(
             teacher=str(filled.models.teacher),

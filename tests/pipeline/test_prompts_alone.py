@@ -53,7 +53,7 @@ def test_the_students_answers_to_them_are_those_to_the_same_prompts_in_pairs(
     again = precompute(**options)
     assert (again.sampled, again.scored, again.reused, again.responses) == (0, 0, 16, report.responses)
     assert [(each.chosen, each.end) for each in examples] == [(None, "</s>")]
-    assert "prompts alone │ read 8" in " ".join(shown(report).split())
+    assert "prompts alone │ 8" in " ".join(shown(report).split())
     assert "Training needs pairs: every objective has a term on the chosen responses" in shown(report)
 
 
