@@ -31,7 +31,7 @@ def read_csv(path: Path, columns: Columns) -> Rows:
         columns: those to read.
 
     Raises:
-        DataError: the columns are no pair's, or a quoted cell never ends.
+        DataError: the file cannot be read or has no text, its columns are no pair's, or a quoted cell never ends.
     """
     csv.field_size_limit(LONGEST_CELL)
     try:

@@ -20,7 +20,8 @@ def folder_files(path: Path) -> dict[str, list[Path]]:
     such names all files are ``train``. In a copy of a repository of the Hub, the metadata of its README may name them.
 
     Raises:
-        DataError: the folder has no such files, has files of several formats, or is something else.
+        DataError: the folder has no such files, has files of several formats or configurations, or is something else;
+            or the metadata of its README cannot be read.
     """
     if (found := kind(path)) in ("a model", "a cache"):
         raise DataError(f"{path}: it is {found}; expected preference pairs", CHECK)

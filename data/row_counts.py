@@ -51,7 +51,11 @@ class RowCounts:
             self._first = number, error
 
     def add_used(self, example_id: str, prompt_ids: TokenIds, chosen_ids: TokenIds, rejected_ids: TokenIds) -> int:
-        """Counts a row in use, the responses empty for a prompt alone; returns the how-manieth with its example id."""
+        """Counts a row in use; a prompt alone has empty responses.
+
+        Returns:
+            The row's place among equal rows, from 1.
+        """
         prompt, chosen, rejected = prompt_ids.tobytes(), chosen_ids.tobytes(), rejected_ids.tobytes()
         self.used += 1
         if chosen == rejected:

@@ -19,7 +19,7 @@ from adpa.data.columns import RESPONSE_COLUMNS
 from adpa.data.json_rows import Rows, broken_row
 from adpa.data.sources import CHECK
 from adpa.data.splits import ONLY_SPLIT, Split
-from adpa.errors import DataError
+from adpa.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ def _open_parquet(path: Path) -> tuple[pq.ParquetFile, list[str]]:
         file = pq.ParquetFile(path)
         return file, file.schema_arrow.names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = f"{path}: expected a Parquet file; found a damaged one ({_first_line(error)})"
+        problem = f"{path}: expected a Parquet file; found a damaged one ({first_line(error)})"
         raise DataError(problem, CHECK) from error
 
 
@@ -133,7 +133,7 @@ def _arrow_batches(path: Path, files: Iterable[Path], columns: Columns) -> Itera
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{path}: expected a directory saved by datasets.save_to_disk; "
-                f"found a broken file, {file} ({_first_line(error)})",
+                f"found a broken file, {file} ({first_line(error)})",
                 "save the data set again",
             ) from error
 
@@ -180,7 +180,7 @@ def _read_batches(source: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> 
     except DataError:
         raise
     except TABLE_ERRORS as error:
-        raise DataError(f"{source}: cannot be read after row {number}: {_first_line(error)}", CHECK) from error
+        raise DataError(f"{source}: cannot be read after row {number}: {first_line(error)}", CHECK) from error
 
 
 def _plain(kind: pa.DataType, keep: Sequence[str] = ()) -> Callable[[Any], Any]:
@@ -207,7 +207,3 @@ def _plain(kind: pa.DataType, keep: Sequence[str] = ()) -> Callable[[Any], Any]:
     if isinstance(kind, pa.JsonType):
         return lambda value: value if value is None else json.loads(value)
     return lambda value: value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -29,14 +29,18 @@ class TokenizerDigests:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a checkpoint directory; ``trust_remote_code``: it may be code in the directory.
+    """Loads the tokenizer of a checkpoint directory.
 
     transformers takes a class by the model's type or by the name in tokenizer_config.json. The class may have other
     rules than tokenizer.json. Then the file decides, unless a class that tokenizer_config.json names loses text: such a
     tokenizer is refused by ``check_round_trip``.
 
+    Args:
+        directory: the directory.
+        trust_remote_code: whether the tokenizer may run Python code from the directory.
+
     Raises:
-        RemoteCodeError: it needs code, and must not run it.
+        RemoteCodeError: it needs such code, and may not run it.
         ModelError: it has none, or it cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # import torch, which few readers of a cache need

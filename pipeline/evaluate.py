@@ -161,7 +161,7 @@ def evaluate(
     show: Annotated[int, Doc("Show the answers of both models to so many prompts, side by side."), Group.SAMPLING] = 0,
     cache: Annotated[
         Location | None,
-        Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; else nothing is."),
+        Doc("Directory or URL whose evaluation/ keeps samples and scores, so that a run can go on; default: none."),
         Group.SAVING,
     ] = None,
     split: SplitOption = None,

@@ -19,7 +19,7 @@ from adpa.data.inspection import InspectedResponse, inspect_responses
 from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
-from adpa.pipeline.inspected_runs import InspectedRun, inspected_run, read_record
+from adpa.pipeline.inspected_runs import InspectedRun, inspected_run, read_run
 from adpa.pipeline.option_checks import check_counts, check_not_empty
 from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, TrustRemoteCodeOption
 from adpa.pipeline.terminal.inspection_html import render_page
@@ -87,7 +87,7 @@ def inspect_cache(
             raise OptionError(f"--html {html}: no place for a page", "name a file")
         check_cache(cache)
         check_outside("--html", html, cache)
-    records = {directory: read_record(directory) for directory in run or []}
+    records = {directory: read_run(directory) for directory in run or []}
     scored, left_out = select_scored(cache, scoring, response_set)
     among, one_needed = len(scored), example is not None or html is not None
     if among > 1 and (one_needed or (response_set is not None and are_versions(scored))):

@@ -1,20 +1,19 @@
 """Runs of ``adpa distill`` as ``adpa inspect --run`` shows them: settings, losses and curves from their adpa.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adpa.errors import OptionError
-from adpa.pipeline.training.run_directory import RECORD
+from adpa.pipeline.training.run_directory import RECORD, read_record
 
 SETTINGS = {  # of the record's "training", by the names of the options
     "learning rate": "learning_rate",
     "schedule": "lr_scheduler_type",
     "batch size": "batch_size",
     "epochs": "num_train_epochs",
-    "steps at most": "max_steps",
+    "max steps": "max_steps",
     "optimizer": "optim",
     "seed": "seed",
 }
@@ -72,8 +71,8 @@ class InspectedRun:
         return f"{examples}, {steps}, loss {self.first_loss:.4g} to {self.last_loss:.4g}"
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """The record of a run, also of one that has not finished.
+def read_run(directory: Path) -> dict[str, Any]:
+    """The record of a run that ``--run`` names, also of one that has not finished.
 
     Raises:
         OptionError: the directory has no record of a run.
@@ -82,7 +81,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise OptionError(f"--run {directory}: {'is a file' if directory.exists() else 'no such directory'}", fix)
     try:
-        record: dict[str, Any] = json.loads((directory / RECORD).read_text())
+        record = read_record(directory)
         whole = all(
             isinstance(log["step"], int) and isinstance(log["loss"], float | int) for log in record.get("losses", [])
         )

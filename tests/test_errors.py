@@ -39,3 +39,8 @@ def test_the_nearest_known_name_is_asked_for(name: str, known: list[str], meant:
 @pytest.mark.parametrize("name", ["xyz", ""])
 def test_without_a_near_name_nothing_is_asked(name: str) -> None:
     assert errors.did_you_mean(name, ["warmup_ratio", "seed"]) == errors.did_you_mean(name, []) == ""
+
+
+@pytest.mark.parametrize(("said", "line"), [("", ""), ("broken", "broken"), ("\n no header \nadvice\n", "no header ")])
+def test_of_another_packages_error_the_first_line_is_told(said: str, line: str) -> None:
+    assert errors.first_line(ValueError(said)) == line

@@ -34,7 +34,7 @@ def write_tokenizer(cache: Location, tokenizer: "PreTrainedTokenizerBase", diges
 
 
 def copy_tokenizer(source: Location, target: Location, digest: str) -> None:
-    """Writes a tokenizer of one cache into another; the files of one that needs code are copied, and it is not run.
+    """Writes a tokenizer of one cache into another. The code of a tokenizer is copied, and does not run.
 
     Raises:
         DamagedFileError: it is missing, or differs from what was written.
@@ -47,7 +47,7 @@ def copy_tokenizer(source: Location, target: Location, digest: str) -> None:
 
 
 def check_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase | None":
-    """The same as ``read_tokenizer``, but None for one that needs code: its files are what was written.
+    """The same as ``read_tokenizer``; None for a tokenizer with code, of which only the files are checked.
 
     Raises:
         DamagedFileError: as for ``read_tokenizer``.
@@ -59,10 +59,15 @@ def check_tokenizer(cache: Location, digest: str) -> "PreTrainedTokenizerBase | 
 
 
 def read_tokenizer(cache: Location, digest: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Reads a tokenizer from a cache; ``trust_remote_code``: it may be code in the cache.
+    """Reads a tokenizer from a cache.
+
+    Args:
+        cache: the cache.
+        digest: its digest.
+        trust_remote_code: whether the tokenizer may run Python code from the cache.
 
     Raises:
-        RemoteCodeError: it needs code, and must not run it.
+        RemoteCodeError: it needs such code, and may not run it.
         DamagedFileError: it is missing, or differs from what was written.
     """
     path = cache / "tokenizers" / digest

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from adpa.data.sequences import Packing
-from adpa.errors import ModelError, OptionError, did_you_mean
+from adpa.errors import ModelError, OptionError, did_you_mean, first_line
 
 EAGER, SDPA = "eager", "sdpa"
 # The packages of flash attention. If one is not installed, but KERNELS is, transformers gets the kernel from the Hub.
@@ -92,7 +92,7 @@ def switch_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0].rstrip(".")
+        line = first_line(error).rstrip(".")
         raise ModelError(
             f"{type(model).__name__}: no --attn-implementation {name}: {line}", "use sdpa or eager"
         ) from error

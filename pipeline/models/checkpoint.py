@@ -23,7 +23,7 @@ from transformers import (
 
 from adpa.data.cache.signals import ModelIdentity
 from adpa.data.vocabulary import load_tokenizer
-from adpa.errors import HeadError, ModelError
+from adpa.errors import HeadError, ModelError, first_line
 from adpa.pipeline.models import adapters
 from adpa.pipeline.models.lm_head import LmHead, check_head, read_head
 from adpa.pipeline.models.model_names import find_base, find_directory, is_adapter
@@ -174,7 +174,7 @@ class Checkpoint:
                 )
         except self._errors(*LOADING_ERRORS) as error:
             self._refuse_remote_code(error)
-            raise ModelError(f"{self.name}: transformers cannot make it: {_first_line(error)}") from error
+            raise ModelError(f"{self.name}: transformers cannot make it: {first_line(error)}") from error
         return model
 
     def load_head(self, dtype: str, device: torch.device) -> LmHead:
@@ -211,7 +211,7 @@ class Checkpoint:
             }
             self._refuse_keys("unexpected_keys", [key for key in unexpected if key.rpartition(".")[0] in modules])
         except (AttributeError, LookupError, TypeError, RuntimeError) as error:
-            raise HeadError(f"{self.name}: it does not run without its layers: {_first_line(error)}") from error
+            raise HeadError(f"{self.name}: it does not run without its layers: {first_line(error)}") from error
         except ModelError as error:
             if self.is_quantized or self.trust_remote_code:
                 raise HeadError(error.args[0]) from error
@@ -232,11 +232,11 @@ class Checkpoint:
         except ModelError:
             raise
         except StrictDataclassError as error:  # its cause says what is wrong, in one line
-            line = _first_line(error.__cause__ or error)
+            line = first_line(error.__cause__ or error)
             raise ModelError(f"{self.name}: its config.json cannot be read: {line}") from error
         except self._errors(*CONFIG_ERRORS) as error:
             self._refuse_remote_code(error)
-            raise ModelError(f"{self.name}: its config.json cannot be read: {_first_line(error)}") from error
+            raise ModelError(f"{self.name}: its config.json cannot be read: {first_line(error)}") from error
 
     def _load(self, dtype: str, **options: Any) -> tuple[PreTrainedModel, Sequence[str]]:
         """The model, and the names of the weights on disk that it has no parameter for."""
@@ -250,7 +250,7 @@ class Checkpoint:
             )
         except self._errors(*LOADING_ERRORS) as error:
             self._refuse_remote_code(error)
-            reason = _first_line(error) or type(error).__name__
+            reason = first_line(error) or type(error).__name__
             attention = options.get("attn_implementation")
             how = f" with --attn-implementation {attention}" if attention else ""
             raise ModelError(f"{self.name}: transformers cannot load it{how}: {reason}") from error
@@ -377,7 +377,3 @@ def open_checkpoint(
         adapters.check_adapter(name, adapter)
         directory = find_base(name, adapter, trust_remote_code)
     return Checkpoint(name, revision, directory, adapter, attn_implementation, trust_remote_code)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from adpa.errors import ModelError
+from adpa.errors import ModelError, first_line
 
 
 def resolve_device(device: str) -> torch.device:
@@ -15,7 +15,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = first_line(error)
         raise ModelError(f"--device {device}: {line}", "use cpu, or a device that torch sees") from error
 
 

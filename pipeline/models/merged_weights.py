@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from adpa.errors import ModelError
+from adpa.errors import ModelError, first_line
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.devices import device_memory, release_memory
 
@@ -57,7 +57,7 @@ def _write(checkpoint: Checkpoint, dtype: str, folder: str) -> None:
     try:
         model.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = first_line(error)
         problem = f"{checkpoint.name}: its merged weights, {size:.1f} GB, cannot be written: {line}"
         raise ModelError(problem, MORE_ROOM) from error
     del model

@@ -27,7 +27,7 @@ class FirstExample:
 
 
 def first_example(template: "ChatTemplate", pair: "EncodedPair") -> FirstExample:
-    """The text of a pair, or of a prompt alone."""
+    """The text of a pair, or of a prompt alone; of the latter, ``end`` is what will end a turn."""
     end_id, chosen_ids = template.turn_end.token_id, pair.chosen_ids
     ended = not chosen_ids.size or int(chosen_ids[-1]) in (end_id, template.call_end.token_id)
     if ended and chosen_ids.size:

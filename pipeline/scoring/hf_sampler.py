@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from adpa.data.cache.responses import Sampling
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.errors import ModelError
+from adpa.errors import ModelError, first_line
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.devices import release_memory
 from adpa.pipeline.models.padding import Grouping, choose_grouping, finite_rows, in_groups, nearly_same, trial_sequences
@@ -113,7 +113,7 @@ def prompt_grouping(model: PreTrainedModel) -> Grouping:
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ModelError(f"{type(model).__name__}: transformers cannot sample from it: {reason}", ANOTHER) from error
     if not nearly_same(model, by_steps, at_once):
         raise ModelError(

@@ -30,7 +30,7 @@ import ray.exceptions
 
 from adpa.data.cache.files import remove_file, write_file
 from adpa.data.cache.locations import Location
-from adpa.errors import CacheError, EngineError, OptionError
+from adpa.errors import CacheError, EngineError, OptionError, first_line
 from adpa.pipeline.scoring.jobs import Job, write_batches
 from adpa.progress import progress
 
@@ -154,7 +154,7 @@ class RayExecutor:
                     advance(sum(job.size(item) for batch in blocks[answer["number"]] for item in batch))
             except ray.exceptions.RayError as error:
                 raise EngineError(
-                    f"Ray: {type(error).__name__}: {_first_line(error)}", "finished batches are kept: run it again"
+                    f"Ray: {type(error).__name__}: {first_line(error)}", "finished batches are kept: run it again"
                 ) from error
         return results
 
@@ -290,7 +290,7 @@ def _failure(error: Exception) -> _Outcome:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # the error's class may do anything
-        error = EngineError(f"{type(error).__name__}: {_first_line(error)}")
+        error = EngineError(f"{type(error).__name__}: {first_line(error)}")
     return _Outcome([], error, trace)
 
 
@@ -349,7 +349,3 @@ def _one_display() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -35,7 +35,7 @@ from adpa.data.cache.responses import Sampling
 from adpa.data.cache.samples import SampleRequest
 from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.sequences import TokenIds, TokenSequence
-from adpa.errors import EngineError, ModelError, OptionError
+from adpa.errors import EngineError, ModelError, OptionError, first_line
 from adpa.pipeline.models.checkpoint import Checkpoint
 from adpa.pipeline.models.devices import release_memory
 from adpa.pipeline.scoring.sample import SharedSampler, stream_seed
@@ -393,4 +393,4 @@ def _running(name: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         error = Exception(error.errors()[0]["msg"])
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+    return first_line(error)[:300] or type(error).__name__

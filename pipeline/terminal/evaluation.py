@@ -7,11 +7,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from adpa.data.answers import Comparison
-from adpa.data.bootstrap import Interval
 from adpa.data.pieces import visible
 from adpa.data.shown_answers import ShownPrompt
 from adpa.pipeline.evaluate import EvaluateReport
 from adpa.pipeline.terminal.report import engine_text, show_report
+from adpa.pipeline.training.evaluation_numbers import interval_text, number_text
 
 MOST_CHARACTERS = 600  # of a text
 SIDE_BY_SIDE = 100  # columns of a terminal that two answers take
@@ -41,7 +41,7 @@ RARE_COUNTS = (
 def show_evaluation(report: EvaluateReport) -> RenderableType:
     """The answers that were asked for; then the two models' numbers side by side, the counts, and the note."""
     below: list[RenderableType] = [_models(report), "", _against(report), "", _pairs(report), "", _counts(report)]
-    shown = [Shown(one, f"Prompt {number}") for number, one in enumerate(report.shown, 1)]
+    shown = [_Shown(one, f"Prompt {number}") for number, one in enumerate(report.shown, 1)]
     return Group(*[part for one in shown for part in (one, "")], *below, "", Text(report.note))
 
 
@@ -60,7 +60,7 @@ def _models(report: EvaluateReport) -> Table:
     table = Table("mean of the answers", *columns, title="adpa evaluate")
     for field, name in SUMMARY.items():
         values = [getattr(one, field) for way in ways.values() for one in (way.student, way.baseline)]
-        table.add_row(name, *map(_number, values))
+        table.add_row(name, *map(number_text, values))
     return table
 
 
@@ -68,7 +68,7 @@ def _against(report: EvaluateReport) -> Table:
     ways = _ways(report)
     table = Table("student against baseline", *(Column(f"{way} [95 %]", justify="right") for way in ways))
     for field, name in AGAINST.items():
-        table.add_row(name, *(_interval(getattr(way, field)) for way in ways.values()))
+        table.add_row(name, *(interval_text(**vars(getattr(way, field))) for way in ways.values()))
     return table
 
 
@@ -79,7 +79,9 @@ def _pairs(report: EvaluateReport) -> RenderableType:
             "responses."
         )
     table = Table("on the responses of the data", *(Column(one, justify="right") for one in ("student", "baseline")))
-    table.add_row("perplexity of the chosen", _number(report.student_perplexity), _number(report.baseline_perplexity))
+    table.add_row(
+        "perplexity of the chosen", *map(number_text, (report.student_perplexity, report.baseline_perplexity))
+    )
     if report.reward_accuracy is None or report.reward_margin is None:
         return table
     pairs = "pair" if report.reward_pairs == 1 else "pairs"
@@ -106,16 +108,7 @@ def _counts(report: EvaluateReport) -> Table:
     return table
 
 
-def _number(value: float, digits: int = 4) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-
-
-def _interval(value: Interval) -> str:
-    mean, low, high = (_number(one, digits=3) for one in (value.mean, value.low, value.high))
-    return f"{mean} [{low}, {high}]"
-
-
-class Shown:
+class _Shown:
     """A prompt and the two answers: side by side in a wide terminal, else one under the other."""
 
     def __init__(self, shown: ShownPrompt, title: str) -> None:

@@ -2,13 +2,13 @@
 
 import base64
 from collections.abc import Sequence
-from pathlib import PurePath
 
 from jinja2 import Environment, StrictUndefined
 
 from adpa.data.cache.set_records import SetRecord
 from adpa.data.inspection import InspectedResponse
 from adpa.data.pieces import visible
+from adpa.data.public_names import public_name
 from adpa.data.reward_accuracy import SetRewards
 from adpa.data.summary import PLAUSIBLE, QUANTILES, SignalSummary
 from adpa.pipeline.inspected_runs import InspectedRun
@@ -189,12 +189,6 @@ def page_title(summary: SignalSummary, record: SetRecord | None) -> str:
         shown = f"advantages of {public_name(summary.teacher)} over {public_name(summary.reference)}"
     of = "" if record is None else f" of {_data_name(record)}"
     return f"{shown} on {summary.response_set.partition('-')[0]} responses{of}"
-
-
-def public_name(name: str) -> str:
-    """A model, data or a directory without its private place: of an absolute path or a URL only the last part."""
-    is_place = name.startswith(("/", "~", "..")) or "://" in name
-    return PurePath(name).name or name if is_place else name
 
 
 def _data_name(record: SetRecord) -> str:

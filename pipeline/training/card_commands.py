@@ -5,18 +5,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from adpa.data.public_names import last_part, public_name
+
 NOT_REPEATED = {"student", "cache", "output", "objective", "resume_from_checkpoint", "dry_run"}
-
-
-def public(name: str) -> str:
-    """A name of the Hub as it is; of a path or a URL, the last part: the folders before it may be private."""
-    private = name.startswith(("/", ".", "~")) or "://" in name or name.count("/") > 1
-    return last_part(name) if private else name
-
-
-def last_part(path: str) -> str:
-    """The last part of a path or a URL."""
-    return path.rstrip("/").rpartition("/")[2] or path
 
 
 def precompute_command(record: Mapping[str, Any]) -> str:
@@ -29,7 +20,7 @@ def precompute_command(record: Mapping[str, Any]) -> str:
     options: dict[str, Any] = {"teacher": _model(scored["teacher"]) if scored else "TEACHER"}
     if reference := scored.get("reference"):
         options["reference"] = _model(reference)
-    options |= {"data": public(made["data"]), "cache": "cache", "responses": ",".join(sets)}
+    options |= {"data": public_name(made["data"]), "cache": "cache", "responses": ",".join(sets)}
     options |= {name: value for name, value in made.items() if name not in ("data", "time") and value}
     options |= {name: info[name] for name in ("max_prompt_length", "max_length", "rendered") if info[name]}
     if info["chat_template_kwargs"]:
@@ -52,7 +43,7 @@ def distill_command(record: Mapping[str, Any]) -> str:
         if name not in NOT_REPEATED:
             options[name] = [_public_setting(one) for one in value] if isinstance(value, list) else value
             if isinstance(value, str):
-                options[name] = public(value)
+                options[name] = public_name(value)
     return _command("distill", options)
 
 
@@ -63,7 +54,7 @@ def _model(identity: Mapping[str, Any]) -> str:
 
 def _public_setting(text: str) -> str:
     key, equals, value = text.partition("=")
-    return f"{key}={public(value)}" if equals else public(text)
+    return f"{key}={public_name(value)}" if equals else public_name(text)
 
 
 def _command(command: str, options: Mapping[str, Any]) -> str:

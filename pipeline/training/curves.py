@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-CURVES = "curves.svg"  # in the directory of a run
-
 # Okabe and Ito's colours: they differ for colour-blind eyes, and in grey.
 BLUE, ORANGE, GREEN, BLACK, GREY = "#0072b2", "#d55e00", "#009e73", "#222222", "#666666"
 COLORS = {"chosen": BLUE, "rejected": ORANGE, "sampled": GREEN}

@@ -1,4 +1,7 @@
-"""The plan of a run: its steps, tokens, memory, and the text of its first batch. Nothing is trained or written."""
+"""The plan of a run: its steps, tokens, memory, and the text of its first batch. Nothing is trained or written.
+
+Shapes: B sequences of a micro-batch, L tokens of the longest, N response tokens.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from adpa.data.batches import TrainingExamples, collate
@@ -35,8 +39,8 @@ Step = list[list[int]]  # the micro-batches of an optimizer step, of all ranks, 
 
 
 @dataclass(frozen=True)
-class BatchSize:
-    """The size of a step or of a micro-batch, in tokens; see ``TokenCounts``."""
+class MicroBatchTokens:
+    """The tokens of a micro-batch by kind; see ``TokenCounts``."""
 
     trained: int
     prompts: int
@@ -57,6 +61,7 @@ def plan_run(
 
     Raises:
         OptionError: the student lacks a layer that ``--lora-target`` names, or has a smaller one than ``--lora-rank``.
+        ModelError: transformers cannot make the student from its configuration.
     """
     arguments = run.arguments
     examples = sources.examples.trained
@@ -70,7 +75,7 @@ def plan_run(
     )
     counts = [any(term) for term in run.terms.values()]
     to_come = list(steps_between(done, total, len(examples), run))
-    sizes = [[batch_size(examples, micro, counts, run.packing) for micro in step] for step in to_come]
+    sizes = [[micro_batch_tokens(examples, micro, counts, run.packing) for micro in step] for step in to_come]
     turn_end = next(iter(sources.selection.sets.values())).info.turn_end
     ends = [turn_end, *sources.checkpoint.eos_token_ids]
     memory, first = None, list[PlannedSequence]()
@@ -124,10 +129,10 @@ def steps_between(start: int, end: int, examples: int, run: Run) -> Iterator[Ste
         yield [micro for of_rank in mine for micro in of_rank if micro]
 
 
-def batch_size(
+def micro_batch_tokens(
     examples: TrainingExamples, numbers: Sequence[int], counts: Sequence[bool], packing: Packing
-) -> BatchSize:
-    """The size of a micro-batch.
+) -> MicroBatchTokens:
+    """The tokens of a micro-batch.
 
     Args:
         examples: the examples.
@@ -145,11 +150,11 @@ def batch_size(
         computed = prompts + responses
     else:
         computed = responses + sum(sum({size.prompt for size in example}) for example in of_examples)
-    return BatchSize(sum(size.response for size in sizes if counts[size.set_number]), prompts, computed)
+    return MicroBatchTokens(sum(size.response for size in sizes if counts[size.set_number]), prompts, computed)
 
 
-def count_tokens(steps: Sequence[Sequence[BatchSize]]) -> TokenCounts:
-    """The tokens of steps, each with the sizes of its micro-batches."""
+def count_tokens(steps: Sequence[Sequence[MicroBatchTokens]]) -> TokenCounts:
+    """The tokens of steps, each with those of its micro-batches."""
 
     def count(name: str) -> TokenCount:
         of_steps = [sum(getattr(size, name) for size in step) for step in steps]
@@ -203,8 +208,8 @@ def show_batch(
 
 
 def pieces_of(
-    ids_L: "np.ndarray[Any, Any]",
-    trained_L: "np.ndarray[Any, Any]",
+    ids_L: NDArray[Any],
+    trained_L: NDArray[np.bool_],
     prompt: int,
     special: set[int],
     tokenizer: PreTrainedTokenizerBase,
@@ -212,8 +217,8 @@ def pieces_of(
     """A sequence as pieces of text, each trained or not; of a long prompt or response only the two ends.
 
     Args:
-        ids_L: its token ids.
-        trained_L: whether each of them is trained.
+        ids_L: integers [L], its token ids.
+        trained_L: bool [L], whether each of them is trained.
         prompt: tokens of the prompt.
         special: ids of special tokens.
         tokenizer: the tokenizer.

@@ -3,6 +3,7 @@
 The forward pass runs on fake tensors, which have shapes and no numbers. Autograd says what it keeps of each of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ class FakeStudent:
         trained_parameters: those that are trained.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, add_adapters: Any = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        add_adapters: Callable[[PreTrainedModel], nn.Module] | None = None,
+    ) -> None:
         if model.config._attn_implementation == SDPA:
             model.set_attn_implementation(WITHOUT_PADDING)
         self._device = device

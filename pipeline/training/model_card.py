@@ -20,12 +20,12 @@ from adpa.data.cache.files import write_file
 from adpa.data.cache.selection import Selection
 from adpa.data.cache.signals import ModelIdentity
 from adpa.data.hub import HUB_NAME
-from adpa.pipeline.training.card_commands import distill_command, last_part, precompute_command, public
+from adpa.data.public_names import last_part, public_name
+from adpa.pipeline.training.card_commands import distill_command, precompute_command
 from adpa.pipeline.training.evaluation_numbers import comparison, measures
-from adpa.pipeline.training.run_directory import read_evaluations, read_record
+from adpa.pipeline.training.run_directory import CARD, CURVES, read_evaluations, read_record
 from adpa.pipeline.training.serving import transformers_lines, vllm_lines
 
-CARD, CURVES = "README.md", "curves.svg"
 LICENSE = ("license", "license_name", "license_link")
 MARK = "<!-- adpa wrote this card, and writes it again after an evaluation unless it was changed: {} -->\n"
 SYMBOLS = {"chosen": "y_w", "rejected": "y_l", "sampled": "ŷ"}
@@ -136,7 +136,7 @@ def make_card(name: str, record: Mapping[str, Any], evaluations: Sequence[Mappin
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     sets = record.get("response_sets", {}).values()
     sources = [one["record"]["data"] for one in sets if one["record"]]
-    names = {source.partition(":")[0] for source in sources if not os.path.isabs(source)}
+    names = {re.split("[:@]", source)[0] for source in sources if not os.path.isabs(source)}
     of_student = record.get("student_metadata", {})
     bases = of_student.get("base_model", [])
     bases = [base for base in ([bases] if isinstance(bases, str) else bases) if _is_hub_name(base)]
@@ -200,7 +200,9 @@ def _data(record: Mapping[str, Any]) -> list[str]:
     for name, one in record.get("response_sets", {}).items():
         about = [f"{one['rows']:,}"]
         if made := one["record"]:
-            about.append(f"from {_code(public(made['data']))}" + (f" split {made['split']}" if made["split"] else ""))
+            about.append(
+                f"from {_code(public_name(made['data']))}" + (f" split {made['split']}" if made["split"] else "")
+            )
             about.append(f"read {made['time'][:10]}")
         if how := one["sampling"]:
             about.append(f"sampled by the student, temperature {how['temperature']:g}, top-p {how['top_p']:g}")
@@ -254,8 +256,8 @@ def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = ["## Evaluation"] if evaluations else []
     for each in evaluations:
         settings, report = each["settings"], each["report"]
-        models = [f"{name} {_code(public(settings[name]))}" for name in ("baseline", "teacher", "reference")]
-        prompts = f"{report['prompts']:,} prompts of {_code(public(settings['data']))}"
+        models = [f"{name} {_code(public_name(settings[name]))}" for name in ("baseline", "teacher", "reference")]
+        prompts = f"{report['prompts']:,} prompts of {_code(public_name(settings['data']))}"
         how = f"temperature {settings['temperature']:g}, seed {settings['seed']}"
         parts.append(f"{prompts}, {how}; {', '.join(models)} ({each['time'][:10]}):")
         rows = [[name.replace("_", " "), text, ""] for name, text in comparison(report).items()]

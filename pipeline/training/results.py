@@ -10,10 +10,10 @@ from transformers.trainer_utils import align_special_tokens
 from adpa.data.cache.files import write_file
 from adpa.pipeline.models.launcher import number_of_ranks, this_rank
 from adpa.pipeline.training.lora import merge_adapters
-from adpa.pipeline.training.model_card import CARD, card_facts, write_card
+from adpa.pipeline.training.model_card import card_facts, write_card
 from adpa.pipeline.training.model_sharding import loading_whole
 from adpa.pipeline.training.run import Run, Sources, Student
-from adpa.pipeline.training.run_directory import write_record
+from adpa.pipeline.training.run_directory import CARD, CURVES, write_record
 from adpa.pipeline.training.trainer import DistillTrainer
 from adpa.pipeline.training.validation import evaluations_of
 
@@ -59,7 +59,7 @@ def write_result(
     """
     if this_rank() != 0:
         return
-    from adpa.pipeline.training.curves import CURVES, draw_curves  # matplotlib, which nothing before needs
+    from adpa.pipeline.training.curves import draw_curves  # matplotlib, which nothing before needs
 
     packages = ("adpa", "torch", "transformers", *(run.lora.packages if run.lora else ()))
     result = {name: report[name] for name in REPORTED} | {

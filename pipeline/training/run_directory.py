@@ -18,6 +18,8 @@ from adpa.pipeline.models.launcher import this_rank
 
 RECORD = "adpa.json"
 EVALUATIONS = "evaluations.json"
+CURVES = "curves.svg"
+CARD = "README.md"
 LAST = "last"
 # What Trainer writes into a checkpoint; its own names are in a module that imports torch.
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
@@ -147,7 +149,7 @@ def earlier_ids(output: Path, resume_from_checkpoint: str | None) -> dict[str, A
         return {}
     run = output if resume_from_checkpoint == LAST else Path(resume_from_checkpoint).parent
     try:
-        record = json.loads((run / RECORD).read_text())
+        record = read_record(run)
         held_out = (record.get("validation") or {}).get("responses")
         return {field: record[field] for field in ("scoring", "responses")} | {"held out": held_out}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # find_start says what is wrong
@@ -212,9 +214,8 @@ def _missing_file(checkpoint: Path, needed: Sequence[str]) -> str:
 
 def _check_origin(run: Path, resume_from_checkpoint: str, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Checks that a run resumes with its own objective, student, data and training; returns its record."""
-    record: dict[str, Any]
     try:
-        record = json.loads((run / RECORD).read_text())
+        record = read_record(run)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"--resume-from-checkpoint {resume_from_checkpoint}: found no {RECORD} of its run in {run}",

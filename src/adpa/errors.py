@@ -41,6 +41,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest}?" if name and likeness(nearest)[0] >= NEAR else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another package says of its error; what follows it is a trace or advice."""
+    return str(error).strip().partition("\n")[0]
+
+
 class OptionError(AdpaError):
     """An option, or a combination of options, that cannot be used."""
 

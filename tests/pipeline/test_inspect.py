@@ -22,7 +22,7 @@ from adpa.data.cache.responses import ResponseSet, make_response_set, read_respo
 from adpa.data.cache.set_records import SetRecord
 from adpa.errors import AdpaError, CacheError, DamagedFileError, ListedError, OptionError
 from adpa.pipeline.terminal.inspection import show_inspection
-from adpa.pipeline.terminal.inspection_html import page_title, public_name
+from adpa.pipeline.terminal.inspection_html import page_title
 from adpa.pipeline.terminal.token_colours import STEPS, TEXTS, colour, step
 
 
@@ -182,23 +182,6 @@ def test_the_page_says_what_it_shows_and_no_folder_of_it(filled: Filled, tmp_pat
     assert f"<td>{models.teacher.name}</td>" in page
     assert str(filled.data.parent) not in page
     assert str(models.teacher.parent) not in page
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("/home/me/models/dpo", "dpo"),
-        ("/home/me/models/dpo/", "dpo"),
-        ("~/models/dpo", "dpo"),
-        ("../dpo", "dpo"),
-        ("runs/dpo", "runs/dpo"),
-        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-        ("s3://team/secret/prefs.jsonl", "prefs.jsonl"),
-        ("/", "/"),
-    ],
-)
-def test_a_page_shows_the_last_part_of_a_private_place(name: str, shown: str) -> None:
-    assert public_name(name) == shown
 
 
 def test_a_page_of_a_cache_without_a_record_or_a_reference_has_a_title_too(hostile: Path, tmp_path: Path) -> None:

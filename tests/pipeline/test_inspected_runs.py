@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from adpa import cli, inspect_cache
 from adpa.errors import OptionError
-from adpa.pipeline.inspected_runs import inspected_run, read_record
+from adpa.pipeline.inspected_runs import inspected_run, read_run
 
 LOGS = [{"step": step, "loss": 4.0 / step, "learning_rate": 1e-4, "nll/chosen": 3.0 / step} for step in (1, 2, 4)]
 RECORD: dict[str, Any] = {
@@ -42,7 +42,7 @@ def write(folder: Path, record: object) -> Path:
 
 
 def test_a_run_is_told_by_its_settings_and_losses(tmp_path: Path) -> None:
-    run = inspected_run(tmp_path / "dckd", read_record(write(tmp_path / "dckd", RECORD)))
+    run = inspected_run(tmp_path / "dckd", read_run(write(tmp_path / "dckd", RECORD)))
     assert run.describe() == f"{tmp_path / 'dckd'}: dckd, 1,200 examples, 4 steps, loss 4 to 1"
     assert run.facts() == {
         "objective": "dckd",
@@ -72,7 +72,7 @@ def test_a_run_that_has_not_finished_says_so(tmp_path: Path) -> None:
 def test_another_file_is_no_record(record: object, tmp_path: Path) -> None:
     folder = write(tmp_path / "run", record)
     with pytest.raises(OptionError) as caught:
-        read_record(folder)
+        read_run(folder)
     assert str(caught.value) == (
         f"--run {folder}: found no adpa.json of a run that can be read; name the --output of an adpa distill"
     )
@@ -118,4 +118,4 @@ def test_a_page_never_replaces_the_record_of_a_run(filled: Filled, tmp_path: Pat
     done = CliRunner().invoke(cli.app, [*words, "--html", str(run / "adpa.json")])
     assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
     assert f"one of the files of --run {run}" in done.stderr
-    assert read_record(run) == RECORD
+    assert read_run(run) == RECORD

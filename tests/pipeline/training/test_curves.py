@@ -13,7 +13,8 @@ from tests.pipeline.conftest import Filled
 
 from adpa import distill
 from adpa.pipeline.training import run
-from adpa.pipeline.training.curves import CURVES, MOST_POINTS, draw_curves, panels
+from adpa.pipeline.training.curves import MOST_POINTS, draw_curves, panels
+from adpa.pipeline.training.run_directory import CURVES
 
 BEFORE = {"step": 0, "student/entropy": 2.0, "student/mass_on_topk": 0.5, "student/implausible_mass": 0.25}
 

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from adpa import distill
 from adpa.parser import load
 from adpa.pipeline.models.checkpoint import open_checkpoint
-from adpa.pipeline.training.card_commands import public
 from adpa.pipeline.training.model_card import card_facts, is_untouched, make_card, write_card
 from adpa.pipeline.training.run_directory import read_record
 
@@ -164,6 +163,16 @@ def test_names_of_the_hub_are_links_and_metadata(student: Path) -> None:
     assert "--split train" in text
 
 
+@pytest.mark.parametrize("named", ["org/prefs", "org/prefs:en", "org/prefs@v2", "org/prefs:en@v2"])
+def test_the_metadata_name_the_data_without_its_configuration_and_revision(named: str, student: Path) -> None:
+    record = read_record(student)
+    for one in record["response_sets"].values():
+        one["record"] |= {"data": named}
+    text = make_card("s", record, [], curves=False)
+    assert ModelCard(text).data.to_dict()["datasets"] == ["org/prefs"]
+    assert f"--data {named}" in text
+
+
 def test_the_record_of_an_earlier_adpa_makes_a_shorter_card(student: Path) -> None:
     news = ("options", "scored", "response_sets", "student_metadata", "time")
     record = {name: value for name, value in read_record(student).items() if name not in news}
@@ -177,22 +186,6 @@ def test_losses_on_held_out_examples_are_told_if_there_are_any(student: Path) ->
     held_out = [{"step": 1, "eval_loss": 2.5}, {"step": 2, "eval_loss": 2.25}]
     text = make_card("s", read_record(student) | {"evaluations": held_out}, [], curves=False)
     assert "| step | loss on held-out examples |\n| --- | --- |\n| 1 | 2.5 |\n| 2 | 2.25 |" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("org/model", "org/model"),
-        ("gpt2", "gpt2"),
-        ("/home/me/secret/prefs.jsonl", "prefs.jsonl"),
-        ("/home/me/model/", "model"),
-        ("~/prefs.jsonl", "prefs.jsonl"),
-        ("../a/prefs.jsonl", "prefs.jsonl"),
-        ("s3://bucket/team/cache", "cache"),
-    ],
-)
-def test_of_a_path_only_the_last_part_is_shown(name: str, shown: str) -> None:
-    assert public(name) == shown
 
 
 @pytest.mark.parametrize("card", ["", "no metadata", "---\n[broken\n---\n", "---\nlicense: mit\n---\n"])
