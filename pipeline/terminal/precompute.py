@@ -11,12 +11,11 @@ from adpa.data.reward_accuracy import RewardAccuracy
 from adpa.pipeline.precompute import PrecomputeReport
 from adpa.pipeline.scoring.first_example import FirstExample
 from adpa.pipeline.terminal.probe import show_probe
-from adpa.pipeline.terminal.report import show_report
+from adpa.pipeline.terminal.report import describe_engine, show_report
 
 MOST_CHARACTERS = 600  # of a text
 PAIR_COUNTS = ("rows", "used", "duplicates", "identical", "contradicting", "dropped", "dropped_by_reason", "prompts")
 REWARDS = ("reward_accuracy", "reward_margin", "reward_pairs")
-EXPECTED = "a GPU and vLLM are there"  # why an engine that nobody asked for is no surprise
 USUAL = {"workers": 1, "part": "1/1"}
 RARE_COUNTS = (
     "reused",
@@ -62,8 +61,7 @@ def show_precompute(report: PrecomputeReport) -> RenderableType:
     unsaid += [name for name, usual in USUAL.items() if getattr(report, name) == usual]
     leave_out = ("probe", "dry_run", "engine_reason", *REWARDS, *PAIR_COUNTS, *unsaid)
     title = "precompute --dry-run" if report.dry_run else "precompute"
-    reasons = [one for one in report.engine_reason.split("; ") if one != EXPECTED and not one.endswith("as asked")]
-    shown = replace(report, engine="; ".join([report.engine, *reasons]))
+    shown = replace(report, engine=describe_engine(report.engine, report.engine_reason))
     alone = "chosen" not in report.responses
     table = show_report(title, shown, leave_out, first={"prompts alone" if alone else "pairs": _pairs(report)})
     below: list[RenderableType] = []

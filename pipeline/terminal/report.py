@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
+EXPECTED = "a GPU and vLLM are there"  # why an engine that nobody asked for is no surprise
+
 
 def show_report(
     title: str, report: Any, leave_out: Collection[str] = (), first: Mapping[str, object] | None = None
@@ -38,3 +40,8 @@ def _field_text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
+
+
+def describe_engine(name: str, reason: str) -> str:
+    """An engine with those parts of its reason that a user may not expect."""
+    return "; ".join([name, *(one for one in reason.split("; ") if one != EXPECTED and not one.endswith("as asked"))])

@@ -103,7 +103,7 @@ def _tables(
     cells = {name: [visible(row.get(name, NONE)) for row in rows] for name in columns}
     first = [visible(path) for path in paths]
     widths = {name: max(map(cell_len, [name, *cells[name]])) for name in columns}
-    left = min(max(map(cell_len, first)), max(16, width // 3))
+    left = min(max(map(cell_len, ["run", *first])), max(16, width // 3))
     while columns:
         room = width - left
         shown: list[str] = []

@@ -83,7 +83,7 @@ def test_a_damaged_run_is_told(runs: Path) -> None:
     broken = list_runs(runs).broken
     assert list(broken) == ["other", "text"]
     assert broken["other"] == "adpa.json or what lies beside it is damaged: adpa.json is no record of a run"
-    assert broken["text"].startswith("adpa.json or what lies beside it is damaged: Unterminated string")
+    assert broken["text"] == "adpa.json or what lies beside it is damaged: adpa.json is no JSON (line 1, column 15)"
 
 
 def test_the_newest_is_first_if_that_is_asked(runs: Path) -> None:
@@ -129,8 +129,9 @@ def test_one_run_alone_is_shown_with_its_settings(runs: Path) -> None:
 
 
 def test_the_directory_may_be_a_run_itself(runs: Path) -> None:
-    (run,) = list_runs(runs / "a" / "sft").runs
-    assert run.path == "."
+    report = list_runs(runs / "a" / "sft")
+    assert [run.path for run in report.runs] == ["."]
+    assert "run" in [line.split()[0] for line in shown(report, 80) if line], "the head of the column stays whole"
 
 
 def test_held_out_losses_are_a_column(runs: Path, tmp_path: Path) -> None:
