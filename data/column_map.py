@@ -11,6 +11,7 @@ from adpa.data.columns import (
     TEMPLATE_COLUMNS,
     lacks_responses,
     missing_columns,
+    missing_prompt,
     printable,
 )
 from adpa.data.json_rows import Rows
@@ -78,7 +79,9 @@ def used_columns(source: str, names: Sequence[str], columns: Columns) -> dict[st
     new = {name: column for column, name in columns.names.items()}
     renamed = tuple(new.get(name, name) for name in names)
     wrong = missing_columns(renamed, describe_map(columns.names))
-    if wrong and not (columns.prompts_alone and lacks_responses(renamed)):
+    if wrong and columns.prompts_alone and lacks_responses(renamed):
+        wrong = missing_prompt(renamed)
+    if wrong:
         raise DataError(f"{source}: {wrong[0]}", wrong[1])
     for column in (*READ_COLUMNS, *FORM_COLUMNS):
         if renamed.count(column) > 1:
@@ -108,5 +111,8 @@ def _problem(names: Sequence[str] | Mapping[str, object], columns: Mapping[str, 
             found = f"found no column `{printable([name])}` for {entry} among the columns {printable(names)}"
             return found, did_you_mean(name, names) or "check --map"
         if column in names and column not in columns.values():
-            return f"{entry}: there is a column `{column}` already", f"leave {column}={name} out"
+            return (
+                f"{entry}: there is a column `{column}` already",
+                f"leave {column}={name} out, or rename the column `{column}` in the data",
+            )
     return None

@@ -33,11 +33,13 @@ OTHER_NAMES = {
         *("accepted", "preferred", "accept", "positive", "better", "winner", "win", "good", "pos"),
         *("chosen_response", "response_chosen", "accepted_response", "preferred_response", "chosen_answer"),
         *("answer_chosen", "accepted_answer", "preferred_answer", "chosen_output", "response_w", "response_j"),
+        "chosen_conversations",
     ),
     "rejected": (
         *("refused", "dispreferred", "reject", "negative", "worse", "loser", "lose", "bad", "neg"),
         *("rejected_response", "response_rejected", "dispreferred_response", "rejected_answer"),
         *("answer_rejected", "rejected_output", "response_l", "response_k"),
+        "rejected_conversations",
     ),
 }
 MOST_NAMES, MOST_CHARACTERS = 12, 40  # of columns in a message; of a column's name
@@ -77,6 +79,14 @@ def missing_columns(names: tuple[str, ...], given: str | None = None) -> tuple[s
     else:
         fix = f"name it with {_map_option(names, missing, given)}"
     return f"found {found}; expected {wanted}", fix
+
+
+def missing_prompt(names: tuple[str, ...]) -> tuple[str, str] | None:
+    """What is wrong with columns of prompts alone that lack the prompt, and what to do; none if it is there."""
+    if {"prompt", "instruction", *CONVERSATION_COLUMNS} & {*names}:
+        return None
+    fix = suggest_map(names) or f"name it with {_map_option(names, ('prompt',))}"
+    return f"found the columns {printable(names)}; expected `prompt`", fix
 
 
 def has_output_for_chosen(names: tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
@@ -19,6 +20,7 @@ from adpa.errors import DataError, RowError
 
 SEPARATORS = ",;\t|"
 LONGEST_CELL = 2**31 - 1  # of characters; Python's own limit is 131,072
+_EXCEL = re.compile(rf'"?sep=([{SEPARATORS}])"?\s*')  # a first line that tells Excel the separator
 _QUOTES = "double the quotes inside a cell"
 _DROP = "or pass --drop-invalid"
 
@@ -42,12 +44,12 @@ def read_csv(path: Path, columns: Columns) -> Rows:
 
 
 def _read_table(path: Path, text: TextIO, columns: Columns) -> Rows:
-    blank, first = 0, text.readline()
-    while first.isspace():
+    blank, first, told = 0, text.readline(), None
+    while first.isspace() or (not told and (told := _EXCEL.fullmatch(first))):
         blank, first = blank + 1, text.readline()
     if not first:
         raise DataError(f"{path}: found no rows: all its lines are blank", CHECK)
-    separator = "\t" if plain_suffix(path.name) == ".tsv" else _separator(first)
+    separator = told[1] if told else "\t" if plain_suffix(path.name) == ".tsv" else _separator(first)
     spaced = all(cell.startswith(" ") for cell in _cells(first, separator)[1:])
     lines = chain([first], text)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)

@@ -53,7 +53,8 @@ def _split_dialogues(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row whose prompt or responses are texts of ``Human:`` and ``Assistant:``, with messages in their place."""
     prompt, *responses = (_split_turns(row.get(name)) for name in ("prompt", *RESPONSE_COLUMNS))
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
-        row = {**row, "prompt": prompt[:-1]}
+        answers = {name: row[name].strip() for name in RESPONSE_COLUMNS if isinstance(row.get(name), str)}
+        row = {**row, "prompt": prompt[:-1], **answers}  # the space after `Assistant:` is no part of an answer
     return {**row, **dict(zip(RESPONSE_COLUMNS, responses, strict=True))} if all(responses) else row
 
 

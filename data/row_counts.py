@@ -79,7 +79,7 @@ class RowCounts:
     def nothing_left(self, source: str) -> DataError:
         """The error where every row of a source was dropped."""
         assert self._first is not None
-        problem = f"{source}: all of its {self.dropped:,} pairs were dropped ({self.describe()})"
+        problem = f"{source}: found no row that can be used: dropped {self.dropped:,} ({self.describe()})"
         return DataError(f"{problem}; the first: {self._first[1].args[0]}", "mend the data")
 
     def describe(self) -> str:

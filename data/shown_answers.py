@@ -22,6 +22,7 @@ class ShownPrompt:
         baseline: the baseline's answer.
         student_reward: the implicit reward of the student's answer, in nats.
         baseline_reward: the same of the baseline's.
+        messages: how many messages the prompt has; 1 for a rendered one.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class ShownPrompt:
     baseline: str
     student_reward: float
     baseline_reward: float
+    messages: int = 1
 
 
 def first_prompts(prompts: Sequence[tuple[str, TokenIds]], count: int) -> dict[bytes, str]:
@@ -40,9 +42,12 @@ def first_prompts(prompts: Sequence[tuple[str, TokenIds]], count: int) -> dict[b
     return first
 
 
-def read_questions(rows: Rows, rendered: bool, wanted: Collection[str]) -> dict[str, str]:
-    """What the user asked last in some examples, by their ids; reads no further than to the last of them."""
-    found: dict[str, str] = {}
+def read_questions(rows: Rows, rendered: bool, wanted: Collection[str]) -> dict[str, tuple[str, int]]:
+    """What the user asked last in some examples, and the number of their prompt's messages, by their ids.
+
+    Reads no further than to the last of them.
+    """
+    found: dict[str, tuple[str, int]] = {}
     if not wanted:
         return found
     for where, row in rows:
@@ -55,16 +60,16 @@ def read_questions(rows: Rows, rendered: bool, wanted: Collection[str]) -> dict[
     return found
 
 
-def _question(prompt: Sequence[Message] | str) -> str:
+def _question(prompt: Sequence[Message] | str) -> tuple[str, int]:
     if isinstance(prompt, str):
-        return prompt
+        return prompt, 1
     asked = [message["content"] for message in prompt if message["role"] == "user"]
-    return str(asked[-1] if asked else prompt[-1]["content"])
+    return str(asked[-1] if asked else prompt[-1]["content"]), len(prompt)
 
 
 def show_answers(
     prompts: Mapping[bytes, str],
-    questions: Mapping[str, str],
+    questions: Mapping[str, tuple[str, int]],
     student: Answers,
     baseline: Answers,
     decode: Callable[[TokenIds], str],
@@ -80,11 +85,12 @@ def show_answers(
     """
     return [
         ShownPrompt(
-            prompt=questions[example_id],
+            prompt=questions[example_id][0],
             student=decode(student.first[prompt]),
             baseline=decode(baseline.first[prompt]),
             student_reward=student.first_reward(prompt),
             baseline_reward=baseline.first_reward(prompt),
+            messages=questions[example_id][1],
         )
         for prompt, example_id in prompts.items()
     ]

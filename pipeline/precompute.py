@@ -147,7 +147,7 @@ def precompute(
         PathOrName,
         Doc(
             "Preference pairs: a JSONL, JSON, CSV or Parquet file, a folder of such files, a datasets directory, or "
-            "org/name[:configuration][@revision] of the Hub."
+            "org/name of the Hub, with :configuration or @revision."
         ),
         Group.DECIDE,
     ],

@@ -65,7 +65,7 @@ class Answered:
     Attributes:
         sampled: its sampled answers.
         greedy: its greedy answers; the same set at temperature 0.
-        sampled_now: how many of the sampled answers are new.
+        sampled_now: how many of the sampled answers are new; 0 at temperature 0.
         greedy_now: how many of the greedy answers are new.
         scored_now: how many responses of the data it scored now.
     """
@@ -128,6 +128,8 @@ def _ask(cache: Location, student: Contestant, alarm: Alarm) -> Answered:
         unscored = missing_sequences(cache, student.scoring, pairs.sequences(pairs.sets))
         tokens = setup.scoring_tokens
         done = score(cache, student.scoring, unscored, load.open_scorer, tokens, alarm=alarm, judge="student")
+    if sets[0].info.sampling == sets[1].info.sampling:  # what was new for the first plan is greedy
+        new.reverse()
     return Answered(sets[0], sets[1], new[0], new[1], len(done.keys))
 
 

@@ -1,6 +1,6 @@
 """Shows the report of ``evaluate`` in a terminal."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Column, Table
@@ -100,10 +100,10 @@ def _counts(report: EvaluateReport) -> Table:
         "answered greedily now": report.answered_greedily,
         "scored now": report.scored,
         "scored by students now": report.scored_by_students,
-        "engine": engine_text(report.engine, report.engine_reason),
     }
-    kept = {"seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
-    table = show_report("evaluate", report, leave_out=asdict(report).keys() - kept, first=done)
+    kept = {*done, "engine", "seconds", *(name for name in RARE_COUNTS if getattr(report, name))}
+    shown = replace(report, engine=engine_text(report.engine, report.engine_reason))
+    table = show_report("evaluate", shown, leave_out=asdict(report).keys() - kept, first=done)
     table.title = None
     return table
 
@@ -121,7 +121,8 @@ class _Shown:
             f"{model}, implicit reward {getattr(shown, f'{model}_reward'):,.4g}" for model in ("student", "baseline")
         ]
         answers = [_text(shown.student), _text(shown.baseline)]
-        yield Text(f"{self._title}: ", style="bold") + _text(shown.prompt)
+        last = f", the user's last of {shown.messages:,} messages" if shown.messages > 1 else ""
+        yield Text(f"{self._title}{last}: ", style="bold") + _text(shown.prompt)
         if options.max_width >= SIDE_BY_SIDE:
             columns = [Column(head, ratio=1, overflow="fold") for head in heads]
             table = Table(*columns, expand=True)

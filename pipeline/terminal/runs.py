@@ -71,8 +71,13 @@ def _evaluation_settings(evaluation: Mapping[str, Any]) -> Row:
 
 
 def _numbers(report: Mapping[str, Any]) -> Row:
-    own = {name.replace("_", " "): texts[0] for name, texts in measures(report).items()}
-    return {name.replace("_", " "): text for name, text in comparison(report).items()} | own
+    """The student's numbers; of greedy answers beside sampled ones the win rate alone, as the card has the others."""
+    numbers = comparison(report) | {name: texts[0] for name, texts in measures(report).items()}
+    return {
+        name.replace("_", " "): text
+        for name, text in numbers.items()
+        if name == "greedy_win_rate" or not name.startswith("greedy_")
+    }
 
 
 def _student_names(runs: Sequence[ListedRun]) -> dict[str, str]:
@@ -103,7 +108,7 @@ def _tables(
     cells = {name: [visible(row.get(name, NONE)) for row in rows] for name in columns}
     first = [visible(path) for path in paths]
     widths = {name: max(map(cell_len, [name, *cells[name]])) for name in columns}
-    left = min(max(map(cell_len, first)), max(16, width // 3))
+    left = min(max(map(cell_len, ["run", *first])), max(16, width // 3))
     while columns:
         room = width - left
         shown: list[str] = []

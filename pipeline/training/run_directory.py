@@ -37,7 +37,7 @@ def read_record(run: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no record.
     """
-    record = json.loads((run / RECORD).read_text())
+    record = _read_json(run / RECORD)
     if not isinstance(record, dict) or not {"objective", "terms", "student", "training"} <= record.keys():
         raise ValueError(f"{RECORD} is no record of a run")
     return record
@@ -52,12 +52,21 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """
     if not (run / EVALUATIONS).exists():
         return []
-    evaluations = json.loads((run / EVALUATIONS).read_text())
+    evaluations = _read_json(run / EVALUATIONS)
     if not isinstance(evaluations, list) or not all(
         isinstance(each, dict) and {"settings", "report", "time"} <= each.keys() for each in evaluations
     ):
         raise ValueError(f"{EVALUATIONS} is no list of evaluations")
     return evaluations
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is no JSON (line {error.lineno}, column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text in UTF-8") from error
 
 
 def check_output(output: Path, resume_from_checkpoint: str | None, cache: Location, student: str) -> None:

@@ -81,7 +81,11 @@ def test_columns_can_change_places(write: Write, tmp_path: Path) -> None:
     [
         ("prompt=qestion", f"{NONE} `qestion` for --map prompt=qestion {AMONG}; did you mean question?"),
         ("prompt=zebra", f"{NONE} `zebra` for --map prompt=zebra {AMONG}; check --map"),
-        ("chosen=question", "--map chosen=question: there is a column `chosen` already; leave chosen=question out"),
+        (
+            "chosen=question",
+            "--map chosen=question: there is a column `chosen` already; "
+            "leave chosen=question out, or rename the column `chosen` in the data",
+        ),
     ],
 )
 def test_a_map_that_does_not_fit_the_data_is_refused(text: str, line: str, tmp_path: Path) -> None:

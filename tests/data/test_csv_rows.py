@@ -37,6 +37,9 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
         ("prefs.csv", f'\n \n{HEADER}\n,,\nHi,"Hello, you",No\n\n'),
         ("prefs.csv", ',prompt,chosen,rejected,margin\n0,Hi,"Hello, you",No,0.5\n'),
         ("prefs.tsv", "prompt\tchosen\trejected\nHi\tHello, you\tNo\n"),
+        ("prefs.csv", "\ufeffsep=;\r\nprompt;chosen;rejected\r\nHi;Hello, you;No\r\n"),
+        ("prefs.csv", '"sep=|"\n\nprompt|chosen|rejected\nHi|Hello, you|No\n'),
+        ("prefs.tsv", "sep=;\nprompt;chosen;rejected\nHi;Hello, you;No\n"),
     ],
 )
 def test_a_table_is_read_in_whatever_way_it_is_written(name: str, text: str, tmp_path: Path) -> None:
@@ -127,6 +130,7 @@ def test_an_empty_cell_of_another_column_is_none(tmp_path: Path) -> None:
     [
         (HEADER, ": found no rows; expected at least one preference pair; check --data"),
         ("\n \n", ": found no rows: all its lines are blank; check --data"),
+        ("sep=;\n", ": found no rows: all its lines are blank; check --data"),
         (f'{HEADER}a,b,c\nd,"e,f\ng,h,i\n', " line 3: a cell begins with a quote and never ends; close the quote"),
         (
             '"prompt"x,chosen,rejected\n',

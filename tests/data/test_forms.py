@@ -202,6 +202,13 @@ def test_a_prompt_that_ends_with_the_assistants_name_is_a_conversation(ending: s
     assert pair(HH | {"prompt": dialogue(TURNS) + ending}) == pair(explicit(TURNS)), "with whole texts beside it"
 
 
+def test_the_space_after_the_assistants_name_is_no_part_of_an_answer() -> None:
+    """As in Dahoas/full-hh-rlhf, where answers begin with it."""
+    row = {"prompt": dialogue(TURNS) + "\n\nAssistant:", "chosen": " Paris.", "rejected": f" {REJECTED['content']} \n"}
+    assert pair(row) == pair(explicit(TURNS))
+    assert pair({"prompt": "Why?", "chosen": " So.", "rejected": "No."}).chosen["content"] == " So.", "ordinary rows"
+
+
 def test_other_texts_about_humans_are_texts() -> None:
     for prompt in ("Human: or machine?", "\n\nHuman: Hi\n\nAssistant: Hello", "Is this Human: a\n\nAssistant:"):
         row = {"prompt": prompt, "chosen": "Human: yes", "rejected": "Human: no\n\nAssistant: yes"}

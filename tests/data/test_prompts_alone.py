@@ -165,3 +165,21 @@ def test_a_table_of_alpaca_or_sharegpt_is_read(tmp_path: Path) -> None:
         ((where, read),) = read_rows(str(write_parquet([row], tmp_path / f"prefs-{length}")))
         assert parse_pair(where, read) == parse_pair(where, row)
         assert len(parse_pair(where, read).prompt) == length
+
+
+@pytest.mark.parametrize(
+    ("header", "found", "fix"),
+    [
+        ("Question,Note", "Question, Note", "pass --map prompt=Question"),
+        ("id,text", "id, text", "name it with --map prompt=NAME"),
+        ("user query,Query", "user query, Query", "pass --map prompt=Query"),
+    ],
+)
+def test_a_table_without_the_prompt_says_which_columns_it_has(
+    header: str, found: str, fix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(f"{header}\nWhy?,x\n")
+    with pytest.raises(DataError) as caught:
+        list(read_rows(str(path), prompts_alone=True))
+    assert str(caught.value) == f"{path}: found the columns {found}; expected `prompt`; {fix}"

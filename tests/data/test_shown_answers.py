@@ -38,20 +38,20 @@ def test_a_question_is_the_users_last_message() -> None:
         ("line 2", RowError("line 2: broken", "mend it", "broken")),
         ("line 3", ROWS[1]),
     ]
-    assert read_questions(iter(rows), False, ids[:2]) == {ids[0]: "First?", ids[1]: "Why?"}
+    assert read_questions(iter(rows), False, ids[:2]) == {ids[0]: ("First?", 1), ids[1]: ("Why?", 4)}
 
 
 def test_rows_after_the_last_wanted_one_are_not_read() -> None:
     wanted = parse_pair("", ROWS[0]).example_id
     rows: Rows = iter([("line 1", ROWS[0]), ("line 2", ROWS[1])])
-    assert read_questions(rows, False, [wanted]) == {wanted: "First?"}
+    assert read_questions(rows, False, [wanted]) == {wanted: ("First?", 1)}
     assert next(rows) == ("line 2", ROWS[1])
 
 
 def test_a_rendered_prompt_is_shown_whole() -> None:
     row: Row = {"prompt": "user : Why ?</s>assistant : ", "chosen": "A", "rejected": "B"}
     wanted = parse_pair("", row, rendered=True).example_id
-    assert read_questions(iter([("", row)]), True, [wanted]) == {wanted: row["prompt"]}
+    assert read_questions(iter([("", row)]), True, [wanted]) == {wanted: (row["prompt"], 1)}
 
 
 @pytest.mark.parametrize("rows", [[], ROWS])
@@ -67,6 +67,6 @@ def test_each_prompt_has_the_first_answer_of_both_models_with_its_reward() -> No
         return Answers({ONE.tobytes(): TWO, TWO.tobytes(): THREE}, 0, rewards, rewards, rewards, rewards)
 
     shown = show_answers(
-        {TWO.tobytes(): "b"}, {"b": "Why?"}, answers(3.0), answers(-3.0), lambda ids: f"<{ids.tolist()}>"
+        {TWO.tobytes(): "b"}, {"b": ("Why?", 3)}, answers(3.0), answers(-3.0), lambda ids: f"<{ids.tolist()}>"
     )
-    assert shown == [ShownPrompt("Why?", "<[3]>", "<[3]>", 4.0, -2.0)]
+    assert shown == [ShownPrompt("Why?", "<[3]>", "<[3]>", 4.0, -2.0, messages=3)]

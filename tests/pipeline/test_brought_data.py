@@ -94,7 +94,7 @@ def test_rows_that_lack_a_column_of_the_map_are_dropped_and_counted(ask: dict[st
 
 def test_the_first_rows_decide_whether_data_can_be_used(ask: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_bytes(lines([{"question": "?"}, *TEXTS]))
-    with pytest.raises(DataError, match=r"all of its 1 pairs were dropped \(columns of --map: 1\)"):
+    with pytest.raises(DataError, match=r"found no row that can be used: dropped 1 \(columns of --map: 1\)"):
         precompute(**ask, data=str(tmp_path / "own.jsonl"), map=MAP, drop_invalid=True, limit=1)
 
 

@@ -203,6 +203,11 @@ def test_at_temperature_0_there_are_greedy_answers_alone(
     assert (report.temperature, first[0].temperature) == (0, 1)
 
 
+def test_at_temperature_0_new_answers_count_as_greedy_ones(options: dict[str, Any], tmp_path: Path) -> None:
+    report = evaluate(**options | {"temperature": 0.0, "samples_per_prompt": 1, "limit": 3}, cache=tmp_path)
+    assert (report.sampled, report.answered_greedily) == (0, 2 * report.prompts)
+
+
 @pytest.mark.slow
 def test_an_engine_that_scores_in_another_way_than_it_samples_starts_once_for_each(
     first: tuple[EvaluateReport, Loads],

@@ -160,7 +160,7 @@ def test_pairs_that_cannot_be_used_are_dropped_and_counted_when_asked(
     report = precompute(str(models.teacher), data, tmp_path / "cache", drop_invalid=True)
     assert (report.dropped, report.scored) == (1, 6)
     assert (report.rows, report.used, report.dropped_by_reason) == (4, 3, {"empty response": 1})
-    with pytest.raises(DataError, match="all of its 1 pairs were dropped"):
+    with pytest.raises(DataError, match="found no row that can be used: dropped 1 "):
         precompute(str(models.teacher), str(write_rows(rows[3:], "bad.jsonl")), tmp_path / "cache", drop_invalid=True)
 
 

@@ -83,7 +83,7 @@ def test_a_damaged_run_is_told(runs: Path) -> None:
     broken = list_runs(runs).broken
     assert list(broken) == ["other", "text"]
     assert broken["other"] == "adpa.json or what lies beside it is damaged: adpa.json is no record of a run"
-    assert broken["text"].startswith("adpa.json or what lies beside it is damaged: Unterminated string")
+    assert broken["text"] == "adpa.json or what lies beside it is damaged: adpa.json is no JSON (line 1, column 15)"
 
 
 def test_the_newest_is_first_if_that_is_asked(runs: Path) -> None:
@@ -113,6 +113,33 @@ def test_evaluations_have_a_table_of_their_own(runs: Path) -> None:
     ]
 
 
+def test_of_greedy_answers_the_win_rate_stands_beside_that_of_sampled_ones(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "adpa.json").write_text((runs / "a" / "sft" / "adpa.json").read_text())
+    (tmp_path / "README.md").write_text("mine")
+    options, report = evaluation(0.625)
+    greedy = evaluation(0.75)[1]
+    pairs = {"student_perplexity": 6.25, "baseline_perplexity": 7.5, "reward_accuracy": 0.875}
+    record_evaluation(str(tmp_path), options, report | {"temperature": 1.0, "greedy": greedy} | pairs)
+    lines = shown(list_runs(tmp_path), 400)
+    head, _, values = lines[lines.index("Evaluations") + 3 :][:3]
+    names = ["win rate", "greedy win rate", "implicit reward", "tokens", "repetition"]
+    assert head.split("  ")[0] == "run"
+    assert " ".join(head.split()) == " ".join(["run", *names, "perplexity of the chosen", "reward accuracy"])
+    assert values.split() == [
+        ".",
+        "0.625",
+        "[0.5,",
+        "0.75]",
+        "0.75",
+        "[0.625,",
+        "0.875]",
+        *("1.5", "20.5"),
+        "0.125",
+        "6.25",
+        "0.875",
+    ]
+
+
 @pytest.mark.parametrize("columns", [40, 60, 80, 100])
 def test_no_column_and_no_number_is_lost_in_a_narrow_terminal(columns: int, runs: Path) -> None:
     lines, wide = (shown(list_runs(runs), width) for width in (columns, 400))
@@ -129,8 +156,9 @@ def test_one_run_alone_is_shown_with_its_settings(runs: Path) -> None:
 
 
 def test_the_directory_may_be_a_run_itself(runs: Path) -> None:
-    (run,) = list_runs(runs / "a" / "sft").runs
-    assert run.path == "."
+    report = list_runs(runs / "a" / "sft")
+    assert [run.path for run in report.runs] == ["."]
+    assert "run" in [line.split()[0] for line in shown(report, 80) if line], "the head of the column stays whole"
 
 
 def test_held_out_losses_are_a_column(runs: Path, tmp_path: Path) -> None:

@@ -82,11 +82,14 @@ def test_the_students_own_reward_is_told_in_a_sentence_and_the_note_is_last() ->
 
 def test_counts_of_what_did_not_happen_are_left_out() -> None:
     cells = rows(printed(REPORT))
+    assert ["prompts", "1,000"] in cells
     assert ["sampled now", "2,000"] in cells
+    assert ["engine", "hf; there is no GPU"] in cells
     assert ["scored now", "4,000"] in cells
     assert ["dropped", "2"] in cells
     assert ["dropped by reason", "empty response 2"] in cells
     assert not [row for row in cells if row[0] in ("repeated prompts", "truncated prompts", "thinking left out")]
+    assert not [row for row in cells if row[0] == "engine reason"]
 
 
 def test_at_temperature_0_there_is_one_column_for_each_model() -> None:
@@ -137,3 +140,8 @@ def test_long_texts_are_cut_and_what_is_cut_is_counted() -> None:
     assert ("y" * 600 in whole, "y" * 601 in whole) == (True, False)
     assert " … 100 more characters" in " ".join(lines)
     assert " … 1,100 more characters" in " ".join(lines)
+
+
+def test_a_prompt_of_several_messages_is_told_as_such() -> None:
+    shown = ShownPrompt("And then?", "Go.", "Stay.", 1.0, 2.0, messages=5)
+    assert printed(replace(REPORT, shown=[shown]))[0] == "Prompt 1, the user's last of 5 messages: And then?"

@@ -86,6 +86,21 @@ def test_the_card_shows_student_and_baseline_beside_each_other(student: Path) ->
     assert "| tokens | 20 | 30 |" in card
 
 
+def test_the_card_has_greedy_answers_and_the_responses_of_the_data_too(student: Path) -> None:
+    greedy = {"student": ANSWERS | {"tokens": 12.5}, "baseline": ANSWERS, "win_rate": INTERVAL | {"mean": 0.6875}}
+    pairs = {"student_perplexity": 6.25, "baseline_perplexity": 7.5, "reward_accuracy": 0.75, "reward_margin": 0.125}
+    record_evaluation(str(student), OPTIONS, REPORT | {"temperature": 1.0, "greedy": greedy} | pairs)
+    record_evaluation(str(student), OPTIONS | {"temperature": 0.0}, REPORT | {"temperature": 0.0, "greedy": greedy})
+    sampled, alone = (student / "README.md").read_text().split(" prompts of ")[1:]
+    assert "| greedy win rate | 0.688 [0.5, 0.75] |  |" in sampled
+    assert "| greedy tokens | 12.5 | 20 |" in sampled
+    assert "| perplexity of the chosen | 6.25 | 7.5 |" in sampled
+    assert "| reward accuracy | 0.75 |  |" in sampled
+    assert "| reward margin | 0.125 |  |" in sampled
+    assert "| win rate | 0.625 [0.5, 0.75] |  |" in alone
+    assert "greedy win rate" not in alone, "all its answers are greedy"
+
+
 @pytest.mark.parametrize("name", ["org/student", "{here}/plain", "{here}/missing"])
 def test_a_model_that_distill_did_not_train_gets_no_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
