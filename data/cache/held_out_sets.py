@@ -91,14 +91,22 @@ def select_held_out(
 
     Raises:
         CacheError: no sets of it fit the training data, they lack signals, or several combinations fit.
+        OptionError: they are trained on.
     """
     present = list(read_response_sets(cache))
-    named = [one for one in find_named(text, present) if one.id not in training.ids["responses"].values()]
+    of_text = find_named(text, present)
+    named = [one for one in of_text if one.id not in training.ids["responses"].values()]
     missing = [
         name for name in needs if not any(one.info.name == name and _is_of(one, student.digest) for one in named)
     ]
     command = _precompute(cache, text, named, training) + (f" --student {student.name}" if "sampled" in missing else "")
     if missing:
+        trained_on = [name for name in missing if any(one.info.name == name for one in of_text if one not in named)]
+        if trained_on:
+            raise OptionError(
+                f"{OPTION} {text}: the run trains on its {' and '.join(trained_on)} responses",
+                f"name other data, or {A_SHARE}",
+            )
         whose = " of this student" if "sampled" in missing else ""
         raise CacheError(
             f"{OPTION} {text}: the cache has no {' and no '.join(missing)} responses of it{whose}", command

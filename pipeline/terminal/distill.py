@@ -13,4 +13,5 @@ def show_distill(report: DistillReport) -> RenderableType:
     lines = "".join(f"\n  {line}" for line in serving_lines(report.output))
     below = Text(f"\nTo serve this student, and to chat with it in another terminal:{lines}")
     below.no_wrap, below.overflow = True, "ignore"
-    return Group(show_report("distill", report), below)
+    leave_out = [] if report.validation_examples else ["validation_examples", "stopped_early"]
+    return Group(show_report("distill", report, leave_out), below)

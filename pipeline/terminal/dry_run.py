@@ -66,8 +66,8 @@ def _show_memory(memory: MemoryEstimate) -> list[RenderableType]:
 def _show_batch(plan: DistillPlan) -> list[RenderableType]:
     shown = len({sequence.example for sequence in plan.first_batch})
     title = f"First micro-batch: {shown} of the {_count(plan.batch_size, 'example')} of step {plan.steps_done + 1:,}"
-    legend = Text("The student learns to say what is ")
-    legend.append(f"{OPEN}bold and in brackets{CLOSE}", TRAINED).append("; it only reads the rest.")
+    legend = Text("The loss counts what is ")
+    legend.append(f"{OPEN}bold and in brackets{CLOSE}", TRAINED).append("; the student only reads the rest.")
     parts: list[RenderableType] = [Text(title, Style(bold=True)), legend]
     for sequence in plan.first_batch:
         parts += ["", _heading(sequence), _text(sequence.pieces)]

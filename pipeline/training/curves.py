@@ -96,7 +96,8 @@ def panels(record: Mapping[str, Any]) -> list[Panel]:
     """What is drawn of a run: a panel for each quantity that its logs have."""
     losses, held_out = record["losses"], record.get("evaluations", [])
     before = [record["student_before"]] if record.get("student_before") else []
-    terms = [(term, name) for term in TERMS for name in COLORS if _points(losses, f"{term}/{name}")[0]]
+    keys = {key.removeprefix("eval_") for log in (*losses, *held_out) for key in log}
+    terms = [(term, name) for term in TERMS for name in COLORS if f"{term}/{name}" in keys]
     drawn = [Panel("loss", NATS, _trained_and_held_out(losses, held_out, "loss", "trained on", BLACK))]
     for term, title in TERMS.items():
         lines = [
@@ -132,7 +133,7 @@ def tidy(axes: Axes) -> None:
 def _trained_and_held_out(
     losses: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], key: str, label: str, color: str
 ) -> list[Line]:
-    lines = [Line(label, color, _points(losses, key))]
+    lines = [Line(label, color, points)] if (points := _points(losses, key))[0] else []
     if (points := _points(held_out, f"eval_{key}"))[0]:
         lines.append(Line(f"{label}, held out" if label in COLORS else "held out", color, points, "--"))
     return lines
@@ -166,11 +167,11 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.10g}")  # enough to tell ticks of a flat line apart
     axes.margins(y=0.1)
     if panel.limits:
         axes.set_ylim(*panel.limits)
-    if len(panel.lines) > 1 or panel.lines[0].label in COLORS:
+    if len(panel.lines) > 1 or panel.lines[0].label.partition(",")[0] in COLORS:
         axes.legend(frameon=True, framealpha=0.8, edgecolor="none")
 
 

@@ -71,7 +71,7 @@ class Piece:
 
     Attributes:
         text: their text; empty for tokens that are left out.
-        trained: whether the student learns to say them.
+        trained: whether the loss counts them.
         special: whether it is a special token, or one that ends a response.
         left_out: number of tokens that are left out here.
     """

@@ -28,6 +28,7 @@ from adpa.pipeline.training.serving import transformers_lines, vllm_lines
 
 LICENSE = ("license", "license_name", "license_link")
 MARK = "<!-- adpa wrote this card, and writes it again after an evaluation unless it was changed: {} -->\n"
+MOST_EVALUATIONS = 10  # during training: of more, the card shows the first, the best and the last
 SYMBOLS = {"chosen": "y_w", "rejected": "y_l", "sampled": "ŷ"}
 MEANINGS = {
     "nll": "−log q: the negative log-probability that the student q gives to the response's tokens.",
@@ -241,15 +242,27 @@ def _results(record: Mapping[str, Any], curves: bool) -> list[str]:
     names = [name for name in losses[0] if name == "loss" or name.partition("/")[0] in MEANINGS]
     rows = [[name, f"{losses[0][name]:.4g}", f"{losses[-1].get(name, float('nan')):.4g}"] for name in names]
     parts = ["## Training", said, _table(["trained on", "first log", "last log"], rows)]
-    if held_out:
-        evaluated = [[str(each["step"]), f"{each['eval_loss']:.4g}"] for each in held_out if "eval_loss" in each]
-        parts.append(_table(["step", "loss on held-out examples"], evaluated))
+    if evaluated := {each["step"]: each["eval_loss"] for each in held_out if "eval_loss" in each}:
+        parts += _held_out(evaluated, record)
     if record["warnings"]:
         parts.append("\n".join(f"- Warning: {warning}" for warning in record["warnings"]))
     if curves:
         parts.append(f"![curves of the run]({CURVES})")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return [*parts, f"Versions: {versions}."]
+
+
+def _held_out(losses: Mapping[int, float], record: Mapping[str, Any]) -> list[str]:
+    """The losses on held-out examples by step, of many only three; and which student was kept."""
+    steps, parts = list(losses), []
+    if len(steps) > MOST_EVALUATIONS:
+        parts.append(f"Of {len(steps):,} evaluations during training, the first, the best and the last:")
+        steps = sorted({steps[0], min(losses, key=lambda step: losses[step]), steps[-1]})
+    rows = [[str(step), f"{losses[step]:.4g}"] for step in steps]
+    parts.append(_table(["step", "loss on held-out examples"], rows))
+    if (kept := record.get("kept_step", record["steps"])) != record["steps"]:
+        parts.append(f"The student is that of step {kept:,}, whose loss on held-out examples is the lowest.")
+    return parts
 
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from adpa.pipeline.training.model_sharding import loading_whole
 from adpa.pipeline.training.run import Run, Sources, Student
 from adpa.pipeline.training.run_directory import CARD, CURVES, write_record
 from adpa.pipeline.training.trainer import DistillTrainer
-from adpa.pipeline.training.validation import evaluations_of
+from adpa.pipeline.training.validation import evaluations_of, step_kept
 
 ADAPTER = "adapter"
 # The fields of a report that adpa.json has too.
@@ -67,6 +67,7 @@ def write_result(
         "attn_implementation": student.attention,  # like packing, it changes rounding alone
         "ranks": number_of_ranks(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "kept_step": step_kept(trainer.args, trainer.state),
         "warnings": trainer.warnings,
         "student_before": trainer.student_before,
         "losses": trainer.losses,

@@ -52,7 +52,8 @@ def length_warnings(examples: int, chosen: Mapping[str, Any], usual: Mapping[str
         warnings.append(
             f"--warmup-steps {warmup_steps:g}: the warm-up takes {_count(warmup, 'step')}, and {run}: {reached}"
         )
-    if usual["logging_steps"] != chosen["logging_steps"] > steps:
+    evaluated_before = chosen["eval_steps"] and chosen["eval_steps"] < steps  # each evaluation has a log
+    if usual["logging_steps"] != chosen["logging_steps"] > steps and not evaluated_before:
         warnings.append(f"--logging-steps {chosen['logging_steps']}: {run}; only the last one is logged")
     if chosen["validation"] is not None:
         evaluations = math.ceil(steps / (chosen["eval_steps"] or math.ceil(examples / batch_size)))

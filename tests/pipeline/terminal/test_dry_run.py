@@ -67,6 +67,7 @@ def shown(plan: DistillPlan, colour: bool = False) -> str:
 def test_what_is_trained_is_in_brackets() -> None:
     text = shown(PLAN)
     assert "<s>2 + 2?↵\n … 1,200 tokens … ⟦4 … 1 token … </s>⟧\n" in text
+    assert "The loss counts what is ⟦bold and in brackets⟧; the student only reads the rest." in text
     assert text.count("⟦") == 2  # of the legend, and of the one response with a term
 
 

@@ -95,6 +95,19 @@ def test_held_out_losses_are_dashed_lines_beside_the_others() -> None:
     assert {line.style for panel in panels(ADPA) for line in panel.lines if "held out" in line.label} == {"--"}
 
 
+def test_a_term_that_is_only_held_out_has_a_line_too() -> None:
+    """KL is measured on held-out examples wherever there are signals."""
+    record = ADPA | {"evaluations": [{"step": 20, "eval_loss": 0.7, "eval_kl/sampled": 0.5}]}
+    assert lines(record, "KL from teacher to student") == {"sampled, held out": ([20], [0.5])}
+    assert "sampled, held out" in texts(draw_curves(record))
+
+
+def test_the_ticks_of_a_nearly_flat_line_differ() -> None:
+    record = SFT | {"losses": [log(step, loss=4.15246 + step * 1e-8) for step in (1, 2, 3)]}
+    ticks = [text for text in texts(draw_curves(record)) if text.startswith("4.15246")]
+    assert len(ticks) == len(set(ticks)) > 1
+
+
 def texts(svg: str) -> list[str]:
     root = ElementTree.fromstring(svg)
     return [each.text or "" for each in root.iter("{http://www.w3.org/2000/svg}text")]

@@ -63,6 +63,7 @@ FULL_STEP = "--batch-size 1000: more than the 60 examples; every step takes all 
             ["--num-train-epochs 3 has no effect beside --max-steps 20"],
         ),
         ({"logging_steps": 100}, ["--logging-steps 100: the run has 2 steps; only the last one is logged"]),
+        ({"logging_steps": 100, "validation": "0.1", "eval_steps": 1}, []),  # each evaluated step is logged
         (
             {"save_steps": 500, "max_steps": 20},
             [

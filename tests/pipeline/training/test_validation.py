@@ -234,6 +234,11 @@ def test_data_that_is_not_there_or_lacks_something_is_one_line(two: Filled, tmp_
     )
     said = refused(few_words, tmp_path, validation=str(few_words.data))
     assert said.startswith(f"--validation {few_words.data}: all responses of the cache are from this data, and none ")
+    trained_on = [one.shard_prefix() for one in sets_of(two, few_words.data).values() if one.info.name != "sampled"]
+    assert refused(two, tmp_path, validation=str(few_words.data), response_set=trained_on) == (
+        f"--validation {few_words.data}: the run trains on its chosen and rejected responses; name other data, or give "
+        "a share of the data such as 0.02"
+    )
     cache, other = shutil.copytree(two.cache, tmp_path / "cache"), tmp_path / "other.jsonl"
     other.write_text(two.data.read_text().replace("1 (", "2 ("))
     precompute(str(two.models.teacher), str(other), cache, top_k=5)
@@ -297,6 +302,7 @@ def test_training_stops_when_the_loss_on_held_out_examples_rises(two: Filled, tm
         torch.equal(saved[name], tensor) for name, tensor in weights(tmp_path / "best" / f"checkpoint-{best}").items()
     )
     assert (record(tmp_path / "best")["best_step"], record(tmp_path / "best")["stopped_early"]) == (best, True)
+    assert [record(tmp_path / name)["kept_step"] for name in ("last", "best")] == [report.steps, best]
 
 
 @pytest.mark.slow
