@@ -110,7 +110,7 @@ def list_runs(
 
 def _read_run(folder: Path, path: str) -> ListedRun:
     record = read_record(folder)
-    losses, held_out = record.get("losses") or [], record.get("evaluations") or []
+    losses, held_out = record.get("losses") or [], record.get("held_out") or []
     evaluated = [each["eval_loss"] for each in held_out if "eval_loss" in each]
     written = datetime.fromtimestamp((folder / RECORD).stat().st_mtime, UTC).isoformat(timespec="seconds")
     return ListedRun(

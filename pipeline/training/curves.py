@@ -59,7 +59,7 @@ def draw_curves(record: Mapping[str, Any]) -> str:
 
     Args:
         record: adpa.json of a run with at least one log, also of one that has not finished. Of it are drawn
-            ``losses``, ``student_before`` and, if there are any, ``evaluations``.
+            ``losses``, ``student_before`` and, if there are any, ``held_out``.
 
     Returns:
         An SVG element, to be a file or a part of a page. It has a white background.
@@ -94,7 +94,7 @@ def draw_curves(record: Mapping[str, Any]) -> str:
 
 def panels(record: Mapping[str, Any]) -> list[Panel]:
     """What is drawn of a run: a panel for each quantity that its logs have."""
-    losses, held_out = record["losses"], record.get("evaluations", [])
+    losses, held_out = record["losses"], record.get("held_out", [])
     before = [record["student_before"]] if record.get("student_before") else []
     keys = {key.removeprefix("eval_") for log in (*losses, *held_out) for key in log}
     terms = [(term, name) for term in TERMS for name in COLORS if f"{term}/{name}" in keys]

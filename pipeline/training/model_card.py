@@ -233,7 +233,7 @@ def _repeat(record: Mapping[str, Any]) -> list[str]:
 
 
 def _results(record: Mapping[str, Any], curves: bool) -> list[str]:
-    training, losses, held_out = record["training"], record["losses"], record.get("evaluations") or []
+    training, losses, held_out = record["training"], record["losses"], record.get("held_out") or []
     length = f"{record['steps']:,} steps of {training['batch_size']} examples ({record['examples']:,} in all)"
     precision = f"weights in {record['weights_dtype']}, computed in {record['compute_dtype']}"
     rate = f"learning rate {training['learning_rate']:g} ({training['lr_scheduler_type']})"

@@ -71,7 +71,7 @@ def write_result(
         "warnings": trainer.warnings,
         "student_before": trainer.student_before,
         "losses": trainer.losses,
-        "evaluations": evaluations_of(trainer.state.log_history),
+        "held_out": evaluations_of(trainer.state.log_history),
     }
     before = sources.checkpoint
     changed = {name: value for name, value in chosen.items() if value != usual[name]}

@@ -162,7 +162,7 @@ def test_the_directory_may_be_a_run_itself(runs: Path) -> None:
 
 
 def test_held_out_losses_are_a_column(runs: Path, tmp_path: Path) -> None:
-    record = read_record(runs / "a" / "sft") | {"evaluations": [{"step": 1, "eval_loss": 3.0}, {"eval_loss": 2.125}]}
+    record = read_record(runs / "a" / "sft") | {"held_out": [{"step": 1, "eval_loss": 3.0}, {"eval_loss": 2.125}]}
     (tmp_path / "adpa.json").write_text(json.dumps(record))
     report = list_runs(tmp_path)
     assert report.runs[0].held_out_loss == 2.125

@@ -43,7 +43,7 @@ ADPA = {
         log(10, **{"nll/chosen": 1.0, "advantage/sampled": 0.2, "student/advantage": -0.2}, **watched(10)),
         log(20, **{"nll/chosen": 0.9, "advantage/sampled": 0.1, "student/advantage": -0.1}, **watched(20)),
     ],
-    "evaluations": [{"step": 20, "eval_loss": 0.7, "eval_nll/chosen": 0.8, "eval_advantage/sampled": 0.3}],
+    "held_out": [{"step": 20, "eval_loss": 0.7, "eval_nll/chosen": 0.8, "eval_advantage/sampled": 0.3}],
 }
 
 
@@ -97,7 +97,7 @@ def test_held_out_losses_are_dashed_lines_beside_the_others() -> None:
 
 def test_a_term_that_is_only_held_out_has_a_line_too() -> None:
     """KL is measured on held-out examples wherever there are signals."""
-    record = ADPA | {"evaluations": [{"step": 20, "eval_loss": 0.7, "eval_kl/sampled": 0.5}]}
+    record = ADPA | {"held_out": [{"step": 20, "eval_loss": 0.7, "eval_kl/sampled": 0.5}]}
     assert lines(record, "KL from teacher to student") == {"sampled, held out": ([20], [0.5])}
     assert "sampled, held out" in texts(draw_curves(record))
 

@@ -184,14 +184,14 @@ def test_the_record_of_an_earlier_adpa_makes_a_shorter_card(student: Path) -> No
 
 def test_losses_on_held_out_examples_are_told_if_there_are_any(student: Path) -> None:
     held_out = [{"step": 1, "eval_loss": 2.5}, {"step": 2, "eval_loss": 2.25}]
-    text = make_card("s", read_record(student) | {"evaluations": held_out}, [], curves=False)
+    text = make_card("s", read_record(student) | {"held_out": held_out}, [], curves=False)
     assert "| step | loss on held-out examples |\n| --- | --- |\n| 1 | 2.5 |\n| 2 | 2.25 |" in text
     assert "The student is that of step" not in text
 
 
 def test_of_many_evaluations_three_are_told_and_which_student_was_kept(student: Path) -> None:
     held_out = [{"step": step, "eval_loss": abs(step - 700) / 100} for step in range(1, 2001)]
-    record = read_record(student) | {"evaluations": held_out, "steps": 2000, "kept_step": 700}
+    record = read_record(student) | {"held_out": held_out, "steps": 2000, "kept_step": 700}
     text = make_card("s", record, [], curves=False)
     assert "Of 2,000 evaluations during training, the first, the best and the last:" in text
     assert "| --- | --- |\n| 1 | 6.99 |\n| 700 | 0 |\n| 2000 | 13 |\n\n" in text

@@ -119,7 +119,7 @@ def test_the_losses_on_a_second_data_set_are_the_definitions(two: Filled, tmp_pa
     """Of the student before training, at a step, and of the trained one; KL is measured without a KL term, too."""
     options: dict[str, Any] = {"eval_steps": 2, "set": ["eval_on_start=true", "per_device_eval_batch_size=2"]}
     report = train(two, tmp_path / "dckd", kl_weight=0.7, validation=str(two.data), **options)
-    before, middle, last = record(tmp_path / "dckd")["evaluations"]
+    before, middle, last = record(tmp_path / "dckd")["held_out"]
     assert [each["step"] for each in (before, middle, last)] == [0, 2, 4]
     expected = expected_dckd(two, two.models.student, two.data)
     assert {key: before[key] for key in expected} == pytest.approx(expected, rel=1e-5)
@@ -157,7 +157,7 @@ def test_evaluation_changes_no_bit_of_the_training(two: Filled, tmp_path: Path) 
         distill("dckd", str(student), two.cache, tmp_path / name, **BRIEF, max_steps=4, **options)
     plain, evaluated = weights(tmp_path / "without"), weights(tmp_path / "with")
     assert all(torch.equal(evaluated[name], plain[name]) for name in plain)
-    assert len(record(tmp_path / "with")["evaluations"]) == 5
+    assert len(record(tmp_path / "with")["held_out"]) == 5
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_second_data_set_is_named_by_its_path_or_by_ids(
     train(two, tmp_path / "ids", validation=f" chosen-{ids['chosen'][:8]}, {ids['rejected']} ", max_steps=1)
     for name in ("relative", "ids"):
         assert record(tmp_path / name)["validation"]["responses"] == ids
-        assert record(tmp_path / name)["evaluations"][0]["eval_loss"] == record(relative)["evaluations"][0]["eval_loss"]
+        assert record(tmp_path / name)["held_out"][0]["eval_loss"] == record(relative)["held_out"][0]["eval_loss"]
 
 
 def test_data_that_is_not_there_or_lacks_something_is_one_line(two: Filled, tmp_path: Path, few_words: Filled) -> None:
@@ -289,7 +289,7 @@ def test_training_stops_when_the_loss_on_held_out_examples_rises(two: Filled, tm
     options: dict[str, Any] = {"validation": str(two.data), "max_steps": 12, "eval_steps": 2, "learning_rate": 3.0}
     options |= {"early_stopping_patience": 2, "lr_scheduler_type": "constant"}
     report = train(two, tmp_path / "last", **options)
-    evaluations = {entry["step"]: entry["eval_loss"] for entry in record(tmp_path / "last")["evaluations"]}
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in record(tmp_path / "last")["held_out"]}
     best = min(evaluations, key=lambda step: evaluations[step])
     assert (report.best_step, report.steps, report.stopped_early) == (best, best + 4, True)
     assert report.validation["eval_loss"] == evaluations[report.steps]
@@ -319,7 +319,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(two: Filled, tmp_path: Path)
         shutil.copy(tmp_path / "whole" / "adpa.json", folder)
         resumed = train(two, folder, resume_from_checkpoint="last", **options)
         assert (resumed.steps, resumed.best_step, resumed.stopped_early) == (whole.steps, whole.best_step, True)
-        ours, theirs = (record(tmp_path / name)["evaluations"] for name in (f"from-{step}", "whole"))
+        ours, theirs = (record(tmp_path / name)["held_out"] for name in (f"from-{step}", "whole"))
         assert [(one["step"], one["eval_loss"]) for one in ours] == [(one["step"], one["eval_loss"]) for one in theirs]
         result, expected = weights(folder), weights(tmp_path / "whole")
         assert all(torch.equal(result[name], expected[name]) for name in expected)
@@ -353,8 +353,8 @@ def test_two_ranks_evaluate_as_one_process_does(two: Filled, tmp_path: Path) -> 
     for name in strategies:
         ours, theirs = record(tmp_path / name), record(tmp_path / "one")
         keys = ("eval_loss", "eval_nll/chosen", "eval_kl/chosen", "eval_kl/rejected")
-        for one, other in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+        for one, other in zip(ours["held_out"], theirs["held_out"], strict=True):
             assert [one[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-5)
         assert ours["best_step"] == theirs["best_step"] == 3
         expected = expected_dckd(two, tmp_path / name, two.data)
-        assert ours["evaluations"][-1]["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        assert ours["held_out"][-1]["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
