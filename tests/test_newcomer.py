@@ -1,5 +1,6 @@
 """The newcomer's path: README's commands, typed as they stand there, on small models and a few pairs."""
 
+import csv
 import json
 import os
 import re
@@ -12,10 +13,14 @@ from tests.conftest import Models, Row, write_program
 
 from adpa.data.cache.responses import read_response_sets
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.partition("## The four commands")[2].partition("\n## ")[0]
-COMMANDS = re.findall(r"^adpa .*$", SECTION, re.MULTILINE)
-(PROGRAM,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+SECTION = (ROOT / "README.md").read_text().partition("## The four commands")[2].partition("\n## ")[0]
+# The four commands, and the way from a table to a chat.
+COMMANDS, FROM_CSV = (
+    re.findall(r"^adpa .*$", block.replace("\\\n", " "), re.MULTILINE)
+    for block in re.findall(r"```\n(.*?)```", SECTION, re.DOTALL)
+)
+(PROGRAM,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/commands.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -29,6 +34,15 @@ def folder(models: Models, preference_rows: list[Row], tmp_path: Path) -> Path:
 
 def write_pairs(folder: Path, rows: list[Row]) -> None:
     (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_table(file: Path, rows: list[Row]) -> None:
+    """A table of questions with a good and a bad answer, as a spreadsheet saves it."""
+    with file.open("w", newline="") as text:
+        table = csv.writer(text)
+        table.writerow(["question", "good", "bad"])
+        texts = ([row[name][-1]["content"] for name in ("prompt", "chosen", "rejected")] for row in rows)
+        table.writerows(texts)
 
 
 def type_in(folder: Path, command: str) -> str:
@@ -58,6 +72,23 @@ def test_the_four_commands_work_as_they_stand_and_again_when_the_data_has_grown(
         assert "newest" in said[place]
     names = [one.info.name for one in read_response_sets(folder / "CACHE")]
     assert sorted(names) == ["chosen"] * 2 + ["rejected"] * 2 + ["sampled"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_table_of_questions_becomes_a_student_to_chat_with(folder: Path, preference_rows: list[Row]) -> None:
+    write_table(folder / "pairs.csv", preference_rows[:16])
+    write_table(folder / "heldout.csv", preference_rows[16:20])
+    score, train, compare = FROM_CSV
+    type_in(folder, score)
+    trained = type_in(folder, train)
+    assert "chat runs/dckd" in trained or "vllm chat" in trained
+    record = json.loads((folder / "runs/dckd/adpa.json").read_text())
+    assert record["examples"] + record["validation_examples"] == 16
+    compared = type_in(folder, f"{compare} --max-new-tokens 6")
+    assert "Prompt 1: " in compared
+    assert "win rate" in compared
+    assert "dckd" in type_in(folder, "adpa runs runs")
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from adpa.pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from adpa.pipeline.training.lora import load_base
 from adpa.pipeline.training.lora_settings import LoraSettings
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -102,7 +104,6 @@ def test_samples_of_an_adapter_are_those_of_the_merged_checkpoint(few_words: Fil
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-@pytest.mark.slow
 def test_an_adapter_is_evaluated_against_its_base(few_words: Filled, tmp_path: Path) -> None:
     models = few_words.models
     adapter = save_adapter(models.student, tmp_path / "adapter")

@@ -16,6 +16,8 @@ from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.errors import CacheError
 from adpa.pipeline.models.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TURN_END, OTHER, THIRD = 2, 90, 91  # </s>, and two words of the vocabulary
 MakeStudent = Callable[[object, int], Path]
 

@@ -18,6 +18,8 @@ from adpa.data.cache.responses import ResponseSet, read_response_sets
 from adpa.errors import OptionError, RowError
 from adpa.pipeline.evaluate import EvaluateReport
 
+pytestmark = pytest.mark.slow
+
 # Asked to be brief, it adds an instruction to conversations of several turns. It drops thinking of earlier turns.
 TEMPLATE = (
     "{% if brief and messages | length > 2 %}user : Say a number</s>{% endif %}{% for m in messages %}"
@@ -76,7 +78,6 @@ def numbers(report: EvaluateReport) -> EvaluateReport:
     return replace(report, sampled=0, answered_greedily=0, scored=0, scored_by_students=0, seconds=0)
 
 
-@pytest.mark.slow
 def test_other_template_arguments_make_another_set_and_only_other_prompts_are_answered_again(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ from adpa.pipeline.scoring.probe import ProbeReport
 from adpa.pipeline.terminal.inspection import show_inspection
 from adpa.pipeline.terminal.precompute import show_precompute
 
+pytestmark = pytest.mark.slow
+
 
 def pairs_of(cache: Path) -> list[tuple[TokenSequence, TokenSequence]]:
     """The chosen and the rejected response of every pair of a cache."""
@@ -183,7 +185,6 @@ def test_what_is_kept_of_the_top_k_changes_nothing(
 NONE = (None, None, 0)
 
 
-@pytest.mark.slow
 def test_nothing_is_said_where_nothing_is_known(scored: Filled, tmp_path: Path) -> None:
     student: Any = {"student": str(scored.models.student), "max_new_tokens": 4}
     cases: list[dict[str, Any]] = [
@@ -222,7 +223,6 @@ def probe(filled: Filled, cache: Path, count: int, **others: Any) -> tuple[Preco
     return report, report.probe
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("count", "pairs"), [(1000, 8), (16, 8), (10, 5), (4, 2), (5, 2), (2, 1)])
 def test_a_probe_of_n_responses_takes_whole_pairs(
     count: int, pairs: int, scored: Filled, margins: Margins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,7 +248,6 @@ def test_a_probe_of_swapped_models_warns(
     assert "are --teacher and --reference swapped? Or chosen and rejected in the data?" in record.getMessage()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "others"), [(1, {}), (64, {"reference": None}), (64, {"responses": "chosen"}), (64, {"student": True})]
 )
@@ -311,7 +310,6 @@ def test_inspect_says_nothing_of_sampled_responses_and_without_a_reference(
     assert inspect_cache(tmp_path / "cache").rewards == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", [("chosen", "rejected"), ("rejected", "chosen"), ("chosen", "rejected,sampled")])
 def test_the_second_of_two_runs_finds_the_other_responses_in_the_cache(
     order: tuple[str, str], scored: Filled, margins: Margins, tmp_path: Path
@@ -326,7 +324,6 @@ def test_the_second_of_two_runs_finds_the_other_responses_in_the_cache(
     assert "prefers" in shown(show_precompute(second))
 
 
-@pytest.mark.slow
 def test_the_second_run_looks_only_at_its_own_pairs(
     scored: Filled, margins: Margins, write_rows: WriteRows, preference_rows: list[Row], tmp_path: Path
 ) -> None:

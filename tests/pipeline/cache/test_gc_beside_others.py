@@ -28,6 +28,8 @@ from adpa.pipeline.cache import gc as cache_gc
 from adpa.pipeline.cache import merge as cache_merge
 from adpa.pipeline.scoring.score import missing_sequences, score
 
+pytestmark = pytest.mark.slow
+
 WEEK = 7 * 24 * 3600
 
 

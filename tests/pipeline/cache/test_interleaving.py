@@ -29,6 +29,8 @@ from adpa.data.cache.signal_rows import SignalRow
 from adpa.data.cache.signals import SignalTable, read_scorings, read_signals, write_scoring, write_signals
 from adpa.pipeline.scoring.sample import sample_responses
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _models_and_steps() -> Iterator[None]:

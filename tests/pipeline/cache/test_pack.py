@@ -300,6 +300,7 @@ def test_on_a_full_disk_the_cache_gets_no_larger_and_the_next_time_goes_on(
     assert len(read_signals(tmp_path, SCORING)) == len(before)
 
 
+@pytest.mark.slow
 @given(parts_of_rows, st.sampled_from([400, 20_000, 1 << 20]), st.integers(0, 40), st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_a_second_pack_at_any_moment_of_the_first_loses_nothing(

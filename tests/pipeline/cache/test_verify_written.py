@@ -33,6 +33,8 @@ from adpa.data.cache.shards import write_shard
 from adpa.data.cache.signals import read_scorings, read_signals
 from adpa.errors import CacheError
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 96
 PADDED = 500
 MakePadded = Callable[..., str]

@@ -27,6 +27,8 @@ from adpa.pipeline.scoring.hf_scorer import open_hf_scorer
 from adpa.pipeline.scoring.probe import ProbeReport, Work, probe_signals
 from adpa.pipeline.scoring.score import Batch, ReferenceLogprobs, Scorer, score_reference, score_teacher
 
+pytestmark = pytest.mark.slow
+
 
 def options(filled: Filled, cache: Path, **others: Any) -> dict[str, Any]:
     models = {"teacher": str(filled.models.teacher), "reference": str(filled.models.reference)}

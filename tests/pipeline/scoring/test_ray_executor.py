@@ -162,6 +162,7 @@ def test_two_workers_make_the_cache_that_one_process_makes(
     assert ray.is_initialized(), "the cluster of this process was not the run's to stop"
 
 
+@pytest.mark.slow
 def test_a_second_job_adds_to_the_cache_and_the_block_of_a_killed_worker_is_done_by_another(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,6 +23,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from adpa import distill
 from adpa.errors import OptionError
 
+pytestmark = pytest.mark.slow
+
 SMOOTH = ["adam_epsilon=1"]  # Adam as usual moves by the sign of a gradient, however small it is
 STRATEGIES: dict[str, list[str]] = {"ddp": [], "fsdp2": ["fsdp=true"]}
 # 7 examples, 4 a step: the second step of an epoch has 3, and a rank one less than the other.
@@ -177,7 +179,6 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(
     assert_same_training(output, alone["dckd"], seven.models.student)
 
 
-@pytest.mark.slow
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(
     together: Path, alone: Mapping[str, Path], seven: Filled, tmp_path: Path
 ) -> None:
@@ -187,7 +188,6 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(
     assert_same_training(output, alone["dckd"], seven.models.student)
 
 
-@pytest.mark.slow
 def test_when_a_rank_is_killed_the_others_stop_and_the_run_goes_on_from_its_checkpoint(
     seven: Filled, tmp_path: Path
 ) -> None:
@@ -212,7 +212,6 @@ def test_when_a_rank_is_killed_the_others_stop_and_the_run_goes_on_from_its_chec
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("other", ["another cache", "no cache"])
 def test_ranks_that_see_different_caches_stop_at_once(
     other: str, seven: Filled, few_words: Filled, tmp_path: Path
@@ -231,7 +230,6 @@ def test_ranks_that_see_different_caches_stop_at_once(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_ranks_with_a_student_that_cannot_be_padded_stop_before_they_train(seven: Filled, tmp_path: Path) -> None:
     options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
     command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
@@ -243,7 +241,6 @@ def test_ranks_with_a_student_that_cannot_be_padded_stop_before_they_train(seven
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_a_launched_command_speaks_once(seven: Filled, tmp_path: Path) -> None:
     options = ["--objective", "sft", "--student", str(seven.models.student), "--cache", str(seven.cache)]
     command = ["distill", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
@@ -282,7 +279,6 @@ def test_deepspeed_that_is_not_installed_is_named(
         distill(**call(seven, tmp_path / "out", objective="sft", set=[ZERO_3]))
 
 
-@pytest.mark.slow
 def test_zero_3_that_could_not_write_its_student_is_refused(
     seven: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +290,6 @@ def test_zero_3_that_could_not_write_its_student_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_of_deepspeed_train_as_one_process_does(
     stage: int, alone: Mapping[str, Path], seven: Filled, tmp_path: Path
