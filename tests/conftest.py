@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,15 @@ Row = dict[str, Any]
 # One thread a process: the tests run side by side, and their models are too small to gain from more.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves out slow tests once the time of a run is over; the summary counts them."""
+    until = os.environ.get("TESTS_UNTIL")  # seconds since 1970
+    if until and time.time() > float(until) and item.get_closest_marker("slow"):
+        pytest.skip("no time left")
+
 
 # adpa collects garbage between models. Torch and transformers are a million objects, which stay anyway.
 gc.freeze()
