@@ -14,14 +14,12 @@ from typing_extensions import Doc
 
 from adpa.data.answers import (
     Answers,
-    AnswerSummary,
     Comparison,
     compare_answers,
     perplexity,
     read_answers,
     student_rewards,
 )
-from adpa.data.bootstrap import Interval
 from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signals import read_signals
@@ -74,18 +72,10 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class EvaluateReport:
-    """The result of ``evaluate``. Intervals are of 95 %, of the bootstrap over the prompts, which both models share.
-
-    The first six are of the sampled answers.
+class EvaluateReport(Comparison):
+    """The result of ``evaluate``: the comparison of the sampled answers, and more.
 
     Attributes:
-        student: what the student's responses are like.
-        baseline: what the baseline's responses are like.
-        win_rate: share of responses whose implicit reward is above that of the baseline's; a tie counts one half.
-        win_rate_per_token: the same by the implicit reward per token, which a longer response does not raise.
-        difference: the student's implicit reward minus the baseline's, in nats.
-        difference_per_token: the same per token.
         prompts: distinct prompts.
         repeated_prompts: pairs left out because another one has the same prompt.
         truncated_prompts: prompts cut to ``max_prompt_length``.
@@ -113,12 +103,6 @@ class EvaluateReport:
         shown: the answers to the first ``show`` prompts.
     """
 
-    student: AnswerSummary
-    baseline: AnswerSummary
-    win_rate: Interval
-    win_rate_per_token: Interval
-    difference: Interval
-    difference_per_token: Interval
     prompts: int
     repeated_prompts: int
     truncated_prompts: int
@@ -296,13 +280,10 @@ def _evaluate(request: Request, baseline: str, show: int, started: float) -> Eva
 
 def _show(data: DataOptions, plan: "Plan", mine: Answers, theirs: Answers, count: int) -> list[ShownPrompt]:
     """The answers to the first prompts of the data; their ends of turn are left out."""
-    from adpa.data.rows import read_rows
-
     assert plan.sampling is not None
     ends, tokenizer = plan.sampling.ends, plan.encoder.template.tokenizer
     prompts = first_prompts([(example_id, one.prompt_ids) for example_id, one in plan.samples], count)
-    rows = read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)
-    questions = read_questions(rows, data.rendered, {*prompts.values()})
+    questions = read_questions(data.read(), data.rendered, {*prompts.values()})
 
     def decode(ids: TokenIds) -> str:
         said = ids[:-1] if int(ids[-1]) in ends else ids

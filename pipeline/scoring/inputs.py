@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from adpa.data.hub import check_hub_data
 from adpa.data.preferences import parse_pair
 from adpa.data.row_counts import RowCounts
-from adpa.data.rows import read_rows
 from adpa.data.sources import find_source
 from adpa.data.splits import check_split
 from adpa.errors import OptionError, RowError
@@ -58,9 +57,7 @@ def _check_data(data: DataOptions) -> None:
         check_hub_data(data.source)
         return
     counts = RowCounts()
-    for number, (where, row) in enumerate(
-        read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)
-    ):
+    for number, (where, row) in enumerate(data.read()):
         try:
             parse_pair(where, row, data.rendered, data.prompts_alone)
         except RowError as error:

@@ -11,7 +11,6 @@ from adpa.data.cache.signals import Scoring
 from adpa.data.chat_template import ChatTemplate
 from adpa.data.column_map import describe_map
 from adpa.data.encoding import EncodedPair, Encoder
-from adpa.data.rows import read_rows
 from adpa.data.sequences import TokenIds, TokenSequence
 from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import OptionError
@@ -173,7 +172,7 @@ def read_pairs(request: Request, setup: Setup) -> Pairs:
     encoder = _open_encoder(request, setup.models.teacher)
     place = os.path.abspath(data.source) if os.path.exists(data.source) else data.source
     record = make_record(place, data.split, data.limit, describe_map(data.columns))
-    pairs = list(encoder.encode(read_rows(data.source, data.split, data.limit, data.columns, data.prompts_alone)))
+    pairs = list(encoder.encode(data.read()))
     if not pairs:
         raise encoder.counts.nothing_left(data.source)
     return Pairs(encoder, record, pairs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adpa.data.cache.locations import Location
 from adpa.data.cache.responses import RESPONSE_NAMES, ResponseName
@@ -25,6 +25,9 @@ from adpa.pipeline.scoring.executor import ExecutorOptions
 from adpa.pipeline.scoring.parts import Part
 from adpa.pipeline.scoring.vllm_options import VllmOptions, refuse_attention
 
+if TYPE_CHECKING:
+    from adpa.data.json_rows import Rows
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -46,6 +49,12 @@ class DataOptions:
     def columns(self) -> dict[str, str]:
         """The columns of a pair that have other names in the data, with these names."""
         return parse_map(self.map)
+
+    def read(self) -> "Rows":
+        """The rows; for the errors see ``read_rows``."""
+        from adpa.data.rows import read_rows  # reads Parquet, too: not for --help
+
+        return read_rows(self.source, self.split, self.limit, self.columns, self.prompts_alone)
 
     def check(self) -> None:
         """Raises an ``OptionError`` for empty names, numbers out of range, a wrong map, and arguments of adpa's own."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from adpa.data.batches import TrainingExamples, collate
+from adpa.data.batches import TrainingExamples, collate, computed_tokens
 from adpa.data.pieces import texts_in_place
 from adpa.data.sequences import Packing
 from adpa.data.steps import StepSampler
@@ -143,13 +143,9 @@ def micro_batch_tokens(
     of_examples = [examples.sizes(number) for number in numbers]
     sizes = list(chain(*of_examples))
     prompts = sum(size.prompt for size in sizes)
-    responses = sum(size.response for size in sizes)
-    if packing == "none":
-        computed = len(sizes) * max(size.prompt + size.response for size in sizes)
-    elif packing == "sequences":
-        computed = prompts + responses
-    else:
-        computed = responses + sum(sum({size.prompt for size in example}) for example in of_examples)
+    computed = computed_tokens([size.prompt + size.response for size in sizes], packing)
+    if packing == "prompts":  # an example's prompt is computed once
+        computed -= prompts - sum(sum({size.prompt for size in example}) for example in of_examples)
     return MicroBatchTokens(sum(size.response for size in sizes if counts[size.set_number]), prompts, computed)
 
 

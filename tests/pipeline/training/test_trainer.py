@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.pipeline.conftest import Filled
+from tests.pipeline.training.dense import dense_terms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -70,20 +70,11 @@ def dense_loss(filled: Filled, model: PreTrainedModel, terms: Mapping[str, tuple
         tokens = 0
         keys = pa.array(responses.table["key"].to_pylist(), pa.binary(16))
         for sequence, number in zip(responses.sequences(), signals.locate(keys), strict=True):
-            row = signals.row(int(number))
-            whole = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
-            logq = model(input_ids=whole[None]).logits[0, len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-            ids = torch.from_numpy(row.topk_ids.astype(np.int64))
-            logp = torch.from_numpy(row.topk_logprobs.astype(np.float64))
-            tail = torch.from_numpy(row.tail_logprob.astype(np.float64))
-            assert row.topk_advantages is not None
-            gain = torch.from_numpy(row.topk_advantages.astype(np.float64))
-            logq_topk = logq.gather(1, ids)
-            logq_tail = logq.scatter(1, ids, -torch.inf).logsumexp(1)
-            nll = nll - logq.gather(1, torch.from_numpy(sequence.response_ids.astype(np.int64))[:, None]).sum()
-            kl = kl + (logp.exp() * (logp - logq_topk)).sum() + (tail.exp() * (tail - logq_tail)).sum()
-            advantage = advantage - (logq_topk.exp() * gain).sum()
-            tokens += len(ids)
+            terms_of_row = dense_terms(model, sequence, signals.row(int(number)))
+            nll, kl, advantage = (
+                so_far + term for so_far, term in zip((nll, kl, advantage), terms_of_row, strict=True)
+            )
+            tokens += len(sequence.response_ids)
         total = total + (nll_weight * nll + kl_weight * kl + advantage_weight * advantage) / tokens
     return total
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Row
 from tests.pipeline.conftest import Filled
+from tests.pipeline.training.dense import dense_terms
 from tests.pipeline.training.test_ranks import on_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -72,21 +72,10 @@ def dense_means(filled: Filled, model: Path, responses: ResponseSet, prompts: se
     for sequence, number in rows:
         if prompts is not None and sequence.prompt_ids.tobytes() not in prompts:
             continue
-        row = signals.row(int(number))
-        whole = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
         with torch.no_grad():
-            logq = student(input_ids=whole[None]).logits[0, len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-        ids = torch.from_numpy(row.topk_ids.astype(np.int64))
-        logp = torch.from_numpy(row.topk_logprobs.astype(np.float64))
-        tail = torch.from_numpy(row.tail_logprob.astype(np.float64))
-        assert row.topk_advantages is not None
-        gain = torch.from_numpy(row.topk_advantages.astype(np.float64))
-        own = logq.gather(1, ids)
-        logq_tail = logq.scatter(1, ids, -torch.inf).logsumexp(1)
-        nll = -logq.gather(1, torch.from_numpy(sequence.response_ids.astype(np.int64))[:, None]).sum()
-        kl = (logp.exp() * (logp - own)).sum() + (tail.exp() * (tail - logq_tail)).sum()
-        sums += torch.stack([nll, kl, -(own.exp() * gain).sum()])
-        tokens += len(ids)
+            terms = dense_terms(student, sequence, signals.row(int(number)))
+        sums += torch.stack(terms)
+        tokens += len(sequence.response_ids)
     return (sums / tokens).tolist()
 
 
