@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from adpa import distill
 from adpa.parser import load
 from adpa.pipeline.models.checkpoint import open_checkpoint
-from adpa.pipeline.training.model_card import card_facts, is_untouched, make_card, write_card
+from adpa.pipeline.training.model_card import CITATION, card_facts, is_untouched, make_card, write_card
 from adpa.pipeline.training.run_directory import read_record
 
 
@@ -209,3 +209,8 @@ def test_a_license_is_named_only_if_the_student_says_it(
     selection = select(filled.cache, {"chosen": Need(False, False)}, identity.digest, None, (), {})
     facts = card_facts({}, selection, identity, tmp_path)
     assert facts["student_metadata"] == ({"license": "mit"} if "mit" in card else {})
+
+
+def test_the_citation_is_that_of_the_repository() -> None:
+    written = (Path(__file__).parents[3] / "CITATION.bib").read_text()
+    assert f"```bibtex\n{written}```" == CITATION
