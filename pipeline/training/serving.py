@@ -31,7 +31,7 @@ def serving_lines(student: str) -> list[str]:
         distribution("vllm")  # its program needs this name; other builds of vLLM have the module alone
     except PackageNotFoundError:
         missing = [package for package in OF_SERVING if find_spec(package) is None]
-        install = ["pip install 'transformers[serving]'"] if missing else []
+        install = [_found("pip install 'transformers[serving]'")] if missing else []
         serve, chat = map(_found, transformers_lines(student))
         offline = "HF_HUB_OFFLINE=0 " if constants.HF_HUB_OFFLINE else ""  # else it would not ask localhost either
         return [*install, serve, offline + chat]
