@@ -28,7 +28,7 @@ from adpa.data.cache.signals import read_signals
 from adpa.data.sequences import TokenIds
 from adpa.data.shown_answers import ShownPrompt, first_prompts, read_questions, show_answers
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.option_checks import COUNT_OR_0, check_not_empty
+from adpa.pipeline.option_checks import COUNT_OR_0, check_not_empty, takes_options
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     AttnImplementationOption,
@@ -144,6 +144,7 @@ class EvaluateReport:
     shown: list[ShownPrompt] = field(default_factory=list)
 
 
+@takes_options
 def evaluate(
     student: Annotated[
         PathOrName, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE
