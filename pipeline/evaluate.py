@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 NOTE = (
     "The implicit reward, log π_teacher − log π_reference of a response, is also what ADPA trains on: a win here shows "
-    "that training did what it was asked to, and is no proof of better answers. low and high are the ends of 95 % "
+    "that training did what it was asked to, and is no proof of better answers. The brackets hold 95 % "
     "bootstrap intervals over the prompts."
 )
 

@@ -82,4 +82,4 @@ def test_a_word_is_no_permission_to_run_code(call: Callable[[str], object], tmp_
 def test_commands_on_a_folder_take_its_name(tmp_path: Path) -> None:
     for command in (adpa.list_runs, adpa.list_cache, adpa.inspect_cache):
         with pytest.raises(AdpaError, match="none: "):
-            command(str(tmp_path / "none"))  # type: ignore[operator]
+            command(str(tmp_path / "none"))  # type: ignore[arg-type]
