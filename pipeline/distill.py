@@ -15,7 +15,7 @@ from adpa.data.sequences import Packing
 from adpa.data.summary import PLAUSIBLE
 from adpa.errors import OptionError
 from adpa.pipeline.models.attention import check_attention, check_packing
-from adpa.pipeline.option_checks import check_choices, check_not_empty
+from adpa.pipeline.option_checks import check_choices, check_not_empty, takes_options
 from adpa.pipeline.options import AttnImplementationOption, DtypeName, Group, PathOrName, TrustRemoteCodeOption
 from adpa.pipeline.training.batch_size import batch_arguments
 from adpa.pipeline.training.distill_plan import DistillPlan
@@ -106,6 +106,7 @@ def _typed(function: Callable[Options, DistillReport | DistillPlan]) -> Distill[
 
 
 @_typed
+@takes_options
 def distill(
     objective: Annotated[ObjectiveName, Doc("The loss to minimise: sft, kd, dckd or adpa."), Group.DECIDE],
     student: Annotated[

@@ -26,7 +26,7 @@ from adpa.data.cache.signals import read_signals
 from adpa.data.sequences import TokenIds
 from adpa.data.shown_answers import ShownPrompt, first_prompts, read_questions, show_answers
 from adpa.errors import DataError, OptionError
-from adpa.pipeline.option_checks import COUNT_OR_0, check_not_empty
+from adpa.pipeline.option_checks import COUNT_OR_0, check_not_empty, takes_options
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     AttnImplementationOption,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 NOTE = (
     "The implicit reward, log π_teacher − log π_reference of a response, is also what ADPA trains on: a win here shows "
-    "that training did what it was asked to, and is no proof of better answers. low and high are the ends of 95 % "
+    "that training did what it was asked to, and is no proof of better answers. The brackets hold 95 % "
     "bootstrap intervals over the prompts."
 )
 
@@ -128,6 +128,7 @@ class EvaluateReport(Comparison):
     shown: list[ShownPrompt] = field(default_factory=list)
 
 
+@takes_options
 def evaluate(
     student: Annotated[
         PathOrName, Doc("The trained model: a directory, or org/name[@revision] of the Hub."), Group.DECIDE

@@ -20,7 +20,7 @@ from adpa.data.reward_accuracy import SetRewards, set_rewards
 from adpa.data.summary import SignalSummary, summarize
 from adpa.errors import CacheError, OptionError
 from adpa.pipeline.inspected_runs import InspectedRun, inspected_run, read_run
-from adpa.pipeline.option_checks import check_counts, check_not_empty
+from adpa.pipeline.option_checks import check_counts, check_not_empty, takes_options
 from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption, TrustRemoteCodeOption
 from adpa.pipeline.terminal.inspection_html import render_page
 from adpa.progress import progress
@@ -52,6 +52,7 @@ class InspectReport:
     runs: list[InspectedRun] = field(default_factory=list)
 
 
+@takes_options
 def inspect_cache(
     cache: CacheArgument,
     response_set: ResponseSetOption = None,

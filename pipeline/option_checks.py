@@ -1,17 +1,29 @@
 """Checks of the values of options, on the command line and in Python. Imports no torch."""
 
-from collections.abc import Mapping
+import inspect
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from math import inf, isfinite
 from numbers import Integral, Real
-from typing import Any, get_args
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
+from upath import UPath
+
+from adpa.data.cache.locations import Location, find_location
 from adpa.errors import OptionError, did_you_mean, empty_value
+from adpa.pipeline.options import is_list, kind_of
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # of NumPy
 LEAST_TEMPERATURE = 1e-6  # logits are divided by it
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+Options = ParamSpec("Options")
+Report = TypeVar("Report")
 
 
 @dataclass(frozen=True)
@@ -146,3 +158,57 @@ def check_device(device: str) -> None:
         raise OptionError(
             f"--device {device or repr(device)}; expected auto, cpu, cuda, or cuda:1 for one of several GPUs"
         )
+
+
+def takes_options(stage: Callable[Options, Report]) -> Callable[Options, Report]:
+    """The stage with the types of its options checked: Python has no parser that did so.
+
+    A path may be text, and text may be a path or a number. Numbers and choices are left to their own checks.
+
+    Raises:
+        OptionError: an option has a value of another type.
+    """
+    signature = inspect.signature(stage)
+
+    @wraps(stage)
+    def checked(*arguments: Options.args, **options: Options.kwargs) -> Report:
+        bound = signature.bind(*arguments, **options)
+        for name, value in bound.arguments.items():
+            if get_origin(signature.parameters[name].annotation) is Annotated:
+                bound.arguments[name] = _as_declared(signature.parameters[name], value)
+        return stage(*bound.args, **bound.kwargs)
+
+    return checked
+
+
+def _as_declared(parameter: inspect.Parameter, value: Any) -> Any:
+    kind, option = kind_of(parameter), f"--{parameter.name.replace('_', '-')}"
+    if get_origin(kind) is Literal or (value is None and NoneType in get_args(get_args(parameter.annotation)[0])):
+        return value
+    if value is None:
+        raise OptionError(f"{option} None: not a value", "write one, or leave the option out")
+    if is_list(parameter):
+        if not isinstance(value, list | tuple) or not all(isinstance(one, str | os.PathLike) for one in value):
+            fix = f"write [{value!r}]" if isinstance(value, str) else ""
+            raise OptionError(f"{option} {value!r}; expected a list of texts", fix)
+        return [_from_text(kind, option, os.fspath(one)) for one in value]
+    if kind is bool and not isinstance(value, bool):
+        raise OptionError(f"{option} {value!r}; expected True or False")
+    if kind is Mapping and not isinstance(value, Mapping):
+        raise OptionError(f"{option} {value!r}; expected a mapping")
+    if kind in (bool, int, float, Mapping) or (kind == Location and isinstance(value, UPath)):
+        return value
+    if isinstance(value, Real) and not isinstance(value, bool) and kind not in (Path, Location):
+        return str(value)
+    if not isinstance(value, str | os.PathLike):
+        expected = "a path" if kind in (Path, Location) else "text"
+        raise OptionError(f"{option} {value!r}; expected {expected}")
+    return _from_text(kind, option, os.fspath(value))
+
+
+def _from_text(kind: Any, option: str, text: str) -> Any:
+    if kind not in (Path, Location):
+        return text
+    if not text.strip():
+        raise empty_value(option, text)
+    return find_location(text) if kind == Location else Path(text)

@@ -1,10 +1,13 @@
 """Options that commands share: one type, one help text and one group for all. Imports no model library."""
 
+import inspect
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from typing_extensions import Doc
+from upath import UPath
 
 from adpa.data.cache.locations import Location
 
@@ -113,3 +116,27 @@ BatchTokensOption = Annotated[
 ]
 DtypeOption = Annotated[DtypeName, Doc("Dtype to compute in; auto is the checkpoint's own."), Group.MEMORY]
 DeviceOption = Annotated[str, Doc("cpu, cuda, cuda:1, …; auto is a GPU if there is one."), Group.MEMORY]
+
+
+def kind_of(parameter: inspect.Parameter) -> Any:
+    """What ``read_value`` reads for it; for a list, each of its values."""
+    annotated, *beside = get_args(parameter.annotation)
+    if get_args(PathOrName)[1] in beside:  # an annotated type in another one is flat
+        return PathOrName
+    types = [one for one in get_args(annotated) if one is not NoneType]
+    if get_origin(annotated) is Literal or not types:
+        return annotated
+    if UPath in types:
+        return Location
+    if get_origin(annotated) is list:
+        return types[0]
+    (one,) = types
+    if get_origin(one) is list:
+        return get_args(one)[0]
+    return Mapping if get_origin(one) is Mapping else one
+
+
+def is_list(parameter: inspect.Parameter) -> bool:
+    """Whether the option repeats."""
+    annotated = get_args(parameter.annotation)[0]
+    return list in (get_origin(annotated), *map(get_origin, get_args(annotated)))

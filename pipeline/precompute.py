@@ -11,6 +11,7 @@ from typing_extensions import Doc
 from adpa.data.cache.format import check_new_cache
 from adpa.data.cache.locations import Location, check_writable
 from adpa.data.cache.signal_rows import plain_bytes
+from adpa.pipeline.option_checks import takes_options
 from adpa.pipeline.options import (
     AllowControlTokensOption,
     AttnImplementationOption,
@@ -141,6 +142,7 @@ class PrecomputeReport:
     prompts: int = 0
 
 
+@takes_options
 def precompute(
     teacher: TeacherOption,
     data: Annotated[

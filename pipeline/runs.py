@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from adpa.errors import OptionError, did_you_mean
-from adpa.pipeline.option_checks import check_choices
+from adpa.pipeline.option_checks import check_choices, takes_options
 from adpa.pipeline.options import Group
 from adpa.pipeline.training.run_directory import RECORD, read_evaluations, read_record
 
@@ -65,6 +65,7 @@ class RunsReport:
     broken: dict[str, str]
 
 
+@takes_options
 def list_runs(
     directory: Annotated[Path, Doc("Directory that holds the outputs of adpa distill, at any depth."), Group.DECIDE],
     sort: Annotated[Sort, Doc("Order: by path, or by time, the newest first."), Group.DATA] = "path",

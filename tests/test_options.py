@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from upath import UPath
 
 from adpa import cli
-from adpa.parameters import kind_of
+from adpa.pipeline.options import kind_of
 from adpa.pipeline.scoring.request import parse_responses
 
 NEEDED = {"--teacher": "T", "--data": "d", "--cache": "c"}

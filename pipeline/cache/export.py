@@ -19,7 +19,7 @@ from adpa.data.cache.locations import check_name, check_outside, check_writable_
 from adpa.data.cache.plain_rows import SCHEMA, joined_tables
 from adpa.data.cache.selection import ScoredSet, select_one_scored
 from adpa.errors import OptionError
-from adpa.pipeline.option_checks import check_not_empty
+from adpa.pipeline.option_checks import check_not_empty, takes_options
 from adpa.pipeline.options import CacheArgument, Group, ResponseSetOption, ScoringOption
 from adpa.progress import progress
 
@@ -51,6 +51,7 @@ class ExportReport:
     left_out: list[str]
 
 
+@takes_options
 def export_cache(
     cache: CacheArgument,
     output: Annotated[

@@ -31,6 +31,7 @@ from adpa.data.cache.shards import (
 )
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError
+from adpa.pipeline.option_checks import takes_options
 from adpa.pipeline.options import CacheArgument, Group
 from adpa.progress import progress
 
@@ -80,6 +81,7 @@ class GarbageReport:
     done: bool
 
 
+@takes_options
 def collect_garbage(
     cache: CacheArgument,
     yes: Annotated[bool, Doc("Remove what is listed."), Group.DECIDE] = False,

@@ -20,6 +20,7 @@ from adpa.data.cache.set_records import SetRecord
 from adpa.data.cache.shards import join_keys, list_again, peek_keys, peek_shard
 from adpa.data.cache.signals import Scoring, read_scorings
 from adpa.errors import CacheError, DamagedFileError
+from adpa.pipeline.option_checks import takes_options
 from adpa.pipeline.options import CacheArgument
 
 
@@ -140,6 +141,7 @@ class CacheListing:
     total: ListedFiles
 
 
+@takes_options
 def list_cache(cache: CacheArgument) -> CacheListing:
     """List what a cache holds, and who made it.
 

@@ -27,6 +27,7 @@ from adpa.data.cache.shards import (
 from adpa.data.cache.signals import read_scoring_file, write_scoring
 from adpa.data.cache.tokenizers import check_tokenizer, copy_tokenizer
 from adpa.errors import DamagedFileError, OptionError
+from adpa.pipeline.option_checks import takes_options
 from adpa.pipeline.options import Group
 from adpa.progress import progress
 
@@ -83,6 +84,7 @@ class MergeReport:
         return "; ".join(parts)
 
 
+@takes_options
 def merge_cache(
     cache: Annotated[Location, Doc("Directory or URL of the teacher-signal cache that is added to."), Group.DECIDE],
     other: Annotated[

@@ -37,6 +37,7 @@ from adpa.data.cache.shards import (
     write_replacement,
 )
 from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_scorings
+from adpa.pipeline.option_checks import takes_options
 from adpa.pipeline.options import CacheArgument
 from adpa.progress import progress
 
@@ -74,6 +75,7 @@ class PackReport:
     untouched: int
 
 
+@takes_options
 def pack_cache(cache: CacheArgument) -> PackReport:
     """Write many small files as few large ones; no row changes.
 

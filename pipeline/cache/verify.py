@@ -30,6 +30,7 @@ from adpa.data.cache.signals import Scoring, SignalTable, check_signals, read_sc
 from adpa.data.cache.tokenizers import check_tokenizer
 from adpa.data.vocabulary import digest_tokenizer
 from adpa.errors import DamagedFileError
+from adpa.pipeline.option_checks import takes_options
 from adpa.pipeline.options import CacheArgument, Group
 from adpa.progress import progress
 
@@ -91,6 +92,7 @@ class VerifyReport:
         return f"{summary}; --repair sets damaged files aside"
 
 
+@takes_options
 def verify_cache(
     cache: CacheArgument,
     repair: Annotated[

@@ -48,7 +48,8 @@ def length_warnings(examples: int, chosen: Mapping[str, Any], usual: Mapping[str
             )
     elif (warmup := number_of_warmup_steps(steps, warmup_steps)) >= steps:
         highest = chosen["learning_rate"] * (steps - 1) / warmup
-        reached = f"the learning rate reaches {highest:.2g} at most" if highest else "the learning rate is 0 throughout"
+        nothing = "the learning rate is 0 and nothing is learnt; lower --batch-size, or pass --warmup-steps 0"
+        reached = f"the learning rate reaches {highest:.2g} at most" if highest else nothing
         warnings.append(
             f"--warmup-steps {warmup_steps:g}: the warm-up takes {_count(warmup, 'step')}, and {run}: {reached}"
         )

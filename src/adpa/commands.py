@@ -16,10 +16,10 @@ from typing_extensions import Doc
 
 from adpa.data.cache.locations import Location, check_other_file, check_outside
 from adpa.errors import AdpaError, ListedError, OptionError, did_you_mean
-from adpa.parameters import as_argument, as_option, doc_of, group_of, kind_of
+from adpa.parameters import as_argument, as_option, doc_of, group_of
 from adpa.parser import path_of, print_error
 from adpa.pipeline.models.launcher import this_rank
-from adpa.pipeline.options import Group, PathOrName
+from adpa.pipeline.options import Group, PathOrName, kind_of
 from adpa.pipeline.terminal.report import show_report
 from adpa.summary_file import is_summary, summary_file
 from adpa.values import read_value

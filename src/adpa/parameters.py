@@ -3,17 +3,15 @@
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.markup import escape
 from typing_extensions import Doc
-from upath import UPath
 
 from adpa.data.cache.locations import Location
 from adpa.parser import NO_VALUE
-from adpa.pipeline.options import Group, PathOrName
+from adpa.pipeline.options import Group, is_list, kind_of
 from adpa.values import read_value
 
 
@@ -52,24 +50,6 @@ def doc_of(parameter: inspect.Parameter) -> str:
     return next((part.documentation for part in get_args(parameter.annotation) if isinstance(part, Doc)), "")
 
 
-def kind_of(parameter: inspect.Parameter) -> Any:
-    """What ``read_value`` reads for it; for a list, each of its values."""
-    annotated, *beside = get_args(parameter.annotation)
-    if get_args(PathOrName)[1] in beside:  # an annotated type in another one is flat
-        return PathOrName
-    types = [one for one in get_args(annotated) if one is not NoneType]
-    if get_origin(annotated) is Literal or not types:
-        return annotated
-    if UPath in types:
-        return Location
-    if get_origin(annotated) is list:
-        return types[0]
-    (one,) = types
-    if get_origin(one) is list:
-        return get_args(one)[0]
-    return Mapping if get_origin(one) is Mapping else one
-
-
 def _with(parameter: inspect.Parameter, shown: Any) -> inspect.Parameter:
     """The parser sees switches, texts and lists of texts."""
     kind = bool if kind_of(parameter) is bool else str
@@ -77,13 +57,8 @@ def _with(parameter: inspect.Parameter, shown: Any) -> inspect.Parameter:
         parameter.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=parameter.default,
-        annotation=Annotated[list[str] if _is_list(parameter) else kind, shown],
+        annotation=Annotated[list[str] if is_list(parameter) else kind, shown],
     )
-
-
-def _is_list(parameter: inspect.Parameter) -> bool:
-    annotated = get_args(parameter.annotation)[0]
-    return list in (get_origin(annotated), *map(get_origin, get_args(annotated)))
 
 
 def _as_written(value: Any) -> Any:
@@ -101,7 +76,7 @@ def _reader(parameter: inspect.Parameter) -> Callable[..., Any]:
         label = max(option.opts, key=len) if option.param_type_name == "option" else parameter.name.upper()
         if source == "DEFAULT_MAP":
             label = f"--config {context.params['config']}: {parameter.name.replace('_', '-')}"
-        if _is_list(parameter):
+        if is_list(parameter):
             return [read_value(label, kind, one) for one in written]
         return read_value(label, kind, written)
 

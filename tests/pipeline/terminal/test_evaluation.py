@@ -78,6 +78,7 @@ def test_the_students_own_reward_is_told_in_a_sentence_and_the_note_is_last() ->
     text = " ".join(" ".join(printed(REPORT)).split())
     assert "prefers the chosen response in 61.8 % of 1,000 pairs, mean margin +1.5 nats." in text
     assert text.endswith(NOTE)
+    assert NOTE.endswith("The brackets hold 95 % bootstrap intervals over the prompts.")  # as the tables print them
 
 
 def test_counts_of_what_did_not_happen_are_left_out() -> None:

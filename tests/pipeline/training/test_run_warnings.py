@@ -27,7 +27,9 @@ USUAL: dict[str, Any] = {
     "advantage_weight": 0.5,
     "plausibility": 0.05,
 }
-ONE_STEP = "the run has 1 step: the learning rate is 0 throughout"
+ONE_STEP = (
+    "the run has 1 step: the learning rate is 0 and nothing is learnt; lower --batch-size, or pass --warmup-steps 0"
+)
 FULL_STEP = "--batch-size 1000: more than the 60 examples; every step takes all of them, and the run has "
 
 
