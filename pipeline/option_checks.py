@@ -183,7 +183,8 @@ def takes_options(stage: Callable[Options, Report]) -> Callable[Options, Report]
 
 def _as_declared(parameter: inspect.Parameter, value: Any) -> Any:
     kind, option = kind_of(parameter), f"--{parameter.name.replace('_', '-')}"
-    if get_origin(kind) is Literal or (value is None and NoneType in get_args(get_args(parameter.annotation)[0])):
+    may_be_none = NoneType in get_args(get_args(parameter.annotation)[0])
+    if get_origin(kind) is Literal or kind in (int, float) or (value is None and may_be_none):
         return value
     if value is None:
         raise OptionError(f"{option} None: not a value", "write one, or leave the option out")
@@ -196,7 +197,7 @@ def _as_declared(parameter: inspect.Parameter, value: Any) -> Any:
         raise OptionError(f"{option} {value!r}; expected True or False")
     if kind is Mapping and not isinstance(value, Mapping):
         raise OptionError(f"{option} {value!r}; expected a mapping")
-    if kind in (bool, int, float, Mapping) or (kind == Location and isinstance(value, UPath)):
+    if kind in (bool, Mapping) or (kind == Location and isinstance(value, UPath)):
         return value
     if isinstance(value, Real) and not isinstance(value, bool) and kind not in (Path, Location):
         return str(value)
